@@ -1,0 +1,59 @@
+# apt.h has nothing to build: include it. This file runs the demo, the tests and the benchmarks.
+
+CC      ?= cc
+CFLAGS  ?= -O2
+WARN     = -std=c11 -Wall -Wextra -Wconversion -Wshadow -pedantic -Werror
+LIBS     = -lutf8proc -lm -pthread
+COMMON   = apt.h $(wildcard examples/common/*.h)
+EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
+BENCHES  = $(patsubst tests/bench/%.c,build/bench/%,$(wildcard tests/bench/*.c))
+PACKAGES = libstb-dev libcmocka-dev libutf8proc-dev
+
+.PHONY: help run test examples bench deps need-run need-test clean
+
+help:
+	@echo "make run       build the demo and run it (about two minutes on two cores; no arguments, no downloads)"
+	@echo "make test      the whole test suite; make test ARGS='-k platform' runs what matches, ARGS=-l lists the jobs"
+	@echo "make examples  build every program of examples/ into build/"
+	@echo "make bench     build and run the benchmarks of tests/bench/"
+	@echo "make deps      install $(PACKAGES) (Debian, Ubuntu)"
+	@echo "make clean     remove build/"
+
+run: need-run build/demo
+	./build/demo
+
+test: need-test
+	@CC="$(CC)" tests/run.sh $(ARGS)
+
+examples: need-run $(EXAMPLES)
+
+bench: need-run $(BENCHES)
+	@for b in $(BENCHES); do echo "== $$b"; ./$$b || exit 1; done
+
+build/%: examples/%.c $(COMMON) | need-run
+	@mkdir -p build
+	$(CC) $(CFLAGS) $(WARN) $< -o $@ $(LIBS)
+
+build/bench/%: tests/bench/%.c $(COMMON) $(wildcard tests/*.h) | need-run
+	@mkdir -p build/bench
+	$(CC) $(CFLAGS) $(WARN) $< -o $@ $(LIBS)
+
+# The examples and tests use three small C libraries; apt.h itself needs none.
+need-run:
+	@printf '#include <stb/stb_ds.h>\n#include <utf8proc.h>\n' | $(CC) -E -x c - > /dev/null 2>&1 || $(MAKE) --no-print-directory deps
+
+need-test: need-run
+	@printf '#include <stdarg.h>\n#include <stddef.h>\n#include <stdint.h>\n#include <setjmp.h>\n#include <cmocka.h>\n' | \
+	    $(CC) -E -x c - > /dev/null 2>&1 || $(MAKE) --no-print-directory deps
+
+INSTALL = DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $(PACKAGES)
+
+deps:
+	@if ! command -v apt-get > /dev/null; then \
+	    echo "This is not Debian: please install stb (stb_ds.h as <stb/stb_ds.h>), cmocka and utf8proc with their headers." >&2; exit 1; \
+	elif [ "$$(id -u)" = 0 ]; then apt-get update; $(INSTALL); \
+	elif sudo -n true 2> /dev/null; then sudo -n apt-get update; sudo -n $(INSTALL); \
+	else echo "Some headers are missing. Please run:  sudo apt-get install $(PACKAGES)" >&2; exit 1; fi
+
+clean:
+	rm -rf build

@@ -1,0 +1,132 @@
+/* Training step and forward of whole encoders with random weights: LoRA (rank 8 on query, value and FFN up) dense, and the same
+   after 60 % of the prunable parameters are gone. Medians of single steps; ratios are of this one run.
+
+   usage: bench_train [minilm|roberta-base] [BATCH] [TOKENS] [STEPS] [THREADS]      default: both shapes, 32x128 and 16x128 */
+#define _DEFAULT_SOURCE
+#include <sys/resource.h>
+
+#define APT_IMPLEMENTATION
+#include "../../apt.h"
+
+typedef struct shape { const char *name; int32_t hidden, layers, heads, neurons, vocab, batch, tokens; } shape;
+static const shape shapes[] = {{"minilm", 384, 6, 12, 1536, 30522, 32, 128}, {"roberta-base", 768, 12, 12, 3072, 50265, 16, 128}};
+
+typedef struct timing { double step, forward; } timing;
+
+static void fail(const apt_ctx *ctx, const char *what)
+{
+    fprintf(stderr, "%s: %s\n", what, apt_error(ctx));
+    exit(1);
+}
+
+static long peak_rss(void)
+{
+    struct rusage use;
+    getrusage(RUSAGE_SELF, &use);
+    return use.ru_maxrss / 1024;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+static double median(double *x, int n)
+{
+    qsort(x, (size_t)n, sizeof(double), by_value);
+    return x[n / 2];
+}
+
+static apt_batch make_batch(const shape *s, uint64_t seed)
+{
+    const int32_t n = s->batch * s->tokens;
+    int32_t *offsets = (int32_t *)malloc(((size_t)s->batch + 1) * 4), *tokens = (int32_t *)malloc((size_t)n * 4), *labels = (int32_t *)malloc((size_t)s->batch * 4);
+    apt_rng rng = apt_rng_make(seed, 0);
+    apt_batch b = APT_ZERO;
+    for (int32_t i = 0; i <= s->batch; i++) offsets[i] = i * s->tokens;
+    for (int32_t i = 0; i < n; i++) tokens[i] = 5 + (int32_t)apt_rng_below(&rng, (uint32_t)s->vocab - 5);
+    for (int32_t i = 0; i < s->batch; i++) labels[i] = (int32_t)apt_rng_below(&rng, 2);
+    b.sequences = s->batch;
+    b.offsets = offsets;
+    b.tokens = tokens;
+    b.labels = labels;
+    return b;
+}
+
+static timing measure(apt_ctx *ctx, apt_trainer *t, const apt_batch *batch, int steps)
+{
+    double step[64], forward[64];
+    timing r;
+    for (int i = -1; i < steps; i++) {
+        apt_step_info info;
+        if (apt_trainer_step(t, batch, &info) != APT_OK) fail(ctx, "step");
+        if (i >= 0) step[i] = info.milliseconds;
+    }
+    for (int i = -1; i < steps; i++) {
+        apt_output out = APT_ZERO;
+        const double start = apti_seconds();
+        if (apt_model_forward(apt_trainer_model(t), batch, &out) != APT_OK) fail(ctx, "forward");
+        if (i >= 0) forward[i] = 1e3 * (apti_seconds() - start);
+    }
+    r.step = median(step, steps);
+    r.forward = median(forward, steps);
+    return r;
+}
+
+static void report(const shape *s, const char *what, timing t, timing dense)
+{
+    const double tokens = (double)s->batch * s->tokens;
+    printf("%-13s %-8s step %8.1f ms %8.0f tokens/s (%.2fx)   forward %8.1f ms %8.0f tokens/s (%.2fx)\n", s->name, what, t.step,
+           1e3 * tokens / t.step, dense.step / t.step, t.forward, 1e3 * tokens / t.forward, dense.forward / t.forward);
+    fflush(stdout);
+}
+
+static void bench(const shape *s, int steps, int32_t threads)
+{
+    apt_desc desc = APT_ZERO;
+    desc.threads = threads;
+    apt_ctx *ctx = apt_create(&desc);
+    if (ctx == NULL) exit(1);
+    apt_config c = APT_ZERO;
+    c.family = APT_ROBERTA;
+    c.task = APT_TASK_CLASSIFY;
+    c.vocab = s->vocab;
+    c.positions = 514;
+    c.types = 1;
+    c.hidden = s->hidden;
+    c.layers = s->layers;
+    c.heads = s->heads;
+    c.neurons = s->neurons;
+    c.labels = 2;
+    c.pad_id = 1;
+    apt_model *model = NULL;
+    apt_trainer *trainer = NULL;
+    apt_train_desc d = APT_ZERO;
+    d.method = APT_METHOD_LORA;
+    d.steps = 1000;
+    d.learning_rate = 1e-4f;
+    const apt_batch batch = make_batch(s, 1);
+    if (apt_model_create(ctx, &c, 1, &model) != APT_OK || apt_trainer_create(model, &d, &trainer) != APT_OK) fail(ctx, "create");
+    const timing dense = measure(ctx, trainer, &batch, steps);
+    printf("%s, %d threads, %d x %d tokens, peak %.0f MB by apt.h, %ld MB resident\n", apt_kernel_name(ctx), (int)apt_thread_count(ctx), (int)s->batch,
+           (int)s->tokens, (double)apt_memory_info(ctx).peak_bytes / 1048576, peak_rss());
+    report(s, "dense", dense, dense);
+    if (apt_trainer_observe(trainer, &batch) != APT_OK || apt_trainer_prune_now(trainer, 0.6f) != APT_OK) fail(ctx, "prune");
+    const timing small = measure(ctx, trainer, &batch, steps);
+    report(s, "60% gone", small, dense);
+    apt_destroy(ctx);
+}
+
+int main(int argc, char **argv)
+{
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
+        shape s = shapes[i];
+        if (argc > 1 && strcmp(argv[1], s.name) != 0) continue;
+        if (argc > 2) s.batch = atoi(argv[2]);
+        if (argc > 3) s.tokens = atoi(argv[3]);
+        const int steps = argc > 4 ? atoi(argv[4]) : 5;
+        bench(&s, steps < 1 ? 1 : steps > 64 ? 64 : steps, argc > 5 ? atoi(argv[5]) : 0);
+    }
+    return 0;
+}

@@ -1,0 +1,398 @@
+#!/usr/bin/env bash
+# The test suite of apt.h. Everything in it is found by name, so a new file needs no entry here:
+#
+#   tests/test_*.c        cmocka programs, run from the repository root in several builds (see "builds" below)
+#   tests/test_*.sh       scripts that get the folder with the built examples as $1; they print lines that start with
+#                         "ok ", "FAILED " or "skipped "
+#   tests/fuzz_NAME.c     int LLVMFuzzerTestOneInput(const uint8_t *, size_t); without -DAPT_FUZZ also a main() that replays the
+#                         files it is given: everything in tests/corpus/NAME
+#   examples/*.c          must compile with the command in their first comment, by gcc and by clang
+#
+# What cannot run here is skipped with a reason: a test prints "    skip: reason" and calls cmocka's skip().
+#
+# usage: tests/run.sh [-j JOBS] [-k REGEX] [-l]     -k: only jobs whose name matches; -l: list the jobs
+# Environment: CC (default cc), CLANG, CXX, CLANGXX, APT_SHARED (large test data, default ../shared).
+set -u
+cd "$(dirname "$0")/.." || exit 1
+
+CC=${CC:-cc} CXX=${CXX:-c++} CLANG=${CLANG:-clang} CLANGXX=${CLANGXX:-clang++}
+CROSS=aarch64-linux-gnu-gcc QEMU=qemu-aarch64
+JOBS=$(nproc 2> /dev/null || echo 2) FILTER=. LIST=
+while getopts j:k:l option; do
+    case $option in
+        j) JOBS=$OPTARG ;;
+        k) FILTER=$OPTARG ;;
+        l) LIST=1 ;;
+        *) exit 2 ;;
+    esac
+done
+
+OUT=$PWD/build/test BIN=$PWD/build/test/bin LOGS=$PWD/build/test/logs
+export APT_TEST_TMP=$OUT/tmp APT_SHARED=${APT_SHARED:-../shared}
+[ -n "$LIST" ] || rm -rf "$OUT"
+mkdir -p "$BIN" "$LOGS" "$APT_TEST_TMP"
+
+WARN="-Wall -Wextra -Wconversion -Wshadow -pedantic"
+STRICT="-std=c11 $WARN -Werror"
+TESTS="$STRICT -Wno-maybe-uninitialized"         # gcc does not know that cmocka's assertions do not return
+LIBS="-lcmocka -lutf8proc -lm -pthread"
+LIMIT=600                                        # seconds for one run of one program
+export ASAN_OPTIONS=allocator_may_return_null=1:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
+export TSAN_OPTIONS=halt_on_error=1
+
+# ---------------------------------------------------------------------------------------------------------------- jobs
+
+have() { command -v "$1" > /dev/null 2>&1; }
+skip() { echo "    skip: $*"; return 77; }
+
+# Counts what a log says: passed failed skipped.
+count() {                                        # KIND STATUS LOG
+    case $1 in
+        cmocka) awk -v rc="$2" '
+            /^\[  PASSED  \] [0-9]+ test/ { p += $4 }  /^\[  FAILED  \] [0-9]+ test/ { f += $4 }
+            /^\[  SKIPPED \] [0-9]+ test/ { s += $4 }  /^    skip: / { r++ }
+            END { if (r > s) s = r; if (rc == 77) { p = f = 0; s = 1 } else if (rc != 0 && f == 0) f = 1
+                  if (p + f + s == 0) f = 1; print p + 0, f + 0, s + 0 }' "$3" ;;
+        script) awk -v rc="$2" '
+            /^ok / { p++ }  /^FAILED / { f++ }  /^skipped / { s++ }
+            END { if (rc == 77) s++; else if (rc != 0 && f == 0) f = 1; if (p + f + s == 0) f = 1; print p + 0, f + 0, s + 0 }' "$3" ;;
+        *) case $2 in 0) echo 1 0 0 ;; 77) echo 0 0 1 ;; *) echo 0 1 0 ;; esac ;;
+    esac
+}
+
+# Runs a command in the background as soon as a place is free. KIND says how its log is counted. Shown: processor seconds.
+job() {                                          # KIND NAME COMMAND...
+    local kind=$1 name=$2
+    shift 2
+    [[ $name =~ $FILTER ]] || return 0
+    if [ -n "$LIST" ]; then echo "$name"; return 0; fi
+    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
+    (
+        log=$LOGS/${name//\//.}.log
+        TIMEFORMAT=%U
+        seconds=$({ time { ("$@") > "$log" 2>&1; }; } 2>&1)
+        status=$?
+        read -r passed failed skipped <<< "$(count "$kind" $status "$log")"
+        echo "$passed $failed $skipped $name" > "${log%.log}.count"
+        if [ "$failed" -gt 0 ]; then printf 'FAILED   %-34s (exit status %s, %s s)\n%s\n' "$name" $status "$seconds" \
+            "$(grep -vE '^\[( RUN|       OK)' "$log" | tail -n 15 | sed 's/^/         | /')"
+        elif [ "$passed" -eq 0 ]; then printf 'skipped  %-34s %s\n' "$name" "$(sed -n 's/^ *skip: *//p' "$log" | head -n 1)"
+        else printf 'ok       %-34s %s passed, %s skipped (%s s)\n' "$name" "$passed" "$skipped" "$seconds"; fi
+    ) &
+}
+
+# -------------------------------------------------------------------------------------------------------------- builds
+
+compiler() {                                     # BUILD: the command that compiles a test program
+    case $1 in
+        cc) echo "$CC -O2 $TESTS" ;;
+        clang) echo "$CLANG -O2 $TESTS" ;;
+        asan) echo "$CC -O1 -g $TESTS -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all" ;;
+        tsan) echo "$CC -O1 -g -std=c11 -w -fsanitize=thread" ;;
+        ofast) echo "$CC -Ofast -std=c11 -w" ;;
+        nosimd) echo "$CC -O2 $TESTS -DAPT_NO_SIMD" ;;
+        nothreads) echo "$CC -O1 $TESTS -DAPT_NO_THREADS" ;;
+        plainc) echo "$CC -O1 $TESTS -DAPT_NO_POSIX -DAPT_NO_MMAP" ;;
+        onlycore) echo "$CC -O1 $TESTS -DAPT_ONLY_CORE" ;;
+        neon) echo "$CROSS -O2 $TESTS -static -Itests/cross" ;;
+    esac
+}
+
+# Which programs, by the part after test_, run in a build; "*": all of them.
+builds() {
+    case $1 in
+        cc | asan | ofast) echo "*" ;;
+        clang | nosimd) echo "kernels ops core model train" ;;
+        tsan) echo "platform kernels ops model train" ;;
+        nothreads) echo "platform model" ;;
+        plainc) echo "platform files" ;;
+        onlycore) echo "core" ;;
+        neon) echo "kernels numbers core" ;;
+    esac
+}
+
+# Some kernels place programs where the thread sanitizer of older compilers cannot work; without randomisation it can.
+tsan_prefix() {
+    echo 'int main(void) { return 0; }' | $CC -x c - -fsanitize=thread -o "$OUT/tsan_probe" 2> /dev/null || return 1
+    "$OUT/tsan_probe" 2> /dev/null && return 0
+    setarch "$(uname -m)" -R "$OUT/tsan_probe" 2> /dev/null && echo "setarch $(uname -m) -R"
+}
+
+program() {                                      # BUILD SOURCE: compiles and runs one test program
+    local exe prefix= libs=$LIBS
+    exe=$BIN/$(basename "$2" .c)-$1
+    case $1 in
+        clang) have "$CLANG" || { skip "no $CLANG"; return; } ;;
+        tsan) prefix=$(tsan_prefix) || { skip "the thread sanitizer does not work here"; return; } ;;
+        neon) have $CROSS && have $QEMU || { skip "no $CROSS or no $QEMU"; return; }
+              prefix=$QEMU libs="-lm -pthread" ;;
+    esac
+    $(compiler "$1") "$2" -o "$exe" $libs || return 1
+    timeout $LIMIT $prefix "$exe"
+}
+
+# ------------------------------------------------------------------------------------------------------ header compiles
+
+UNIT='#define APT_IMPLEMENTATION
+#include "apt.h"'
+LATE='#ifndef __cplusplus
+#define _GNU_SOURCE
+#endif
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+#define APT_IMPLEMENTATION
+#include "apt.h"'
+TWICE='#include "apt.h"
+#define APT_IMPLEMENTATION
+#include "apt.h"
+#include "apt.h"'
+USER='#include "apt.h"
+int main(void)
+{
+    apt_desc desc = APT_ZERO;
+    desc.threads = 1;
+    apt_ctx *ctx = apt_create(&desc);
+    const int bad = ctx == 0 || apt_version() != APT_VERSION_MAJOR * 10000 + APT_VERSION_MINOR * 100 + APT_VERSION_PATCH;
+    apt_destroy(ctx);
+    return bad;
+}'
+
+compiles() {                                     # LANGUAGE TEXT COMPILER FLAGS...
+    local language=$1 text=$2
+    shift 2
+    have "$1" || { skip "no $1"; return; }
+    printf '%s\n' "$text" | "$@" $WARN -Werror -I. -c -x "$language" -o /dev/null -
+}
+
+object() {                                       # OUTPUT LANGUAGE TEXT COMPILER FLAGS...
+    local output=$1 language=$2 text=$3
+    shift 3
+    printf '%s\n' "$text" | "$@" $WARN -Werror -I. -c -x "$language" -o "$output" -
+}
+
+# Two units, one of them with the implementation, in each mixture of languages.
+links() {                                        # LANGUAGE-OF-IMPLEMENTATION LANGUAGE-OF-USER
+    local o=$OUT/link-$1-$2 impl=$CC user=$CC
+    [ "$1" = c++ ] && impl=$CXX
+    [ "$2" = c++ ] && user=$CXX
+    have "$impl" && have "$user" || { skip "no $CXX"; return; }
+    object "$o.a.o" "$1" "$UNIT" "$impl" && object "$o.b.o" "$2" "$USER" "$user" &&
+        "$impl" "$o.a.o" "$o.b.o" -o "$o" -lm -pthread && "$o"
+}
+
+links_static() {                                 # APT_STATIC: an implementation in each of two units
+    local o=$OUT/link-static
+    object "$o.a.o" c "$UNIT" "$CC" -DAPT_STATIC && object "$o.b.o" c "#define APT_IMPLEMENTATION
+$USER" "$CC" -DAPT_STATIC && "$CC" "$o.a.o" "$o.b.o" -o "$o" -lm -pthread && "$o" &&
+        ! nm -g --defined-only "$o.a.o" | grep .
+}
+
+# Only apt_ names leave the object, nothing in it can be written to, and it calls nothing that a library must not call.
+symbols() {                                      # COMPILER
+    local o=$OUT/symbols-$1.o bad=0
+    have "$1" || { skip "no $1"; return; }
+    object "$o" c "$UNIT" "$1" -O2 || return 1
+    nm -g --defined-only "$o" | awk '$3 !~ /^apt_/ { print "exported:", $3; bad = 1 } END { exit bad }' || bad=1
+    size -A "$o" | awk '/^\.(data|bss|tdata|tbss)/ && $1 !~ /^\.data\.rel\.ro/ && $2 > 0 { print "writable:", $1, $2; bad = 1 }
+                        END { exit bad }' || bad=1
+    nm -u "$o" | awk '$2 ~ /^(_?exit|_Exit|quick_exit|abort|raise|stdout|puts|putchar|printf|vprintf|__printf_chk|__assert_fail|rand|srand|setlocale|strtok|system|getenv)$/ {
+                      print "uses:", $2; bad = 1 } END { exit bad }' || bad=1
+    return $bad
+}
+
+reserved() {                                     # COMPILER LANGUAGE STD
+    have "$1" || { skip "no $1"; return; }
+    echo 'int a;' | "$1" -Werror -Wreserved-identifier -c -x c -o /dev/null - 2> /dev/null || { skip "$1 has no -Wreserved-identifier"; return; }
+    compiles "$2" "$UNIT" "$1" "$3" -Wreserved-identifier -fsyntax-only || return 1
+    ! grep -nE '^ *# *define +(_|[A-Za-z0-9]\w*__)' apt.h
+}
+
+# ------------------------------------------------------------------------------------------------------- text of apt.h
+
+# The names in the table of contents (lines of the first comment that start with ">>name") are the "// >>name" markers, in order.
+contents() {
+    diff <(sed '/\*\//q' apt.h | grep -oE '^ +>>[a-z_]+' | tr -d ' ') <(grep -oE '^// >>[a-z_]+' apt.h | sed 's,^// ,,')
+}
+
+# At most 120 lines in a function, 130 characters in a line, no tabs, no blanks at the end.
+shape() {
+    awk 'length > 130 { print "line " NR " has " length " characters"; bad = 1 }
+         /\t/ { print "line " NR " has a tab"; bad = 1 }
+         /[ \t]$/ { print "line " NR " ends in a blank"; bad = 1 }
+         /^\{$/ { start = NR }
+         /^\}/ && start { n = NR - start + 1; all[++count] = n; start = 0
+                          if (n > 120) { print "the function before line " NR " has " n " lines"; bad = 1 } }
+         END { for (i = 2; i <= count; i++) { v = all[i]; for (k = i - 1; k > 0 && all[k] > v; k--) all[k + 1] = all[k]; all[k + 1] = v }
+               print count " functions; lines: median " all[int((count + 1) / 2)] ", p90 " all[int(count * 0.9)] ", longest " all[count]
+               exit bad }' apt.h
+}
+
+# Code (comments removed) that must not appear: it ends the program, prints, or is folded away by -Ofast.
+words() {
+    awk '{ line = $0; text = ""
+           while (line != "") {
+               if (inside) { end = index(line, "*/"); if (!end) break; line = substr(line, end + 2); inside = 0 }
+               else { start = index(line, "/*"); if (!start) { text = text line; break }
+                      text = text substr(line, 1, start - 1); line = substr(line, start + 2); inside = 1 } }
+           if (text !~ /^\/\/ >>/) print NR ": " text }' apt.h > "$OUT/code"
+    ! grep -wE 'exit|abort|assert|stdout|printf|puts|isnan|isinf|isfinite|fpclassify|strtok|setlocale|getenv' "$OUT/code" |
+        grep -vE 'format\(printf|APTI_PRINTF'
+}
+
+# First line, macros and CHANGELOG.md name the same version.
+version() {
+    local v
+    v=$(awk '/^#define APT_VERSION_(MAJOR|MINOR|PATCH) / { printf "%s%s", dot, $3; dot = "." }' apt.h)
+    echo "version $v"
+    head -n 1 apt.h | grep -F "$v" && grep -m 1 -E '^## ' CHANGELOG.md | grep -F "$v"
+}
+
+private_names() {
+    ! grep -rnE '\b(apti_|APTI_)' examples README.md
+}
+
+# Each forward of the ops has a backward, and the other way round except two whose
+# forward has another name: the activation (an epilogue of the product) and mlm_logits.
+pairs() {
+    sed -n '/^\/\/ >>ops/,/^\/\/ >>core/p' apt.h | grep -oE '^static [^(]*\bapti_\w+_(forward|backward)\(' |
+        grep -oE 'apti_\w+' | grep -vE '^apti_(act|mlm_logits)_backward' | sort -u > "$OUT/ops"
+    diff <(sed -n 's/_forward$//p' "$OUT/ops") <(sed -n 's/_backward$//p' "$OUT/ops") && [ -s "$OUT/ops" ]
+}
+
+# Writes the code blocks of a document to DIR/1.txt, 2.txt ...: in Markdown what stands between ```c and ```; in the first comment
+# of apt.h what is indented by seven blanks or more and has a line that ends in ";" or starts with "#".
+blocks() {                                       # FILE DIR
+    if [ "$1" = apt.h ]; then
+        sed '/\*\//q' apt.h | awk -v dir="$2" '
+            function flush() { if (code) { n++; printf "%s", text > (dir "/" n ".txt") } text = ""; code = 0 }
+            /^       / { text = text $0 "\n"; if (/; *(\/\/.*)?$/ || /^ *#/) code = 1; next }
+            /^ *$/ { if (text != "") text = text "\n"; next }
+            { flush() } END { flush() }'
+    else awk -v dir="$2" '/^ *```/ { if (on) on = 0; else if ($1 == "```c") { on = 1; n++ } next } on { print > (dir "/" n ".txt") }' "$1"; fi
+}
+
+# Every code block compiles: as a file when it has a main, else at file scope, else inside a function with the usual variables.
+doc_code() {                                     # FILE
+    local n=0 bad=0 block dir=$OUT/doc-${1%.*} includes='#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "apt.h"'
+    local arguments='apt_ctx *ctx, apt_model *model, apt_trainer *trainer, apt_batch batch, apt_step_info info'
+    mkdir -p "$dir" && [ -f "$1" ] || { echo "no $1"; return 1; }
+    blocks "$1" "$dir"
+    for block in "$dir"/*.txt; do
+        [ -f "$block" ] || break
+        n=$((n + 1))
+        { grep -qE '\bmain\(' "$block" && cat "$block"; } > "$dir/a.c"
+        { echo "$includes"; cat "$block"; } > "$dir/b.c"
+        printf '%s\nvoid f(%s);\nvoid f(%s)\n{\n%s\n}\n' "$includes" "$arguments" "$arguments" "$(cat "$block")" > "$dir/c.c"
+        for way in a b c; do
+            [ -s "$dir/$way.c" ] && $CC -std=c11 -I. -w -fsyntax-only "$dir/$way.c" 2> "$dir/$way.log" && continue 2
+        done
+        echo "code block $n of $1 does not compile:"
+        cat "$block" "$dir"/*.log
+        bad=1
+    done
+    echo "$n code blocks"
+    [ $n -gt 0 ] && return $bad
+}
+
+# ---------------------------------------------------------------------------------------------------- examples, fuzzing
+
+# The command in the first comment, with the compiler and the name of the output replaced.
+example() {                                      # SOURCE COMPILER
+    local command
+    have "$2" || { skip "no $2"; return; }
+    command=$(head -n 30 "$1" | grep -m 1 -oE '\bcc -O2 .*') || { echo "no 'cc -O2 ...' in the first lines of $1"; return 1; }
+    command=$(sed -E "s,^cc ,$2 ,; s, -o [^ ]+, -o $OUT/example-$2-$(basename "$1" .c)," <<< "$command")
+    echo "$command"
+    eval "$command"
+}
+
+example_strict() { $CC -O2 $STRICT "$1" -o "$BIN/$(basename "$1" .c)" -lutf8proc -lm -pthread; }
+
+replay() {                                       # SOURCE
+    local name=${1##*/fuzz_}
+    name=${name%.c}
+    ls "tests/corpus/$name"/* > /dev/null 2>&1 || { skip "tests/corpus/$name is missing or empty"; return; }
+    $(compiler asan) "$1" -o "$BIN/fuzz_$name" -lm -pthread && timeout $LIMIT "$BIN/fuzz_$name" "tests/corpus/$name"/*
+}
+
+fuzz() {                                         # SOURCE: a few seconds of new inputs, always the same ones
+    local name=${1##*/fuzz_}
+    name=${name%.c}
+    have "$CLANG" || { skip "no $CLANG"; return; }
+    echo 'int LLVMFuzzerTestOneInput(const char *d, long n) { (void)d; (void)n; return 0; }' |
+        "$CLANG" -x c - -fsanitize=fuzzer -o "$OUT/fuzz_probe" 2> /dev/null || { skip "$CLANG has no fuzzer library"; return; }
+    $CLANG -O1 -g -std=c11 -w -DAPT_FUZZ -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all "$1" -o "$BIN/fuzzer_$name" \
+        -lm -pthread || return 1
+    mkdir -p "$OUT/fuzz_$name"
+    timeout $LIMIT "$BIN/fuzzer_$name" -seed=1 -runs=20000 -max_total_time=10 -timeout=20 -artifact_prefix="$OUT/" "$OUT/fuzz_$name" \
+        $([ -d "tests/corpus/$name" ] && echo "tests/corpus/$name")
+}
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+plan() {
+    local f build std option
+    for build in cc asan tsan ofast clang nosimd nothreads plainc onlycore neon; do
+        for f in tests/test_*.c; do
+            name=${f#tests/test_}
+            case " $(builds $build) " in *" ${name%.c} "* | " * ") job cmocka "$build/${name%.c}" program $build "$f" ;; esac
+        done
+    done
+    for f in examples/*.c; do
+        name=$(basename "$f" .c)
+        job check "example/$name-strict" example_strict "$f"
+        for build in gcc clang; do job check "example/$name-$build" example "$f" $build; done
+    done
+    for f in tests/fuzz_*.c; do
+        [ -f "$f" ] || continue
+        name=$(basename "$f" .c)
+        job check "replay/${name#fuzz_}" replay "$f"
+        job check "fuzz/${name#fuzz_}" fuzz "$f"
+    done
+    for std in c11 gnu11; do
+        for build in "$CC" "$CLANG"; do job check "header/$std-$build" compiles c "$UNIT" "$build" -std=$std -fsyntax-only; done
+    done
+    for build in "$CXX" "$CLANGXX"; do job check "header/c++17-$build" compiles c++ "$UNIT" "$build" -std=c++17 -fsyntax-only; done
+    job check header/late compiles c "$LATE" "$CC" -std=c11 -fsyntax-only
+    job check header/late-c++ compiles c++ "$LATE" "$CXX" -std=c++17 -fsyntax-only
+    job check header/twice compiles c "$TWICE" "$CC" -std=c11 -fsyntax-only
+    job check header/declarations compiles c '#include "apt.h"' "$CC" -std=c11
+    job check header/declarations-c++ compiles c++ '#include "apt.h"' "$CXX" -std=c++17
+    for option in APT_NO_SIMD APT_NO_THREADS APT_NO_POSIX APT_NO_MMAP APT_NO_STDIO APT_ONLY_CORE APT_STATIC; do
+        for build in "$CC" "$CLANG"; do
+            job check "header/$option-$build" compiles c "$UNIT" "$build" -std=c11 -D$option -fsyntax-only
+        done
+        job check "header/$option-$CXX" compiles c++ "$UNIT" "$CXX" -std=c++17 -D$option -fsyntax-only
+    done
+    job check header/neon compiles c "$UNIT" $CROSS -std=c11 -fsyntax-only
+    for f in c-c c-c++ c++-c c++-c++; do job check "link/$f" links "${f%%-*}" "${f#*-}"; done
+    job check link/static links_static
+    job check "symbols/$CC" symbols "$CC"
+    job check "symbols/$CLANG" symbols "$CLANG"
+    job check reserved/c reserved "$CLANG" c -std=c11
+    job check reserved/c++ reserved "$CLANGXX" c++ -std=c++17
+    for f in contents shape words version private_names pairs; do job check "text/$f" $f; done
+    for f in apt.h README.md; do job check "doc/$f" doc_code $f; done
+    wait                                         # the scripts use the examples
+    for f in tests/test_*.sh; do
+        [ -f "$f" ] && job script "script/$(basename "$f" .sh)" sh "$f" "$BIN"
+    done
+    wait
+}
+
+plan
+[ -n "$LIST" ] && exit 0
+rm -rf "$APT_TEST_TMP"
+
+echo
+grep -hE '^ *(skip:|skipped ) *' "$LOGS"/*.log 2> /dev/null | sed -E 's/^ *(skip:|skipped ) */skipped: /' | sort | uniq -c | sort -rn
+awk '$2 > 0 { print "failed: " $4 }' "$LOGS"/*.count
+awk '{ p += $1; f += $2; s += $3 } END { printf "%d passed, %d failed, %d skipped\n", p, f, s; exit f > 0 || p == 0 }' "$LOGS"/*.count

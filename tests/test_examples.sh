@@ -1,0 +1,167 @@
+#!/bin/sh
+# Exercises the built examples as a user would: the demo, every method and task of roberta, interruption and resumption, bad
+# input. usage: tests/test_examples.sh [BUILD_DIR]   Prints one line a check; exit status 1 when any failed.
+cd "$(dirname "$0")/.." || exit 1
+build=${1:-build}
+shared=${APT_SHARED:-../shared}
+work=$(mktemp -d "${TMPDIR:-/tmp}/apt-examples.XXXXXX") || exit 1
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM
+passed=0 failed=0 skipped=0
+demo=$build/demo roberta=$build/roberta base=$work/demo/tiny-bert
+
+pass() { passed=$((passed + 1)); echo "ok       examples: $1"; }
+fail() { failed=$((failed + 1)); echo "FAILED   examples: $1"; [ -f "$work/log" ] && tail -n 5 "$work/log" | sed 's/^/           /'; return 0; }
+skip() { skipped=$((skipped + 1)); echo "skipped  examples: $1"; }
+
+# check NAME STATUS COMMAND...: runs the command, its output goes to $work/log, its exit status must be STATUS
+check() {
+    name=$1 want=$2
+    shift 2
+    "$@" > "$work/log" 2>&1
+    got=$?
+    if [ "$got" -eq "$want" ]; then pass "$name"; else fail "$name (exit status $got, expected $want)"; fi
+}
+# says NAME PATTERN: the output of the last command has PATTERN
+says() { if grep -q -e "$2" "$work/log"; then pass "$1"; else fail "$1 (no \"$2\" in the output)"; fi; }
+same() { if cmp -s "$2" "$3"; then pass "$1"; else fail "$1 ($2 and $3 differ)"; fi; }
+has() { if [ -s "$2" ]; then pass "$1"; else fail "$1 ($2 is missing or empty)"; fi; }
+
+for program in demo roberta; do
+    if [ ! -x "$build/$program" ]; then fail "$build/$program is not built"; exit 1; fi
+done
+
+# ---- the demo
+check "demo --help" 0 "$demo" --help
+says "demo --help names its options" "--seed"
+check "demo refuses an unknown option" 2 "$demo" --bogus
+check "demo runs" 0 "$demo" --fast --threads 2 --out "$work/demo"
+says "demo compares the three ways" "prune after"
+has "demo writes its report" "$work/demo/report.html"
+if grep -q -e 'src="http' -e 'href="http' -e '@import' "$work/demo/report.html"; then fail "the report is self-contained"; else pass "the report is self-contained"; fi
+check "demo runs on one thread" 0 "$demo" --fast --threads 1 --out "$work/demo1"
+for run in tiny-bert lora apt prune-after; do
+    same "$run is the same on one and two threads" "$work/demo/$run/model.safetensors" "$work/demo1/$run/model.safetensors"
+done
+
+# ---- roberta: arguments
+r() { "$roberta" --model "$base" --threads 2 "$@"; }
+data="--train $work/demo/train.tsv --dev $work/demo/dev.tsv"
+check "roberta --help" 0 "$roberta" --help
+says "roberta --help names its options" "--sparsity"
+check "no --model" 2 "$roberta" --train x.tsv --out y
+check "unknown method" 2 r --method magic
+check "training needs --train" 2 r --method apt --out "$work/x"
+check "eval needs --dev" 2 r --method eval
+check "a word that is no part of the model" 2 r $data --out "$work/x" --prune heads,tails
+says "the message names the word" tails
+check "--out must not be the model" 2 r $data --out "$base"
+check "a metric of another task" 1 r $data --out "$work/x" --metric pearson --steps 2
+says "the message names the task" classification
+
+# ---- roberta: methods (short runs)
+short="--batch 16 --steps 24 --eval-every 12 --lr 1e-3 --prune-every 2"
+for method in apt lora full prune-after; do
+    check "method $method" 0 r $data $short --method $method --out "$work/$method"
+    accuracy=$(sed -n 's/^accuracy *//p' "$work/log")
+    has "$method: metrics.jsonl" "$work/$method/metrics.jsonl"
+    has "$method: report.html" "$work/$method/report.html"
+    check "$method: the result loads again" 0 "$roberta" --model "$work/$method" --dev "$work/demo/dev.tsv" --method eval
+    says "$method: and scores the same" "accuracy *$accuracy"
+done
+check "an earlier result is not replaced unasked" 2 r $data $short --out "$work/apt"
+check "--overwrite replaces it" 0 r $data $short --method apt --overwrite --out "$work/apt"
+check "a pruned model can be pruned further" 0 "$roberta" --model "$work/apt" $data $short --sparsity 0.5 --out "$work/apt2"
+check "bf16 weights" 0 r $data $short --method lora --weights bf16 --out "$work/bf16"
+check "accumulation, length groups, preset, linear schedule" 0 r $data --steps 8 --accumulate 3 --group-by-length --preset glue-small \
+    --schedule linear --no-grow --no-distill --lr-schedule cosine --warmup 2 --out "$work/options"
+check "predictions" 0 "$roberta" --model "$work/apt" --method predict --predict "$work/demo/test.tsv" --out "$work/predicted"
+if [ "$(wc -l < "$work/predicted/predictions.tsv")" -eq "$(wc -l < "$work/demo/test.tsv")" ]; then pass "one prediction a row"; else fail "one prediction a row"; fi
+
+# ---- roberta: other tasks, on the same words
+awk -F'\t' 'BEGIN { print "sentence1\tsentence2\tscore" } NR > 1 && NR < 202 { print $1 "\t" $1 "\t" length($1) / 40 }' "$work/demo/train.tsv" > "$work/pairs.tsv"
+check "regression on pairs" 0 r --task regression --train "$work/pairs.tsv" --dev "$work/pairs.tsv" --steps 12 --batch 8 --sparsity 0.3 --out "$work/regression"
+says "regression reports Pearson" pearson
+awk 'BEGIN { print "{\"sentence\":\"the cook was kind\",\"label\":\"yes\"}"; print "{\"sentence\":\"the cook was rude\",\"label\":\"no\"}";
+             print "{\"sentence\":\"the cook was not rude\",\"label\":\"perhaps\"}" }' > "$work/words.jsonl"
+check "JSONL with three named classes" 0 r --train "$work/words.jsonl" --dev "$work/words.jsonl" --steps 4 --sparsity 0.2 --out "$work/words"
+check "named classes survive" 0 "$roberta" --model "$work/words" --method predict --predict "$work/words.jsonl" --out "$work/words"
+if grep -q -e perhaps -e yes -e no "$work/words/predictions.tsv"; then pass "predictions use the names"; else fail "predictions use the names"; fi
+cat > "$work/squad.json" <<'JSON'
+{"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": "the old cook met the kind baker who knew the famous judge", "qas": [
+ {"id": "1", "question": "who was kind", "is_impossible": false, "answers": [{"text": "baker", "answer_start": 26}]},
+ {"id": "2", "question": "who was famous", "is_impossible": false, "answers": [{"text": "judge", "answer_start": 52}]},
+ {"id": "3", "question": "who was cruel", "is_impossible": true, "answers": []}]}]}]}
+JSON
+check "span answers" 0 r --train "$work/squad.json" --dev "$work/squad.json" --steps 20 --batch 3 --lr 2e-3 --sparsity 0.3 --max-length 40 --out "$work/span"
+says "span reports exact match" exact
+check "span predictions" 0 "$roberta" --model "$work/span" --method predict --predict "$work/squad.json" --max-length 40 --out "$work/span"
+has "predictions.json" "$work/span/predictions.json"
+
+# ---- interruption: killed somewhere, resumed, the same bytes at the end
+long="$data --batch 16 --steps 60 --eval-every 20 --lr 1e-3 --prune-every 4 --method apt"
+check "the uninterrupted run" 0 r $long --out "$work/whole"
+interrupt() {                                                         # interrupt SIGNAL LINES
+    rm -rf "$work/cut"
+    "$roberta" --model "$base" --threads 2 $long --out "$work/cut" > "$work/log" 2>&1 &
+    pid=$! tries=0
+    while kill -0 "$pid" 2> /dev/null && [ "$tries" -lt 600 ] && [ "$(grep -c '"event":"step"' "$work/cut/metrics.jsonl" 2> /dev/null || true)" -lt "$2" ]; do
+        sleep 0.02
+        tries=$((tries + 1))
+    done
+    kill "-$1" "$pid" 2> /dev/null
+    wait "$pid"
+    got=$?
+    if [ "$got" -eq 130 ]; then pass "SIG$1 near step $2 ends the run cleanly"; else fail "SIG$1 near step $2 ends the run cleanly (exit status $got)"; fi
+    has "a checkpoint is there" "$work/cut/checkpoint.apt"
+}
+interrupt INT 5
+says "and says how to go on" "--resume"
+check "resuming with other settings is refused" 1 r $long --lr 1e-4 --resume --out "$work/cut"
+says "and both are shown" "then:"
+check "resuming" 0 r $long --resume --out "$work/cut"
+same "resumed and uninterrupted runs end the same" "$work/whole/model.safetensors" "$work/cut/model.safetensors"
+interrupt TERM 30
+check "resuming on one thread" 0 "$roberta" --model "$base" --threads 1 $long --resume --out "$work/cut"
+same "the same again" "$work/whole/model.safetensors" "$work/cut/model.safetensors"
+interrupt INT 20
+printf 'X' | dd of="$work/cut/checkpoint.apt" bs=1 seek=4000 conv=notrunc 2> /dev/null
+check "a damaged checkpoint is refused" 1 r $long --resume --out "$work/cut"
+check "--resume without a checkpoint" 2 r $long --resume --out "$work/nothing"
+
+# ---- bad input
+mkdir -p "$work/bad" && cp "$base"/* "$work/bad/"
+bad() { "$roberta" --model "$work/bad" --dev "$work/demo/dev.tsv" --method eval --task classification; }
+check "no such folder" 1 "$roberta" --model "$work/none" --dev "$work/demo/dev.tsv" --method eval
+head -c 5000 "$base/model.safetensors" > "$work/bad/model.safetensors"
+check "truncated safetensors" 1 bad
+says "names the file" model.safetensors
+cp "$base/model.safetensors" "$work/bad/"
+sed 's/"hidden_size": *[0-9]*/"hidden_size": 64/' "$base/config.json" > "$work/bad/config.json"
+check "a config that disagrees with the tensors" 1 bad
+printf '{"model_type": ' > "$work/bad/config.json"
+check "broken config.json" 1 bad
+says "names the config" config.json
+cp "$base/config.json" "$work/bad/" && rm "$work/bad/vocab.txt"
+check "no tokenizer" 1 bad
+printf 'sentence\tlabel\nthe cook\t1\nno label here\n' > "$work/bad.tsv"
+check "a row without a label" 1 r --train "$work/bad.tsv" --out "$work/x"
+says "names file and line" "bad.tsv:3"
+: > "$work/empty.tsv"
+check "an empty file" 1 r --train "$work/empty.tsv" --out "$work/x"
+printf 'sentence\tlabel\nthe cook\t7\n' > "$work/seven.tsv"
+check "a label that training never saw" 1 r --train "$work/demo/train.tsv" --dev "$work/seven.tsv" --out "$work/x"
+says "names the label" 7
+
+# ---- a real checkpoint, where there is one
+if [ -d "$shared/models/minilm" ] && [ -d "$shared/data/sst2" ]; then
+    head -n 300 "$shared/data/sst2/dev.tsv" > "$work/sst2.tsv"
+    check "MiniLM on SST-2 for a few steps" 0 "$roberta" --model "$shared/models/minilm" --train "$work/sst2.tsv" --dev "$work/sst2.tsv" \
+        --steps 6 --batch 8 --eval-every 6 --prune-every 1 --out "$work/minilm"
+    check "the smaller MiniLM loads again" 0 "$roberta" --model "$work/minilm" --dev "$work/sst2.tsv" --method eval
+else
+    skip "MiniLM on SST-2 ($shared/models/minilm is not here)"
+fi
+
+echo "examples: $passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]

@@ -1,0 +1,357 @@
+/* Whole models against golden files: logits, losses, hidden states, every gradient, salience, kurtosis, importance.
+   The files were computed in double precision by PyTorch and transformers (tests/golden; more cases in the shared data). */
+#define APT_IMPLEMENTATION
+#include "../apt.h"
+#include "apt_test.h"
+
+typedef struct golden {
+    apt_ctx *ctx;
+    apti_tensors *set;
+    char dir[700];
+    apt_batch batch;
+    int32_t offsets[8], tokens[128], types[128], labels[16];
+    float targets[8];
+    int32_t length;                   /* padded length in the file */
+} golden;
+
+static const int32_t *golden_ints(const golden *g, const char *name)
+{
+    const apti_tensor_view *v = apti_tensors_find(g->set, name);
+    return v != NULL ? (const int32_t *)(const void *)v->data : NULL;
+}
+
+static int64_t view_count(const apti_tensor_view *v)
+{
+    int64_t n = 1;
+    for (int32_t i = 0; i < v->dims; i++) n *= v->shape[i];
+    return n;
+}
+
+/* Floats of a tensor; the caller frees. */
+static float *golden_floats(const golden *g, const char *name, int64_t *count)
+{
+    const apti_tensor_view *v = apti_tensors_find(g->set, name);
+    if (v == NULL) fail_msg("the golden file has no tensor %s", name);
+    *count = view_count(v);
+    float *x = (float *)malloc((size_t)*count * sizeof(float));
+    assert_int_equal(apti_tensor_to_f32(g->set, v, x), APT_OK);
+    return x;
+}
+
+/* Packs the padded rows of the file: padding never enters a batch. */
+static void golden_batch(golden *g)
+{
+    const apti_tensor_view *mask = apti_tensors_find(g->set, "attention_mask");
+    const int32_t *m = (const int32_t *)(const void *)mask->data, *ids = golden_ints(g, "input_ids"), *types = golden_ints(g, "token_type_ids");
+    const int32_t *labels = golden_ints(g, "labels"), *start = golden_ints(g, "start_positions"), *end = golden_ints(g, "end_positions");
+    const int32_t rows = (int32_t)mask->shape[0];
+    int32_t n = 0;
+    g->length = (int32_t)mask->shape[1];
+    for (int32_t s = 0; s < rows; s++) {
+        for (int32_t i = 0; i < g->length; i++) {
+            if (!m[s * g->length + i]) continue;
+            g->types[n] = types != NULL ? types[s * g->length + i] : 0;
+            g->tokens[n++] = ids[s * g->length + i];
+        }
+        g->offsets[s + 1] = n;
+        if (start != NULL) {
+            g->labels[2 * s] = start[s];
+            g->labels[2 * s + 1] = end[s];
+        } else if (apti_tensors_find(g->set, "labels")->dtype == APT_F32) {
+            memcpy(&g->targets[s], (const uint8_t *)labels + 4 * s, 4);
+        } else {
+            g->labels[s] = labels[s];
+        }
+    }
+    g->batch.sequences = rows;
+    g->batch.offsets = g->offsets;
+    g->batch.tokens = g->tokens;
+    g->batch.types = types != NULL ? g->types : NULL;
+    g->batch.labels = g->labels;
+    g->batch.targets = g->targets;
+}
+
+static void golden_open(golden *g, const char *name, const char *kernels)
+{
+    char path[800];
+    memset(g, 0, sizeof(*g));
+    snprintf(g->dir, sizeof(g->dir), "tests/golden/%s", name);
+    struct stat info;
+    if (stat(g->dir, &info) != 0) {
+        snprintf(path, sizeof(path), "golden/%s", name);
+        (void)test_shared(g->dir, sizeof(g->dir), path);
+    }
+    apt_desc desc = APT_ZERO;
+    desc.kernels = kernels;
+    desc.threads = 2;
+    g->ctx = apt_create(&desc);
+    assert_non_null(g->ctx);
+    snprintf(path, sizeof(path), "%s/golden.safetensors", g->dir);
+    if (apti_tensors_open(g->ctx, path, &g->set) != APT_OK) fail_msg("%s", apt_error(g->ctx));
+    golden_batch(g);
+}
+
+static apt_model *golden_model(golden *g)
+{
+    apt_model *model = NULL;
+    apt_load_desc load = APT_ZERO;
+    if (apt_model_load(g->ctx, g->dir, &load, &model) != APT_OK) fail_msg("%s", apt_error(g->ctx));
+    return model;
+}
+
+static void golden_close(golden *g)
+{
+    apti_tensors_close(g->set);
+    apt_destroy(g->ctx);
+}
+
+/* norm(a - b) / norm(b), in double */
+static double relative_error(const float *a, const float *b, int64_t n)
+{
+    double d = 0, s = 0;
+    for (int64_t i = 0; i < n; i++) {
+        d += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        s += (double)b[i] * b[i];
+    }
+    return s > 0 ? sqrt(d / s) : sqrt(d);
+}
+
+static void expect_close(const char *what, const float *a, const float *b, int64_t n, double bound)
+{
+    const double e = relative_error(a, b, n);
+    if (getenv("APT_TEST_ERRORS") != NULL) printf("    %-80s %.2e of %.0e\n", what, e, bound);
+    if (!(e <= bound)) fail_msg("%s: relative error %.3g, bound %.3g (first values %g and %g)", what, e, bound, (double)a[0], (double)b[0]);
+}
+
+static void expect_golden(const golden *g, const char *part, const char *name, const float *mine, int64_t n, double bound)
+{
+    char key[256];
+    int64_t count = 0;
+    snprintf(key, sizeof(key), "%s%s", part, name);
+    float *x = golden_floats(g, key, &count);
+    assert_int_equal(count, n);
+    expect_close(key, mine, x, n, bound);
+    free(x);
+}
+
+/* Logits, loss and all hidden states of one forward ("dense." or "lora."). */
+static void check_forward(golden *g, apt_model *model, apti_pass *pass, const char *part)
+{
+    char name[64];
+    float mine[512];
+    int64_t n = 0;
+    const int32_t d = model->config.hidden;
+    const float loss = (float)apti_mean_loss(pass);
+    expect_golden(g, part, "loss", &loss, 1, 1e-5);
+    if (model->config.task == APT_TASK_SPAN) {
+        for (int32_t c = 0; c < 2; c++) {
+            snprintf(name, sizeof(name), "%s%s_logits", part, c == 0 ? "start" : "end");
+            float *x = golden_floats(g, name, &n), real[512];
+            int64_t rows = 0;
+            for (int32_t s = 0; s < g->batch.sequences; s++)
+                for (int32_t i = g->offsets[s]; i < g->offsets[s + 1]; i++, rows++) {
+                    mine[rows] = pass->logits[2 * i + c];
+                    real[rows] = x[s * g->length + i - g->offsets[s]];
+                }
+            expect_close(name, mine, real, rows, 1e-5);
+            free(x);
+        }
+    } else {
+        const int64_t count = g->batch.sequences * apti_head_width(&model->config);
+        expect_golden(g, part, "logits", pass->logits, count, 1e-5);
+    }
+    for (int32_t l = 0; l <= model->config.layers; l++) {
+        snprintf(name, sizeof(name), "%shidden.%d", part, (int)l);
+        float *x = golden_floats(g, name, &n);
+        const float *h = l == 0 ? pass->acts[0].x : pass->acts[l - 1].y2;
+        for (int32_t s = 0; s < g->batch.sequences; s++)
+            for (int32_t i = g->offsets[s]; i < g->offsets[s + 1]; i++)
+                expect_close(name, h + i * apti_ld(d), x + (s * g->length + i - g->offsets[s]) * d, d, 1e-5);
+        free(x);
+    }
+}
+
+static double gradient_norm(const apt_model *model)
+{
+    double sum = 0;
+    for (int32_t i = 0; i < model->param_count; i++)
+        for (int64_t j = 0; model->params[i].grad != NULL && j < apti_param_count(&model->params[i]); j++)
+            sum += (double)model->params[i].grad[j] * model->params[i].grad[j];
+    return sqrt(sum);
+}
+
+/* Some true gradients are 0 (a shift of all keys changes no softmax; a shift of all scores changes no span loss). What the file
+   and we hold there is rounding, measured against the whole gradient. Returns true when that case was checked. */
+static bool expect_vanishing(const golden *g, const apti_param *p, double whole)
+{
+    char key[256];
+    int64_t n = 0;
+    double file = 0, mine = 0;
+    snprintf(key, sizeof(key), "grad.%s", p->name);
+    float *x = golden_floats(g, key, &n);
+    for (int64_t i = 0; i < n; i++) {
+        file += (double)x[i] * x[i];
+        mine += (double)p->grad[i] * p->grad[i];
+    }
+    free(x);
+    if (sqrt(file) > 1e-12 * whole) return false;
+    if (!(sqrt(mine) <= 1e-6 * whole)) fail_msg("%s: gradient %.3g should vanish beside %.3g", p->name, sqrt(mine), whole);
+    return true;
+}
+
+static void check_gradients(const golden *g, const apt_model *model, bool adapters)
+{
+    const double whole = gradient_norm(model);
+    int32_t seen = 0;
+    for (int32_t i = 0; i < model->param_count; i++) {
+        const apti_param *p = &model->params[i];
+        const bool adapter = strncmp(p->name, "lora_", 5) == 0;
+        if (p->grad == NULL || adapter != adapters) continue;
+        if (!expect_vanishing(g, p, whole)) expect_golden(g, "grad.", p->name, p->grad, apti_param_count(p), 2e-5);
+        seen++;
+    }
+    assert_true(seen > 4);
+}
+
+static void forward_backward(apt_trainer *t, golden *g, uint32_t mode)
+{
+    assert_int_equal(apti_forward(t->pass, &g->batch, APTI_PASS_KEEP | mode), APT_OK);
+    apti_task_loss(t->pass, true, 1.0f);
+}
+
+static apt_trainer *golden_trainer(apt_model *model, apt_method method)
+{
+    apt_trainer *t = NULL;
+    apt_train_desc desc = APT_ZERO;
+    desc.method = method;
+    desc.steps = 10;
+    desc.rank = 4;
+    desc.scale = 2.0f;
+    if (apt_trainer_create(model, &desc, &t) != APT_OK) fail_msg("%s", apt_error(model->ctx));
+    return t;
+}
+
+static void check_dense(const char *name, const char *kernels)
+{
+    golden g;
+    golden_open(&g, name, kernels);
+    apt_model *model = golden_model(&g);
+    apt_trainer *t = golden_trainer(model, APT_METHOD_FULL);
+    forward_backward(t, &g, APTI_PASS_FULL | APTI_PASS_ALL_ROWS);
+    check_forward(&g, model, t->pass, "dense.");
+    apti_backward(t->pass);
+    check_gradients(&g, model, false);
+    apti_zero_gradients(t);
+    forward_backward(t, &g, APTI_PASS_FULL);                       /* the last layer on first tokens only: the same numbers */
+    apti_backward(t->pass);
+    check_gradients(&g, model, false);
+    golden_close(&g);
+}
+
+static void set_adapters(golden *g, apt_model *model)
+{
+    for (int32_t i = 0; i < model->param_count; i++) {
+        apti_param *p = &model->params[i];
+        int64_t n = 0;
+        if (strncmp(p->name, "lora_", 5) != 0 || apti_param_count(p) == 0) continue;
+        float *x = golden_floats(g, p->name, &n);
+        assert_int_equal(apt_model_set(model, p->name, x, n), APT_OK);
+        free(x);
+    }
+}
+
+/* Sums, salience and kurtosis at the inputs of one output or down projection. */
+static void check_projection(golden *g, apt_trainer *t, int32_t l, int32_t linear)
+{
+    const apt_model *m = t->model;
+    const apti_param *w = m->layers[l].slot[2 * linear];
+    const bool heads = linear == APTI_OUTPUT;
+    const int64_t n = w->cols, at = heads ? apti_probe_head(m, l) : apti_probe_neuron(m, l), dh = m->config.head_dim;
+    char name[128];
+    float s[2048], *values = (float *)malloc((size_t)apti_param_count(w) * sizeof(float));
+    snprintf(name, sizeof(name), "%.*s", (int)(strlen(w->name) - strlen(".weight")), w->name);
+    expect_golden(g, "sum_abs_act.", name, t->probe.act + at, n, 1e-5);
+    expect_golden(g, "sum_abs_grad.", name, t->probe.grad + at, n, 2e-5);
+    assert_int_equal(apt_salience_finish(s, t->probe.act + at, t->probe.grad + at, n, 1), APT_OK);
+    expect_golden(g, "salience_per_feature.", name, s, n, 1e-4);
+    apti_param_get(m, w, values);
+    assert_int_equal(apt_unit_kurtosis(s, NULL, values, n, w->rows, n, 1), APT_OK);
+    expect_golden(g, "kurtosis_per_feature.", name, s, n, 1e-4);
+    if (heads) {
+        assert_int_equal(apt_salience_finish(s, t->probe.act + at, t->probe.grad + at, n / dh, dh), APT_OK);
+        expect_golden(g, "salience_per_head.", name, s, n / dh, 1e-4);
+        assert_int_equal(apt_unit_kurtosis(s, t->probe.sum + at, values, n, w->rows, n / dh, dh), APT_OK);
+        expect_golden(g, "kurtosis_per_head.", name, s, n / dh, 1e-4);
+    }
+    free(values);
+}
+
+static void check_adapted(const char *name, const char *kernels)
+{
+    golden g;
+    golden_open(&g, name, kernels);
+    apt_model *model = golden_model(&g);
+    apt_trainer *t = golden_trainer(model, APT_METHOD_LORA);
+    set_adapters(&g, model);
+    t->pass->probe = &t->probe;
+    forward_backward(t, &g, APTI_PASS_ALL_ROWS);
+    check_forward(&g, model, t->pass, "lora.");
+    apti_backward(t->pass);
+    check_gradients(&g, model, true);
+    for (int32_t l = 0; l < model->config.layers; l++) {
+        check_projection(&g, t, l, APTI_OUTPUT);
+        check_projection(&g, t, l, APTI_DOWN);
+        for (int32_t i = 0; i < APTI_LINEARS; i++) {
+            const apti_param *a = model->layers[l].lora_a[i], *b = model->layers[l].lora_b[i];
+            float importance = 0;
+            if (a->rows == 0) continue;
+            const apt_adapter view = apti_adapter_view(model, a->value, b->value, a, b);
+            assert_int_equal(apt_adapter_importance(&view, b->grad, &importance), APT_OK);
+            expect_golden(&g, "adapter_importance.", a->name + strlen("lora_A."), &importance, 1, 1e-4);
+        }
+    }
+    golden_close(&g);
+}
+
+/* Inference shares its buffers between layers and runs other code paths: the logits must be the same. */
+static void check_inference(const char *name, const char *kernels)
+{
+    golden g;
+    float logits[512];
+    golden_open(&g, name, kernels);
+    apt_model *model = golden_model(&g);
+    apt_output out = APT_ZERO;
+    out.logits = logits;
+    out.logits_capacity = 512;
+    assert_int_equal(apt_model_forward(model, &g.batch, &out), APT_OK);
+    const float loss = (float)out.loss;
+    expect_golden(&g, "dense.", "loss", &loss, 1, 1e-5);
+    if (model->config.task != APT_TASK_SPAN) expect_golden(&g, "dense.", "logits", logits, out.logits_count, 1e-5);
+    golden_close(&g);
+}
+
+static const char *const golden_cases[] = {"bert", "roberta", "roberta-regression", "roberta-qa"};
+
+/* Every case on every kernel table that this processor has; case 1 needs the shared data. */
+static void run_cases(void (*check)(const char *, const char *), int32_t which)
+{
+    const apti_kernels *tables[8];
+    const int32_t n = apti_kernels_list(tables, 8);
+    for (int32_t i = 0; i < n; i++) check(golden_cases[which], tables[i]->name);
+}
+
+#define GOLDEN_TESTS(which)                                                                                     \
+    static void test_dense_##which(void **state) { (void)state; run_cases(check_dense, which); }                \
+    static void test_adapted_##which(void **state) { (void)state; run_cases(check_adapted, which); }            \
+    static void test_inference_##which(void **state) { (void)state; run_cases(check_inference, which); }
+GOLDEN_TESTS(0)
+GOLDEN_TESTS(1)
+GOLDEN_TESTS(2)
+GOLDEN_TESTS(3)
+
+#define GOLDEN_ENTRIES(which) cmocka_unit_test(test_dense_##which), cmocka_unit_test(test_adapted_##which), cmocka_unit_test(test_inference_##which)
+int main(void)
+{
+    const struct CMUnitTest tests[] = {GOLDEN_ENTRIES(0), GOLDEN_ENTRIES(1), GOLDEN_ENTRIES(2), GOLDEN_ENTRIES(3)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
