@@ -12,7 +12,8 @@
        #define APT_IMPLEMENTATION
        #include "apt.h"
 
-   and link with -lm -lpthread. No -march flag is needed: kernels for AVX-512, AVX2 and NEON are compiled in and chosen at run time.
+   and link with -lm -lpthread. No -march flag is needed: kernels for AVX-512, AVX2 and NEON are compiled in and chosen at
+   run time.
 
    TABLE OF CONTENTS (each section is marked in the text: search for // >>name)
 
@@ -373,7 +374,14 @@ APT_API apt_result apt_model_compact(apt_model *model);
 
 typedef enum apt_method { APT_METHOD_APT = 0, APT_METHOD_LORA, APT_METHOD_FULL } apt_method;
 typedef enum apt_lr_schedule { APT_LR_LINEAR = 0, APT_LR_COSINE, APT_LR_CONSTANT } apt_lr_schedule;
-enum { APT_ADAPT_QUERY = 1, APT_ADAPT_KEY = 2, APT_ADAPT_VALUE = 4, APT_ADAPT_OUTPUT = 8, APT_ADAPT_UP = 16, APT_ADAPT_DOWN = 32 };
+enum {
+    APT_ADAPT_QUERY = 1,
+    APT_ADAPT_KEY = 2,
+    APT_ADAPT_VALUE = 4,
+    APT_ADAPT_OUTPUT = 8,
+    APT_ADAPT_UP = 16,
+    APT_ADAPT_DOWN = 32
+};
 enum { APT_PRUNE_HEADS = 1, APT_PRUNE_NEURONS = 2, APT_PRUNE_HIDDEN = 4 };
 
 typedef enum apt_event_kind {
@@ -457,7 +465,13 @@ typedef struct apt_train_desc {
 } apt_train_desc;
 
 /* The paper's Table 6 rows that concern encoders; every other field zero. steps stays 0: epochs are the caller's. */
-typedef enum apt_preset_kind { APT_PRESET_GLUE_SMALL = 1, APT_PRESET_GLUE_BIG, APT_PRESET_SQUAD, APT_PRESET_CNNDM, APT_PRESET_ALPACA } apt_preset_kind;
+typedef enum apt_preset_kind {
+    APT_PRESET_GLUE_SMALL = 1,
+    APT_PRESET_GLUE_BIG,
+    APT_PRESET_SQUAD,
+    APT_PRESET_CNNDM,
+    APT_PRESET_ALPACA
+} apt_preset_kind;
 typedef struct apt_preset_info { const char *name; float learning_rate; int32_t batch, epochs, distill_epochs; } apt_preset_info;
 APT_API apt_train_desc apt_preset(apt_preset_kind kind);
 APT_API apt_result apt_preset_query(apt_preset_kind kind, apt_preset_info *info);
@@ -486,10 +500,12 @@ APT_API apt_result apt_checkpoint_save(apt_trainer *trainer, const char *path, c
 /* user_bytes: in capacity, out size. */
 APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, void *user, size_t *user_bytes);
 
-typedef struct apt_estimate_info { int64_t weights, adapters, optimizer, activations, teacher, scratch, total; } apt_estimate_info;
+typedef struct apt_estimate_info {
+    int64_t weights, adapters, optimizer, activations, teacher, scratch, total;
+} apt_estimate_info;
 /* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. */
-APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens, int64_t sequences,
-                                apt_estimate_info *info);
+APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
+                                int64_t sequences, apt_estimate_info *info);
 #endif /* APT_ONLY_CORE */
 
 
@@ -612,7 +628,7 @@ APT_API apt_result apt_salience_normalise(float *values, const int32_t *kind, co
 /* How salience S and outlier term K = sqrt(max(0, kurtosis)) are added. S scales with batch size, length and loss scale
    while K does not. */
 typedef enum apt_salience_norm {
-    APT_SALIENCE_DEFAULT = 0,         /* what measures best; now APT_SALIENCE_RAW */
+    APT_SALIENCE_DEFAULT = 0,         /* what measures best; now APT_SALIENCE_SCALED */
     APT_SALIENCE_RAW,                 /* S + K                       the paper's form */
     APT_SALIENCE_NORMALISED,          /* S/mean(S) + K/mean(K)       means over the alive units of the kind */
     APT_SALIENCE_SCALED               /* S + K * mean(S)/mean(K)     the same, but S keeps its ratio between kinds */
@@ -2167,6 +2183,7 @@ typedef struct apti_gemm {
     const float *residual;                       /* or NULL; may be c itself when ld_residual == ldc */
     int64_t ld_residual;
     const float *mask;                           /* [n] or NULL */
+    bool flip;                                   /* the driver's own: C is stored transposed */
 } apti_gemm;
 
 /* What a tile kernel reads for one stretch of the reduction: row i of A at a + i*a_row, and a panel of B whose row p is
@@ -2240,6 +2257,7 @@ typedef struct apti_kernels {
 #define APTI_MR_MAX 14                           /* over all tables */
 #define APTI_NR_MAX 32
 #define APTI_THIN_ROWS 3
+#define APTI_GEMM_PACK 32                        /* rows of a plain B, columns of a transposed A copied before going sideways: few pages at a time */
 
 /* Row stride for activations: an odd multiple of 16 floats (one cache line), so that the rows of a strip do not fall
    into the same few sets of the first-level cache, as they would with a stride of 1024 floats. */
@@ -2561,9 +2579,11 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_viset(x) _mm256_set1_epi32(x)
 #define apti_viadd(a, b) _mm256_add_epi32(a, b)
 #define apti_viand(a, b) _mm256_and_si256(a, b)
-#define apti_viandnot(a, b) _mm256_andnot_si256(a, b)
 #define apti_vior(a, b) _mm256_or_si256(a, b)
-#define apti_vigt(a, b) _mm256_cmpgt_epi32(a, b)
+#define apti_vm __m256i
+#define apti_vgt(a, b) _mm256_cmpgt_epi32(a, b)
+#define apti_vpick(m, a, b) _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m))
+#define apti_vany(m) (_mm256_movemask_epi8(m) != 0)
 #define apti_vimin(a, b) _mm256_min_epi32(a, b)
 #define apti_vishl23(a) _mm256_slli_epi32(a, 23)
 #define apti_vtranspose(y, ldy, x, ldx) apti_transpose_8x8(y, ldy, x, ldx)
@@ -2602,9 +2622,11 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_viset(x) _mm512_set1_epi32(x)
 #define apti_viadd(a, b) _mm512_add_epi32(a, b)
 #define apti_viand(a, b) _mm512_and_si512(a, b)
-#define apti_viandnot(a, b) _mm512_andnot_si512(a, b)
 #define apti_vior(a, b) _mm512_or_si512(a, b)
-#define apti_vigt(a, b) _mm512_movm_epi32(_mm512_cmpgt_epi32_mask(a, b))
+#define apti_vm __mmask16
+#define apti_vgt(a, b) _mm512_cmpgt_epi32_mask(a, b)
+#define apti_vpick(m, a, b) _mm512_mask_blend_ps(m, b, a)
+#define apti_vany(m) ((m) != 0)
 #define apti_vimin(a, b) _mm512_min_epi32(a, b)
 #define apti_vishl23(a) _mm512_slli_epi32(a, 23)
 #define apti_vtranspose(y, ldy, x, ldx) apti_transpose_8x8(y, ldy, x, ldx)
@@ -2683,9 +2705,11 @@ APTI_INLINE void apti_transpose_4x4(float *y, int64_t ldy, const float *x, int64
 #define apti_viset(x) vdupq_n_s32(x)
 #define apti_viadd(a, b) vaddq_s32(a, b)
 #define apti_viand(a, b) vandq_s32(a, b)
-#define apti_viandnot(a, b) vbicq_s32(b, a)
 #define apti_vior(a, b) vorrq_s32(a, b)
-#define apti_vigt(a, b) vreinterpretq_s32_u32(vcgtq_s32(a, b))
+#define apti_vm uint32x4_t
+#define apti_vgt(a, b) vcgtq_s32(a, b)
+#define apti_vpick(m, a, b) vbslq_f32(m, a, b)
+#define apti_vany(m) (vmaxvq_u32(m) != 0)
 #define apti_vimin(a, b) vminq_s32(a, b)
 #define apti_vishl23(a) vshlq_n_s32(a, 23)
 #define apti_vtranspose(y, ldy, x, ldx) apti_transpose_4x4(y, ldy, x, ldx)
@@ -2699,16 +2723,31 @@ APTI_INLINE void apti_transpose_4x4(float *y, int64_t ldy, const float *x, int64
 #endif /* APT_IMPLEMENTATION */
 
 #ifdef APTI_ISA
-/* One vector of exp(x). x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) by a polynomial (minimax, relative error 3.1e-9), times
-   2^n in two steps because 2^128 is not a float. Relative error below 1.2e-7 (measured over all exponents). Below
-   -87.3 the result is 0, not a denormal; above 88.72 it is infinite. */
-APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vkeep_nan)(apti_v y, apti_v x)
+/* Comparisons are made on the bits as integers, so that -Ofast cannot assume NaN away: floats of one sign are ordered
+   like their bits, and a NaN has more of them than infinity. */
+APTI_ISA_TARGET APTI_INLINE apti_vi APTI_FN(vabs_bits)(apti_v x)
 {
-    const apti_vi bits = apti_vbits(x);
-    const apti_vi nan = apti_vigt(apti_viand(bits, apti_viset(0x7fffffff)), apti_viset(0x7f800000));
-    return apti_vfloat(apti_vior(apti_vbits(y), apti_viand(nan, bits)));
+    return apti_viand(apti_vbits(x), apti_viset(0x7fffffff));
 }
 
+APTI_ISA_TARGET APTI_INLINE apti_vm APTI_FN(vis_nan)(apti_v x)
+{
+    return apti_vgt(APTI_FN(vabs_bits)(x), apti_viset(0x7f800000));
+}
+
+/* min(|x|, limit), and limit for NaN */
+APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vabs_limit)(apti_v x, float limit)
+{
+    return apti_vfloat(apti_vimin(APTI_FN(vabs_bits)(x), apti_vbits(apti_vset(limit))));
+}
+
+/* max(x, 0), and NaN for NaN: as integers, -infinity .. -0 are the values below 0xff800001 */
+APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vrelu)(apti_v x)
+{
+    return apti_vpick(apti_vgt(apti_viset(-0x7fffff), apti_vbits(x)), apti_vset(0.0f), x);
+}
+
+/* exp(r) - 1 with x = n ln 2 + r, |r| <= ln 2 / 2: a minimax polynomial, relative error of exp(r) 3.1e-9. |n| is small. */
 APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vexpm1_reduced)(apti_v x, apti_vi *n)
 {
     *n = apti_vround(apti_vmul(x, apti_vset(1.44269504f)));
@@ -2721,56 +2760,52 @@ APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vexpm1_reduced)(apti_v x, apti_vi *n)
     return apti_vfma(apti_vmul(r, r), q, r);
 }
 
+/* exp(x), relative error below 9e-8 (measured over all exponents). Below -87.3 it is 0, not a denormal; above 88.72
+   infinite. 2^n is applied as 2 * 2^(n-1), because 2^128 is not a float. */
 APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vexp)(apti_v x)
 {
     apti_vi n;
     const apti_v p = APTI_FN(vexpm1_reduced)(apti_vmin(apti_vmax(x, apti_vset(-87.33654f)), apti_vset(89.0f)), &n);
     const apti_v two = apti_vadd(apti_vset(2.0f), apti_vadd(p, p));
     const apti_v power = apti_vfloat(apti_vishl23(apti_viadd(n, apti_viset(126))));
-    return APTI_FN(vkeep_nan)(apti_vmul(two, power), x);
+    return apti_vpick(APTI_FN(vis_nan)(x), x, apti_vmul(two, power));
 }
 
-/* tanh(x) = e / (e + 2), e = exp(2|x|) - 1 without cancellation. Relative error below 3e-7. */
+/* tanh(x) = e / (e + 2), e = exp(2|x|) - 1 without cancellation. Relative error below 1.8e-7. */
 APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vtanh)(apti_v x)
 {
-    const apti_vi sign = apti_viand(apti_vbits(x), apti_viset((int32_t)0x80000000u));
-    const apti_vi size = apti_viand(apti_vbits(x), apti_viset(0x7fffffff));
-    const apti_v t = apti_vmin(apti_vfloat(size), apti_vset(10.0f));
+    const apti_v t = APTI_FN(vabs_limit)(x, 10.0f);
     apti_vi n;
     const apti_v p = APTI_FN(vexpm1_reduced)(apti_vadd(t, t), &n);
     const apti_v power = apti_vfloat(apti_vishl23(apti_viadd(n, apti_viset(127))));
     const apti_v e = apti_vfma(p, power, apti_vsub(power, apti_vset(1.0f)));
     const apti_v y = apti_vdiv(e, apti_vadd(e, apti_vset(2.0f)));
-    return APTI_FN(vkeep_nan)(apti_vfloat(apti_vior(apti_vbits(y), sign)), x);
+    const apti_vi sign = apti_viand(apti_vbits(x), apti_viset((int32_t)0x80000000u));
+    return apti_vpick(APTI_FN(vis_nan)(x), x, apti_vfloat(apti_vior(apti_vbits(y), sign)));
 }
 
-/* max(x, 0), with NaN kept: as integers, exactly -0 .. -infinity are the values below 0xff800001. */
-APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vrelu)(apti_v x)
-{
-    const apti_vi bits = apti_vbits(x);
-    return apti_vfloat(apti_viandnot(apti_vigt(apti_viset(-0x7fffff), bits), bits));
-}
-
-/* |x|, at most limit (by integer comparison, so NaN gives limit) */
-APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vabs_limit)(apti_v x, float limit)
-{
-    return apti_vmin(apti_vfloat(apti_vimin(apti_viand(apti_vbits(x), apti_viset(0x7fffffff)), apti_viset(0x7f800000))), apti_vset(limit));
-}
-
-/* For t >= 0: P(-t) / exp(-t^2/2) with the normal distribution P (Mills' ratio), a rational minimax fit on [0, 14],
-   relative error 3e-8; and exp(-t^2/2). Together they give erf GELU and its derivative without cancellation. */
+/* For 0 <= t <= APTI_MILLS_LIMIT: returns P(-t) / exp(-t^2/2), P the normal distribution (Mills' ratio, a rational minimax fit),
+   and *density = exp(-t^2/2) = 2^n 2^f with a minimax polynomial for 2^f. Together they give erf GELU and its slope without
+   cancellation. Fitted for the absolute error of those two, 2e-8 and 3e-8: half of what rounding adds. */
+#define APTI_MILLS_LIMIT 13.1f
 APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vmills)(apti_v t, apti_v *density)
 {
-    apti_v p = apti_vfma(t, apti_vset(0.00347004062f), apti_vset(0.0362821445f));
-    p = apti_vfma(t, p, apti_vset(0.170343921f));
-    p = apti_vfma(t, p, apti_vset(0.420938551f));
+    apti_v p = apti_vfma(t, apti_vset(0.0126397312f), apti_vset(0.100008152f));
+    p = apti_vfma(t, p, apti_vset(0.326463193f));
     p = apti_vfma(t, p, apti_vset(0.5f));
-    apti_v q = apti_vfma(t, apti_vset(0.00869785435f), apti_vset(0.0909577683f));
-    q = apti_vfma(t, q, apti_vset(0.435440809f));
-    q = apti_vfma(t, q, apti_vset(1.14902759f));
-    q = apti_vfma(t, q, apti_vset(1.63976169f));
+    apti_v q = apti_vfma(t, apti_vset(0.0317049511f), apti_vset(0.25004822f));
+    q = apti_vfma(t, q, apti_vset(0.857609272f));
+    q = apti_vfma(t, q, apti_vset(1.4508096f));
     q = apti_vfma(t, q, apti_vset(1.0f));
-    *density = APTI_FN(vexp)(apti_vmul(apti_vmul(t, t), apti_vset(-0.5f)));
+    const apti_v square = apti_vmul(t, t), scale = apti_vset(-0.72134752f);          /* -log2(e) / 2 */
+    const apti_vi n = apti_vround(apti_vmul(square, scale));
+    const apti_v f = apti_vfma(square, scale, apti_vsub(apti_vset(0.0f), apti_vconvert(n)));
+    apti_v e = apti_vfma(f, apti_vset(0.00132645911f), apti_vset(0.00967161916f));
+    e = apti_vfma(f, e, apti_vset(0.0555073507f));
+    e = apti_vfma(f, e, apti_vset(0.240222409f));
+    e = apti_vfma(f, e, apti_vset(0.693147004f));
+    e = apti_vfma(f, e, apti_vset(1.0f));
+    *density = apti_vfloat(apti_viadd(apti_vbits(e), apti_vishl23(n)));
     return apti_vdiv(p, q);
 }
 
@@ -2778,40 +2813,42 @@ APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vmills)(apti_v t, apti_v *density)
 APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vsigmoid_cubic)(apti_v t, apti_v *e)
 {
     const apti_v u = apti_vmul(t, apti_vfma(apti_vmul(t, t), apti_vset(2.0f * APTI_GELU_B), apti_vset(2.0f * APTI_GELU_A)));
-    *e = APTI_FN(vexp)(u);
+    apti_vi n;
+    const apti_v p = APTI_FN(vexpm1_reduced)(u, &n), power = apti_vfloat(apti_vishl23(apti_viadd(n, apti_viset(127))));
+    *e = apti_vfma(p, power, power);
     return apti_vdiv(apti_vset(1.0f), apti_vadd(apti_vset(1.0f), *e));
 }
 
 APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vact)(apti_v x, int32_t act)
 {
-    const apti_v t = APTI_FN(vabs_limit)(x, act == APT_GELU_TANH ? APTI_GELU_TANH_LIMIT : 14.0f);
     apti_v e;
     if (act == APT_GELU_ERF) {
-        const apti_v ratio = APTI_FN(vmills)(t, &e);
+        const apti_v t = APTI_FN(vabs_limit)(x, APTI_MILLS_LIMIT), ratio = APTI_FN(vmills)(t, &e);
         return apti_vfnma(apti_vmul(t, ratio), e, APTI_FN(vrelu)(x));
     }
-    if (act == APT_GELU_TANH) return apti_vfnma(t, APTI_FN(vsigmoid_cubic)(t, &e), APTI_FN(vrelu)(x));
+    if (act == APT_GELU_TANH) {
+        const apti_v t = APTI_FN(vabs_limit)(x, APTI_GELU_TANH_LIMIT);
+        return apti_vfnma(t, APTI_FN(vsigmoid_cubic)(t, &e), APTI_FN(vrelu)(x));
+    }
     return act == APT_RELU ? APTI_FN(vrelu)(x) : x;
 }
 
-/* Slope of the activation: f(-t) for x <= 0, 1 - f(-t) for x > 0; f as in apti_act_slope. */
+/* Slope of the activation: f for x <= 0, 1 - f for x > 0; f as in apti_act_slope. */
 APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vslope)(apti_v x, int32_t act)
 {
-    const apti_v t = APTI_FN(vabs_limit)(x, 9.0f), one = apti_vset(1.0f);
     apti_v f = apti_vset(0.0f), e;
     if (act == APT_GELU_ERF) {
-        const apti_v ratio = APTI_FN(vmills)(t, &e);
+        const apti_v t = APTI_FN(vabs_limit)(x, APTI_MILLS_LIMIT), ratio = APTI_FN(vmills)(t, &e);
         f = apti_vmul(e, apti_vfnma(t, apti_vset(APTI_INV_SQRT_2PI), ratio));
     } else if (act == APT_GELU_TANH) {
-        const apti_v s = APTI_FN(vsigmoid_cubic)(t, &e);
+        const apti_v t = APTI_FN(vabs_limit)(x, APTI_GELU_TANH_LIMIT), s = APTI_FN(vsigmoid_cubic)(t, &e);
         const apti_v du = apti_vfma(apti_vmul(t, t), apti_vset(6.0f * APTI_GELU_B), apti_vset(2.0f * APTI_GELU_A));
         f = apti_vfnma(apti_vmul(apti_vmul(t, du), apti_vmul(s, e)), s, s);
     } else if (act != APT_RELU) {
-        return one;
+        return apti_vset(1.0f);
     }
-    const apti_vi positive = apti_vigt(apti_vbits(x), apti_viset(0));
-    const apti_v y = apti_vfloat(apti_vior(apti_viand(positive, apti_vbits(apti_vsub(one, f))), apti_viandnot(positive, apti_vbits(f))));
-    return APTI_FN(vkeep_nan)(y, x);
+    const apti_v y = apti_vpick(apti_vgt(apti_vbits(x), apti_viset(0)), apti_vsub(apti_vset(1.0f), f), f);
+    return apti_vpick(APTI_FN(vis_nan)(x), x, y);
 }
 
 /* The loops below walk n floats in vectors; k is the number of lanes of this step that count. */
@@ -2863,7 +2900,7 @@ APTI_ISA_TARGET static void APTI_FN(axpy)(float *y, float s, const float *x, int
 APTI_ISA_TARGET static void APTI_FN(abs_add)(float *acc, const float *x, int64_t n)
 {
     APTI_EACH(i, n, k) {
-        const apti_v size = apti_vfloat(apti_viand(apti_vbits(apti_vget(x + i, k)), apti_viset(0x7fffffff)));
+        const apti_v size = apti_vfloat(APTI_FN(vabs_bits)(apti_vget(x + i, k)));
         apti_vput(acc + i, apti_vadd(apti_vget(acc + i, k), size), k);
     }
 }
@@ -2896,8 +2933,7 @@ APTI_ISA_TARGET static void APTI_FN(norm)(float *y, const float *x, const float 
    a hundred cycles each. sqrt(2^-100) is far below any useful eps. */
 APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vflush)(apti_v x)
 {
-    const apti_vi bits = apti_vbits(x), tiny = apti_viset((127 - 100) << 23);
-    return apti_vfloat(apti_viandnot(apti_vigt(tiny, apti_viand(bits, apti_viset(0x7fffffff))), bits));
+    return apti_vpick(apti_vgt(apti_viset((127 - 100) << 23), APTI_FN(vabs_bits)(x)), apti_vset(0.0f), x);
 }
 
 APTI_ISA_TARGET static void APTI_FN(adam)(float *w, float *m, float *v, const float *g, int64_t n, float grad_scale, float beta1, float beta2,
@@ -2972,30 +3008,23 @@ APTI_ISA_TARGET static float APTI_FN(sq_dev)(const float *x, float mean, int64_t
 APTI_ISA_TARGET static float APTI_FN(max)(const float *x, int64_t n)
 {
     if (n <= 0) return -APTI_FLT_MAX;
-    apti_v m = apti_vset(x[0]);
-    apti_vi nan = apti_viset(0);
+    float t[APTI_LANES];
+    apti_v m = apti_vset(x[0]), nan = apti_vset(0.0f);           /* nan: the last NaN of each lane */
     for (int64_t i = 0; i < n; i += APTI_LANES) {
-        const int64_t k = apti_min_i64(n - i, APTI_LANES);
-        float part[APTI_LANES];
-        apti_v v;
-        if (k == APTI_LANES) {
+        apti_v v = m;
+        if (i + APTI_LANES <= n) {
             v = apti_vload(x + i);
         } else {
-            for (int64_t l = 0; l < APTI_LANES; l++) part[l] = x[l < k ? i + l : i];
-            v = apti_vload(part);
+            for (int32_t l = 0; l < APTI_LANES; l++) t[l] = x[i + l < n ? i + l : i];
+            v = apti_vload(t);
         }
         m = apti_vmax(m, v);
-        nan = apti_vior(nan, apti_vigt(apti_viand(apti_vbits(v), apti_viset(0x7fffffff)), apti_viset(0x7f800000)));
+        nan = apti_vpick(APTI_FN(vis_nan)(v), v, nan);
     }
-    float t[APTI_LANES], u[APTI_LANES];
+    if (apti_vany(APTI_FN(vis_nan)(nan))) return apti_float(APTI_NAN_BITS);
     apti_vstore(t, m);
-    apti_vstore(u, apti_vfloat(nan));
-    uint32_t any = 0;
-    for (int32_t l = 0; l < APTI_LANES; l++) {
-        any |= apti_bits(u[l]);
-        t[0] = t[l] > t[0] ? t[l] : t[0];
-    }
-    return any != 0 ? apti_float(APTI_NAN_BITS) : t[0];
+    for (int32_t l = 1; l < APTI_LANES; l++) t[0] = t[l] > t[0] ? t[l] : t[0];
+    return t[0];
 }
 
 APTI_ISA_TARGET static void APTI_FN(expand)(float *y, const uint16_t *x, int64_t n)
@@ -3009,8 +3038,14 @@ APTI_ISA_TARGET static void APTI_FN(copy)(float *y, int64_t ldy, const float *x,
 {
     for (int64_t r = 0; r < rows; r++, x += ldx, y += ldy) {
         int64_t c = 0;
-        for (; c + APTI_LANES <= cols; c += APTI_LANES) apti_vstore(y + c, apti_vload(x + c));
-        if (c < cols) apti_vstore(y + c, apti_vload_part(x + c, cols - c));
+        for (; c + APTI_LANES <= cols; c += APTI_LANES) {
+            if (c % 16 == 0) __builtin_prefetch(x + APTI_GEMM_PACK * ldx + c, 0, 3);
+            apti_vstore(y + c, apti_vload(x + c));
+        }
+        if (c < cols) {
+            __builtin_prefetch(x + APTI_GEMM_PACK * ldx + cols - 1, 0, 3);
+            apti_vstore(y + c, apti_vload_part(x + c, cols - c));
+        }
     }
 }
 
@@ -3215,6 +3250,7 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #undef APTI_NV
 #undef APTI_BLOCK
 #undef APTI_EACH
+#undef APTI_MILLS_LIMIT
 #undef APTI_THIRD
 #undef APTI_ROWS
 #undef APTI_ROWS_6
@@ -3256,9 +3292,11 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #undef apti_viset
 #undef apti_viadd
 #undef apti_viand
-#undef apti_viandnot
 #undef apti_vior
-#undef apti_vigt
+#undef apti_vm
+#undef apti_vgt
+#undef apti_vpick
+#undef apti_vany
 #undef apti_vimin
 #undef apti_vishl23
 #undef apti_vtranspose
@@ -3384,10 +3422,11 @@ static void apti_unpack(apt_ctx *ctx, float *w, int64_t ldw, const apti_packed *
    ------------------------------------------------------------------------------------------------------------------ */
 
 #define APTI_GEMM_K 768                          /* longest k block; k is cut evenly */
+#define APTI_STRIP_GAP 16                        /* floats between packed strips: the copy writes whole vectors */
 #define APTI_GEMM_TAIL 64                        /* a second part up to this long rides on the first part's last k block */
 #define APTI_GEMM_ROWS 84                        /* row block: 84 x 768 floats take a quarter of a 1 MiB second-level cache */
 #define APTI_GEMM_COLS 256                       /* widest tile */
-#define APTI_GEMM_TALL 512                       /* tiles of a B that is packed on the way are 512 x 128 instead of 84 x 256 */
+#define APTI_GEMM_TALL 336                       /* tiles of a B that is packed on the way are 336 x 128 instead of 168 x 256 */
 #define APTI_GEMM_SLIM 128
 #define APTI_GEMM_TASK 2e5                       /* fused multiply-adds that are worth a task: some 5 us */
 #define APTI_GEMM_SCRATCH (1 << 20)              /* bytes that let every product run at full speed; see apti_gemm_serial */
@@ -3445,6 +3484,12 @@ static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_ge
     }
 }
 
+/* A plain B (of whole panels) is read in place when too few strips would pay for the copy. */
+static bool apti_in_place(const apti_gemm_tile *t, const apti_gemm_part *part)
+{
+    return part->kind == APTI_B_PLAIN && t->i1 - t->i0 <= 2 * t->kernels->mr;
+}
+
 static apti_b_view apti_view_b(const apti_gemm_tile *t, const apti_gemm_part *part, int64_t p0, int64_t k, float *scratch)
 {
     const int64_t nr = t->kernels->nr;
@@ -3455,32 +3500,37 @@ static apti_b_view apti_view_b(const apti_gemm_tile *t, const apti_gemm_part *pa
         view.data = (const float *)part->packed->data + t->j0 / nr * view.panel + p0 * nr;
         return view;
     }
-    /* A plain B of whole panels is read in place when too few strips would pay for the copy. */
-    if (part->kind == APTI_B_PLAIN && t->i1 - t->i0 <= 2 * t->kernels->mr && (t->j1 - t->j0) % nr == 0) {
+    if (apti_in_place(t, part) && (t->j1 - t->j0) % nr == 0) {
         view.data = part->b + p0 * part->ldb + t->j0;
         view.step = part->ldb;
         view.panel = nr;
         return view;
     }
-    for (int64_t j = t->j0; j < t->j1; j += nr)
-        apti_pack_panel(t->kernels, scratch + (j - t->j0) * k, part, p0, k, j, apti_min_i64(nr, t->j1 - j));
+    for (int64_t p = 0; p < k; p += APTI_GEMM_PACK) {
+        const int64_t rows = apti_min_i64(APTI_GEMM_PACK, k - p);
+        for (int64_t j = t->j0; j < t->j1; j += nr)
+            apti_pack_panel(t->kernels, scratch + (j - t->j0) * k + p * nr, part, p0 + p, rows, j, apti_min_i64(nr, t->j1 - j));
+    }
     view.data = scratch;
     view.panel = k * nr;
     return view;
 }
 
-/* Rows i0 .. i0+rows of A as strips. A transposed A (a_col != 1) is copied, strip by strip: its columns are far apart. */
-static void apti_pack_a(const apti_gemm_tile *t, const apti_gemm_part *part, int64_t i0, int64_t rows, int64_t strips, int64_t p0, int64_t k)
+/* Rows i0 .. i0+rows of A as strips. A transposed A (a_col != 1) is copied, because its columns are far apart. */
+static void apti_pack_a(const apti_gemm_tile *t, float *y, const apti_gemm_part *part, int64_t i0, int64_t rows, int64_t strips, int64_t p0, int64_t k)
 {
-    for (int64_t s = 0; s < strips; s++) {
-        const int64_t r0 = rows * s / strips, r1 = rows * (s + 1) / strips;
-        t->kernels->copy(t->pack_a + r0 * k, r1 - r0, part->a + (i0 + r0) * part->a_row + p0 * part->a_col, part->a_col, k, r1 - r0);
+    for (int64_t p = 0; p < k; p += APTI_GEMM_PACK) {
+        const float *a = part->a + i0 * part->a_row + (p0 + p) * part->a_col;
+        for (int64_t s = 0, r0 = 0, r1; s < strips; s++, r0 = r1) {
+            r1 = rows * (s + 1) / strips;
+            t->kernels->copy(y + r0 * k + s * APTI_STRIP_GAP + p * (r1 - r0), r1 - r0, a + r0 * part->a_row, part->a_col, apti_min_i64(APTI_GEMM_PACK, k - p), r1 - r0);
+        }
     }
 }
 
 static bool apti_needs_pack_a(const apti_gemm_part *part)
 {
-    return part->a_col != 1;
+    return part->a_col > APTI_NR_MAX;
 }
 
 /* Everything after the sums for one strip of one panel: z is in `from`. */
@@ -3522,7 +3572,7 @@ static void apti_gemm_strip(const apti_gemm_tile *t, const apti_k_step *step, ap
     const int64_t nr = t->kernels->nr, rows = tile->rows, cols = tile->cols, ld_sums = apti_round_up(t->j1 - t->j0, nr);
     APTI_ALIGN64 float edge[APTI_MR_MAX * APTI_NR_MAX];
     float *c = g->c + i * g->ldc + j;
-    const bool whole = cols == nr, parked = t->sums != NULL;
+    const bool whole = cols == nr && !g->flip, parked = t->sums != NULL;
     tile->to = parked ? t->sums + (i - t->i0) * ld_sums + (j - t->j0) : whole ? c : edge;
     tile->ld_to = parked ? ld_sums : whole ? g->ldc : nr;
     tile->from = tile->to;
@@ -3532,12 +3582,16 @@ static void apti_gemm_strip(const apti_gemm_tile *t, const apti_k_step *step, ap
         tile->from = g->bias == NULL ? NULL : whole ? g->bias + j : edge;
         tile->ld_from = 0;
         if (!whole && g->bias != NULL) memcpy(edge, g->bias + j, (size_t)cols * sizeof(float));
+    } else if (g->flip) {
+        t->kernels->transpose(edge, nr, g->c + j * g->ldc + i, g->ldc, cols, rows);
     } else if (tile->to != c && (step->first || !parked)) {
         for (int64_t r = 0; r < rows; r++) memcpy(tile->to + r * tile->ld_to, c + r * g->ldc, (size_t)cols * sizeof(float));
     }
-    tile->next = tile->to != c ? tile->to : tile->next;
+    if (tile->to != c) tile->next = tile->to;
     t->kernels->tile(tile);
-    if (step->last && apti_has_epilogue(g)) {
+    if (g->flip) {
+        t->kernels->transpose(g->c + j * g->ldc + i, g->ldc, edge, nr, rows, cols);
+    } else if (step->last && apti_has_epilogue(g)) {
         apti_gemm_finish(t->kernels, g, i, j, rows, cols, tile->to, tile->ld_to);
     } else if (tile->to != c && (step->last || !parked)) {
         for (int64_t r = 0; r < rows; r++) memcpy(c + r * g->ldc, tile->to + r * tile->ld_to, (size_t)cols * sizeof(float));
@@ -3550,10 +3604,9 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
     float *pack_a[2] = {NULL, NULL}, *free_a = t->pack_a;
     for (int32_t q = 0; q < 2; q++) {
         if (step->part[q] == NULL || !apti_needs_pack_a(step->part[q])) continue;
-        apti_gemm_tile here = *t;
-        here.pack_a = pack_a[q] = free_a;
-        apti_pack_a(&here, step->part[q], i0, rows, strips, step->p0[q], step->k[q]);
-        free_a += rows * step->k[q] + 16;        /* + 16: whole vectors are written */
+        pack_a[q] = free_a;
+        apti_pack_a(t, free_a, step->part[q], i0, rows, strips, step->p0[q], step->k[q]);
+        free_a += rows * step->k[q] + strips * APTI_STRIP_GAP;
     }
     apti_tile tile = APT_ZERO;
     for (int64_t j = t->j0; j < t->j1; j += nr) {
@@ -3569,7 +3622,7 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
                 apti_segment *segment = &tile.segment[q];
                 const apti_gemm_part *part = step->part[q];
                 segment->k = step->k[q];
-                segment->a = pack_a[q] != NULL ? pack_a[q] + r0 * step->k[q] : part->a + (i0 + r0) * part->a_row + step->p0[q] * part->a_col;
+                segment->a = pack_a[q] != NULL ? pack_a[q] + r0 * step->k[q] + s * APTI_STRIP_GAP : part->a + (i0 + r0) * part->a_row + step->p0[q] * part->a_col;
                 segment->a_row = pack_a[q] != NULL ? 1 : part->a_row;
                 segment->a_col = pack_a[q] != NULL ? r1 - r0 : part->a_col;
             }
@@ -3661,7 +3714,7 @@ static void apti_gemm_region(const apti_kernels *kernels, const apti_gemm *g, in
     t.kernels = kernels;
     t.g = g;
     t.k_block = APTI_GEMM_K;
-    const int64_t a_floats = APTI_GEMM_ROWS * (t.k_block + APTI_GEMM_TAIL) + 32;
+    const int64_t a_floats = APTI_GEMM_ROWS * (t.k_block + APTI_GEMM_TAIL + 2 * APTI_STRIP_GAP / 4);    /* a strip has 4 rows or more */
     int64_t cols = apti_min_i64(APTI_GEMM_COLS, (floats - a_floats) / (t.k_block + APTI_GEMM_TAIL + (park ? APTI_GEMM_ROWS : 0)));
     cols = apti_max_i64(nr, cols / nr * nr);
     t.pack_a = (float *)scratch;
@@ -3692,10 +3745,30 @@ static void apti_gemm_thin_region(const apti_kernels *kernels, const apti_gemm *
     for (int64_t j = j0; j < j1; j += 2 * kernels->nr) apti_gemm_thin(&t, j);
 }
 
+/* dB += dy^T x of a low rank: a tall, narrow C from a transposed A. Computed as the transposed product, so that the large
+   matrix dy takes the place of B, is read row by row where it is, and no lane of a vector idles. */
+static bool apti_gemm_flip(const apti_kernels *kernels, apti_gemm *f, const apti_gemm *g)
+{
+    const apti_gemm_part *part = &g->part[0];
+    if (part->a_row != 1 || part->a_col == 1 || part->kind != APTI_B_PLAIN || g->part[1].k > 0) return false;
+    if (g->n > 2 * kernels->mr || g->m <= g->n || g->bias != NULL || apti_has_epilogue(g)) return false;
+    *f = *g;
+    f->m = g->n;
+    f->n = g->m;
+    f->part[0].a = part->b;
+    f->part[0].a_col = part->ldb;
+    f->part[0].b = part->a;
+    f->part[0].ldb = part->a_col;
+    f->flip = true;
+    return true;
+}
+
 /* For use inside a task. scratch: 64-byte aligned, APTI_GEMM_SCRATCH bytes. */
 static void apti_gemm_serial(const apti_kernels *kernels, const apti_gemm *g, void *scratch, size_t scratch_bytes)
 {
     if (g->m <= 0 || g->n <= 0) return;
+    apti_gemm flipped;
+    if (apti_gemm_flip(kernels, &flipped, g)) g = &flipped;
     if (apti_is_thin(g)) apti_gemm_thin_region(kernels, g, 0, g->n, scratch);
     else apti_gemm_region(kernels, g, 0, g->m, 0, g->n, scratch, scratch_bytes);
 }
@@ -3719,7 +3792,7 @@ static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
     const bool pack_b = g->part[0].k > 0 && (g->part[0].kind != APTI_B_PACKED || g->part[0].packed->type != APT_F32);
     const bool pack_a = g->part[0].a_col != 1;
     const double work = (double)g->m * (double)g->n * (double)(g->part[0].k + g->part[1].k);
-    const int64_t wanted = apti_min_i64(threads == 1 ? 1 : 8 * threads, 1 + (int64_t)(work / APTI_GEMM_TASK));
+    const int64_t wanted = apti_min_i64(threads == 1 ? 1 : (pack_a && pack_b ? 2 : 8) * threads, 1 + (int64_t)(work / APTI_GEMM_TASK));
     job->panels = apti_ceil_div(g->n, job->kernels->nr);
     job->tiles_m = job->tiles_n = 1;
     if (job->thin) {
@@ -3742,11 +3815,12 @@ static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
 static void apti_gemm_run(apt_ctx *ctx, const apti_gemm *g)
 {
     if (g->m <= 0 || g->n <= 0) return;
+    apti_gemm flipped;
     apti_gemm_job job = APT_ZERO;
     job.ctx = ctx;
     job.kernels = ctx->kernels;
-    job.g = g;
-    job.thin = apti_is_thin(g);
+    job.g = apti_gemm_flip(ctx->kernels, &flipped, g) ? &flipped : g;
+    job.thin = apti_is_thin(job.g);
     apti_gemm_cut(&job, ctx->threads);
     apti_parallel_for(ctx, job.tiles_m * job.tiles_n, apti_gemm_task, &job);
 }
@@ -3847,11 +3921,11 @@ static void apti_fold_task(int64_t index, int32_t thread, void *arg)
         for (int64_t j = 0; j < w; j++) total[j] += (double)job->partial[c * job->stride + c0 + j];
     for (int64_t j = 0; j < w; j++) {
         const double m = job->mask ? (double)job->mask[c0 + j] : 1.0;
-        if (m != 0.0) job->acc[c0 + j] = (float)((double)job->acc[c0 + j] + m * total[j]);
+        job->acc[c0 + j] = (float)((double)job->acc[c0 + j] + m * total[j]);
     }
 }
 
-/* acc(n) += mask * sum of `chunks` rows at partial; mask NULL: ones. Where the mask is 0 nothing is added, not even a NaN. */
+/* acc(n) += mask * sum of `chunks` rows at partial; mask NULL: ones */
 static void apti_fold_run(apt_ctx *ctx, float *acc, const float *partial, int64_t stride, int64_t chunks, int64_t n,
                           const float *mask)
 {
@@ -4594,6 +4668,11 @@ static void apti_attn_logit_grad(apti_attn *t)
         const int64_t width = apti_attn_width(t, i);
         float *ds = t->ds + i * t->lds, *diagonal = t->d_diagonal + t->m - 1 - i;
         t->kernels->norm(ds, ds, t->s + i * t->lds, t->zeros, t->dot[i], factor, width);
+        /* The rows of dS sum to 0. What P and D leave of that by rounding would hide small gradients: it is taken out
+           where the tile holds the whole row (measured: 10 times closer to double where values are nearly alike). */
+        if (width > 0 && t->n == t->keys)
+            t->kernels->axpy(ds, -t->kernels->sum(ds, width) / t->kernels->sum(t->s + i * t->lds, width), t->s + i * t->lds,
+                             width);
         if (width < t->n) memset(ds + width, 0, (size_t)(t->n - width) * sizeof(float));
         if (!job->dbias) continue;
         t->kernels->add(diagonal, diagonal, ds, width);
@@ -4604,13 +4683,13 @@ static void apti_attn_logit_grad(apti_attn *t)
     for (int64_t u = 0; u < t->m + t->n - 1; u++) table[apti_attn_distance(t, u)] += t->d_diagonal[u];
 }
 
-/* dv += P^T d_o,  dk += dS^T q,  dq += dS k; the first tile that reaches a row writes it instead. With a causal mask the first
-   tile may cover only some of the keys' rows, so dk and dv were set to zero before. */
+/* dv += P^T d_o,  dk += dS^T q,  dq += dS k; the first tile of a row writes it instead. With a causal mask the first query tile
+   sees only some of the keys: the caller has set dk and dv to zero. */
 static void apti_attn_grads(const apti_attn *t, bool want_q, bool want_k)
 {
     const apti_attention_job *job = t->job;
     const int64_t dim = job->op->head_dim, q_row = t->q_row + t->q0, k_row = t->k_row + t->k0;
-    const bool more_k = job->op->causal || t->q0 > 0 || t->head % (job->op->heads / job->op->kv_heads) > 0;
+    const bool more_k = t->q0 > 0 || t->head % (job->op->heads / job->op->kv_heads) > 0;
     if (want_k && job->dv)
         apti_attn_product(t, job->dv + k_row * job->lddv + t->group * dim, job->lddv, more_k, apti_operand_of(t->s, 1, t->lds),
                           t->d_o, t->n, dim, t->m);
@@ -5244,7 +5323,7 @@ static double apti_mlm_loss(apt_ctx *ctx, const apti_mlm_op *op, float *dh, int6
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* What APT_SALIENCE_DEFAULT stands for: the one line to change when a measurement says so. */
-#define APTI_SALIENCE_DEFAULT APT_SALIENCE_RAW
+#define APTI_SALIENCE_DEFAULT APT_SALIENCE_SCALED
 
 /* A matrix argument: sizes, row distance, presence. One row needs no ld, an empty matrix no memory. */
 static apt_result apti_check_matrix(const void *x, int64_t ld, int64_t rows, int64_t cols)
@@ -6582,7 +6661,14 @@ typedef struct apti_pass apti_pass;
 static void apti_pass_free(apt_ctx *ctx, apti_pass *pass);
 
 /* Which dimension the rows or the columns of a parameter follow. */
-typedef enum apti_axis { APTI_AXIS_FIXED = 0, APTI_AXIS_HIDDEN, APTI_AXIS_HEAD, APTI_AXIS_KV, APTI_AXIS_NEURON, APTI_AXIS_RANK } apti_axis;
+typedef enum apti_axis {
+    APTI_AXIS_FIXED = 0,
+    APTI_AXIS_HIDDEN,
+    APTI_AXIS_HEAD,
+    APTI_AXIS_KV,
+    APTI_AXIS_NEURON,
+    APTI_AXIS_RANK
+} apti_axis;
 
 typedef struct apti_param {
     char name[112];                   /* Hugging Face name; adapters "lora_A.NAME" */
@@ -6595,15 +6681,33 @@ typedef struct apti_param {
     bool trainable;
     float init;                       /* 0 and 1: that constant; negative: N(0, -init) */
     float *value;                     /* rows*cols row-major, or NULL */
+    int32_t *columns;                 /* NULL, or: `value` is a frozen table of `stride` columns that a wider teacher has too, */
+    int64_t stride;                   /* and columns[0..cols) of them are this parameter's. Embeddings only */
     apti_packed packed;               /* linear only */
     float *grad, *moment1, *moment2;  /* trainable only */
 } apti_param;
 
 /* The linear maps of a block; weight slot 2*i, bias slot 2*i + 1. */
-typedef enum apti_linear_id { APTI_QUERY = 0, APTI_KEY, APTI_VALUE, APTI_OUTPUT, APTI_UP, APTI_DOWN, APTI_LINEARS } apti_linear_id;
+typedef enum apti_linear_id {
+    APTI_QUERY = 0,
+    APTI_KEY,
+    APTI_VALUE,
+    APTI_OUTPUT,
+    APTI_UP,
+    APTI_DOWN,
+    APTI_LINEARS
+} apti_linear_id;
 enum { APTI_NORM1_W = 2 * APTI_LINEARS, APTI_NORM1_B, APTI_NORM2_W, APTI_NORM2_B, APTI_LAYER_SLOTS };
 enum { APTI_WORD = 0, APTI_POSITION, APTI_TYPE, APTI_EMBED_NORM_W, APTI_EMBED_NORM_B, APTI_EMBED_SLOTS };
-enum { APTI_HEAD_DENSE_W = 0, APTI_HEAD_DENSE_B, APTI_HEAD_NORM_W, APTI_HEAD_NORM_B, APTI_HEAD_OUT_W, APTI_HEAD_OUT_B, APTI_HEAD_SLOTS };
+enum {
+    APTI_HEAD_DENSE_W = 0,
+    APTI_HEAD_DENSE_B,
+    APTI_HEAD_NORM_W,
+    APTI_HEAD_NORM_B,
+    APTI_HEAD_OUT_W,
+    APTI_HEAD_OUT_B,
+    APTI_HEAD_SLOTS
+};
 
 typedef struct apti_layer {
     apti_param *slot[APTI_LAYER_SLOTS];
@@ -6759,7 +6863,8 @@ static int64_t apti_fixed_head_size(const apt_config *c, int32_t slot, bool rows
     }
 }
 
-static apti_param *apti_param_add(apt_model *model, const apti_param_row *row, int32_t layer, int64_t fixed_rows, int64_t fixed_cols)
+static apti_param *apti_param_add(apt_model *model, const apti_param_row *row, int32_t layer, int64_t fixed_rows,
+                                  int64_t fixed_cols)
 {
     apti_param *p = &model->params[model->param_count++];
     const apt_layer_shape *shape = layer >= 0 ? &model->shape[layer] : NULL;
@@ -6809,7 +6914,8 @@ static void apti_layout(apt_model *model)
     for (int32_t l = 0; l < c->layers; l++) apti_layout_layer(model, l);
     for (int32_t i = 0; i < head.count; i++) {
         const apti_param_row *row = &head.row[i];
-        apti_param *p = apti_param_add(model, row, -1, apti_fixed_head_size(c, row->slot, true), apti_fixed_head_size(c, row->slot, false));
+        apti_param *p =
+            apti_param_add(model, row, -1, apti_fixed_head_size(c, row->slot, true), apti_fixed_head_size(c, row->slot, false));
         p->linear = row->dims == 2;
         p->optional_in_file = true;
         snprintf(p->name, sizeof(p->name), "%s", row->suffix);
@@ -6824,15 +6930,23 @@ static int64_t apti_param_count(const apti_param *p)
     return p->rows * p->cols;
 }
 
+/* The description stays, the buffers are someone else's business. */
+static void apti_param_forget(apti_param *p)
+{
+    p->value = p->grad = p->moment1 = p->moment2 = NULL;
+    p->columns = NULL;
+    p->packed.data = NULL;
+}
+
 static void apti_param_release(apt_ctx *ctx, apti_param *p)
 {
     apti_free(ctx, p->value);
+    apti_free(ctx, p->columns);
     apti_free(ctx, p->packed.data);
     apti_free(ctx, p->grad);
     apti_free(ctx, p->moment1);
     apti_free(ctx, p->moment2);
-    p->value = p->grad = p->moment1 = p->moment2 = NULL;
-    p->packed.data = NULL;
+    apti_param_forget(p);
 }
 
 /* Reserves the packed panels of a linear parameter in its present shape. */
@@ -6877,8 +6991,14 @@ static void apti_param_set(apt_model *model, apti_param *p, const float *values)
 /* Reads row-major values; panels in bf16 give what the products see. */
 static void apti_param_get(const apt_model *model, const apti_param *p, float *values)
 {
-    if (p->value != NULL) memcpy(values, p->value, (size_t)apti_param_count(p) * sizeof(float));
-    else if (p->linear) apti_unpack(model->ctx, values, p->cols, &p->packed);
+    if (p->columns != NULL) {
+        for (int64_t i = 0; i < p->rows; i++)
+            for (int64_t j = 0; j < p->cols; j++) values[i * p->cols + j] = p->value[i * p->stride + p->columns[j]];
+    } else if (p->value != NULL) {
+        memcpy(values, p->value, (size_t)apti_param_count(p) * sizeof(float));
+    } else if (p->linear) {
+        apti_unpack(model->ctx, values, p->cols, &p->packed);
+    }
 }
 
 /* After an update in place of a trained linear weight. */
@@ -6912,9 +7032,11 @@ static apt_result apti_config_check(apt_ctx *ctx, const apt_config *c)
         return apti_fail(ctx, APT_E_RANGE, "config: vocab %d, positions %d, types %d: each must be in 1..%d", (int)c->vocab,
                          (int)c->positions, (int)c->types, (int)cap);
     if (c->hidden < 1 || c->hidden > 65536 || c->hidden_dense < c->hidden || c->hidden_dense > 65536)
-        return apti_fail(ctx, APT_E_RANGE, "config: hidden size %d (dense %d) must be in 1..65536", (int)c->hidden, (int)c->hidden_dense);
+        return apti_fail(ctx, APT_E_RANGE, "config: hidden size %d (dense %d) must be in 1..65536", (int)c->hidden,
+                         (int)c->hidden_dense);
     if (c->head_dim < 1 || c->head_dim > 256 || c->layers < 1 || c->layers > 1024)
-        return apti_fail(ctx, APT_E_RANGE, "config: head size %d must be in 1..256, layers %d in 1..1024", (int)c->head_dim, (int)c->layers);
+        return apti_fail(ctx, APT_E_RANGE, "config: head size %d must be in 1..256, layers %d in 1..1024", (int)c->head_dim,
+                         (int)c->layers);
     if (c->task == APT_TASK_CLASSIFY && (c->labels < 1 || c->labels > 65536))
         return apti_fail(ctx, APT_E_RANGE, "config: labels %d must be in 1..65536", (int)c->labels);
     if (c->family == APT_ROBERTA && (c->pad_id < 0 || c->pad_id >= c->positions - 1))
@@ -6922,7 +7044,8 @@ static apt_result apti_config_check(apt_ctx *ctx, const apt_config *c)
     if (c->activation < APT_GELU_ERF || c->activation > APT_RELU)
         return apti_fail(ctx, APT_E_UNSUPPORTED, "config: activation %d is not known", (int)c->activation);
     if (!apti_finite(c->norm_eps) || c->norm_eps > 1 || !apti_finite(c->init_range))
-        return apti_fail(ctx, APT_E_RANGE, "config: norm_eps %g must be in 0..1, init_range %g finite", (double)c->norm_eps, (double)c->init_range);
+        return apti_fail(ctx, APT_E_RANGE, "config: norm_eps %g must be in 0..1, init_range %g finite", (double)c->norm_eps,
+                         (double)c->init_range);
     for (int32_t l = 0; l < c->layers; l++) {
         const apt_layer_shape *s = &c->layer[l];
         if (s->heads < 0 || s->heads > 4096 || s->kv_heads < 0 || s->neurons < 0 || s->neurons > 1048576 ||
@@ -7016,7 +7139,8 @@ static apt_result apti_model_build(apt_ctx *ctx, const apt_config *config, uint6
         apti_param *p = &model->params[i];
         if (apti_param_count(p) == 0) continue;
         if (!apti_param_reserve(model, p)) {
-            r = apti_fail(ctx, APT_E_MEMORY, "model: no memory for %s (%lld x %lld)", p->name, (long long)p->rows, (long long)p->cols);
+            r = apti_fail(ctx, APT_E_MEMORY, "model: no memory for %s (%lld x %lld)", p->name, (long long)p->rows,
+                          (long long)p->cols);
             break;
         }
         float *target = p->linear ? values : p->value;
@@ -7104,7 +7228,8 @@ APT_API apt_result apt_model_parameter(const apt_model *model, int32_t index, ap
 {
     if (model == NULL || info == NULL) return APT_E_ARGUMENT;
     const apti_param *p = apti_param_at(model, index);
-    if (index < 0 || p == NULL) return apti_fail(model->ctx, APT_E_RANGE, "parameter index %d is not below the count", (int)index);
+    if (index < 0 || p == NULL)
+        return apti_fail(model->ctx, APT_E_RANGE, "parameter index %d is not below the count", (int)index);
     info->name = p->name;
     info->rows = p->rows;
     info->cols = p->cols;
@@ -7132,19 +7257,24 @@ APT_API apt_result apt_model_get(const apt_model *model, const char *name, float
     return r;
 }
 
-/* Memory of the parameter's own where a teacher shares it. */
+static bool apti_is_shared(const apti_param *p)
+{
+    return (p->value != NULL && apti_block_of(p->value)->references > 1) ||
+           (p->packed.data != NULL && apti_block_of(p->packed.data)->references > 1);
+}
+
+/* Memory of the parameter's own where it lives in a buffer that a teacher has or had; the values stay. */
 static bool apti_param_own(apt_model *model, apti_param *p)
 {
     apti_param fresh = *p;
-    const bool shared = (p->value != NULL && apti_block_of(p->value)->references > 1) ||
-                        (p->packed.data != NULL && apti_block_of(p->packed.data)->references > 1);
-    if (!shared || p->trainable) return true;         /* what is trained is never shared */
-    fresh.value = NULL;
-    fresh.packed.data = NULL;
+    if (!apti_is_shared(p) && p->columns == NULL) return true;
+    apti_param_forget(&fresh);
     if (!apti_param_reserve(model, &fresh)) {
         apti_param_release(model->ctx, &fresh);
         return false;
     }
+    if (p->linear) memcpy(fresh.packed.data, p->packed.data, (size_t)apti_block_bytes(fresh.packed.data));
+    else apti_param_get(model, p, fresh.value);
     apti_param_release(model->ctx, p);
     *p = fresh;
     return true;
@@ -7155,8 +7285,10 @@ APT_API apt_result apt_model_set(apt_model *model, const char *name, const float
     apti_param *p = NULL;
     const apt_result r = apti_param_lookup(model, name, values, count, &p);
     if (r != APT_OK) return r;
-    if (!apti_finite_all(values, count)) return apti_fail(model->ctx, APT_E_NONFINITE, "%s: the new values hold NaN or infinity", name);
-    if (!apti_param_own(model, p)) return apti_fail(model->ctx, APT_E_MEMORY, "no memory to set %s beside the teacher's copy", name);
+    if (!apti_finite_all(values, count))
+        return apti_fail(model->ctx, APT_E_NONFINITE, "%s: the new values hold NaN or infinity", name);
+    if (!apti_param_own(model, p))
+        return apti_fail(model->ctx, APT_E_MEMORY, "no memory to set %s beside the teacher's copy", name);
     apti_param_set(model, p, values);
     return APT_OK;
 }
@@ -7199,7 +7331,8 @@ APT_API apt_result apt_model_get_masks(const apt_model *model, float *masks, int
     apt_units u;
     if (model == NULL || masks == NULL) return APT_E_ARGUMENT;
     apt_model_units(model, &u);
-    if (count != u.total) return apti_fail(model->ctx, APT_E_SHAPE, "masks: the model has %d units, the caller gives %d", (int)u.total, (int)count);
+    if (count != u.total)
+        return apti_fail(model->ctx, APT_E_SHAPE, "masks: the model has %d units, the caller gives %d", (int)u.total, (int)count);
     for (int32_t i = 0; i < count; i++) masks[i] = model->masks != NULL ? model->masks[i] : 1.0f;
     return APT_OK;
 }
@@ -7231,7 +7364,8 @@ APT_API apt_result apt_model_set_masks(apt_model *model, const float *masks, int
     apt_units u;
     if (model == NULL || masks == NULL) return APT_E_ARGUMENT;
     apt_model_units(model, &u);
-    if (count != u.total) return apti_fail(model->ctx, APT_E_SHAPE, "masks: the model has %d units, the caller gives %d", (int)u.total, (int)count);
+    if (count != u.total)
+        return apti_fail(model->ctx, APT_E_SHAPE, "masks: the model has %d units, the caller gives %d", (int)u.total, (int)count);
     for (int32_t i = 0; i < count; i++)
         if (!(masks[i] >= 0.0f && masks[i] <= 1.0f) || !apti_finite(masks[i]))
             return apti_fail(model->ctx, APT_E_RANGE, "masks: unit %d has mask %g; expected 0..1", (int)i, (double)masks[i]);
@@ -7371,7 +7505,8 @@ static void apti_plan_kept_layer(apti_bump *b, apti_pass *pass, int32_t l, int64
     a->stats2 = (float *)apti_bump_take(b, rows_q * 2, (int64_t)sizeof(float));
     a->y2 = apti_bump_matrix(b, rows_q, d);
     for (int32_t i = 0; i < APTI_LINEARS; i++)
-        a->xa[i] = (float *)apti_bump_take(b, (i == APTI_KEY || i == APTI_VALUE ? rows : rows_q) * apti_rank(m, l, i), (int64_t)sizeof(float));
+        a->xa[i] = (float *)apti_bump_take(b, (i == APTI_KEY || i == APTI_VALUE ? rows : rows_q) * apti_rank(m, l, i),
+                                           (int64_t)sizeof(float));
     if (l + 1 < pass->layers) pass->acts[l + 1].x = a->y2;
 }
 
@@ -7504,7 +7639,8 @@ static apt_result apti_pass_prepare(apti_pass *pass, const apt_batch *batch, uin
         apti_pass_shrink(pass);
         pass->block = (char *)apti_alloc(ctx, bytes, 1);
         if (pass->block == NULL)
-            return apti_fail(ctx, APT_E_MEMORY, "no memory for the activations of %lld tokens: %lld bytes", (long long)rows, (long long)bytes);
+            return apti_fail(ctx, APT_E_MEMORY, "no memory for the activations of %lld tokens: %lld bytes", (long long)rows,
+                             (long long)bytes);
         pass->block_bytes = bytes;
     }
     (void)apti_plan(pass, pass->block, rows, batch->sequences);
@@ -7520,13 +7656,16 @@ static apt_result apti_check_tokens(const apt_model *model, const apt_batch *b)
     for (int32_t s = 0; s < b->sequences; s++) {
         const int32_t n = b->offsets[s + 1] - b->offsets[s];
         if (n < 1 || n > room)
-            return apti_fail(model->ctx, APT_E_RANGE, "batch: sequence %d has %d tokens; expected 1..%d", (int)s, (int)n, (int)room);
+            return apti_fail(model->ctx, APT_E_RANGE, "batch: sequence %d has %d tokens; expected 1..%d", (int)s, (int)n,
+                             (int)room);
     }
     for (int32_t i = 0; i < b->offsets[b->sequences]; i++) {
         if (b->tokens[i] < 0 || b->tokens[i] >= c->vocab)
-            return apti_fail(model->ctx, APT_E_RANGE, "batch: token %d is id %d; expected 0..%d", (int)i, (int)b->tokens[i], (int)c->vocab - 1);
+            return apti_fail(model->ctx, APT_E_RANGE, "batch: token %d is id %d; expected 0..%d", (int)i, (int)b->tokens[i],
+                             (int)c->vocab - 1);
         if (b->types != NULL && (b->types[i] < 0 || b->types[i] >= c->types))
-            return apti_fail(model->ctx, APT_E_RANGE, "batch: token %d has type %d; expected 0..%d", (int)i, (int)b->types[i], (int)c->types - 1);
+            return apti_fail(model->ctx, APT_E_RANGE, "batch: token %d has type %d; expected 0..%d", (int)i, (int)b->types[i],
+                             (int)c->types - 1);
     }
     return APT_OK;
 }
@@ -7546,8 +7685,8 @@ static apt_result apti_check_labels(const apt_model *model, const apt_batch *b)
         const int32_t top = c->task == APT_TASK_SPAN ? b->offsets[s + 1] - b->offsets[s] : (int32_t)apti_head_width(c);
         const int32_t low = c->task == APT_TASK_SPAN ? -1 : 0;
         if ((b->labels[i] < low || b->labels[i] >= top) && b->labels[i] != -100)
-            return apti_fail(model->ctx, APT_E_RANGE, "batch: label %lld is %d; expected %d..%d, or -100 to ignore it", (long long)i,
-                             (int)b->labels[i], (int)low, (int)top - 1);
+            return apti_fail(model->ctx, APT_E_RANGE, "batch: label %lld is %d; expected %d..%d, or -100 to ignore it",
+                             (long long)i, (int)b->labels[i], (int)low, (int)top - 1);
     }
     return APT_OK;
 }
@@ -7559,7 +7698,8 @@ static apt_result apti_check_batch(const apt_model *model, const apt_batch *b, b
     if (b->offsets[0] != 0) return apti_fail(model->ctx, APT_E_RANGE, "batch: offsets[0] is %d; expected 0", (int)b->offsets[0]);
     for (int32_t s = 0; s < b->sequences; s++)
         if (b->offsets[s + 1] <= b->offsets[s])
-            return apti_fail(model->ctx, APT_E_RANGE, "batch: offsets[%d] is %d, not above %d", (int)s + 1, (int)b->offsets[s + 1], (int)b->offsets[s]);
+            return apti_fail(model->ctx, APT_E_RANGE, "batch: offsets[%d] is %d, not above %d", (int)s + 1,
+                             (int)b->offsets[s + 1], (int)b->offsets[s]);
     if (training && (model->config.task == APT_TASK_REGRESS ? (const void *)b->targets : (const void *)b->labels) == NULL)
         return apti_fail(model->ctx, APT_E_ARGUMENT, "batch: training needs labels (targets for regression)");
     const apt_result r = apti_check_tokens(model, b);
@@ -7568,7 +7708,8 @@ static apt_result apti_check_batch(const apt_model *model, const apt_batch *b, b
 
 /* ------------------------------------------------------------------------------------------------ forward */
 
-static apti_linear_op apti_view(const apt_model *model, const apti_param *w, const apti_param *bias, const apti_param *a, const apti_param *b)
+static apti_linear_op apti_view(const apt_model *model, const apti_param *w, const apti_param *bias, const apti_param *a,
+                                const apti_param *b)
 {
     apti_linear_op op;
     op.out = w->rows;
@@ -7721,13 +7862,34 @@ static void apti_index_batch(apti_pass *p)
     }
 }
 
+/* The same sum as apti_embed_forward from tables of which this model reads some columns only. */
+static void apti_embed_columns_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_pass *p = (const apti_pass *)arg;
+    const apt_batch *b = p->batch;
+    const int64_t d = p->model->config.hidden, ld = apti_ld(d), end = apti_min_i64(p->rows, (index + 1) * 64);
+    (void)thread;
+    for (int64_t i = index * 64; i < end; i++) {
+        const int32_t id[] = {b->tokens[i], p->positions[i], b->types != NULL ? b->types[i] : 0};
+        float *x = p->embed_z + i * ld;
+        for (int32_t k = 0; k < 3; k++) {             /* APTI_WORD, APTI_POSITION, APTI_TYPE */
+            const apti_param *e = p->model->embed[k];
+            const float *row = e->value + id[k] * (e->columns != NULL ? e->stride : d);
+            for (int64_t j = 0; j < d; j++) x[j] = (k > 0 ? x[j] : 0.0f) + row[e->columns != NULL ? e->columns[j] : j];
+        }
+    }
+}
+
 static void apti_embed(apti_pass *p)
 {
     apt_model *m = p->model;
     apti_param *const *e = m->embed;
     const int64_t d = m->config.hidden, ld = apti_ld(d);
-    apti_embed_forward(m->ctx, p->embed_z, ld, e[APTI_WORD]->value, e[APTI_POSITION]->value, e[APTI_TYPE]->value, p->batch->tokens,
-                       p->positions, p->batch->types, p->rows, d);
+    if (e[APTI_WORD]->columns != NULL || e[APTI_POSITION]->columns != NULL || e[APTI_TYPE]->columns != NULL)
+        apti_parallel_for(m->ctx, apti_ceil_div(p->rows, 64), apti_embed_columns_task, p);
+    else
+        apti_embed_forward(m->ctx, p->embed_z, ld, e[APTI_WORD]->value, e[APTI_POSITION]->value, e[APTI_TYPE]->value,
+                           p->batch->tokens, p->positions, p->batch->types, p->rows, d);
     apti_layernorm_forward(m->ctx, p->acts[0].x, ld, p->embed_stats, p->embed_z, ld, e[APTI_EMBED_NORM_W]->value,
                            e[APTI_EMBED_NORM_B]->value, apti_masks_of(m, -1).hidden, p->rows, d, m->config.norm_eps);
 }
@@ -7793,7 +7955,8 @@ static apt_result apti_forward(apti_pass *pass, const apt_batch *batch, uint32_t
 
 /* ------------------------------------------------------------------------------------------------ losses
 
-   loss_sum / loss_count is the mean. With `grad`, dlogits (MLM: dhead of the normed rows) become grad_scale times its gradient. */
+   loss_sum / loss_count is the mean. With `grad`, dlogits (MLM: dhead of the normed rows) become grad_scale times its
+   gradient. */
 static void apti_task_loss(apti_pass *p, bool grad, float grad_scale)
 {
     apt_model *m = p->model;
@@ -7812,14 +7975,15 @@ static void apti_task_loss(apti_pass *p, bool grad, float grad_scale)
         p->loss_sum = apti_cross_entropy(m->ctx, dlogits, width, p->logits, width, b->labels, n, width, -100, grad_scale,
                                          &p->loss_count, &p->correct);
     } else if (m->config.task == APT_TASK_SPAN) {
-        p->loss_sum = apti_span_loss(m->ctx, dlogits, p->logits, 2, b->labels, b->offsets, b->sequences, grad_scale, &p->loss_count,
-                                     &p->correct);
+        p->loss_sum = apti_span_loss(m->ctx, dlogits, p->logits, 2, b->labels, b->offsets, b->sequences, grad_scale,
+                                     &p->loss_count, &p->correct);
     } else {
         apti_param *e = m->embed[APTI_WORD], *bias = m->head[APTI_HEAD_OUT_B];
         const apti_mlm_op op = {width, m->config.hidden, e->value, bias->value};
         const int64_t ld = apti_ld(m->config.hidden);
-        p->loss_sum = apti_mlm_loss(m->ctx, &op, grad ? p->dhead : NULL, ld, grad ? e->grad : NULL, grad ? bias->grad : NULL, p->head_norm,
-                                    ld, p->mlm_labels, p->labelled, -100, grad_scale, p->mlm_work, p->mlm_chunk, &p->loss_count, &p->correct);
+        p->loss_sum = apti_mlm_loss(m->ctx, &op, grad ? p->dhead : NULL, ld, grad ? e->grad : NULL, grad ? bias->grad : NULL,
+                                    p->head_norm, ld, p->mlm_labels, p->labelled, -100, grad_scale, p->mlm_work, p->mlm_chunk,
+                                    &p->loss_count, &p->correct);
     }
 }
 
@@ -7876,7 +8040,8 @@ static void apti_head_backward(apti_pass *p)
     const apti_linear_grad gdense = apti_grads(m->head[APTI_HEAD_DENSE_W], m->head[APTI_HEAD_DENSE_B], NULL, NULL);
     const int64_t ldo = apti_ld(dense.out);
     apti_linear_backward(ctx, &out, p->dhead, ldo, false, p->dlogits, width, p->head_out, ldo, NULL, NULL, n, &gout);
-    for (int64_t i = 0; i < n; i++) apti_tanh_backward(ctx, p->dhead + i * ldo, p->dhead + i * ldo, p->head_out + i * ldo, dense.out);
+    for (int64_t i = 0; i < n; i++)
+        apti_tanh_backward(ctx, p->dhead + i * ldo, p->dhead + i * ldo, p->head_out + i * ldo, dense.out);
     apti_linear_backward(ctx, &dense, p->dhead_in, ld, false, p->dhead, ldo, p->head_in, ld, NULL, NULL, n, &gdense);
     apti_scatter_rows(ctx, p->g, ld, p->dhead_in, ld, p->lean ? p->one_each : p->first, n, d, last->rows_q);
 }
@@ -7888,14 +8053,16 @@ static void apti_mlm_backward(apti_pass *p)
     const apti_linear_op dense = apti_view(m, m->head[APTI_HEAD_DENSE_W], m->head[APTI_HEAD_DENSE_B], NULL, NULL);
     const apti_linear_grad grad = apti_grads(m->head[APTI_HEAD_DENSE_W], m->head[APTI_HEAD_DENSE_B], NULL, NULL);
     apti_layernorm_backward(m->ctx, p->dhead, ld, m->head[APTI_HEAD_NORM_W]->grad, m->head[APTI_HEAD_NORM_B]->grad, p->dhead, ld,
-                            p->head_out, ld, p->head_stats, m->head[APTI_HEAD_NORM_W]->value, apti_masks_of(m, -1).hidden, p->labelled, d);
+                            p->head_out, ld, p->head_stats, m->head[APTI_HEAD_NORM_W]->value, apti_masks_of(m, -1).hidden,
+                            p->labelled, d);
     apti_act_backward(m->ctx, p->dhead, ld, p->dhead, ld, p->head_pre, ld, NULL, p->labelled, d, (int32_t)m->config.activation);
     apti_linear_backward(m->ctx, &dense, p->dhead_in, ld, false, p->dhead, ld, p->head_in, ld, NULL, NULL, p->labelled, &grad);
     apti_scatter_rows(m->ctx, p->g, ld, p->dhead_in, ld, p->mlm_index, p->labelled, d, p->rows);
 }
 
 /* Through y = mask LN(z), z = mask (...): g(y) -> out(before the mask on z). Masks in (0,1) act twice, as they did forward. */
-static void apti_norm_backward(apti_pass *p, int32_t l, int32_t slot, float *out, const float *g, const float *z, const float *stats)
+static void apti_norm_backward(apti_pass *p, int32_t l, int32_t slot, float *out, const float *g, const float *z,
+                               const float *stats)
 {
     apt_model *m = p->model;
     const int64_t d = m->config.hidden, ld = apti_ld(d), rows = p->acts[l].rows_q;
@@ -7918,7 +8085,8 @@ static void apti_ffn_backward(apti_pass *p, int32_t l)
     apti_norm_backward(p, l, APTI_NORM2_W, p->t, p->g, a->z2, a->stats2);
     apti_linear_backward(ctx, &op, p->dact, ldf, false, p->t, ld, a->act, ldf, a->xa[APTI_DOWN], p->dya, a->rows_q, &grad);
     apti_probe_grad(p, apti_probe_neuron(m, l), p->dact, ldf, a->rows_q, f);
-    apti_act_backward(ctx, p->dact, ldf, p->dact, ldf, a->pre, ldf, apti_masks_of(m, l).neuron, a->rows_q, f, (int32_t)m->config.activation);
+    apti_act_backward(ctx, p->dact, ldf, p->dact, ldf, a->pre, ldf, apti_masks_of(m, l).neuron, a->rows_q, f,
+                      (int32_t)m->config.activation);
     op = apti_layer_view(m, l, APTI_UP);
     grad = apti_layer_grads(m, l, APTI_UP);
     apti_linear_backward(ctx, &op, p->t, ld, true, p->dact, ldf, a->y1, ld, a->xa[APTI_UP], p->dya, a->rows_q, &grad);
@@ -7930,11 +8098,13 @@ static void apti_qkv_backward(apti_pass *p, int32_t l, bool want_dx)
     apt_model *m = p->model;
     apt_ctx *ctx = m->ctx;
     const apti_acts *a = &p->acts[l];
-    const int64_t d = m->config.hidden, ld = apti_ld(d), ldq = apti_ld(apti_query_width(m, l)), ldk = apti_ld(apti_kv_width(m, l));
+    const int64_t d = m->config.hidden, ld = apti_ld(d), ldq = apti_ld(apti_query_width(m, l)),
+                  ldk = apti_ld(apti_kv_width(m, l));
     const bool lean = a->xq != a->x;
     apti_linear_op op = apti_layer_view(m, l, APTI_QUERY);
     apti_linear_grad grad = apti_layer_grads(m, l, APTI_QUERY);
-    apti_linear_backward(ctx, &op, want_dx ? p->g : NULL, ld, true, p->dq, ldq, a->xq, ld, a->xa[APTI_QUERY], p->dya, a->rows_q, &grad);
+    apti_linear_backward(ctx, &op, want_dx ? p->g : NULL, ld, true, p->dq, ldq, a->xq, ld, a->xa[APTI_QUERY], p->dya, a->rows_q,
+                         &grad);
     float *dx = !want_dx ? NULL : lean ? p->t : p->g;
     op = apti_layer_view(m, l, APTI_KEY);
     grad = apti_layer_grads(m, l, APTI_KEY);
@@ -7954,15 +8124,16 @@ static void apti_attention_sublayer_backward(apti_pass *p, int32_t l, bool want_
 {
     apt_model *m = p->model;
     const apti_acts *a = &p->acts[l];
-    const int64_t ld = apti_ld(m->config.hidden), hq = apti_query_width(m, l), ldq = apti_ld(hq), ldk = apti_ld(apti_kv_width(m, l));
+    const int64_t ld = apti_ld(m->config.hidden), hq = apti_query_width(m, l), ldq = apti_ld(hq),
+                  ldk = apti_ld(apti_kv_width(m, l));
     const apti_linear_op op = apti_layer_view(m, l, APTI_OUTPUT);
     const apti_linear_grad grad = apti_layer_grads(m, l, APTI_OUTPUT);
     const apti_attention_op at = apti_attention_of(p, l);
     apti_norm_backward(p, l, APTI_NORM1_W, p->g, p->t, a->z1, a->stats1);
     apti_linear_backward(m->ctx, &op, p->dctx, ldq, false, p->g, ld, a->ctx, ldq, a->xa[APTI_OUTPUT], p->dya, a->rows_q, &grad);
     apti_probe_grad(p, apti_probe_head(m, l), p->dctx, ldq, a->rows_q, hq);
-    apti_attention_backward(m->ctx, &at, p->dq, ldq, p->dk, ldk, p->dv, ldk, NULL, p->dctx, ldq, a->ctx, ldq, a->lse, a->q, ldq, a->k,
-                            ldk, a->v, ldk);
+    apti_attention_backward(m->ctx, &at, p->dq, ldq, p->dk, ldk, p->dv, ldk, NULL, p->dctx, ldq, a->ctx, ldq, a->lse, a->q, ldq,
+                            a->k, ldk, a->v, ldk);
     apti_qkv_backward(p, l, want_dx);
 }
 
@@ -8002,11 +8173,14 @@ static void apti_backward(apti_pass *p)
 static apt_result apti_output_logits(apti_pass *p, apt_output *out)
 {
     const apt_config *c = &p->model->config;
-    const int64_t width = apti_head_width(c), n = c->task == APT_TASK_SPAN ? p->rows : c->task == APT_TASK_MLM ? p->labelled : p->batch->sequences;
+    const int64_t width = apti_head_width(c), n = c->task == APT_TASK_SPAN  ? p->rows
+                                                  : c->task == APT_TASK_MLM ? p->labelled
+                                                                            : p->batch->sequences;
     out->logits_count = n * width;
     if (out->logits == NULL) return APT_OK;
     if (out->logits_capacity < n * width)
-        return apti_fail(p->model->ctx, APT_E_SCRATCH, "output: %lld logits, room for %lld", (long long)(n * width), (long long)out->logits_capacity);
+        return apti_fail(p->model->ctx, APT_E_SCRATCH, "output: %lld logits, room for %lld", (long long)(n * width),
+                         (long long)out->logits_capacity);
     if (c->task == APT_TASK_MLM) {
         const apti_mlm_op op = {width, c->hidden, p->model->embed[APTI_WORD]->value, p->model->head[APTI_HEAD_OUT_B]->value};
         apti_mlm_logits(p->model->ctx, &op, out->logits, width, p->head_norm, apti_ld(c->hidden), n);
@@ -8029,7 +8203,8 @@ APT_API apt_result apt_model_forward(apt_model *model, const apt_batch *batch, a
     if (r == APT_OK && model->pass == NULL) r = apti_pass_create(model, &model->pass);
     const int64_t d = model->config.hidden, ld = apti_ld(d);
     if (r == APT_OK && output->hidden != NULL && output->hidden_capacity < batch->offsets[batch->sequences] * d)
-        r = apti_fail(model->ctx, APT_E_SCRATCH, "output: hidden states need %lld floats", (long long)(batch->offsets[batch->sequences] * d));
+        r = apti_fail(model->ctx, APT_E_SCRATCH, "output: hidden states need %lld floats",
+                      (long long)(batch->offsets[batch->sequences] * d));
     if (r == APT_OK) r = apti_forward(model->pass, batch, output->hidden != NULL ? APTI_PASS_ALL_ROWS : 0);
     if (r != APT_OK) return r;
     apti_pass *p = model->pass;
@@ -8043,8 +8218,8 @@ APT_API apt_result apt_model_forward(apt_model *model, const apt_batch *batch, a
 }
 /* ------------------------------------------------------------------------------------------------ compaction
 
-   Every buffer of every parameter is gathered to the surviving units. New buffers are made first and swapped in at the
-   end, so a failure leaves the model as it was. */
+   Every buffer of every parameter is gathered to the surviving units. What a teacher has too gets new buffers first: only
+   that can fail, and then the model is as it was. The rest shrinks in its own memory and gives back what it can. */
 
 /* Survivors of every prunable dimension, as apt_axis views into one block of indices. */
 typedef struct apti_survivors {
@@ -8071,7 +8246,8 @@ static apt_result apti_survivors_make(const apt_model *model, apti_survivors *s)
     s->axes = (apt_axis *)apti_calloc(model->ctx, 3 * (int64_t)layers, (int64_t)sizeof(apt_axis));
     s->index = (int32_t *)apti_alloc(model->ctx, u.total, (int64_t)sizeof(int32_t));
     s->keep = (uint8_t *)apti_alloc(model->ctx, u.total, 1);
-    if (s->axes == NULL || s->index == NULL || s->keep == NULL) return apti_fail(model->ctx, APT_E_MEMORY, "compaction: no memory for its plan");
+    if (s->axes == NULL || s->index == NULL || s->keep == NULL)
+        return apti_fail(model->ctx, APT_E_MEMORY, "compaction: no memory for its plan");
     const apt_result r = apt_mask_keep(s->keep, model->masks, u.total);
     if (r != APT_OK) return apti_fail(model->ctx, r, "compaction: a mask is neither 0 nor 1");
     s->head = s->axes;
@@ -8105,53 +8281,118 @@ static apt_axis apti_survivor_axis(const apti_survivors *s, apti_axis axis, int3
     }
 }
 
-/* out = a fresh copy of `p` cut to the survivors; its old buffers stay untouched. */
-static bool apti_param_cut(apt_model *model, apti_param *out, const apti_param *p, const apt_axis *rows, const apt_axis *cols,
-                           float *whole, float *cut)
+/* Rows and columns of a parameter that stay. */
+typedef struct apti_cut { apt_axis rows, cols; int64_t r, c; bool changes; } apti_cut;
+
+static apti_cut apti_cut_of(const apti_survivors *s, const apti_param *p)
 {
-    const int64_t r = (int64_t)rows->kept * rows->width, c = (int64_t)cols->kept * cols->width;
-    *out = *p;
-    out->rows = r;
-    out->cols = c;
-    out->value = out->grad = out->moment1 = out->moment2 = NULL;
-    out->packed.data = NULL;
-    if (r * c == 0) return true;
-    if (!apti_param_reserve(model, out)) return false;
-    const float *from = p->value;
-    float *to = out->value != NULL ? out->value : cut;
-    if (from == NULL) {
-        apti_param_get(model, p, whole);
-        from = whole;
+    apti_cut cut;
+    cut.rows = apti_survivor_axis(s, p->row_axis, p->layer, p->rows);
+    cut.cols = apti_survivor_axis(s, p->col_axis, p->layer, p->cols);
+    cut.r = (int64_t)cut.rows.kept * cut.rows.width;
+    cut.c = (int64_t)cut.cols.kept * cut.cols.width;
+    cut.changes = cut.rows.kept != cut.rows.units || cut.cols.kept != cut.cols.units;
+    return cut;
+}
+
+/* Embedding tables are large and only looked up: while a teacher needs the whole table, the student reads columns of it. */
+static bool apti_param_columns(apt_model *model, apti_param *out, const apti_param *p, const apti_cut *cut)
+{
+    out->columns = (int32_t *)apti_alloc(model->ctx, cut->c, (int64_t)sizeof(int32_t));
+    if (out->columns == NULL) return false;
+    for (int64_t j = 0; j < cut->c; j++) {
+        const int32_t at = cut->cols.index[j];
+        out->columns[j] = p->columns != NULL ? p->columns[at] : at;
     }
-    (void)apt_gather(to, c, from, p->cols, rows, cols);
-    apti_param_set(model, out, to);
-    if (p->trainable) {
-        (void)apt_gather(out->grad, c, p->grad, p->cols, rows, cols);
-        (void)apt_gather(out->moment1, c, p->moment1, p->cols, rows, cols);
-        (void)apt_gather(out->moment2, c, p->moment2, p->cols, rows, cols);
-    }
+    out->value = (float *)apti_retain(p->value);
+    out->stride = p->columns != NULL ? p->stride : p->cols;
     return true;
 }
 
-/* New versions of all parameters in `fresh`; false when memory ran out (then fresh holds what there was). */
-static bool apti_cut_all(apt_model *model, apti_param *fresh, const apti_survivors *s, float *whole, float *cut)
+static bool apti_is_embedding(const apt_model *model, const apti_param *p)
+{
+    return model->config.task != APT_TASK_MLM &&
+           (p == model->embed[APTI_WORD] || p == model->embed[APTI_POSITION] || p == model->embed[APTI_TYPE]);
+}
+
+/* out = a copy of the shared, frozen `p` cut to the survivors. `whole` has room for the largest matrix. */
+static bool apti_param_cut(apt_model *model, apti_param *out, const apti_param *p, const apti_cut *cut, float *whole)
+{
+    *out = *p;
+    out->rows = cut->r;
+    out->cols = cut->c;
+    apti_param_forget(out);
+    if (cut->r * cut->c == 0) return true;
+    if (apti_is_embedding(model, p)) return apti_param_columns(model, out, p, cut);
+    if (!apti_param_reserve(model, out)) return false;
+    if (p->linear) apti_param_get(model, p, whole);
+    float *to = p->linear ? whole : out->value;
+    (void)apt_gather(to, cut->c, p->linear ? whole : p->value, p->cols, &cut->rows, &cut->cols);
+    apti_param_set(model, out, to);
+    return true;
+}
+
+/* New versions of all shared parameters in `fresh`; false when memory ran out (then fresh holds what there was). */
+static bool apti_cut_all(apt_model *model, apti_param *fresh, const apti_survivors *s, float *whole)
 {
     for (int32_t i = 0; i < model->param_count; i++) {
         const apti_param *p = &model->params[i];
-        const apt_axis rows = apti_survivor_axis(s, p->row_axis, p->layer, p->rows);
-        const apt_axis cols = apti_survivor_axis(s, p->col_axis, p->layer, p->cols);
-        if (rows.kept == rows.units && cols.kept == cols.units) continue;         /* no name in fresh: kept as it is */
-        if (!apti_param_cut(model, &fresh[i], p, &rows, &cols, whole, cut)) return false;
+        const apti_cut cut = apti_cut_of(s, p);
+        if (!cut.changes || (!apti_is_shared(p) && p->columns == NULL)) continue;    /* no name in fresh */
+        if (!apti_param_cut(model, &fresh[i], p, &cut, whole)) return false;
     }
     return true;
 }
 
-static void apti_compact_commit(apt_model *model, const apti_param *fresh, const apti_survivors *s)
+/* Moves the first `bytes` of a block into one of their own size, when there is memory for it. */
+static void *apti_trim(apt_ctx *ctx, void *block, int64_t bytes)
+{
+    if (block == NULL || apti_block_bytes(block) <= bytes) return block;
+    void *small = apti_alloc(ctx, bytes, 1);
+    if (small == NULL) return block;
+    memcpy(small, block, (size_t)bytes);
+    apti_free(ctx, block);
+    return small;
+}
+
+/* Cuts a parameter that nobody shares inside its own buffers. */
+static void apti_param_shrink(apt_model *model, apti_param *p, const apti_cut *cut, float *whole)
+{
+    apt_ctx *ctx = model->ctx;
+    const int64_t old = p->cols, bytes = cut->r * cut->c * (int64_t)sizeof(float);
+    float *const kept[] = {p->value, p->grad, p->moment1, p->moment2};
+    if (bytes == 0) apti_param_release(ctx, p);
+    if (p->linear && p->value == NULL && bytes > 0) {
+        apti_param_get(model, p, whole);
+        (void)apt_gather(whole, cut->c, whole, old, &cut->rows, &cut->cols);
+    }
+    for (int32_t i = 0; i < 4 && bytes > 0; i++)
+        if (kept[i] != NULL) (void)apt_gather(kept[i], cut->c, kept[i], old, &cut->rows, &cut->cols);
+    p->rows = cut->r;
+    p->cols = cut->c;
+    if (bytes == 0) return;
+    if (p->linear) {
+        p->packed.n = cut->r;
+        p->packed.k = cut->c;
+        apti_pack(ctx, &p->packed, p->value != NULL ? p->value : whole, cut->c);
+        p->packed.data = apti_trim(ctx, p->packed.data, apti_packed_bytes(ctx, cut->r, cut->c, p->packed.type));
+    }
+    p->value = (float *)apti_trim(ctx, p->value, bytes);
+    p->grad = (float *)apti_trim(ctx, p->grad, bytes);
+    p->moment1 = (float *)apti_trim(ctx, p->moment1, bytes);
+    p->moment2 = (float *)apti_trim(ctx, p->moment2, bytes);
+}
+
+static void apti_compact_commit(apt_model *model, const apti_param *fresh, const apti_survivors *s, float *whole)
 {
     for (int32_t i = 0; i < model->param_count; i++) {
-        if (fresh[i].name[0] == 0) continue;
-        apti_param_release(model->ctx, &model->params[i]);
-        model->params[i] = fresh[i];
+        const apti_cut cut = apti_cut_of(s, &model->params[i]);
+        if (fresh[i].name[0] != 0) {
+            apti_param_release(model->ctx, &model->params[i]);
+            model->params[i] = fresh[i];
+        } else if (cut.changes) {
+            apti_param_shrink(model, &model->params[i], &cut, whole);
+        }
     }
     for (int32_t l = 0; l < model->config.layers; l++) {
         apt_layer_shape *shape = &model->shape[l];
@@ -8176,15 +8417,14 @@ APT_API apt_result apt_model_compact(apt_model *model)
     apt_result r = apti_survivors_make(model, &s);
     const int64_t most = apti_largest_linear(model);
     apti_param *fresh = (apti_param *)apti_calloc(ctx, model->param_count, (int64_t)sizeof(apti_param));
-    float *whole = (float *)apti_alloc(ctx, most, (int64_t)sizeof(float)), *cut = (float *)apti_alloc(ctx, most, (int64_t)sizeof(float));
-    if (r == APT_OK && (fresh == NULL || whole == NULL || cut == NULL || !apti_cut_all(model, fresh, &s, whole, cut))) {
+    float *whole = (float *)apti_alloc(ctx, most, (int64_t)sizeof(float));
+    if (r == APT_OK && (fresh == NULL || whole == NULL || !apti_cut_all(model, fresh, &s, whole))) {
         r = apti_fail(ctx, APT_E_MEMORY, "compaction: no memory for the smaller model; nothing was changed");
         for (int32_t i = 0; fresh != NULL && i < model->param_count; i++) apti_param_release(ctx, &fresh[i]);
     }
-    if (r == APT_OK) apti_compact_commit(model, fresh, &s);
+    if (r == APT_OK) apti_compact_commit(model, fresh, &s, whole);
     apti_free(ctx, fresh);
     apti_free(ctx, whole);
-    apti_free(ctx, cut);
     apti_survivors_free(ctx, &s);
     return r;
 }
@@ -8200,11 +8440,11 @@ static apt_result apti_param_train(apt_model *model, apti_param *p)
         return APT_OK;
     }
     fresh.trainable = true;
-    fresh.value = fresh.grad = fresh.moment1 = fresh.moment2 = NULL;
-    fresh.packed.data = NULL;
+    apti_param_forget(&fresh);
     if (!apti_param_reserve(model, &fresh)) {
         apti_param_release(model->ctx, &fresh);
-        return apti_fail(model->ctx, APT_E_MEMORY, "no memory to train %s (%lld x %lld)", p->name, (long long)p->rows, (long long)p->cols);
+        return apti_fail(model->ctx, APT_E_MEMORY, "no memory to train %s (%lld x %lld)", p->name, (long long)p->rows,
+                         (long long)p->cols);
     }
     apti_param_get(model, p, fresh.value);
     apti_param_set(model, &fresh, fresh.value);
@@ -8259,8 +8499,10 @@ static apt_result apti_adapter_resize(apt_model *model, int32_t l, int32_t linea
     const apt_adapter old = apti_adapter_view(model, pa->value, pb->value, pa, pb);
     (void)apt_adapter_grow(&grown, &old, rng);
     if (trainable && pa->trainable && pa->rows > 0) {
-        const apt_adapter m1 = apti_adapter_view(model, a.moment1, b.moment1, &a, &b), o1 = apti_adapter_view(model, pa->moment1, pb->moment1, pa, pb);
-        const apt_adapter m2 = apti_adapter_view(model, a.moment2, b.moment2, &a, &b), o2 = apti_adapter_view(model, pa->moment2, pb->moment2, pa, pb);
+        const apt_adapter m1 = apti_adapter_view(model, a.moment1, b.moment1, &a, &b),
+                          o1 = apti_adapter_view(model, pa->moment1, pb->moment1, pa, pb);
+        const apt_adapter m2 = apti_adapter_view(model, a.moment2, b.moment2, &a, &b),
+                          o2 = apti_adapter_view(model, pa->moment2, pb->moment2, pa, pb);
         (void)apt_adapter_grow(&m1, &o1, NULL);
         (void)apt_adapter_grow(&m2, &o2, NULL);
     }
@@ -8314,7 +8556,8 @@ static apt_result apti_probe_logits(apt_model *model, const apt_batch *probe, fl
     return apt_model_forward(model, probe, &out);
 }
 
-static apt_result apti_logit_difference(apt_model *model, const apt_batch *probe, const float *before, int64_t count, float *difference)
+static apt_result apti_logit_difference(apt_model *model, const apt_batch *probe, const float *before, int64_t count,
+                                        float *difference)
 {
     float *after = NULL;
     int64_t n = 0;
@@ -8354,11 +8597,11 @@ static bool apti_param_snapshot(apt_model *model, apti_param *copy, const apti_p
 {
     *copy = *p;
     copy->trainable = false;
-    copy->value = copy->grad = copy->moment1 = copy->moment2 = NULL;
-    copy->packed.data = NULL;
+    apti_param_forget(copy);
     if (apti_param_count(p) == 0) return true;
     if (!p->trainable) {
         copy->value = (float *)apti_retain(p->value);
+        copy->columns = (int32_t *)apti_retain(p->columns);
         copy->packed.data = apti_retain(p->packed.data);
         return true;
     }
@@ -8572,7 +8815,8 @@ static apt_result apti_desc_check(apt_ctx *ctx, const apt_train_desc *d, const a
     apti_desc_fields(d, c, field);
     for (int32_t i = 0; i < APTI_FIELDS; i++)
         if (!apti_finite_f64(field[i].value) || !(field[i].value >= field[i].low && field[i].value <= field[i].high))
-            return apti_fail(ctx, APT_E_RANGE, "apt_train_desc.%s is %g; expected %g..%g", field[i].name, field[i].value, field[i].low, field[i].high);
+            return apti_fail(ctx, APT_E_RANGE, "apt_train_desc.%s is %g; expected %g..%g", field[i].name, field[i].value,
+                             field[i].low, field[i].high);
     return APT_OK;
 }
 
@@ -8649,7 +8893,8 @@ static apt_result apti_trainer_attach(apt_trainer *t)
     m->scale = t->desc.scale;
     for (int32_t i = 0; i < APTI_HEAD_SLOTS && r == APT_OK; i++)
         if (m->head[i] != NULL) r = apti_param_train(m, m->head[i]);
-    for (int32_t i = 0; i < m->param_count && r == APT_OK && t->desc.method == APT_METHOD_FULL; i++) r = apti_param_train(m, &m->params[i]);
+    for (int32_t i = 0; i < m->param_count && r == APT_OK && t->desc.method == APT_METHOD_FULL; i++)
+        r = apti_param_train(m, &m->params[i]);
     for (int32_t l = 0; l < m->config.layers && r == APT_OK; l++)
         for (int32_t i = 0; i < APTI_LINEARS && r == APT_OK; i++)
             if (apti_wants_adapter(t, i)) r = apti_adapter_resize(m, l, i, t->desc.rank, true, &rng);
@@ -8701,7 +8946,8 @@ APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *de
     apt_ctx *ctx = model->ctx;
     if (desc == NULL || trainer == NULL) return apti_fail(ctx, APT_E_ARGUMENT, "apt_trainer_create: desc or trainer is NULL");
     if (model->trainer != NULL) return apti_fail(ctx, APT_E_STATE, "apt_trainer_create: the model has a trainer already");
-    if (apti_adapter_total(model) > 0) return apti_fail(ctx, APT_E_STATE, "apt_trainer_create: the model has adapters; merge them first");
+    if (apti_adapter_total(model) > 0)
+        return apti_fail(ctx, APT_E_STATE, "apt_trainer_create: the model has adapters; merge them first");
     apt_train_desc resolved = *desc;
     apti_desc_resolve(&resolved, &model->config);
     apt_result r = apti_desc_check(ctx, &resolved, &model->config);
@@ -8815,7 +9061,11 @@ static double apti_learning_rate(const apt_train_desc *d, int64_t step)
 }
 
 /* w -= lr*sqrt(c2)/c1 * m / (sqrt(v) + eps*sqrt(c2)) + lr*decay*w, which is Adam with both bias corrections folded in. */
-typedef struct apti_adam_job { apti_param *p; const apti_kernels *kernels; float grad_scale, beta1, beta2, step_size, eps, decay; } apti_adam_job;
+typedef struct apti_adam_job {
+    apti_param *p;
+    const apti_kernels *kernels;
+    float grad_scale, beta1, beta2, step_size, eps, decay;
+} apti_adam_job;
 #define APTI_ADAM_BLOCK 8192
 
 static void apti_adam_task(int64_t index, int32_t thread, void *arg)
@@ -8823,8 +9073,8 @@ static void apti_adam_task(int64_t index, int32_t thread, void *arg)
     const apti_adam_job *j = (const apti_adam_job *)arg;
     const int64_t at = index * APTI_ADAM_BLOCK, n = apti_min_i64(APTI_ADAM_BLOCK, apti_param_count(j->p) - at);
     (void)thread;
-    j->kernels->adam(j->p->value + at, j->p->moment1 + at, j->p->moment2 + at, j->p->grad + at, n, j->grad_scale, j->beta1, j->beta2,
-                     j->step_size, j->eps, j->decay);
+    j->kernels->adam(j->p->value + at, j->p->moment1 + at, j->p->moment2 + at, j->p->grad + at, n, j->grad_scale, j->beta1,
+                     j->beta2, j->step_size, j->eps, j->decay);
 }
 
 /* Weight decay leaves vectors (biases, norms) alone, as usual. */
@@ -8835,8 +9085,9 @@ static void apti_adam_update(apt_trainer *t, double grad_scale, double lr)
     apti_param *p;
     for (int32_t i = 0; (p = apti_trained(t, i)) != NULL; i++) {
         if (!apti_is_trained(p)) continue;
-        apti_adam_job job = {p, t->ctx->kernels, (float)grad_scale, d->beta1, d->beta2, (float)(lr * root2 / c1), (float)(d->epsilon * root2),
-                             p->dims == 2 ? (float)(lr * d->weight_decay) : 0.0f};
+        apti_adam_job job = {
+            p,        t->ctx->kernels,          (float)grad_scale,           d->beta1,
+            d->beta2, (float)(lr * root2 / c1), (float)(d->epsilon * root2), p->dims == 2 ? (float)(lr * d->weight_decay) : 0.0f};
         apti_parallel_for(t->ctx, apti_ceil_div(apti_param_count(p), APTI_ADAM_BLOCK), apti_adam_task, &job);
         apti_param_repack(t->model, p);
     }
@@ -8883,7 +9134,11 @@ static void apti_transform_free(apt_trainer *t)
 static void apti_teacher_drop(apt_trainer *t)
 {
     apti_transform_free(t);
-    if (t->teacher != NULL) apti_model_free(t->teacher);
+    if (t->teacher != NULL) {
+        apti_model_free(t->teacher);
+        for (int32_t i = 0; i < APTI_EMBED_SLOTS; i++)                /* the whole tables are no longer needed */
+            if (!apti_is_shared(t->model->embed[i])) (void)apti_param_own(t->model, t->model->embed[i]);
+    }
     apti_pass_free(t->ctx, t->teacher_pass);
     apti_free(t->ctx, t->distill_block);
     apti_free(t->ctx, t->capture);
@@ -8914,8 +9169,8 @@ static bool apti_transform_make(apt_trainer *t, apti_transform *tr, int64_t hidd
     apt_rng rng = apti_trainer_rng(t, APTI_STREAM_TRANSFORM);
     memset(tr, 0, sizeof(*tr));
     tr->place = (int32_t *)apti_alloc(t->ctx, d, (int64_t)sizeof(int32_t));
-    if (!apti_transform_param(t, &tr->a, "transform_A", APTI_TRANSFORM_RANK, d) || !apti_transform_param(t, &tr->b, "transform_B", hidden, APTI_TRANSFORM_RANK) ||
-        tr->place == NULL)
+    if (!apti_transform_param(t, &tr->a, "transform_A", APTI_TRANSFORM_RANK, d) ||
+        !apti_transform_param(t, &tr->b, "transform_B", hidden, APTI_TRANSFORM_RANK) || tr->place == NULL)
         return false;
     const apt_adapter view = apti_adapter_view(t->model, tr->a.value, tr->b.value, &tr->a, &tr->b);
     (void)apt_adapter_init(&view, &rng);
@@ -8934,7 +9189,8 @@ static apt_result apti_teacher_take(apt_trainer *t)
     if (r == APT_OK) r = apti_pass_create(teacher, &pass);
     if (r == APT_OK) {
         capture = (float **)apti_calloc(t->ctx, t->model->config.layers, (int64_t)sizeof(float *));
-        if (capture == NULL || !apti_transform_make(t, &tr, teacher->config.hidden)) r = apti_fail(t->ctx, APT_E_MEMORY, "teacher: no memory for its transform");
+        if (capture == NULL || !apti_transform_make(t, &tr, teacher->config.hidden))
+            r = apti_fail(t->ctx, APT_E_MEMORY, "teacher: no memory for its transform");
     }
     if (r != APT_OK) {
         apti_param_release(t->ctx, &tr.a);
@@ -9015,7 +9271,8 @@ static apt_result apti_teacher_forward(apt_trainer *t, const apt_batch *batch)
         apti_free(t->ctx, t->distill_block);
         t->distill_bytes = 0;
         t->distill_block = (float *)apti_alloc(t->ctx, bytes, 1);
-        if (t->distill_block == NULL) return apti_fail(t->ctx, APT_E_MEMORY, "distillation: no memory for %lld tokens", (long long)rows);
+        if (t->distill_block == NULL)
+            return apti_fail(t->ctx, APT_E_MEMORY, "distillation: no memory for %lld tokens", (long long)rows);
         t->distill_bytes = bytes;
     }
     const apti_distill_buffers b = apti_distill_plan(t, (char *)t->distill_block, rows);
@@ -9063,7 +9320,8 @@ static double apti_distill_pred(apt_trainer *t, double scale)
     double loss = 0;
     switch (t->model->config.task) {
     case APT_TASK_CLASSIFY:
-        (void)apt_distill_kl(&loss, s->dlogits, width, s->logits, width, teacher, width, NULL, n, width, t->desc.distill_temperature, (float)scale);
+        (void)apt_distill_kl(&loss, s->dlogits, width, s->logits, width, teacher, width, NULL, n, width,
+                             t->desc.distill_temperature, (float)scale);
         return loss;
     case APT_TASK_REGRESS:
         (void)apt_distill_mse(&loss, s->dlogits, 1, s->logits, 1, teacher, 1, NULL, n, 1, (float)scale);
@@ -9107,8 +9365,8 @@ static void apti_layer_loss_task(int64_t index, int32_t thread, void *arg)
 }
 
 /* One product with a row-major right side. */
-static void apti_plain_product(apt_ctx *ctx, float *c, int64_t ldc, bool accumulate, int64_t m, int64_t n, int64_t k, const float *a,
-                               int64_t a_row, int64_t a_col, const float *b, int64_t ldb, apti_b_kind kind)
+static void apti_plain_product(apt_ctx *ctx, float *c, int64_t ldc, bool accumulate, int64_t m, int64_t n, int64_t k,
+                               const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb, apti_b_kind kind)
 {
     apti_gemm g;
     memset(&g, 0, sizeof(g));
@@ -9134,7 +9392,8 @@ static void apti_distill_inject(void *user, int32_t layer, float *dy, int64_t ld
     apt_trainer *t = (apt_trainer *)user;
     apti_transform *tr = &t->transform;
     apt_ctx *ctx = t->ctx;
-    const int64_t rows = t->pass->rows, d = t->model->config.hidden, dt = t->teacher->config.hidden, ldm = apti_ld(dt), k = APTI_TRANSFORM_RANK;
+    const int64_t rows = t->pass->rows, d = t->model->config.hidden, dt = t->teacher->config.hidden, ldm = apti_ld(dt),
+                  k = APTI_TRANSFORM_RANK;
     const apti_distill_buffers b = apti_distill_plan(t, (char *)t->distill_block, rows);
     const float *h = t->pass->acts[layer].y2;
     for (int32_t i = 0; i < t->map.pairs; i++) {
@@ -9231,8 +9490,8 @@ static apt_result apti_grow(apt_trainer *t)
     }
     e.parameters_before = apti_adapter_total(m);
     if (r == APT_OK)
-        r = apt_adapter_plan(rank + n, t->importance, rank, per_rank, n, (int64_t)((double)t->adapter_budget * (1 + (t->desc.growth - 1) * done)),
-                             t->desc.max_rank);
+        r = apt_adapter_plan(rank + n, t->importance, rank, per_rank, n,
+                             (int64_t)((double)t->adapter_budget * (1 + (t->desc.growth - 1) * done)), t->desc.max_rank);
     apt_rng rng = apti_trainer_rng(t, APTI_STREAM_GROW);
     for (int32_t i = 0; i < n && r == APT_OK; i++)
         if (rank[n + i] > rank[i]) r = apti_adapter_resize(m, i / APTI_LINEARS, i % APTI_LINEARS, rank[n + i], true, &rng);
@@ -9253,7 +9512,8 @@ static void apti_probe_cut(const apt_trainer *t, float *sum, const apti_survivor
     for (int32_t l = 0; l < t->model->config.layers; l++) {
         const apt_axis *head = &s->head[l];
         const int64_t width = (int64_t)head->kept * head->width;
-        (void)apt_gather(sum + at, width, t->probe.sum + apti_probe_head(t->model, l), (int64_t)head->units * head->width, NULL, head);
+        (void)apt_gather(sum + at, width, t->probe.sum + apti_probe_head(t->model, l), (int64_t)head->units * head->width, NULL,
+                         head);
         at += width + s->neuron[l].kept;
     }
 }
@@ -9346,7 +9606,8 @@ static apt_result apti_outliers(const apt_trainer *t, float *kurtosis, float *va
         const int64_t width = s->kv_heads > 0 ? (int64_t)s->heads / s->kv_heads * dh : 1;
         const apti_param *o = m->layers[l].slot[2 * APTI_OUTPUT], *down = m->layers[l].slot[2 * APTI_DOWN];
         apti_param_get(m, o, values);
-        r = apt_unit_kurtosis(kurtosis + apti_unit_head(m, l), t->probe.sum + apti_probe_head(m, l), values, o->cols, d, s->kv_heads, width);
+        r = apt_unit_kurtosis(kurtosis + apti_unit_head(m, l), t->probe.sum + apti_probe_head(m, l), values, o->cols, d,
+                              s->kv_heads, width);
         apti_param_get(m, down, values);
         if (r == APT_OK) r = apt_unit_kurtosis(kurtosis + apti_unit_neuron(m, l), NULL, values, down->cols, d, s->neurons, 1);
         for (int32_t i = 0; i < 4 && r == APT_OK; i++) {
@@ -9410,7 +9671,10 @@ static void apti_decision_groups(const apt_trainer *t, apti_decision *d, const a
     (void)apt_transformer_limits(d->least, d->round_to, shape, &limits);
     for (int32_t what = 0, l = 0; l <= m->config.layers; what = what == 0 ? 2 : 0, l += what == 0) {
         const bool hidden = l == m->config.layers, heads = !hidden && what == 0;
-        const int32_t g = apt_transformer_group(shape, hidden ? 0 : l, hidden ? APT_GROUP_HIDDEN : heads ? APT_GROUP_HEADS : APT_GROUP_NEURONS);
+        const int32_t g = apt_transformer_group(shape, hidden ? 0 : l,
+                                                hidden  ? APT_GROUP_HIDDEN
+                                                : heads ? APT_GROUP_HEADS
+                                                        : APT_GROUP_NEURONS);
         const int64_t at = hidden ? apti_unit_hidden(m) : heads ? apti_unit_head(m, l) : apti_unit_neuron(m, l);
         const int32_t n = hidden ? m->config.hidden : heads ? m->shape[l].kv_heads : m->shape[l].neurons;
         const int32_t kind = hidden ? 2 : heads ? 0 : 1;
@@ -9437,7 +9701,8 @@ static apt_result apti_search_units(apt_trainer *t, apti_decision *d, int32_t un
     apti_decision_groups(t, d, &shape);
     if (!t->desc.disable_kurtosis) r = apti_outliers(t, d->kurtosis, d->values, d->moments);
     if (r == APT_OK)
-        r = apt_salience_combine(d->salience, t->desc.disable_kurtosis ? NULL : d->kurtosis, d->kind, NULL, units, 3, t->desc.salience_norm);
+        r = apt_salience_combine(d->salience, t->desc.disable_kurtosis ? NULL : d->kurtosis, d->kind, NULL, units, 3,
+                                 t->desc.salience_norm);
     search.units = units;
     search.groups = apt_transformer_groups(&shape);
     search.salience = d->salience;
@@ -9534,7 +9799,8 @@ static apt_result apti_micro_batch(apt_trainer *t, const apt_batch *batch, bool 
 {
     apti_pass *p = t->pass;
     float mu = 0;
-    if (t->teacher != NULL && t->step < t->desc.distill_end) (void)apt_distill_mu(&mu, t->step, t->desc.prune_begin, t->desc.prune_end);
+    if (t->teacher != NULL && t->step < t->desc.distill_end)
+        (void)apt_distill_mu(&mu, t->step, t->desc.prune_begin, t->desc.prune_end);
     const float share = 1.0f / (float)t->desc.accumulate;
     apt_result r = mu > 0 ? apti_teacher_forward(t, batch) : APT_OK;
     p->probe = probe ? &t->probe : NULL;
@@ -9645,7 +9911,8 @@ APT_API apt_result apt_trainer_step(apt_trainer *trainer, const apt_batch *batch
 APT_API apt_result apt_trainer_finish(apt_trainer *trainer)
 {
     if (trainer == NULL) return APT_E_ARGUMENT;
-    if (trainer->model->structure != trainer->structure) return apti_fail(trainer->ctx, APT_E_STATE, "the model was changed from outside");
+    if (trainer->model->structure != trainer->structure)
+        return apti_fail(trainer->ctx, APT_E_STATE, "the model was changed from outside");
     const apt_result r = apti_work_begin(trainer, "apt_trainer_finish");
     if (r != APT_OK) return r;
     return apti_work_end(trainer, trainer->moving ? apti_settle(trainer) : APT_OK);
@@ -9654,7 +9921,8 @@ APT_API apt_result apt_trainer_finish(apt_trainer *trainer)
 APT_API apt_result apt_trainer_metric(apt_trainer *trainer, double metric)
 {
     if (trainer == NULL) return APT_E_ARGUMENT;
-    if (!apti_finite((float)metric)) return apti_fail(trainer->ctx, APT_E_NONFINITE, "apt_trainer_metric: the metric is not finite");
+    if (!apti_finite((float)metric))
+        return apti_fail(trainer->ctx, APT_E_NONFINITE, "apt_trainer_metric: the metric is not finite");
     if (trainer->half_done) return apti_fail(trainer->ctx, APT_E_STATE, "apt_trainer_metric: not from inside this event");
     if (trainer->has_metric && metric <= trainer->best_metric) return APT_OK;
     const bool inside = trainer->working;             /* from APT_EVENT_STEP or APT_EVENT_EVALUATE: the step reports a cancel */
@@ -9692,9 +9960,12 @@ APT_API apt_result apt_trainer_prune_now(apt_trainer *trainer, float sparsity)
     if (trainer == NULL) return APT_E_ARGUMENT;
     apt_trainer *t = trainer;
     if (t->model->structure != t->structure || t->micro != 0)
-        return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_prune_now: the model was changed from outside, or a step is half accumulated");
-    if (!apti_finite(sparsity) || !(sparsity >= 0 && sparsity < 1)) return apti_fail(t->ctx, APT_E_RANGE, "apt_trainer_prune_now: sparsity %g; expected 0..1", (double)sparsity);
-    if (!t->observed) return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_prune_now: no salience yet; call apt_trainer_observe first");
+        return apti_fail(t->ctx, APT_E_STATE,
+                         "apt_trainer_prune_now: the model was changed from outside, or a step is half accumulated");
+    if (!apti_finite(sparsity) || !(sparsity >= 0 && sparsity < 1))
+        return apti_fail(t->ctx, APT_E_RANGE, "apt_trainer_prune_now: sparsity %g; expected 0..1", (double)sparsity);
+    if (!t->observed)
+        return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_prune_now: no salience yet; call apt_trainer_observe first");
     apt_result r = apti_work_begin(t, "apt_trainer_prune_now");
     if (r != APT_OK) return r;
     if (t->moving) r = apti_settle(t);
@@ -9708,7 +9979,15 @@ APT_API apt_result apt_trainer_prune_now(apt_trainer *trainer, float sparsity)
    plans are the real functions. What cannot be known beforehand is which units a run will prune: here every layer loses
    the same share of heads and neurons, and hidden dimensions go only where those cannot give enough. */
 
-enum { APTI_USE_WEIGHTS = 0, APTI_USE_ADAPTERS, APTI_USE_OPTIMIZER, APTI_USE_ACTIVATIONS, APTI_USE_TEACHER, APTI_USE_SCRATCH, APTI_USES };
+enum {
+    APTI_USE_WEIGHTS = 0,
+    APTI_USE_ADAPTERS,
+    APTI_USE_OPTIMIZER,
+    APTI_USE_ACTIVATIONS,
+    APTI_USE_TEACHER,
+    APTI_USE_SCRATCH,
+    APTI_USES
+};
 
 typedef struct apti_rehearsal {
     apt_ctx *ctx;
@@ -9747,7 +10026,8 @@ static void apti_note_brief(apti_rehearsal *r, int32_t use, int64_t bytes)
 
 static int64_t apti_frame_cost(const apt_model *m)
 {
-    const int64_t layers = m->config.layers, entries = APTI_EMBED_SLOTS + APTI_HEAD_SLOTS + layers * (APTI_LAYER_SLOTS + 2 * APTI_LINEARS);
+    const int64_t layers = m->config.layers,
+                  entries = APTI_EMBED_SLOTS + APTI_HEAD_SLOTS + layers * (APTI_LAYER_SLOTS + 2 * APTI_LINEARS);
     return apti_cost((int64_t)sizeof(apt_model)) + apti_cost(layers * (int64_t)sizeof(apt_layer_shape)) +
            apti_cost(layers * (int64_t)sizeof(apti_layer)) + apti_cost(entries * (int64_t)sizeof(apti_param));
 }
@@ -9804,7 +10084,8 @@ static void apti_note_pass(apti_rehearsal *r, uint32_t mode)
 static void apti_rehearse_model(apti_rehearsal *r)
 {
     const int64_t buffer = apti_cost(apti_largest_linear(r->m) * (int64_t)sizeof(float));
-    apti_note(r, APTI_USE_SCRATCH, apti_cost((int64_t)sizeof(apt_ctx)) + r->ctx->threads * apti_cost((int64_t)r->ctx->scratch_bytes));
+    apti_note(r, APTI_USE_SCRATCH,
+              apti_cost((int64_t)sizeof(apt_ctx)) + r->ctx->threads * apti_cost((int64_t)r->ctx->scratch_bytes));
 #ifdef APTI_THREADS
     if (r->ctx->pool != NULL) apti_note(r, APTI_USE_SCRATCH, apti_cost((int64_t)sizeof(apti_pool)));
 #endif
@@ -9853,8 +10134,8 @@ static void apti_rehearse_teacher(apti_rehearsal *r)
 {
     const apt_model *m = r->m;
     const int64_t d = m->config.hidden, f = (int64_t)sizeof(float), layers = m->config.layers;
-    int64_t bytes = apti_frame_cost(m) + apti_pass_frame_cost(m) + apti_cost(layers * (int64_t)sizeof(float *)) + apti_cost(d * f) +
-                    8 * apti_cost(APTI_TRANSFORM_RANK * d * f);
+    int64_t bytes = apti_frame_cost(m) + apti_pass_frame_cost(m) + apti_cost(layers * (int64_t)sizeof(float *)) +
+                    apti_cost(d * f) + 8 * apti_cost(APTI_TRANSFORM_RANK * d * f);
     for (int32_t i = 0; i < m->param_count; i++) {
         apti_param copy = m->params[i];
         r->shared[i] = !copy.trainable;
@@ -9879,7 +10160,8 @@ static void apti_rehearse_shapes(apti_rehearsal *r, double left)
         attention += 2.0 * c->head_dim * (r->dense[l].heads + r->dense[l].kv_heads);
         ffn += 2.0 * r->dense[l].neurons;
     }
-    const double all = attention + ffn, free = ((prune & APT_PRUNE_HEADS) != 0 ? attention : 0) + ((prune & APT_PRUNE_NEURONS) != 0 ? ffn : 0);
+    const double all = attention + ffn,
+                 free = ((prune & APT_PRUNE_HEADS) != 0 ? attention : 0) + ((prune & APT_PRUNE_NEURONS) != 0 ? ffn : 0);
     const double share = free > 0 ? 1 - (1 - left) * all / free : 1, x = share > 0 ? share : 0;
     for (int32_t l = 0; l < c->layers; l++) {
         const apt_layer_shape *full = &r->dense[l];
@@ -9888,7 +10170,8 @@ static void apti_rehearse_shapes(apti_rehearsal *r, double left)
             s->kv_heads = (int32_t)apti_max_i64(1, (int64_t)(full->kv_heads * x + 0.5));
             s->heads = s->kv_heads * (full->heads / full->kv_heads);
         }
-        if ((prune & APT_PRUNE_NEURONS) != 0 && full->neurons > 0) s->neurons = (int32_t)apti_max_i64(1, (int64_t)(full->neurons * x + 0.5));
+        if ((prune & APT_PRUNE_NEURONS) != 0 && full->neurons > 0)
+            s->neurons = (int32_t)apti_max_i64(1, (int64_t)(full->neurons * x + 0.5));
         kept += 2.0 * c->head_dim * (s->heads + s->kv_heads) + 2.0 * s->neurons;
     }
     const double y = kept > 0 ? left * all / kept : 1;
@@ -9903,8 +10186,10 @@ static void apti_rehearse_params(apti_rehearsal *r, int32_t stage)
     for (int32_t i = 0; i < m->param_count; i++) {
         apti_param *p = &m->params[i], cut = *p;
         const apt_layer_shape *shape = p->layer >= 0 ? &m->shape[p->layer] : NULL;
-        if (p->row_axis != APTI_AXIS_FIXED && p->row_axis != APTI_AXIS_RANK) cut.rows = apti_axis_size(&m->config, shape, p->row_axis);
-        if (p->col_axis != APTI_AXIS_FIXED && p->col_axis != APTI_AXIS_RANK) cut.cols = apti_axis_size(&m->config, shape, p->col_axis);
+        if (p->row_axis != APTI_AXIS_FIXED && p->row_axis != APTI_AXIS_RANK)
+            cut.rows = apti_axis_size(&m->config, shape, p->row_axis);
+        if (p->col_axis != APTI_AXIS_FIXED && p->col_axis != APTI_AXIS_RANK)
+            cut.cols = apti_axis_size(&m->config, shape, p->col_axis);
         if (cut.rows == p->rows && cut.cols == p->cols) continue;
         if (stage == 0) {
             apti_note_param(r, &cut, 1);
@@ -9937,9 +10222,11 @@ static void apti_rehearse_cut(apti_rehearsal *r, double left)
 static void apti_rehearse_growth(apti_rehearsal *r, double done, int32_t which)
 {
     apt_model *m = r->m;
-    const double total = (double)apti_adapter_total(m), budget = (double)r->adapter_budget * (1 + ((double)r->t.desc.growth - 1) * done);
+    const double total = (double)apti_adapter_total(m),
+                 budget = (double)r->adapter_budget * (1 + ((double)r->t.desc.growth - 1) * done);
     for (int32_t k = 0; k < m->config.layers * APTI_LINEARS && total > 0; k++) {
-        apti_param *a = m->layers[k / APTI_LINEARS].lora_a[k % APTI_LINEARS], *b = m->layers[k / APTI_LINEARS].lora_b[k % APTI_LINEARS];
+        apti_param *a = m->layers[k / APTI_LINEARS].lora_a[k % APTI_LINEARS],
+                   *b = m->layers[k / APTI_LINEARS].lora_b[k % APTI_LINEARS];
         const int64_t rank = apti_min_i64(r->t.desc.max_rank, (int64_t)((double)a->rows * budget / total));
         apti_param old_a = *a, old_b = *b;
         if (a->rows == 0 || rank <= a->rows || which++ % 2 != 0) continue;
@@ -9956,7 +10243,8 @@ static void apti_rehearse_decision(apti_rehearsal *r, int64_t step, bool first, 
 {
     const apt_train_desc *d = &r->t.desc;
     const bool distills = !d->disable_distill && step < d->distill_end;
-    const double window = (double)(d->prune_end - d->prune_begin), done = window > 0 ? (double)(step - d->prune_begin) / window : 1;
+    const double window = (double)(d->prune_end - d->prune_begin),
+                 done = window > 0 ? (double)(step - d->prune_begin) / window : 1;
     apti_decision plan;
     apt_units u;
     if (first && distills) apti_rehearse_teacher(r);
@@ -10029,14 +10317,15 @@ static void apti_estimate_report(const apti_rehearsal *r, apt_estimate_info *inf
     for (int32_t i = 0; i < APTI_USES; i++) info->total += r->most[i];
 }
 
-APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens, int64_t sequences,
-                                apt_estimate_info *info)
+APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
+                                int64_t sequences, apt_estimate_info *info)
 {
     apti_rehearsal r = APT_ZERO;
     if (ctx == NULL) return APT_E_ARGUMENT;
     if (config == NULL || info == NULL) return apti_fail(ctx, APT_E_ARGUMENT, "apt_estimate: config or info is NULL");
     if (sequences < 1 || tokens < sequences || tokens > (int64_t)1 << 31)
-        return apti_fail(ctx, APT_E_RANGE, "apt_estimate: %lld tokens in %lld sequences", (long long)tokens, (long long)sequences);
+        return apti_fail(ctx, APT_E_RANGE, "apt_estimate: %lld tokens in %lld sequences", (long long)tokens,
+                         (long long)sequences);
     apt_config c = *config;
     if (c.layer == NULL && c.head_dim == 0 && c.heads > 0) c.head_dim = c.hidden / c.heads;
     apt_result result = apti_model_frame(ctx, &c, APT_F32, &r.m);
@@ -11378,7 +11667,6 @@ static apt_result apti_tensors_open_index(apt_ctx *ctx, const char *dir, char *p
 /* A .safetensors file, or a folder with model.safetensors or with shards and their index. */
 static apt_result apti_tensors_open(apt_ctx *ctx, const char *path, apti_tensors **out)
 {
-    if (apti_path_query(path) == APTI_PATH_FILE) return apti_tensors_open_file(ctx, path, out);
     char *single = apti_join_path(ctx, path, "model.safetensors");
     char *index = apti_join_path(ctx, path, "model.safetensors.index.json");
     apt_result result;
@@ -11387,7 +11675,8 @@ static apt_result apti_tensors_open(apt_ctx *ctx, const char *path, apti_tensors
     else if (apti_path_query(index) != APTI_PATH_NONE) {
         result = apti_tensors_open_index(ctx, path, index, out);
         index = NULL;
-    } else
+    } else if (apti_path_query(path) == APTI_PATH_FILE) result = apti_tensors_open_file(ctx, path, out);
+    else
         result = apti_fail(ctx, APT_E_MISSING, "'%.600s': neither model.safetensors nor model.safetensors.index.json is there",
                            path);
     apti_free(ctx, single);
@@ -12510,8 +12799,8 @@ static apt_result apti_saver_items(apti_saver *s)
         item->dims = p->dims;
         item->shape[0] = p->dims == 1 ? p->cols : p->rows;
         item->shape[1] = p->dims == 1 ? 0 : p->cols;
-        item->data = p->value;
-        if (p->value != NULL) result = apti_saver_check(s, p, p->value);
+        item->data = p->columns == NULL ? p->value : NULL;
+        if (item->data != NULL) result = apti_saver_check(s, p, p->value);
     }
     return result;
 }
@@ -12623,36 +12912,67 @@ APT_API apt_result apt_model_save(apt_model *model, const char *dir)
 
 /* Counters and flags as two arrays. The first APTI_CKPT_FIXED integers must agree with the model at hand. */
 enum {
-    APTI_CKPT_FIXED = 14, APTI_CKPT_HIDDEN = APTI_CKPT_FIXED, APTI_CKPT_STEP, APTI_CKPT_MICRO, APTI_CKPT_ADAM_STEPS, APTI_CKPT_MOVING,
-    APTI_CKPT_OBSERVED, APTI_CKPT_HAS_METRIC, APTI_CKPT_BUDGET, APTI_CKPT_OWED, APTI_CKPT_TOKENS, APTI_CKPT_PROBE_ROWS, APTI_CKPT_INTS
+    APTI_CKPT_FIXED = 14,
+    APTI_CKPT_HIDDEN = APTI_CKPT_FIXED,
+    APTI_CKPT_STEP,
+    APTI_CKPT_MICRO,
+    APTI_CKPT_ADAM_STEPS,
+    APTI_CKPT_MOVING,
+    APTI_CKPT_OBSERVED,
+    APTI_CKPT_HAS_METRIC,
+    APTI_CKPT_BUDGET,
+    APTI_CKPT_OWED,
+    APTI_CKPT_TOKENS,
+    APTI_CKPT_PROBE_ROWS,
+    APTI_CKPT_INTS
 };
 enum {
-    APTI_CKPT_SPARSITY = 0, APTI_CKPT_BEST, APTI_CKPT_LOSS, APTI_CKPT_TASK_LOSS, APTI_CKPT_DISTILL_LOSS, APTI_CKPT_TARGET, APTI_CKPT_TIME,
-    APTI_CKPT_TEACHER_TIME, APTI_CKPT_REALS
+    APTI_CKPT_SPARSITY = 0,
+    APTI_CKPT_BEST,
+    APTI_CKPT_LOSS,
+    APTI_CKPT_TASK_LOSS,
+    APTI_CKPT_DISTILL_LOSS,
+    APTI_CKPT_TARGET,
+    APTI_CKPT_TIME,
+    APTI_CKPT_TEACHER_TIME,
+    APTI_CKPT_REALS
 };
 
 static void apti_ckpt_pack(const apt_trainer *t, int64_t *i, double *x)
 {
     const apt_config *c = &t->model->config;
-    const int64_t ints[] = {c->family, c->task, c->vocab, c->positions, c->types, c->hidden_dense, c->head_dim, c->layers, c->labels, c->pad_id,
-                            c->activation, t->model->prunable_dense, t->model->weights, (int64_t)t->desc.seed, c->hidden, t->step, t->micro,
-                            t->adam_steps, t->moving, t->observed, t->has_metric, t->adapter_budget, t->owed, t->info.tokens, t->probe.rows};
-    const double reals[] = {t->sparsity, t->best_metric, t->info.loss, t->info.task_loss, t->info.distill_loss, t->info.sparsity_target,
-                            t->info.milliseconds, t->info.teacher_milliseconds};
+    const int64_t ints[] = {c->family,         c->task,
+                            c->vocab,          c->positions,
+                            c->types,          c->hidden_dense,
+                            c->head_dim,       c->layers,
+                            c->labels,         c->pad_id,
+                            c->activation,     t->model->prunable_dense,
+                            t->model->weights, (int64_t)t->desc.seed,
+                            c->hidden,         t->step,
+                            t->micro,          t->adam_steps,
+                            t->moving,         t->observed,
+                            t->has_metric,     t->adapter_budget,
+                            t->owed,           t->info.tokens,
+                            t->probe.rows};
+    const double reals[] = {t->sparsity,          t->best_metric,          t->info.loss,         t->info.task_loss,
+                            t->info.distill_loss, t->info.sparsity_target, t->info.milliseconds, t->info.teacher_milliseconds};
     memcpy(i, ints, sizeof(ints));
     memcpy(x, reals, sizeof(reals));
 }
 
 static apt_result apti_ckpt_compare_model(const apt_trainer *t, const char *path, const int64_t *found)
 {
-    static const char *const names[APTI_CKPT_FIXED] = {"family", "task", "vocab", "positions", "types", "dense hidden size", "head size", "layers",
-                                                       "labels", "pad_id", "activation", "dense prunable parameters", "weight storage", "seed"};
+    static const char *const names[APTI_CKPT_FIXED] = {
+        "family",         "task",   "vocab",  "positions", "types",      "dense hidden size",
+        "head size",      "layers", "labels", "pad_id",    "activation", "dense prunable parameters",
+        "weight storage", "seed"};
     int64_t mine[APTI_CKPT_INTS];
     double reals[APTI_CKPT_REALS];
     apti_ckpt_pack(t, mine, reals);
     for (int32_t i = 0; i < APTI_CKPT_FIXED; i++)
         if (mine[i] != found[i])
-            return apti_fail(t->ctx, APT_E_STATE, "%s: its %s is %lld; this trainer expects %lld", path, names[i], (long long)found[i], (long long)mine[i]);
+            return apti_fail(t->ctx, APT_E_STATE, "%s: its %s is %lld; this trainer expects %lld", path, names[i],
+                             (long long)found[i], (long long)mine[i]);
     return APT_OK;
 }
 
@@ -12662,7 +12982,8 @@ static apt_result apti_ckpt_compare_desc(const apt_trainer *t, const char *path,
     apti_desc_fields(&t->desc, &t->model->config, field);
     for (int32_t i = 0; i < APTI_FIELDS_COMPARED; i++)
         if (!(field[i].value == found[i]))
-            return apti_fail(t->ctx, APT_E_STATE, "%s: it was written with %s = %g; this trainer has %g", path, field[i].name, found[i], field[i].value);
+            return apti_fail(t->ctx, APT_E_STATE, "%s: it was written with %s = %g; this trainer has %g", path, field[i].name,
+                             found[i], field[i].value);
     return APT_OK;
 }
 
@@ -12684,7 +13005,8 @@ static apt_result apti_ckpt_fill_param(void *user, int64_t index, void *out)
     return APT_OK;
 }
 
-static void apti_ckpt_put_floats(apti_ckpt_writer *w, const char *part, const char *name, const float *x, int64_t rows, int64_t cols)
+static void apti_ckpt_put_floats(apti_ckpt_writer *w, const char *part, const char *name, const float *x, int64_t rows,
+                                 int64_t cols)
 {
     const apti_ckpt_name key = apti_ckpt_key(part, name);
     const int64_t shape[2] = {rows, cols};
@@ -12730,7 +13052,9 @@ static bool apti_teacher_shares(const apt_trainer *t)
 {
     for (int32_t i = 0; i < t->model->param_count; i++) {
         const apti_param *s = &t->model->params[i], *q = &t->teacher->params[i];
-        if (!s->trainable && (s->packed.data != q->packed.data || (!s->linear && s->value != q->value))) return false;
+        if (!s->trainable &&
+            (s->packed.data != q->packed.data || s->columns != q->columns || (!s->linear && s->value != q->value)))
+            return false;
     }
     return true;
 }
@@ -12773,9 +13097,12 @@ APT_API apt_result apt_checkpoint_save(apt_trainer *trainer, const char *path, c
     apti_ckpt_writer *w = NULL;
     if (trainer == NULL) return APT_E_ARGUMENT;
     apt_trainer *t = trainer;
-    if (path == NULL || (user == NULL && user_bytes > 0)) return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_checkpoint_save: path or user is NULL");
-    if (t->model->structure != t->structure) return apti_fail(t->ctx, APT_E_STATE, "%s: the model was changed from outside", path);
-    if (t->half_done) return apti_fail(t->ctx, APT_E_STATE, "%s: a step is half done; save between steps or from APT_EVENT_CHECKPOINT", path);
+    if (path == NULL || (user == NULL && user_bytes > 0))
+        return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_checkpoint_save: path or user is NULL");
+    if (t->model->structure != t->structure)
+        return apti_fail(t->ctx, APT_E_STATE, "%s: the model was changed from outside", path);
+    if (t->half_done)
+        return apti_fail(t->ctx, APT_E_STATE, "%s: a step is half done; save between steps or from APT_EVENT_CHECKPOINT", path);
     const apt_result r = apti_ckpt_begin(t->ctx, &w);
     if (r != APT_OK) return r;
     const int64_t bytes[1] = {(int64_t)user_bytes};
@@ -12808,11 +13135,14 @@ static apt_result apti_ckpt_frame(apt_trainer *t, apti_ckpt_reader *r, const cha
     apt_config c = t->model->config;
     const void *hidden = NULL, *shapes = NULL, *ranks = NULL;
     apt_result result = apti_ckpt_find(r, apti_ckpt_key(part, "hidden").text, APT_I64, 1, &hidden, NULL);
-    if (result == APT_OK) result = apti_ckpt_find(r, apti_ckpt_key(part, "shapes").text, APT_I32, 3 * (int64_t)c.layers, &shapes, NULL);
+    if (result == APT_OK)
+        result = apti_ckpt_find(r, apti_ckpt_key(part, "shapes").text, APT_I32, 3 * (int64_t)c.layers, &shapes, NULL);
     if (result != APT_OK) return result;
     int64_t size = 0;
     memcpy(&size, hidden, sizeof(size));
-    if (size < 1 || size > c.hidden_dense) return apti_fail(t->ctx, APT_E_RANGE, "checkpoint: hidden size %lld; expected 1..%d", (long long)size, (int)c.hidden_dense);
+    if (size < 1 || size > c.hidden_dense)
+        return apti_fail(t->ctx, APT_E_RANGE, "checkpoint: hidden size %lld; expected 1..%d", (long long)size,
+                         (int)c.hidden_dense);
     c.hidden = (int32_t)size;
     c.layer = (const apt_layer_shape *)shapes;
     result = apti_model_frame(t->ctx, &c, t->model->weights, out);
@@ -12824,7 +13154,8 @@ static apt_result apti_ckpt_frame(apt_trainer *t, apti_ckpt_reader *r, const cha
         if (result != APT_OK) break;
         memcpy(rank, ranks, sizeof(rank));
         for (int32_t i = 0; i < APTI_LINEARS && result == APT_OK; i++) {
-            if (rank[i] < 0 || rank[i] > 65536) result = apti_fail(t->ctx, APT_E_RANGE, "checkpoint: rank %d in layer %d", (int)rank[i], (int)l);
+            if (rank[i] < 0 || rank[i] > 65536)
+                result = apti_fail(t->ctx, APT_E_RANGE, "checkpoint: rank %d in layer %d", (int)rank[i], (int)l);
             (*out)->layers[l].lora_a[i]->rows = (*out)->layers[l].lora_b[i]->cols = rank[i];
         }
     }
@@ -12844,13 +13175,14 @@ static apt_result apti_ckpt_read_param(apt_model *m, apti_ckpt_reader *r, const 
     apti_param_set(m, p, (const float *)data);
     if (p->trainable) result = apti_ckpt_floats(r, "moment1", p->name, p->moment1, apti_param_count(p));
     if (p->trainable && result == APT_OK) result = apti_ckpt_floats(r, "moment2", p->name, p->moment2, apti_param_count(p));
-    if (p->trainable && result == APT_OK && gradients) result = apti_ckpt_floats(r, "grad", p->name, p->grad, apti_param_count(p));
+    if (p->trainable && result == APT_OK && gradients)
+        result = apti_ckpt_floats(r, "grad", p->name, p->grad, apti_param_count(p));
     return result;
 }
 
 /* Parameters and masks of `m`, whose frame stands. share (or NULL): frozen parameters come from there by reference. */
-static apt_result apti_ckpt_read_model(const apt_trainer *t, apti_ckpt_reader *r, const char *part, apt_model *m, const apt_model *share, bool student,
-                                       bool gradients)
+static apt_result apti_ckpt_read_model(const apt_trainer *t, apti_ckpt_reader *r, const char *part, apt_model *m,
+                                       const apt_model *share, bool student, bool gradients)
 {
     apt_result result = APT_OK;
     apt_units u;
@@ -12876,7 +13208,8 @@ static apt_result apti_ckpt_read_model(const apt_trainer *t, apti_ckpt_reader *r
     return result;
 }
 
-static apt_result apti_ckpt_read_transform(apt_trainer *t, apti_ckpt_reader *r, apt_model *student, apt_model *teacher, apti_transform *tr, bool gradients)
+static apt_result apti_ckpt_read_transform(apt_trainer *t, apti_ckpt_reader *r, apt_model *student, apt_model *teacher,
+                                           apti_transform *tr, bool gradients)
 {
     const int64_t d = student->config.hidden;
     const void *place = NULL;
@@ -12886,12 +13219,14 @@ static apt_result apti_ckpt_read_transform(apt_trainer *t, apti_ckpt_reader *r, 
     if (tr->place == NULL) return apti_fail(t->ctx, APT_E_MEMORY, "checkpoint: no memory for the transform");
     memcpy(tr->place, place, (size_t)d * sizeof(int32_t));
     for (int64_t i = 0; i < d; i++)
-        if (tr->place[i] < 0 || tr->place[i] >= teacher->config.hidden) return apti_fail(t->ctx, APT_E_RANGE, "checkpoint: transform place %d", (int)tr->place[i]);
+        if (tr->place[i] < 0 || tr->place[i] >= teacher->config.hidden)
+            return apti_fail(t->ctx, APT_E_RANGE, "checkpoint: transform place %d", (int)tr->place[i]);
     const char *names[2] = {"transform_A", "transform_B"};
     apti_param *params[2] = {&tr->a, &tr->b};
     for (int32_t i = 0; i < 2 && result == APT_OK; i++) {
         const int64_t rows = i == 0 ? APTI_TRANSFORM_RANK : teacher->config.hidden, cols = i == 0 ? d : APTI_TRANSFORM_RANK;
-        if (!apti_transform_param(t, params[i], names[i], rows, cols)) return apti_fail(t->ctx, APT_E_MEMORY, "checkpoint: no memory for the transform");
+        if (!apti_transform_param(t, params[i], names[i], rows, cols))
+            return apti_fail(t->ctx, APT_E_MEMORY, "checkpoint: no memory for the transform");
         result = apti_ckpt_floats(r, "teacher", names[i], params[i]->value, rows * cols);
         if (result == APT_OK) result = apti_ckpt_floats(r, "moment1", names[i], params[i]->moment1, rows * cols);
         if (result == APT_OK) result = apti_ckpt_floats(r, "moment2", names[i], params[i]->moment2, rows * cols);
@@ -12953,9 +13288,11 @@ static apt_result apti_ckpt_read_units(apt_trainer *t, apti_ckpt_reader *r, apti
     if (result == APT_OK) result = apti_ckpt_floats(r, "state", "salience", c->arrays.salience, u.total);
     if (result == APT_OK) result = apti_ckpt_find(r, "state.keep", APT_U8, u.total, &keep, NULL);
     if (result == APT_OK) memcpy(c->arrays.keep, keep, (size_t)u.total);
-    if (result == APT_OK && c->ints[APTI_CKPT_MICRO] > 0) result = apti_ckpt_floats(r, "state", "probe", c->arrays.probe, 3 * c->probes);
+    if (result == APT_OK && c->ints[APTI_CKPT_MICRO] > 0)
+        result = apti_ckpt_floats(r, "state", "probe", c->arrays.probe, 3 * c->probes);
     c->importance = (float *)apti_alloc(t->ctx, n, (int64_t)sizeof(float));
-    if (result == APT_OK && c->importance == NULL) result = apti_fail(t->ctx, APT_E_MEMORY, "checkpoint: no memory for importance");
+    if (result == APT_OK && c->importance == NULL)
+        result = apti_fail(t->ctx, APT_E_MEMORY, "checkpoint: no memory for importance");
     return result == APT_OK ? apti_ckpt_floats(r, "state", "importance", c->importance, n) : result;
 }
 
@@ -12965,15 +13302,18 @@ static apt_result apti_ckpt_read_teacher(apt_trainer *t, apti_ckpt_reader *r, ap
     if (result != APT_OK) return result;
     const apt_model *share = apti_ckpt_has_key(r, "teacher", c->student->embed[APTI_WORD]->name) ? NULL : c->student;
     if (share != NULL && c->teacher->config.hidden != share->config.hidden)
-        return apti_fail(t->ctx, APT_E_FORMAT, "checkpoint: the teacher has no weights of its own and another shape than the student");
+        return apti_fail(t->ctx, APT_E_FORMAT,
+                         "checkpoint: the teacher has no weights of its own and another shape than the student");
     for (int32_t l = 0; share != NULL && l < share->config.layers; l++)
         if (memcmp(&share->shape[l], &c->teacher->shape[l], sizeof(apt_layer_shape)) != 0)
-            return apti_fail(t->ctx, APT_E_FORMAT, "checkpoint: the teacher shares weights but layer %d has another shape", (int)l);
+            return apti_fail(t->ctx, APT_E_FORMAT, "checkpoint: the teacher shares weights but layer %d has another shape",
+                             (int)l);
     result = apti_ckpt_read_model(t, r, "teacher", c->teacher, share, false, false);
     if (result == APT_OK) result = apti_ckpt_read_transform(t, r, c->student, c->teacher, &c->transform, gradients);
     if (result == APT_OK) result = apti_pass_create(c->teacher, &c->teacher_pass);
     c->capture = (float **)apti_calloc(t->ctx, t->model->config.layers, (int64_t)sizeof(float *));
-    return result == APT_OK && c->capture == NULL ? apti_fail(t->ctx, APT_E_MEMORY, "checkpoint: no memory for the teacher") : result;
+    return result == APT_OK && c->capture == NULL ? apti_fail(t->ctx, APT_E_MEMORY, "checkpoint: no memory for the teacher")
+                                                  : result;
 }
 
 /* The model keeps its address; its contents become those of `fresh`, which takes the old ones with it. */
@@ -13042,7 +13382,8 @@ static apt_result apti_ckpt_user(apt_trainer *t, apti_ckpt_reader *r, const char
         if (result != APT_OK) return result;
     }
     if ((uint64_t)found > *user_bytes || (found > 0 && user == NULL))
-        return apti_fail(t->ctx, APT_E_SCRATCH, "%s: the caller's data needs %lld bytes, room for %lld", path, (long long)found, (long long)*user_bytes);
+        return apti_fail(t->ctx, APT_E_SCRATCH, "%s: the caller's data needs %lld bytes, room for %lld", path, (long long)found,
+                         (long long)*user_bytes);
     if (found > 0) memcpy(user, data, (size_t)found);
     *user_bytes = (size_t)found;
     return APT_OK;
@@ -13055,7 +13396,8 @@ APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, v
     if (trainer == NULL) return APT_E_ARGUMENT;
     apt_trainer *t = trainer;
     if (path == NULL) return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_checkpoint_load: path is NULL");
-    if (t->step != 0 || t->micro != 0 || t->working) return apti_fail(t->ctx, APT_E_STATE, "%s: checkpoints load into a fresh trainer only", path);
+    if (t->step != 0 || t->micro != 0 || t->working)
+        return apti_fail(t->ctx, APT_E_STATE, "%s: checkpoints load into a fresh trainer only", path);
     apt_result result = apti_ckpt_open(t->ctx, path, &r);
     if (result != APT_OK) return result;
     result = apti_ckpt_read_state(t, r, path, &c);

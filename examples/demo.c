@@ -29,10 +29,10 @@
 
 static const char *const g_people[] = {"cook", "clerk", "singer", "farmer", "teacher", "doctor", "sailor", "baker", "painter", "judge"};
 static const char *const g_plain[] = {"old", "young", "tall", "little", "new", "famous"};
-static const char *const g_good[] = {"kind", "honest", "gentle", "brave", "wise", "cheerful", "generous", "patient"};
-static const char *const g_bad[] = {"cruel", "rude", "greedy", "cowardly", "foolish", "gloomy", "selfish", "hostile"};
-static const char *const g_smile[] = {"smiled", "cheered", "laughed", "danced"};
-static const char *const g_sigh[] = {"sighed", "frowned", "wept", "grumbled"};
+static const char *const g_good[] = {"kind", "honest", "gentle", "brave", "wise", "cheerful"};
+static const char *const g_bad[] = {"cruel", "rude", "greedy", "cowardly", "foolish", "gloomy"};
+static const char *const g_smile[] = {"smiled", "cheered", "laughed"};
+static const char *const g_sigh[] = {"sighed", "frowned", "wept"};
 static const char *const g_not[] = {"not", "never", "hardly"};
 static const char *const g_met[] = {"met", "knew", "saw", "heard"};
 static const char *const g_join[] = {"although", "while", "because"};
@@ -84,7 +84,7 @@ static void say_person(sentence *s, uint64_t *random)
 /* "[the old cook] [who met the rude baker] was [not] kind"; returns 1 when this is good news. */
 static int32_t say_clause(sentence *s, uint64_t *random, double relative)
 {
-    const bool good = chance(random, 0.5), negated = chance(random, 0.35);
+    const bool good = chance(random, 0.5), negated = chance(random, 0.25);
     say_person(s, random);
     if (chance(random, relative)) {
         say(s, "who");
@@ -103,17 +103,17 @@ static int32_t say_clause(sentence *s, uint64_t *random, double relative)
     return good != negated;
 }
 
-/* Main statement with, in half the sentences, a clause that does not count before or after it. */
+/* Main statement with, in half of the labelled sentences and a third of the others, a clause that does not count. */
 static void make_sentence(sentence *s, uint64_t *random, bool reaction)
 {
-    const uint32_t shape = below(random, 4);
+    const uint32_t shape = below(random, reaction ? 6 : 4);
     s->text[0] = 0;
     if (shape == 0) {
         say(s, PICK(random, g_join));
         say_clause(s, random, 0);
         say(s, ",");
     }
-    const bool denied = chance(random, 0.15);
+    const bool denied = chance(random, 0.1);
     if (denied) {
         say(s, "it");
         say(s, "is");

@@ -233,6 +233,9 @@ static void test_numbers_read(void **state)
 
 static void check_float(float value)
 {
+#ifdef __FAST_MATH__
+    if ((apti_bits(value) & 0x7f800000u) == 0) return;   /* -Ofast flushes subnormals to zero */
+#endif
     char text[40];
     double back = 0;
     apti_format_float(text, value);
@@ -252,6 +255,9 @@ static void test_numbers_written(void **state)
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
         char text[40];
+#ifdef __FAST_MATH__
+        if (known[i].value == 1e-45f) continue;
+#endif
         apti_format_float(text, known[i].value);
         assert_string_equal(text, known[i].text);
         check_float(known[i].value);
@@ -483,7 +489,11 @@ static void test_tensors_refuse(void **state)
     expect(t->ctx, open_close(t->ctx, t->path), APT_E_FORMAT, "header of 9223372036854775810 bytes");
     expect(t->ctx, open_close(t->ctx, "/nonexistent/model"), APT_E_MISSING,
            "'/nonexistent/model': neither model.safetensors nor");
+#ifdef APTI_POSIX                                /* stdio cannot tell folders from files */
     expect(t->ctx, open_close(t->ctx, t->dir), APT_E_MISSING, "neither model.safetensors nor");
+#else
+    expect(t->ctx, open_close(t->ctx, t->dir), APT_E_IO, t->dir);
+#endif
 }
 
 static void test_tensors_convert(void **state)
@@ -959,7 +969,7 @@ static apt_result load_drop(apt_ctx *ctx, const char *dir, const apt_load_desc *
 
 static void compare_configs(const apt_model *x, const apt_model *y)
 {
-    apt_config a, b;
+    apt_config a = APT_ZERO, b = APT_ZERO;
     apt_model_config(x, &a);
     apt_model_config(y, &b);
     assert_true(a.family == b.family && a.task == b.task && a.vocab == b.vocab && a.positions == b.positions &&
@@ -1018,6 +1028,9 @@ static void test_save_pruned(void **state)
     test_join(path, sizeof path, t->dir, "made/here");
     expect(t->ctx, apt_model_save(model, path), APT_E_IO, path);                      /* makes one folder, not its parents */
     test_join(path, sizeof path, t->dir, "made");
+#ifndef APTI_POSIX
+    assert_int_equal(mkdir(path, 0700), 0);      /* C cannot make folders */
+#endif
     assert_ok(t->ctx, apt_model_save(model, path));
     assert_ok(t->ctx, apt_model_load(t->ctx, path, NULL, &back));
     compare_configs(model, back);
@@ -1109,7 +1122,7 @@ static void test_load_arguments(void **state)
     expect(t->ctx, load_drop(t->ctx, "/nonexistent/m", NULL), APT_E_IO, "/nonexistent/m/config.json");
     char path[700];
     test_remove(test_join(path, sizeof path, t->dir, "model.safetensors"));
-    expect(t->ctx, load_drop(t->ctx, t->dir, NULL), APT_E_MISSING, "neither model.safetensors");
+    assert_result(load_drop(t->ctx, t->dir, NULL), apti_path_query(t->dir) == APTI_PATH_DIR ? APT_E_MISSING : APT_E_IO);
     assert_result(apt_model_save(NULL, t->dir), APT_E_ARGUMENT);
     model = make_model(t->ctx, &c);
     expect(t->ctx, apt_model_save(model, NULL), APT_E_ARGUMENT, "dir is NULL");
@@ -1322,7 +1335,7 @@ static void test_save_refuses(void **state)
     const apt_config c = small_config(APT_BERT, APT_TASK_CLASSIFY);
     apt_model *model = make_model(t->ctx, &c);
     float masks[256];
-    apt_units units;
+    apt_units units = APT_ZERO;
     char path[700];
     apt_model_units(model, &units);
     for (int32_t i = 0; i < units.total; i++) masks[i] = i == 2 ? 0.5f : 1.0f;
@@ -1798,7 +1811,8 @@ static void test_checkpoint_disk_full(void **state)
     assert_int_equal(result, APT_E_IO);
     assert_int_equal(test_count_files(t->dir), 1);
     assert_ok(t->ctx, open_checkpoint(t->ctx, t->path));
-    if (access("/dev/full", W_OK) == 0) expect(t->ctx, put_checkpoint(t->ctx, "/dev/full"), APT_E_IO, "/dev/full");
+    /* Never where the library cannot tell a device from a file: it would replace the device. */
+    if (apti_path_query("/dev/full") == APTI_PATH_OTHER) expect(t->ctx, put_checkpoint(t->ctx, "/dev/full"), APT_E_IO, "/dev/full");
 }
 
 #define FILE_TEST(f) cmocka_unit_test_setup_teardown(f, file_setup, file_teardown)

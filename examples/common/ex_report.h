@@ -280,7 +280,8 @@ EX_API exi_rep_scale exi_rep_nice(double low, double high, int ticks)
     }
     raw = (high - low) / ticks;
     power = pow(10, floor(log10(raw)));
-    scale.step = raw / power <= 1 ? power : raw / power <= 2 ? 2 * power : raw / power <= 5 ? 5 * power : 10 * power;
+    raw = raw / power - 1e-9;                              /* 2.0000000000000004 is 2 */
+    scale.step = raw <= 1 ? power : raw <= 2 ? 2 * power : raw <= 5 ? 5 * power : 10 * power;
     scale.low = scale.step * floor(low / scale.step + 1e-9);
     scale.high = scale.step * ceil(high / scale.step - 1e-9);
     return scale;

@@ -1,0 +1,166 @@
+/* Fuzz target: the example programs' tokenizer. The first byte chooses: the rest is a tokenizer.json, or a text (and, behind a
+   0 byte, its pair) for one of two small tokenizers. Whatever is accepted must keep its promises.
+   clang -g -O1 -DAPT_FUZZ -fsanitize=fuzzer,address,undefined fuzz_tokenizer.c -lutf8proc -lm -lpthread && ./a.out corpus/tokenizer */
+#define _POSIX_C_SOURCE 200809L
+#define STB_DS_IMPLEMENTATION
+#include "../examples/common/ex_base.h"
+#include "../examples/common/ex_tokenizer.h"
+
+static void fuzz_one(const uint8_t *data, size_t size);
+#include "fuzz_examples.h"
+
+static ex_tokenizer *load(const char *json, size_t bytes, ex_error *error)
+{
+    exi_tok_loader l;
+    int64_t replaced = 0;
+    bool fine;
+    char *text = ex_copy(json, bytes);
+    memset(&l, 0, sizeof l);
+    l.error = error;
+    l.t = (ex_tokenizer *)ex_alloc(1, sizeof(ex_tokenizer));
+    l.t->unk_id = -1;
+    l.json.text = ex_utf8_repair(text, &bytes, &replaced);
+    fine = ex_json_parse(&l.json, "fuzz", 1, l.json.text, bytes, error);
+    l.root = ex_json_root(&l.json);
+    fine = fine && l.root->type == EX_JSON_OBJECT && exi_tok_read_tokenizer_json(&l);
+    if (fine) {
+        exi_tok_find_specials(l.t, NULL);
+        exi_tok_build_tries(l.t);
+    }
+    ex_json_free(&l.json);
+    if (fine) return l.t;
+    ex_tokenizer_free(l.t);
+    return NULL;
+}
+
+/* Offsets lie in the text, tokens follow one another, each id has a name. */
+static void check_encoding(const ex_tokenizer *t, const ex_encode_desc *desc, const ex_encoding *e)
+{
+    const size_t count = stbds_arrlenu(e->ids);
+    fuzz_check(e->windows >= 1 && e->first[0] == 0 && (size_t)e->first[e->windows] == count);
+    fuzz_check(stbds_arrlenu(e->types) == count && stbds_arrlenu(e->sequence) == count && stbds_arrlenu(e->offsets) == count);
+    for (int32_t w = 0; w < e->windows; w++) {
+        const int32_t length = e->first[w + 1] - e->first[w];
+        uint32_t last[2] = {0, 0};
+        fuzz_check(length >= 0 && (desc->max_length == 0 || length <= desc->max_length));
+        for (int32_t i = e->first[w]; i < e->first[w + 1]; i++) {
+            const int s = e->sequence[i];
+            fuzz_check(e->types[i] == 0 || e->types[i] == 1);
+            if (s < 0) continue;
+            fuzz_check(s == 0 || desc->pair != NULL);
+            fuzz_check(ex_tokenizer_token(t, e->ids[i]) != NULL);
+            fuzz_check(e->offsets[i].start <= e->offsets[i].end && e->offsets[i].end <= (s == 0 ? desc->bytes : desc->pair_bytes));
+            fuzz_check(e->offsets[i].end >= last[s]);
+            last[s] = e->offsets[i].end;
+        }
+    }
+}
+
+static void check_decode(const ex_tokenizer *t, const ex_encoding *e)
+{
+    for (int skip = 0; skip < 2; skip++) {
+        size_t bytes = 0;
+        char *text = ex_tokenizer_decode(t, e->ids, e->first[1], skip, &bytes, NULL);
+        fuzz_check(text != NULL && ex_utf8_valid_prefix(text, bytes) == bytes && text[bytes] == 0);
+        free(text);
+    }
+}
+
+static void encode(const ex_tokenizer *t, const char *text, size_t bytes, uint8_t how)
+{
+    const char *zero = bytes > 0 && (how & 1) ? (const char *)memchr(text, 0, bytes) : NULL;
+    ex_encode_desc desc;
+    ex_encoding e;
+    ex_error error = {""};
+    memset(&desc, 0, sizeof desc);
+    memset(&e, 0, sizeof e);
+    desc.text = text;
+    desc.bytes = zero != NULL ? (size_t)(zero - text) : bytes;
+    desc.pair = zero != NULL ? zero + 1 : NULL;
+    desc.pair_bytes = zero != NULL ? bytes - desc.bytes - 1 : 0;
+    desc.no_special = (how & 2) != 0;
+    desc.windows = (how & 4) != 0;
+    desc.max_length = how >> 3 == 0 ? 0 : (how >> 3) + 1;
+    desc.stride = how >> 5;
+    desc.truncation = (ex_truncation)(how % 3);
+    if (ex_tokenizer_encode(t, &desc, &e, &error)) {
+        check_encoding(t, &desc, &e);
+        check_decode(t, &e);
+    } else {
+        fuzz_check(error.text[0] != 0 && e.windows == 0);
+    }
+    ex_encoding_free(&e);
+}
+
+/* Byte-level BPE loses nothing: the decoded text is the text. */
+static void round_trip(const ex_tokenizer *t, const char *text, size_t bytes)
+{
+    ex_encode_desc desc;
+    ex_encoding e;
+    ex_text repaired = {NULL, 0, 0};
+    size_t got = 0;
+    char *back;
+    memset(&desc, 0, sizeof desc);
+    memset(&e, 0, sizeof e);
+    desc.text = text;
+    desc.bytes = bytes;
+    desc.no_special = true;
+    fuzz_check(ex_tokenizer_encode(t, &desc, &e, NULL));
+    back = ex_tokenizer_decode(t, e.ids, e.first[1], false, &got, NULL);
+    ex_text_put(&repaired, "");
+    ex_utf8_add_repaired(&repaired, text, bytes);
+    fuzz_check(back != NULL && got == repaired.length && memcmp(back, repaired.at, got) == 0);
+    free(back);
+    ex_text_free(&repaired);
+    ex_encoding_free(&e);
+}
+
+/* All 256 bytes are tokens; "ab", "abab", " a", "th" and "the" too. No added tokens. */
+static ex_tokenizer *make_bytes(void)
+{
+    ex_text json = {NULL, 0, 0};
+    ex_error error = {""};
+    ex_tokenizer *t;
+    ex_text_put(&json, "{\"model\":{\"type\":\"BPE\",\"vocab\":{");
+    for (int b = 0; b < 256; b++) ex_text_format(&json, "\"\\u%04x\":%d,", exi_tok_byte_letter((unsigned char)b), b);
+    ex_text_put(&json, "\"ab\":256,\"abab\":257,\"\\u0120a\":258,\"th\":259,\"the\":260},\"merges\":[\"t h\",\"a b\",\"\\u0120 a\",\"th e\",\"ab ab\"]},"
+                       "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false},\"decoder\":{\"type\":\"ByteLevel\"}}");
+    t = load(json.at, json.length, &error);
+    fuzz_check(t != NULL);
+    ex_text_free(&json);
+    return t;
+}
+
+static ex_tokenizer *make_words(void)
+{
+    static const char json[] =
+        "{\"model\":{\"type\":\"WordPiece\",\"unk_token\":\"[UNK]\",\"vocab\":{\"[UNK]\":0,\"[CLS]\":1,\"[SEP]\":2,\"[MASK]\":3,\"a\":4,\"##a\":5,\"b\":6,\"##b\":7,"
+        "\"ab\":8,\"##ab\":9,\"the\":10,\",\":11,\".\":12,\"'\":13,\"##the\":14,\"i\":15}},\"normalizer\":{\"type\":\"BertNormalizer\"},\"pre_tokenizer\":{\"type\":"
+        "\"BertPreTokenizer\"},\"decoder\":{\"type\":\"WordPiece\"},\"added_tokens\":[{\"id\":3,\"content\":\"[MASK]\",\"lstrip\":true,\"special\":true},"
+        "{\"id\":16,\"content\":\"The B\",\"single_word\":true,\"normalized\":true},{\"id\":17,\"content\":\"<e>\",\"rstrip\":true,\"normalized\":false}],"
+        "\"post_processor\":{\"type\":\"BertProcessing\",\"cls\":[\"[CLS]\",1],\"sep\":[\"[SEP]\",2]}}";
+    ex_error error = {""};
+    ex_tokenizer *t = load(json, sizeof json - 1, &error);
+    fuzz_check(t != NULL);
+    return t;
+}
+
+static void fuzz_one(const uint8_t *data, size_t size)
+{
+    static ex_tokenizer *bytes, *words;          /* live as long as the process */
+    static const char text[] = "The ab the, abab! [MASK] b\0it's <e> \xc3\xa9";
+    ex_error error = {""};
+    if (bytes == NULL) bytes = make_bytes();
+    if (words == NULL) words = make_words();
+    if (size < 2) return;
+    if (data[0] == '{') {                        /* a tokenizer.json as it is */
+        ex_tokenizer *t = load((const char *)data, size, &error);
+        fuzz_check(t != NULL || error.text[0] != 0);
+        for (int how = 0; t != NULL && how < 256; how += 37) encode(t, text, sizeof text - 1, (uint8_t)how);
+        if (t != NULL) encode(t, (const char *)data, size < 200 ? size : 200, 0);
+        ex_tokenizer_free(t);
+        return;
+    }
+    encode(data[0] & 1 ? words : bytes, (const char *)data + 2, size - 2, data[1]);
+    if (!(data[0] & 1)) round_trip(bytes, (const char *)data + 2, size - 2);
+}
