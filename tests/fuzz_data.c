@@ -114,7 +114,8 @@ static void squad(const ex_tokenizer *t, const char *path, uint8_t how)
         ex_squad_score score;
         for (int32_t i = 0; i < set.longest; i++) scores[i] = (float)((i * how) % 13);
         for (int64_t w = 0; w < set.count; w++) ex_answers_add_window(answers, w, scores, scores);
-        fuzz_check(ex_squad_score_all(&score, &read, answers, 0) && score.exact >= 0 && score.exact <= 100 && score.f1 >= 0 && score.f1 <= 100.000001);
+        fuzz_check(ex_squad_score_all(&score, &read, answers, 0) && score.exact >= 0 && score.exact <= 100 && score.f1 >= 0 &&
+                   score.f1 <= 100.000001);
         check_batches(&set, how);
         free(scores);
         ex_answers_free(answers);

@@ -1,6 +1,6 @@
 /* Fuzz target: the example programs' tokenizer. The first byte chooses: the rest is a tokenizer.json, or a text (and, behind a
    0 byte, its pair) for one of two small tokenizers. Whatever is accepted must keep its promises.
-   clang -g -O1 -DAPT_FUZZ -fsanitize=fuzzer,address,undefined fuzz_tokenizer.c -lutf8proc -lm -lpthread && ./a.out corpus/tokenizer */
+   clang -g -O1 -DAPT_FUZZ -fsanitize=fuzzer,address,undefined fuzz_tokenizer.c -lutf8proc -lm && ./a.out corpus/tokenizer */
 #define _POSIX_C_SOURCE 200809L
 #define STB_DS_IMPLEMENTATION
 #include "../examples/common/ex_base.h"
@@ -49,7 +49,8 @@ static void check_encoding(const ex_tokenizer *t, const ex_encode_desc *desc, co
             if (s < 0) continue;
             fuzz_check(s == 0 || desc->pair != NULL);
             fuzz_check(ex_tokenizer_token(t, e->ids[i]) != NULL);
-            fuzz_check(e->offsets[i].start <= e->offsets[i].end && e->offsets[i].end <= (s == 0 ? desc->bytes : desc->pair_bytes));
+            fuzz_check(e->offsets[i].start <= e->offsets[i].end &&
+                       e->offsets[i].end <= (s == 0 ? desc->bytes : desc->pair_bytes));
             fuzz_check(e->offsets[i].end >= last[s]);
             last[s] = e->offsets[i].end;
         }
@@ -123,8 +124,11 @@ static ex_tokenizer *make_bytes(void)
     ex_tokenizer *t;
     ex_text_put(&json, "{\"model\":{\"type\":\"BPE\",\"vocab\":{");
     for (int b = 0; b < 256; b++) ex_text_format(&json, "\"\\u%04x\":%d,", exi_tok_byte_letter((unsigned char)b), b);
-    ex_text_put(&json, "\"ab\":256,\"abab\":257,\"\\u0120a\":258,\"th\":259,\"the\":260},\"merges\":[\"t h\",\"a b\",\"\\u0120 a\",\"th e\",\"ab ab\"]},"
-                       "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false},\"decoder\":{\"type\":\"ByteLevel\"}}");
+    ex_text_put(
+        &json,
+        "\"ab\":256,\"abab\":257,\"\\u0120a\":258,\"th\":259,\"the\":260},\"merges\":[\"t h\",\"a b\","
+        "\"\\u0120 a\",\"th e\",\"ab ab\"]},"
+        "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false},\"decoder\":{\"type\":\"ByteLevel\"}}");
     t = load(json.at, json.length, &error);
     fuzz_check(t != NULL);
     ex_text_free(&json);
@@ -134,10 +138,15 @@ static ex_tokenizer *make_bytes(void)
 static ex_tokenizer *make_words(void)
 {
     static const char json[] =
-        "{\"model\":{\"type\":\"WordPiece\",\"unk_token\":\"[UNK]\",\"vocab\":{\"[UNK]\":0,\"[CLS]\":1,\"[SEP]\":2,\"[MASK]\":3,\"a\":4,\"##a\":5,\"b\":6,\"##b\":7,"
-        "\"ab\":8,\"##ab\":9,\"the\":10,\",\":11,\".\":12,\"'\":13,\"##the\":14,\"i\":15}},\"normalizer\":{\"type\":\"BertNormalizer\"},\"pre_tokenizer\":{\"type\":"
-        "\"BertPreTokenizer\"},\"decoder\":{\"type\":\"WordPiece\"},\"added_tokens\":[{\"id\":3,\"content\":\"[MASK]\",\"lstrip\":true,\"special\":true},"
-        "{\"id\":16,\"content\":\"The B\",\"single_word\":true,\"normalized\":true},{\"id\":17,\"content\":\"<e>\",\"rstrip\":true,\"normalized\":false}],"
+        "{\"model\":{\"type\":\"WordPiece\",\"unk_token\":\"[UNK]\",\"vocab\":{\"[UNK]\":0,\"[CLS]\":1,"
+        "\"[SEP]\":2,\"[MASK]\":3,\"a\":4,\"##a\":5,\"b\":6,\"##b\":7,"
+        "\"ab\":8,\"##ab\":9,\"the\":10,\",\":11,\".\":12,\"'\":13,\"##the\":14,\"i\":15}},"
+        "\"normalizer\":{\"type\":\"BertNormalizer\"},"
+        "\"pre_tokenizer\":{\"type\":"
+        "\"BertPreTokenizer\"},\"decoder\":{\"type\":\"WordPiece\"},\"added_tokens\":[{\"id\":3,\"content\":\"[MASK]\","
+        "\"lstrip\":true,\"special\":true},"
+        "{\"id\":16,\"content\":\"The B\",\"single_word\":true,\"normalized\":true},{\"id\":17,\"content\":\"<e>\","
+        "\"rstrip\":true,\"normalized\":false}],"
         "\"post_processor\":{\"type\":\"BertProcessing\",\"cls\":[\"[CLS]\",1],\"sep\":[\"[SEP]\",2]}}";
     ex_error error = {""};
     ex_tokenizer *t = load(json, sizeof json - 1, &error);

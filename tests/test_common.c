@@ -100,11 +100,21 @@ static void test_base_files(void **state)
 static void test_base_utf8(void **state)
 {
     /* from table 3-8 of the Unicode standard: how many U+FFFD */
-    static const struct { const char *text; int64_t replaced; const char *repaired; } cases[] = {
-        {"plain", 0, "plain"}, {"\xc3\xa9", 0, "\xc3\xa9"}, {"\xc0\x80", 2, "??"}, {"\xed\xa0\x80", 3, "???"}, {"\xe2\x82", 1, "?"},
-        {"\xf0\x9f\x98x", 1, "?x"}, {"\xf4\x90\x80\x80", 4, "????"}, {"a\xf1\x80\x80\xe1\x80\xc2" "b\x80" "c\x80\xbf" "d", 6, "a???b?c??d"},
-        {"\xff", 1, "?"}, {"\xf4\x8f\xbf\xbf", 0, "\xf4\x8f\xbf\xbf"}
-    };
+    static const struct { const char *text; int64_t replaced; const char *repaired;
+    } cases[] = {{"plain", 0, "plain"},
+                 {"\xc3\xa9", 0, "\xc3\xa9"},
+                 {"\xc0\x80", 2, "??"},
+                 {"\xed\xa0\x80", 3, "???"},
+                 {"\xe2\x82", 1, "?"},
+                 {"\xf0\x9f\x98x", 1, "?x"},
+                 {"\xf4\x90\x80\x80", 4, "????"},
+                 {"a\xf1\x80\x80\xe1\x80\xc2"
+                  "b\x80"
+                  "c\x80\xbf"
+                  "d",
+                  6, "a???b?c??d"},
+                 {"\xff", 1, "?"},
+                 {"\xf4\x8f\xbf\xbf", 0, "\xf4\x8f\xbf\xbf"}};
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         ex_text out = {NULL, 0, 0}, wanted = {NULL, 0, 0};
@@ -183,7 +193,11 @@ static void test_json_accepts(void **state)
     const ex_json_node *root;
     int64_t n = 0;
     (void)state;
-    assert_true(parse(&json, "\xef\xbb\xbf { \"a\" : [1, -2.5e1, true,false , null,\"x\"],\"b\":{},\"a\\u0062\":\"\\ud83d\\ude00\\n\\u00e9\\/\", \"n\":1, \"n\":2}\n", &error));
+    assert_true(parse(
+        &json,
+        "\xef\xbb\xbf { \"a\" : [1, -2.5e1, true,false , null,\"x\"],\"b\":{},\"a\\u0062\":\"\\ud83d\\ude00\\n\\u00e9\\/\","
+        " \"n\":1, \"n\":2}\n",
+        &error));
     root = ex_json_root(&json);
     assert_int_equal(root->count, 5);
     assert_int_equal(root->span, stbds_arrlenu(json.nodes));
@@ -199,15 +213,20 @@ static void test_json_accepts(void **state)
     assert_string_equal(ex_json_root(&json)->as.text, "\xef\xbf\xbd \xef\xbf\xbd \xef\xbf\xbd" "A");
     assert_true(parse(&json, "\"a\\u0000b\"", &error));
     assert_int_equal(ex_json_root(&json)->count, 3);
-    assert_true(parse(&json, "1.5", &error) && parse(&json, "-0", &error) && parse(&json, "[]", &error) && parse(&json, "1e-999", &error));
+    assert_true(parse(&json, "1.5", &error) && parse(&json, "-0", &error) && parse(&json, "[]", &error) &&
+                parse(&json, "1e-999", &error));
     ex_json_free(&json);
 }
 
 static void test_json_refuses(void **state)
 {
-    static const char *const bad[] = {"", " ", "{", "[", "[1,]", "[1 2]", "{\"a\":1,}", "{\"a\"}", "{a:1}", "{1:2}", "01", "1.", ".5", "+1", "-", "1e", "1e+",
-        "1e999", "nul", "True", "\"", "\"\\x\"", "\"\\u12g4\"", "\"\\ud83d\\u12\"", "\"a\nb\"", "\"\t\"", "[]]", "{}{}", "[1]x", "\"a\" b", "0x10", "NaN", "'a'",
-        "[1,,2]", "{\"a\":}", "//", "[\"a\",]"};
+    static const char *const bad[] = {"",           " ",       "{",     "[",       "[1,]",        "[1 2]",
+                                      "{\"a\":1,}", "{\"a\"}", "{a:1}", "{1:2}",   "01",          "1.",
+                                      ".5",         "+1",      "-",     "1e",      "1e+",         "1e999",
+                                      "nul",        "True",    "\"",    "\"\\x\"", "\"\\u12g4\"", "\"\\ud83d\\u12\"",
+                                      "\"a\nb\"",   "\"\t\"",  "[]]",   "{}{}",    "[1]x",        "\"a\" b",
+                                      "0x10",       "NaN",     "'a'",   "[1,,2]",  "{\"a\":}",    "//",
+                                      "[\"a\",]"};
     ex_json json = {0};
     ex_error error = {""};
     ex_text deep = {NULL, 0, 0};
@@ -272,7 +291,9 @@ static void test_tsv(void **state)
     ex_rows rows;
     ex_rows_desc desc = desc_of(EX_LABEL_CLASS);
     /* quotes are text, lines may end in CR LF, the last one needs no end, empty lines at the end do not count */
-    read_rows(&rows, put_text(p, "a.tsv", "\xef\xbb\xbfsentence\tlabel\r\n\"quoted\" it's \t1\r\nsecond \"one\t0\n 	1\n\n \n"), &desc);
+    read_rows(&rows,
+              put_text(p, "a.tsv", "\xef\xbb\xbfsentence\tlabel\r\n\"quoted\" it's \t1\r\nsecond \"one\t0\n 	1\n\n \n"),
+              &desc);
     assert_int_equal(rows.count, 3);
     assert_string_equal(rows.row[0].text, "\"quoted\" it's ");
     assert_string_equal(rows.row[1].text, "second \"one");
@@ -298,7 +319,12 @@ static void test_tsv_columns(void **state)
     assert_string_equal(rows.row[0].pair, "second");
     assert_true(rows.has_pair);
     ex_rows_free(&rows);
-    read_rows(&rows, put_text(p, "qnli.tsv", "index\tquestion\tsentence\tlabel\n0\tWho?\tHe.\tentailment\n1\tWhy?\tSo.\tnot_entailment\n2\tA\tB\tentailment\n"), &desc);
+    read_rows(
+        &rows,
+        put_text(
+            p, "qnli.tsv",
+            "index\tquestion\tsentence\tlabel\n0\tWho?\tHe.\tentailment\n1\tWhy?\tSo.\tnot_entailment\n2\tA\tB\tentailment\n"),
+        &desc);
     assert_string_equal(rows.row[0].text, "Who?");
     assert_string_equal(rows.row[0].pair, "He.");
     assert_int_equal(rows.row[1].label, 1);
@@ -308,7 +334,8 @@ static void test_tsv_columns(void **state)
     desc.no_header = true;                       /* CoLA */
     desc.text_column = "#4";
     desc.label_column = "#2";
-    read_rows(&rows, put_text(p, "cola.tsv", "gj04\t1\t\tThey drank the pub dry.\ngj04\t0\t*\tThey drank the pub.\textra\n"), &desc);
+    read_rows(&rows, put_text(p, "cola.tsv", "gj04\t1\t\tThey drank the pub dry.\ngj04\t0\t*\tThey drank the pub.\textra\n"),
+              &desc);
     assert_int_equal(rows.count, 2);
     assert_string_equal(rows.row[1].text, "They drank the pub.");
     ex_rows_free(&rows);
@@ -339,7 +366,8 @@ static void test_labels(void **state)
     assert_int_equal(train.row[0].label, 2);
     assert_int_equal(train.row[2].label, 1);
     desc.labels = &train.labels;
-    read_rows(&dev, put_text(p, "dev.jsonl", "{\"sentence\": \"x\", \"label\": 9}\n\n{\"label\": \"10\", \"sentence\": \"y\"}\n"), &desc);
+    read_rows(&dev, put_text(p, "dev.jsonl", "{\"sentence\": \"x\", \"label\": 9}\n\n{\"label\": \"10\", \"sentence\": \"y\"}\n"),
+              &desc);
     assert_int_equal(dev.row[0].label, 1);
     assert_int_equal(dev.row[1].label, 2);
     assert_int_equal(ex_labels_count(&dev.labels), 3);
@@ -351,27 +379,29 @@ static void test_labels(void **state)
 
 static void test_row_errors(void **state)
 {
-    static const struct { const char *name, *text; ex_label_kind kind; const char *says; } cases[] = {
-        {"a.tsv", "", EX_LABEL_NONE, "a.tsv: expected rows of text, found an empty file"},
-        {"a.tsv", "\n \n\t\n", EX_LABEL_NONE, "found an empty file"},
-        {"a.tsv", "sentence\tlabel\n", EX_LABEL_CLASS, "a.tsv: expected rows after the header line, found none"},
-        {"a.tsv", "x\ty\n1\t2\n", EX_LABEL_NONE, "a.tsv:1: expected a column for the text: one of \"sentence1\""},
-        {"a.tsv", "x\ty\n1\t2\n", EX_LABEL_NONE, "found the columns \"x\", \"y\""},
-        {"a.tsv", "sentence\ty\n1\t2\n", EX_LABEL_CLASS, "expected a column for the label: one of \"label\""},
-        {"a.tsv", "sentence\tlabel\na\t1\nb\n", EX_LABEL_CLASS, "a.tsv:3: expected at least 2 columns, found 1"},
-        {"a.tsv", "sentence\tlabel\na\t1\n\nb\t1\n", EX_LABEL_CLASS, "a.tsv:3: expected 2 column(s), found an empty line"},
-        {"a.tsv", "sentence\tlabel\na\t\n", EX_LABEL_CLASS, "a.tsv:2: expected a label, found nothing"},
-        {"a.tsv", "sentence\tscore\na\t1.5x\n", EX_LABEL_SCORE, "a.tsv:2: expected a number as score, found \"1.5x\""},
-        {"a.tsv", "sentence\tscore\na\tnan\n", EX_LABEL_SCORE, "found \"nan\""},
-        {"a.tsv", "sentence\tscore\na\t0x1p3\n", EX_LABEL_SCORE, "found \"0x1p3\""},
-        {"a.tsv", "sentence\tscore\na\t1e39\n", EX_LABEL_SCORE, "found \"1e39\""},
-        {"a.jsonl", "{\"sentence\": \"a\"}\n[1]\n", EX_LABEL_NONE, "a.jsonl:2: expected an object, found an array"},
-        {"a.jsonl", "{\"sentence\": \"a\"}\n{\"sentence\": 3}\n", EX_LABEL_NONE, "a.jsonl:2: expected \"sentence\" with a string, found a number"},
-        {"a.jsonl", "{\"sentence\": \"a\",}\n", EX_LABEL_NONE, "a.jsonl:1: not valid JSON at byte 17"},
-        {"a.jsonl", "{\"words\": \"a\"}\n", EX_LABEL_NONE, "a.jsonl:1: expected a name for the text"},
-        {"a.jsonl", "{\"sentence\": \"a\", \"label\": 1}\n{\"sentence\": \"a\"}\n", EX_LABEL_CLASS, "a.jsonl:2: expected \"label\" with a number or a string, found nothing"},
-        {"a.jsonl", "{\"sentence\": \"a\", \"label\": []}\n", EX_LABEL_CLASS, "found an array"}
-    };
+    static const struct { const char *name, *text; ex_label_kind kind; const char *says;
+    } cases[] = {{"a.tsv", "", EX_LABEL_NONE, "a.tsv: expected rows of text, found an empty file"},
+                 {"a.tsv", "\n \n\t\n", EX_LABEL_NONE, "found an empty file"},
+                 {"a.tsv", "sentence\tlabel\n", EX_LABEL_CLASS, "a.tsv: expected rows after the header line, found none"},
+                 {"a.tsv", "x\ty\n1\t2\n", EX_LABEL_NONE, "a.tsv:1: expected a column for the text: one of \"sentence1\""},
+                 {"a.tsv", "x\ty\n1\t2\n", EX_LABEL_NONE, "found the columns \"x\", \"y\""},
+                 {"a.tsv", "sentence\ty\n1\t2\n", EX_LABEL_CLASS, "expected a column for the label: one of \"label\""},
+                 {"a.tsv", "sentence\tlabel\na\t1\nb\n", EX_LABEL_CLASS, "a.tsv:3: expected at least 2 columns, found 1"},
+                 {"a.tsv", "sentence\tlabel\na\t1\n\nb\t1\n", EX_LABEL_CLASS,
+                  "a.tsv:3: expected 2 column(s), found an empty line"},
+                 {"a.tsv", "sentence\tlabel\na\t\n", EX_LABEL_CLASS, "a.tsv:2: expected a label, found nothing"},
+                 {"a.tsv", "sentence\tscore\na\t1.5x\n", EX_LABEL_SCORE, "a.tsv:2: expected a number as score, found \"1.5x\""},
+                 {"a.tsv", "sentence\tscore\na\tnan\n", EX_LABEL_SCORE, "found \"nan\""},
+                 {"a.tsv", "sentence\tscore\na\t0x1p3\n", EX_LABEL_SCORE, "found \"0x1p3\""},
+                 {"a.tsv", "sentence\tscore\na\t1e39\n", EX_LABEL_SCORE, "found \"1e39\""},
+                 {"a.jsonl", "{\"sentence\": \"a\"}\n[1]\n", EX_LABEL_NONE, "a.jsonl:2: expected an object, found an array"},
+                 {"a.jsonl", "{\"sentence\": \"a\"}\n{\"sentence\": 3}\n", EX_LABEL_NONE,
+                  "a.jsonl:2: expected \"sentence\" with a string, found a number"},
+                 {"a.jsonl", "{\"sentence\": \"a\",}\n", EX_LABEL_NONE, "a.jsonl:1: not valid JSON at byte 17"},
+                 {"a.jsonl", "{\"words\": \"a\"}\n", EX_LABEL_NONE, "a.jsonl:1: expected a name for the text"},
+                 {"a.jsonl", "{\"sentence\": \"a\", \"label\": 1}\n{\"sentence\": \"a\"}\n", EX_LABEL_CLASS,
+                  "a.jsonl:2: expected \"label\" with a number or a string, found nothing"},
+                 {"a.jsonl", "{\"sentence\": \"a\", \"label\": []}\n", EX_LABEL_CLASS, "found an array"}};
     place *p = (place *)*state;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         const ex_rows_desc desc = desc_of(cases[i].kind);
@@ -583,8 +613,10 @@ static void test_loader(void **state)
 
 /* ---- SQuAD ---- */
 
-#define SQUAD(version, qas) "{\"version\":\"" version "\",\"data\":[{\"title\":\"T\",\"paragraphs\":[{\"context\":" \
-    "\"The caf\\u00e9 was old. \\ud83d\\ude00 The wolf said that the king's daughter went to the old house in the wood.\",\"qas\":[" qas "]}]}]}"
+#define SQUAD(version, qas)                                                                          \
+    "{\"version\":\"" version "\",\"data\":[{\"title\":\"T\",\"paragraphs\":[{\"context\":"           \
+    "\"The caf\\u00e9 was old. \\ud83d\\ude00 The wolf said that the king's daughter went to the old house" \
+    " in the wood.\",\"qas\":[" qas "]}]}]}"
 
 static void read_squad(ex_squad *squad, const char *path)
 {
@@ -597,8 +629,10 @@ static void test_squad_read(void **state)
     place *p = (place *)*state;
     ex_squad squad;
     /* starts count characters: an accent and an emoji stand before "wolf" */
-    read_squad(&squad, put_text(p, "a.json", SQUAD("1.1", "{\"id\":\"1\",\"question\":\"Who?\",\"answers\":[{\"text\":\"wolf\",\"answer_start\":24},"
-        "{\"text\":\"The wolf\",\"answer_start\":20}]},{\"id\":\"2\",\"question\":\"x\"}")));
+    read_squad(&squad,
+               put_text(p, "a.json",
+                        SQUAD("1.1", "{\"id\":\"1\",\"question\":\"Who?\",\"answers\":[{\"text\":\"wolf\",\"answer_start\":24},"
+                                     "{\"text\":\"The wolf\",\"answer_start\":20}]},{\"id\":\"2\",\"question\":\"x\"}")));
     assert_int_equal(squad.count, 2);
     assert_false(squad.version2);
     assert_int_equal(squad.question[0].answers, 2);
@@ -608,8 +642,9 @@ static void test_squad_read(void **state)
     assert_memory_equal(squad.question[0].context + squad.answer[0].start, "wolf", 4);
     assert_string_equal(squad.question[0].title, "T");
     ex_squad_free(&squad);
-    read_squad(&squad, put_text(p, "b.json", SQUAD("v2.0", "{\"id\":\"1\",\"question\":\"Who?\",\"is_impossible\":true,\"answers\":[],"
-        "\"plausible_answers\":[{\"text\":\"nonsense\",\"answer_start\":2}]}")));
+    read_squad(&squad, put_text(p, "b.json",
+                                SQUAD("v2.0", "{\"id\":\"1\",\"question\":\"Who?\",\"is_impossible\":true,\"answers\":[],"
+                                              "\"plausible_answers\":[{\"text\":\"nonsense\",\"answer_start\":2}]}")));
     assert_true(squad.version2 && squad.question[0].impossible);
     assert_int_equal(squad.question[0].answers, 0);
     ex_squad_free(&squad);
@@ -617,22 +652,25 @@ static void test_squad_read(void **state)
 
 static void test_squad_errors(void **state)
 {
-    static const struct { const char *text, *says; } cases[] = {
-        {"[]", "s.json:1: expected an object, found an array"},
-        {"{\"version\":\"1.1\"}", "expected \"data\" with an array, found nothing"},
-        {"{\"data\":[]}", "expected questions, found none"},
-        {"{\"data\":[3]}", "expected an article, found a number"},
-        {"{\"data\":[{}]}", "expected \"paragraphs\" with an array"},
-        {"{\"data\":[{\"paragraphs\":[{\"qas\":[]}]}]}", "expected \"context\" with a string"},
-        {SQUAD("1", "{\"question\":\"q\"}"), "expected \"id\" with a string"},
-        {SQUAD("1", "{\"id\":\"q7\"}"), "expected \"question\" with a string"},
-        {SQUAD("1", "{\"id\":\"q7\",\"question\":\"q\",\"answers\":{}}"), "expected \"answers\" with an array"},
-        {SQUAD("1", "{\"id\":\"q7\",\"question\":\"q\",\"answers\":[{\"text\":\"wolf\"}]}"), "question q7: expected \"answer_start\""},
-        {SQUAD("1", "{\"id\":\"q7\",\"question\":\"q\",\"answers\":[{\"text\":\"wolf\",\"answer_start\":25}]}"),
-         "question q7: expected the answer \"wolf\" at character 25 of its context, found \"olf said"},
-        {SQUAD("1", "{\"id\":\"q7\",\"question\":\"q\",\"answers\":[{\"text\":\"wolf\",\"answer_start\":2000}]}"), "at character 2000 of its context, found \"\""},
-        {SQUAD("1", "{\"id\":\"q7\",\"question\":\"q\",\"answers\":[{\"text\":\"wood. And more\",\"answer_start\":85}]}"), "question q7: expected the answer"}
-    };
+    static const struct { const char *text, *says;
+    } cases[] = {{"[]", "s.json:1: expected an object, found an array"},
+                 {"{\"version\":\"1.1\"}", "expected \"data\" with an array, found nothing"},
+                 {"{\"data\":[]}", "expected questions, found none"},
+                 {"{\"data\":[3]}", "expected an article, found a number"},
+                 {"{\"data\":[{}]}", "expected \"paragraphs\" with an array"},
+                 {"{\"data\":[{\"paragraphs\":[{\"qas\":[]}]}]}", "expected \"context\" with a string"},
+                 {SQUAD("1", "{\"question\":\"q\"}"), "expected \"id\" with a string"},
+                 {SQUAD("1", "{\"id\":\"q7\"}"), "expected \"question\" with a string"},
+                 {SQUAD("1", "{\"id\":\"q7\",\"question\":\"q\",\"answers\":{}}"), "expected \"answers\" with an array"},
+                 {SQUAD("1", "{\"id\":\"q7\",\"question\":\"q\",\"answers\":[{\"text\":\"wolf\"}]}"),
+                  "question q7: expected \"answer_start\""},
+                 {SQUAD("1", "{\"id\":\"q7\",\"question\":\"q\",\"answers\":[{\"text\":\"wolf\",\"answer_start\":25}]}"),
+                  "question q7: expected the answer \"wolf\" at character 25 of its context, found \"olf said"},
+                 {SQUAD("1", "{\"id\":\"q7\",\"question\":\"q\",\"answers\":[{\"text\":\"wolf\",\"answer_start\":2000}]}"),
+                  "at character 2000 of its context, found \"\""},
+                 {SQUAD("1",
+                        "{\"id\":\"q7\",\"question\":\"q\",\"answers\":[{\"text\":\"wood. And more\",\"answer_start\":85}]}"),
+                  "question q7: expected the answer"}};
     place *p = (place *)*state;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         ex_error error = {""};
@@ -656,10 +694,18 @@ static void test_squad_windows(void **state)
     ex_batch batch = {0};
     ex_squad_score score;
     int holding = 0;
-    read_squad(&squad, put_text(p, "a.json", SQUAD("v2.0", "{\"id\":\"1\",\"question\":\"  What did the wolf say to whom and why?\",\"answers\":"
-        "[{\"text\":\"king's daughter\",\"answer_start\":43}]},{\"id\":\"2\",\"question\":\"Why?\",\"is_impossible\":true,\"answers\":[]}")));
+    read_squad(
+        &squad,
+        put_text(
+            p, "a.json",
+            SQUAD(
+                "v2.0",
+                "{\"id\":\"1\",\"question\":\"  What did the wolf say to whom and why?\",\"answers\":"
+                "[{\"text\":\"king's daughter\",\"answer_start\":43}]},{\"id\":\"2\",\"question\":\"Why?\","
+                "\"is_impossible\":true,\"answers\":[]}")));
     if (!ex_dataset_squad(&set, &squad, t, &desc, &error)) fail_msg("%s", error.text);
-    if (set.count < 4 || set.labels_each != 2 || set.longest != 30) fail_msg("%lld windows, longest %d", (long long)set.count, set.longest);
+    if (set.count < 4 || set.labels_each != 2 || set.longest != 30)
+        fail_msg("%lld windows, longest %d", (long long)set.count, set.longest);
     answers = ex_answers_create(&squad, &set, 12);
     for (int64_t w = set.count; w-- > 0;) {      /* from the last window to the first */
         float *logits;
@@ -699,16 +745,28 @@ static void test_squad_windows(void **state)
 /* The official script's answers, worked out with it. */
 static void test_squad_compare(void **state)
 {
-    static const struct { const char *predicted, *answer; double exact, f1; } cases[] = {
-        {"The Wolf.", "wolf", 1, 1}, {"a wolf an the", "Wolf", 1, 1}, {"theatre", "the atre", 0, 0}, {"old house", "the old house in the wood", 0, 2.0 / 3},
-        {"", "", 1, 1}, {"x", "", 0, 0}, {"the", "", 1, 1}, {"a b b", "b b c", 0, 0.8}, {"U.S.", "us", 1, 1}, {"\xc3\x89t\xc3\xa9", "\xc3\xa9t\xc3\xa9", 1, 1},
-        {"one-two", "one two", 0, 0}, {"x\xc2\xa0y", "x y", 1, 1}, {"an_x", "x", 0, 0}, {"the-x", "thex", 1, 1}, {"caf\xc3\xa9 a\xcc\x81", "caf\xc3\xa9 \xcc\x81", 1, 1}
-    };
+    static const struct { const char *predicted, *answer; double exact, f1;
+    } cases[] = {{"The Wolf.", "wolf", 1, 1},
+                 {"a wolf an the", "Wolf", 1, 1},
+                 {"theatre", "the atre", 0, 0},
+                 {"old house", "the old house in the wood", 0, 2.0 / 3},
+                 {"", "", 1, 1},
+                 {"x", "", 0, 0},
+                 {"the", "", 1, 1},
+                 {"a b b", "b b c", 0, 0.8},
+                 {"U.S.", "us", 1, 1},
+                 {"\xc3\x89t\xc3\xa9", "\xc3\xa9t\xc3\xa9", 1, 1},
+                 {"one-two", "one two", 0, 0},
+                 {"x\xc2\xa0y", "x y", 1, 1},
+                 {"an_x", "x", 0, 0},
+                 {"the-x", "thex", 1, 1},
+                 {"caf\xc3\xa9 a\xcc\x81", "caf\xc3\xa9 \xcc\x81", 1, 1}};
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         double exact, f1;
         ex_squad_compare(cases[i].predicted, strlen(cases[i].predicted), cases[i].answer, strlen(cases[i].answer), &exact, &f1);
-        if (fabs(exact - cases[i].exact) > 0 || fabs(f1 - cases[i].f1) > 1e-12) fail_msg("\"%s\", \"%s\": %g %g", cases[i].predicted, cases[i].answer, exact, f1);
+        if (fabs(exact - cases[i].exact) > 0 || fabs(f1 - cases[i].f1) > 1e-12)
+            fail_msg("\"%s\", \"%s\": %g %g", cases[i].predicted, cases[i].answer, exact, f1);
     }
 }
 
@@ -716,7 +774,8 @@ static void test_squad_compare(void **state)
 
 static void test_metrics(void **state)
 {
-    const int32_t predicted[8] = {0, 1, 1, 2, 2, 2, 0, 1}, label[8] = {0, 1, 0, 2, 1, 2, -1, 1}, constant[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+    const int32_t predicted[8] = {0, 1, 1, 2, 2, 2, 0, 1}, label[8] = {0, 1, 0, 2, 1, 2, -1, 1},
+                  constant[8] = {1, 1, 1, 1, 1, 1, 1, 1};
     const float scores[4] = {1, 3, 2, 2};
     (void)state;
     near(ex_accuracy(predicted, label, 8), 5.0 / 7, 1e-15);
@@ -730,7 +789,8 @@ static void test_metrics(void **state)
         near(ex_matthews(p, p, 6, 2), 1, 1e-15);
         near(ex_matthews(constant, l, 6, 2), 0, 0);
     }
-    near(ex_matthews(predicted, label, 8, 3), (5.0 * 7 - 17) / sqrt((49.0 - 19) * (49 - 17)), 1e-15);     /* sums of squares and products */
+    near(ex_matthews(predicted, label, 8, 3), (5.0 * 7 - 17) / sqrt((49.0 - 19) * (49 - 17)),
+         1e-15); /* sums of squares and products */
     assert_int_equal(ex_argmax(scores, 4), 1);
     near(ex_accuracy(predicted, label, 0), 0, 0);
 }
@@ -738,7 +798,8 @@ static void test_metrics(void **state)
 static void test_correlations(void **state)
 {
     const float x[6] = {1, 2, 3, 4, 5, 6}, y[6] = {2, 1, 4, 3, 7, 5}, flat[6] = {2, 2, 2, 2, 2, 2}, down[6] = {6, 5, 4, 3, 2, 1};
-    const float ties[6] = {1, 2, 2, 3, 3, 3}, steep[6] = {1, 10, 100, 1000, 10000, 100000}, large[3] = {1e8f, 1e8f + 8, 1e8f + 16}, small[3] = {1, 2, 3};
+    const float ties[6] = {1, 2, 2, 3, 3, 3}, steep[6] = {1, 10, 100, 1000, 10000, 100000},
+                large[3] = {1e8f, 1e8f + 8, 1e8f + 16}, small[3] = {1, 2, 3};
     (void)state;
     near(ex_pearson(x, x, 6), 1, 1e-15);
     near(ex_pearson(x, down, 6), -1, 1e-15);
@@ -759,10 +820,14 @@ typedef struct given { const char *text; bool flag, on; int64_t whole; double re
 
 static ex_args_result parse_args(given *g, ex_error *error, const char *const *words, bool *steps_given)
 {
-    const ex_arg table[] = {
-        EX_GROUP("Group"), EX_REQUIRED(EX_TEXT("model", "DIR", &g->text, "a folder")), EX_INT("steps", "N", &g->whole, 1, 1000000, "how many"),
-        EX_REAL("learning-rate", "X", &g->real, 0, 1, "a rate"), EX_CHOICE("method", &g->choice, "apt|lora|full", "which"),
-        EX_FLAG("resume", &g->flag, "go on"), EX_FLAG("grow", &g->on, "let them grow"), EX_ARGS_END};
+    const ex_arg table[] = {EX_GROUP("Group"),
+                            EX_REQUIRED(EX_TEXT("model", "DIR", &g->text, "a folder")),
+                            EX_INT("steps", "N", &g->whole, 1, 1000000, "how many"),
+                            EX_REAL("learning-rate", "X", &g->real, 0, 1, "a rate"),
+                            EX_CHOICE("method", &g->choice, "apt|lora|full", "which"),
+                            EX_FLAG("resume", &g->flag, "go on"),
+                            EX_FLAG("grow", &g->on, "let them grow"),
+                            EX_ARGS_END};
     const ex_args_about about = {"test", "Tests.", "[options]", NULL};
     char *argv[16];
     char *copies[16] = {NULL};
@@ -782,7 +847,8 @@ static ex_args_result parse_args(given *g, ex_error *error, const char *const *w
 
 static void test_args(void **state)
 {
-    static const char *const one[] = {"--model", "m", "--steps=1e3", "--learning_rate", "0.25", "--method", "full", "--resume", "--no-grow", NULL};
+    static const char *const one[] = {"--model",  "m",    "--steps=1e3", "--learning_rate", "0.25",
+                                      "--method", "full", "--resume",    "--no-grow",       NULL};
     static const char *const two[] = {"--model=m", "--grow=false", "--grow", "--resume=no", "--", NULL};
     given g;
     ex_error error = {""};
@@ -828,9 +894,16 @@ static void test_args_help(void **state)
 {
     place *p = (place *)*state;
     given g = {"x.tsv", false, true, 5, 2e-4, 1};
-    const ex_arg table[] = {EX_GROUP("Data"), EX_TEXT("train", "FILE", &g.text, "rows"), EX_REQUIRED(EX_INT("steps", "N", &g.whole, 1, 9, "how many")),
-        EX_REAL("lr", "X", &g.real, 0, 1, "a rate"), EX_CHOICE("method", &g.choice, "apt|lora", "which"), EX_FLAG("resume", &g.flag, "go on"),
-        EX_FLAG("grow", &g.on, "a help text that is so long that it cannot stand in one line of one hundred columns and must be wrapped"), EX_ARGS_END};
+    const ex_arg table[] =
+        {EX_GROUP("Data"),
+         EX_TEXT("train", "FILE", &g.text, "rows"),
+         EX_REQUIRED(EX_INT("steps", "N", &g.whole, 1, 9, "how many")),
+         EX_REAL("lr", "X", &g.real, 0, 1, "a rate"),
+         EX_CHOICE("method", &g.choice, "apt|lora", "which"),
+         EX_FLAG("resume", &g.flag, "go on"),
+         EX_FLAG("grow", &g.on,
+                 "a help text that is so long that it cannot stand in one line of one hundred columns and must be wrapped"),
+         EX_ARGS_END};
     const ex_args_about about = {"test", "Tests.", "--steps N [options]", "  test --steps 3"};
     ex_log log = {0};
     ex_error error = {""};
@@ -854,7 +927,10 @@ static void test_args_help(void **state)
     ex_log_begin(&log, "settings");
     ex_args_log(table, &log);
     assert_true(ex_log_end(&log, &error));
-    assert_string_equal(log.line.at, "{\"event\":\"settings\",\"train\":\"x.tsv\",\"steps\":5,\"lr\":0.0002,\"method\":\"lora\",\"resume\":false,\"grow\":true}\n");
+    assert_string_equal(
+        log.line.at,
+        "{\"event\":\"settings\",\"train\":\"x.tsv\",\"steps\":5,\"lr\":0.0002,\"method\":\"lora\",\"resume\":false,"
+        "\"grow\":true}\n");
     ex_log_close(&log);
 }
 
@@ -888,7 +964,10 @@ static void test_log_file(void **state)
     assert_true(ex_log_end(&log, &error));
     for (int64_t step = 1; step <= 4; step++) log_step(&log, step);
     text = get(p->path);                         /* flushed while the log is open */
-    assert_non_null(strstr(text, "{\"event\":\"set\\\"tings\",\"name\":\"a\\n\\\"b\\\"\\\\\\u0001\",\"none\":null,\"yes\":true,\"nan\":null,\"ranks\":[8,0,-1],\"empty\":[]}\n"));
+    assert_non_null(strstr(
+        text,
+        "{\"event\":\"set\\\"tings\",\"name\":\"a\\n\\\"b\\\"\\\\\\u0001\",\"none\":null,\"yes\":true,"
+        "\"nan\":null,\"ranks\":[8,0,-1],\"empty\":[]}\n"));
     assert_non_null(strstr(text, "{\"event\":\"step\",\"step\":4,\"loss\":0.5}\n"));
     free(text);
     ex_log_close(&log);
@@ -900,12 +979,18 @@ static void test_log_resume(void **state)
     ex_log log;
     ex_error error = {""};
     char *text;
-    put_text(p, "m.jsonl", "{\"event\":\"settings\"}\n{\"event\":\"step\",\"step\":1}\n{\"event\":\"step\",\"step\":2}\n{\"event\":\"evaluate\",\"step\":3}\n{\"event\":\"st");
+    put_text(
+        p, "m.jsonl",
+        "{\"event\":\"settings\"}\n{\"event\":\"step\",\"step\":1}\n{\"event\":\"step\",\"step\":2}\n"
+        "{\"event\":\"evaluate\",\"step\":3}\n{\"event\":\"st");
     assert_true(ex_log_open(&log, p->path, 2, &error));
     log_step(&log, 3);
     ex_log_close(&log);
     text = get(p->path);
-    assert_string_equal(text, "{\"event\":\"settings\"}\n{\"event\":\"step\",\"step\":1}\n{\"event\":\"step\",\"step\":2}\n{\"event\":\"step\",\"step\":3,\"loss\":0.5}\n");
+    assert_string_equal(
+        text,
+        "{\"event\":\"settings\"}\n{\"event\":\"step\",\"step\":1}\n{\"event\":\"step\",\"step\":2}\n"
+        "{\"event\":\"step\",\"step\":3,\"loss\":0.5}\n");
     free(text);
     put_text(p, "m.jsonl", "{\"event\":\"step\",\"step\":1}\n{\"event\":\n{\"event\":\"step\",\"step\":2}\n");
     assert_false(ex_log_open(&log, p->path, 5, &error));
@@ -933,13 +1018,16 @@ static void test_progress_line(void **state)
     bar.values.sparsity = 0.25;
     bar.values.tokens_per_second = 12345;
     exi_progress_line(&bar, 120, 0, false, &line);
-    assert_string_equal(line.at, "train  25% [##########..............................]   250/1000  1:15 left  loss 0.5000  sparsity 25.0%  12.3k tok/s");
+    assert_string_equal(
+        line.at,
+        "train  25% [##########..............................]   250/1000  1:15 left  loss 0.5000  sparsity 25.0%  12.3k tok/s");
     for (int width = 20; width < 140; width++) {
         for (int64_t done = 0; done <= 1000; done += 125) {
             bar.done = done;
             bar.blocks = width % 2 == 0;
             exi_progress_line(&bar, width, 77, done == 1000, &line);
-            if (exi_progress_columns(line.at) > width) fail_msg("%d columns in %d: %s", exi_progress_columns(line.at), width, line.at);
+            if (exi_progress_columns(line.at) > width)
+                fail_msg("%d columns in %d: %s", exi_progress_columns(line.at), width, line.at);
             assert_non_null(strstr(line.at, "train"));
         }
     }
@@ -982,9 +1070,9 @@ static void test_progress_plain(void **state)
 
 static void test_report_scale(void **state)
 {
-    static const struct { double low, high, step, from, to; } cases[] = {
-        {0, 1, 0.2, 0, 1}, {0.13, 0.97, 0.2, 0, 1}, {0, 1000, 200, 0, 1000}, {3, 3, 0.2, 2.6, 3.4}, {0, 0, 0.5, -1, 1}, {-5, 17, 5, -5, 20}, {2e-4, 3e-4, 2e-5, 2e-4, 3e-4}
-    };
+    static const struct { double low, high, step, from, to;
+    } cases[] = {{0, 1, 0.2, 0, 1},  {0.13, 0.97, 0.2, 0, 1}, {0, 1000, 200, 0, 1000},       {3, 3, 0.2, 2.6, 3.4},
+                 {0, 0, 0.5, -1, 1}, {-5, 17, 5, -5, 20},     {2e-4, 3e-4, 2e-5, 2e-4, 3e-4}};
     char text[32];
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
@@ -1019,7 +1107,8 @@ static void balanced(const char *html)
             assert_true(depth < 64);
             memcpy(stack[depth++], name, sizeof name);
         } else if (strcmp(name, "html") != 0) {
-            if (depth == 0 || strcmp(stack[depth - 1], name) != 0) fail_msg("</%s> closes <%s>", name, depth > 0 ? stack[depth - 1] : "nothing");
+            if (depth == 0 || strcmp(stack[depth - 1], name) != 0)
+                fail_msg("</%s> closes <%s>", name, depth > 0 ? stack[depth - 1] : "nothing");
             depth--;
         }
     }
@@ -1034,14 +1123,24 @@ static void test_report(void **state)
     ex_text metrics = {NULL, 0, 0};
     ex_error error = {""};
     char *html;
-    ex_text_put(&metrics, "{\"event\":\"settings\",\"lr\":0.1,\"name\":\"<i>\"}\n{\"event\":\"layers\",\"step\":0,\"ranks\":[8,8],\"heads\":[4,4],\"hidden\":64}\n");
+    ex_text_put(
+        &metrics,
+        "{\"event\":\"settings\",\"lr\":0.1,\"name\":\"<i>\"}\n{\"event\":\"layers\",\"step\":0,\"ranks\":[8,"
+        "8],\"heads\":[4,4],\"hidden\":64}\n");
     for (int i = 1; i <= 300; i++) {
-        ex_text_format(&metrics, "{\"event\":\"step\",\"step\":%d,\"loss\":%g,\"sparsity\":%g,\"sparsity_target\":%g,\"milliseconds\":%d,\"bytes\":%d,\"distill_loss\":0}\n", i,
-                       1.0 / i, i / 600.0, i / 500.0, 300 - i / 2, 1000000 * (400 - i));
+        ex_text_format(
+            &metrics,
+            "{\"event\":\"step\",\"step\":%d,\"loss\":%g,\"sparsity\":%g,\"sparsity_target\":%g,\"milliseconds\":%d,"
+            "\"bytes\":%d,\"distill_loss\":0}\n",
+            i, 1.0 / i, i / 600.0, i / 500.0, 300 - i / 2, 1000000 * (400 - i));
     }
-    ex_text_put(&metrics, "{\"event\":\"evaluate\",\"step\":100,\"accuracy\":0.8,\"loss\":1}\n{\"event\":\"evaluate\",\"step\":300,\"accuracy\":0.9,\"loss\":null}\n"
-                          "{\"event\":\"compact\",\"step\":150}\n{\"event\":\"layers\",\"step\":150,\"ranks\":[16,8],\"heads\":[4,4],\"hidden\":48}\n"
-                          "{\"event\":\"result\",\"accuracy\":\"90 %\",\"speed\":2.5}\n{\"event\":\"torn");
+    ex_text_put(
+        &metrics,
+        "{\"event\":\"evaluate\",\"step\":100,\"accuracy\":0.8,\"loss\":1}\n{\"event\":\"evaluate\","
+        "\"step\":300,\"accuracy\":0.9,\"loss\":null}\n"
+        "{\"event\":\"compact\",\"step\":150}\n{\"event\":\"layers\",\"step\":150,\"ranks\":[16,8],\"heads\":[4,"
+        "4],\"hidden\":48}\n"
+        "{\"event\":\"result\",\"accuracy\":\"90 %\",\"speed\":2.5}\n{\"event\":\"torn");
     put(p, "m.jsonl", metrics.at, metrics.length);
     assert_true(ex_report_add_metrics(report, "run <1>", p->path, &error));
     assert_true(ex_report_add_metrics(report, "run 2", p->path, &error));
@@ -1097,14 +1196,38 @@ static void test_report_empty(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {
-        IN_PLACE(test_base_files), cmocka_unit_test(test_base_utf8), cmocka_unit_test(test_base_map), cmocka_unit_test(test_base_numbers),
-        cmocka_unit_test(test_json_accepts), cmocka_unit_test(test_json_refuses), cmocka_unit_test(test_json_round), IN_PLACE(test_tsv),
-        IN_PLACE(test_tsv_columns), IN_PLACE(test_labels), IN_PLACE(test_row_errors), IN_PLACE(test_row_errors_named), IN_PLACE(test_bad_utf8),
-        IN_PLACE(test_dataset), IN_PLACE(test_batches), cmocka_unit_test(test_permute), IN_PLACE(test_loader), IN_PLACE(test_squad_read),
-        IN_PLACE(test_squad_errors), IN_PLACE(test_squad_windows), cmocka_unit_test(test_squad_compare), cmocka_unit_test(test_metrics),
-        cmocka_unit_test(test_correlations), cmocka_unit_test(test_args), cmocka_unit_test(test_arg_errors), IN_PLACE(test_args_help),
-        IN_PLACE(test_log_file), IN_PLACE(test_log_resume), cmocka_unit_test(test_progress_line), IN_PLACE(test_progress_plain),
-        cmocka_unit_test(test_report_scale), IN_PLACE(test_report), IN_PLACE(test_report_empty)};
+    const struct CMUnitTest tests[] = {IN_PLACE(test_base_files),
+                                       cmocka_unit_test(test_base_utf8),
+                                       cmocka_unit_test(test_base_map),
+                                       cmocka_unit_test(test_base_numbers),
+                                       cmocka_unit_test(test_json_accepts),
+                                       cmocka_unit_test(test_json_refuses),
+                                       cmocka_unit_test(test_json_round),
+                                       IN_PLACE(test_tsv),
+                                       IN_PLACE(test_tsv_columns),
+                                       IN_PLACE(test_labels),
+                                       IN_PLACE(test_row_errors),
+                                       IN_PLACE(test_row_errors_named),
+                                       IN_PLACE(test_bad_utf8),
+                                       IN_PLACE(test_dataset),
+                                       IN_PLACE(test_batches),
+                                       cmocka_unit_test(test_permute),
+                                       IN_PLACE(test_loader),
+                                       IN_PLACE(test_squad_read),
+                                       IN_PLACE(test_squad_errors),
+                                       IN_PLACE(test_squad_windows),
+                                       cmocka_unit_test(test_squad_compare),
+                                       cmocka_unit_test(test_metrics),
+                                       cmocka_unit_test(test_correlations),
+                                       cmocka_unit_test(test_args),
+                                       cmocka_unit_test(test_arg_errors),
+                                       IN_PLACE(test_args_help),
+                                       IN_PLACE(test_log_file),
+                                       IN_PLACE(test_log_resume),
+                                       cmocka_unit_test(test_progress_line),
+                                       IN_PLACE(test_progress_plain),
+                                       cmocka_unit_test(test_report_scale),
+                                       IN_PLACE(test_report),
+                                       IN_PLACE(test_report_empty)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

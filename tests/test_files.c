@@ -745,6 +745,18 @@ static void test_shards_refuse(void **state)
     expect(t->ctx, open_close(t->ctx, t->dir), APT_E_FORMAT, "tensor 'c' is also in");
 }
 
+static void test_shards_too_many(void **state)
+{
+    file_test *t = (file_test *)*state;
+    char *index = (char *)test_memory_block(64 * (APTI_SHARDS + 1) + 64);
+    int at = sprintf(index, "{\"weight_map\":{");
+    for (int i = 0; i <= APTI_SHARDS; i++) at += sprintf(index + at, "%s\"t%d\":\"m-%d.safetensors\"", i > 0 ? "," : "", i, i);
+    sprintf(index + at, "}}");
+    put_shards(t, index);
+    expect(t->ctx, open_close(t->ctx, t->dir), APT_E_RANGE, "10001 shards, at most 10000");
+    free(index);
+}
+
 /* ------------------------------------------------------------------------------------------------------- config.json */
 
 #define CONFIG_BERT                                                                     \
@@ -778,6 +790,22 @@ static void test_config_defaults(void **state)
     assert_ok(t->ctx, config_try(t->ctx, roberta, APT_TASK_MLM, 0, &f));
     assert_true(c->family == APT_ROBERTA && c->types == 1 && c->pad_id == 1 && c->norm_eps == 1e-5f &&
                 c->activation == APT_GELU_TANH && c->head_dim == 64);
+}
+
+static void test_config_pruned(void **state)
+{
+    file_test *t = (file_test *)*state;
+    apti_model_file f;
+    assert_ok(t->ctx, config_try(t->ctx,
+                                 "{" CONFIG_BERT ",\"apt\":{\"version\":1,\"head_dim\":5,\"hidden_size_dense\":64,"
+                                 "\"later\":[],\"layers\":["
+                                         "{\"heads\":4,\"kv_heads\":2,\"neurons\":2},{\"neurons\":9,\"heads\":0},{\"heads\":1,"
+                                         "\"neurons\":0}]}}",
+                                 APT_TASK_SPAN, 0, &f));
+    const apt_layer_shape expected[3] = {{4, 2, 2}, {0, 0, 9}, {1, 1, 0}};
+    assert_true(f.config.head_dim == 5 && f.config.hidden == 32 && f.config.hidden_dense == 64 && f.config.layer == f.layer);
+    assert_memory_equal(f.layer, expected, sizeof expected);
+    apti_model_file_free(t->ctx, &f);
 }
 
 static void test_config_tasks(void **state)
@@ -1752,6 +1780,31 @@ static void test_checkpoint_refuses(void **state)
     expect(t->ctx, open_checkpoint(t->ctx, t->dir), APT_E_IO, t->dir);
 }
 
+/* Right checksums, but a tensor that cannot be read in place. */
+static void test_checkpoint_alignment(void **state)
+{
+    file_test *t = (file_test *)*state;
+    put_tensors(t->path, "{\"__metadata__\":{\"format\":\"apt-checkpoint\",\"version\":\"1\"},"
+                         "\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},\"f\":{\"dtype\":\"F32\","
+                         "\"shape\":[1],\"data_offsets\":[1,5]},"
+                         "\"apt.checksums\":{\"dtype\":\"U8\",\"shape\":[24],\"data_offsets\":[5,29]}}   ", 29);
+    size_t bytes = 0;
+    char *file = test_read_file(t->path, &bytes);
+    char *data = file + bytes - 29;
+    const uint64_t sums[3] = {apti_checksum(0, file, bytes - 29), apti_checksum(0, data, 1), apti_checksum(0, data + 1, 4)};
+    memcpy(data + 5, sums, sizeof sums);
+    test_write_file(t->path, file, bytes);
+    free(file);
+    apti_ckpt_reader *r = NULL;
+    const void *found = NULL;
+    assert_ok(t->ctx, apti_ckpt_open(t->ctx, t->path, &r));
+    assert_ok(t->ctx, apti_ckpt_find(r, "a", APT_U8, 1, &found, NULL));
+    const bool odd = (uintptr_t)apti_tensors_find(r, "f")->data % 4 != 0;
+    assert_true(odd);
+    expect(t->ctx, apti_ckpt_find(r, "f", APT_F32, 1, &found, NULL), APT_E_FORMAT, "tensor 'f' is not aligned to 4 bytes");
+    apti_ckpt_close(r);
+}
+
 static void test_checkpoint_writer_errors(void **state)
 {
     file_test *t = (file_test *)*state;
@@ -1812,7 +1865,8 @@ static void test_checkpoint_disk_full(void **state)
     assert_int_equal(test_count_files(t->dir), 1);
     assert_ok(t->ctx, open_checkpoint(t->ctx, t->path));
     /* Never where the library cannot tell a device from a file: it would replace the device. */
-    if (apti_path_query("/dev/full") == APTI_PATH_OTHER) expect(t->ctx, put_checkpoint(t->ctx, "/dev/full"), APT_E_IO, "/dev/full");
+    if (apti_path_query("/dev/full") == APTI_PATH_OTHER)
+        expect(t->ctx, put_checkpoint(t->ctx, "/dev/full"), APT_E_IO, "/dev/full");
 }
 
 #define FILE_TEST(f) cmocka_unit_test_setup_teardown(f, file_setup, file_teardown)
@@ -1827,7 +1881,9 @@ int main(void)
         FILE_TEST(test_tensors_accept), FILE_TEST(test_tensors_refuse), FILE_TEST(test_tensors_convert),
         FILE_TEST(test_tensors_write),
         FILE_TEST(test_tensors_write_refuses), FILE_TEST(test_shards), FILE_TEST(test_shards_refuse),
-        FILE_TEST(test_config_defaults), FILE_TEST(test_config_tasks), FILE_TEST(test_config_refuses),
+            FILE_TEST(test_shards_too_many),
+        FILE_TEST(test_config_defaults), FILE_TEST(test_config_tasks), FILE_TEST(test_config_pruned),
+            FILE_TEST(test_config_refuses),
         FILE_TEST(test_save_and_load), FILE_TEST(test_save_pruned), FILE_TEST(test_load_weights_and_seed),
         FILE_TEST(test_load_arguments),
         FILE_TEST(test_load_names), FILE_TEST(test_load_refuses), FILE_TEST(test_load_huge_config), FILE_TEST(test_load_shards),
@@ -1836,7 +1892,8 @@ int main(void)
         FILE_TEST(test_truncation), FILE_TEST(test_golden_truncation), FILE_TEST(test_mutations), FILE_TEST(test_golden_models),
         FILE_TEST(test_real_model),
         FILE_TEST(test_checkpoint_round_trip), FILE_TEST(test_checkpoint_damage), FILE_TEST(test_checkpoint_refuses),
-        FILE_TEST(test_checkpoint_writer_errors), FILE_TEST(test_checkpoint_allocations), FILE_TEST(test_checkpoint_disk_full),
+        FILE_TEST(test_checkpoint_alignment), FILE_TEST(test_checkpoint_writer_errors), FILE_TEST(test_checkpoint_allocations),
+            FILE_TEST(test_checkpoint_disk_full),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -47,17 +47,20 @@ static int64_t number(const ex_json_node *node)
     return value;
 }
 
-static void same_ints(const char *file, uint32_t line, const char *what, const ex_json_node *wanted, const int32_t *got, size_t count)
+static void same_ints(const char *file, uint32_t line, const char *what, const ex_json_node *wanted, const int32_t *got,
+                      size_t count)
 {
     const ex_json_node *node;
     if (!ex_json_is(wanted, EX_JSON_ARRAY) || wanted->count != count)
         fail_msg("%s:%u: %zu %s, expected %u", file, line, count, what, wanted != NULL ? wanted->count : 0);
     node = ex_json_first(wanted);
     for (size_t i = 0; i < count; i++, node = ex_json_next(node))
-        if (number(node) != got[i]) fail_msg("%s:%u: %s %zu is %d, expected %lld", file, line, what, i, got[i], (long long)number(node));
+        if (number(node) != got[i])
+            fail_msg("%s:%u: %s %zu is %d, expected %lld", file, line, what, i, got[i], (long long)number(node));
 }
 
-static void same_decoded(const ex_tokenizer *t, const char *file, uint32_t line, const ex_json_node *wanted, const int32_t *ids, int64_t count)
+static void same_decoded(const ex_tokenizer *t, const char *file, uint32_t line, const ex_json_node *wanted, const int32_t *ids,
+                         int64_t count)
 {
     ex_error error = {""};
     size_t bytes = 0;
@@ -91,10 +94,12 @@ static void check_row(const ex_tokenizer *t, const char *file, uint32_t line, co
     ex_encode_desc desc;
     set_desc(&desc, row);
     if (!ex_tokenizer_encode(t, &desc, e, &error)) fail_msg("%s:%u: %s", file, line, error.text);
-    if (nested && (uint32_t)e->windows != ids->count) fail_msg("%s:%u: %d windows, expected %u", file, line, e->windows, ids->count);
+    if (nested && (uint32_t)e->windows != ids->count)
+        fail_msg("%s:%u: %d windows, expected %u", file, line, e->windows, ids->count);
     for (int32_t w = 0; w < e->windows; w++, window = nested ? ex_json_next(window) : window)
         same_ints(file, line, "ids", nested ? window : ids, e->ids + e->first[w], (size_t)(e->first[w + 1] - e->first[w]));
-    if (ex_json_get(row, "types") != NULL) same_ints(file, line, "types", ex_json_get(row, "types"), e->types, (size_t)e->first[1]);
+    if (ex_json_get(row, "types") != NULL)
+        same_ints(file, line, "types", ex_json_get(row, "types"), e->types, (size_t)e->first[1]);
     if (ex_json_get(row, "offsets") != NULL) {
         int32_t *flat = NULL;
         for (int32_t i = 0; i < e->first[1]; i++) {
@@ -254,7 +259,8 @@ static void test_vocab_and_merges(void **state)
     ex_text_put(&vocab_json, "}");
     ex_text_put(&merges_txt, "#version: 0.2\n");
     node = ex_json_first(merges);
-    for (uint32_t i = 0; i < merges->count; i++, node = ex_json_next(node)) ex_text_format(&merges_txt, "%s %s\n", node[1].as.text, node[2].as.text);
+    for (uint32_t i = 0; i < merges->count; i++, node = ex_json_next(node))
+        ex_text_format(&merges_txt, "%s %s\n", node[1].as.text, node[2].as.text);
     write_text(dir, "vocab.json", vocab_json.at, vocab_json.length);
     write_text(dir, "merges.txt", merges_txt.at, merges_txt.length);
     t = load(dir);
@@ -269,11 +275,13 @@ static void test_vocab_and_merges(void **state)
 /* ---- what is refused ---------------------------------------------------------------------------------------------- */
 
 #define BPE_PARTS(model) "{\"model\":{" model "},\"pre_tokenizer\":{\"type\":\"ByteLevel\"}}"
-#define WORDPIECE(vocab, more) "{\"model\":{\"type\":\"WordPiece\",\"vocab\":" vocab "},\"pre_tokenizer\":{\"type\":\"BertPreTokenizer\"}" more "}"
+#define WORDPIECE(vocab, more)                                                                                                   \
+    "{\"model\":{\"type\":\"WordPiece\",\"vocab\":" vocab "},\"pre_tokenizer\":{\"type\":\"BertPreTokenizer\"}" more "}"
 
 static void test_refusals(void **state)
 {
-    static const struct { const char *json, *says; } cases[] = {
+    static const struct { const char *json, *says;
+    } cases[] = {
         {"", "expected a value, found the end"},
         {"[]", "expected an object, found an array"},
         {"{}", "expected \"model\" with an object"},
@@ -290,10 +298,16 @@ static void test_refusals(void **state)
         {WORDPIECE("{\"[UNK]\":0}", ",\"added_tokens\":[{\"id\":5,\"content\":\"[UNK]\"}]"), "has id 5, but 0 in the vocabulary"},
         {WORDPIECE("{\"[UNK]\":0}", ",\"added_tokens\":[{\"id\":-1,\"content\":\"x\"}]"), "added token \"x\" needs an id"},
         {WORDPIECE("{\"[UNK]\":0}", ",\"added_tokens\":{}"), "expected \"added_tokens\" with an array, found an object"},
-        {WORDPIECE("{\"[UNK]\":0}", ",\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"Sequence\":{\"id\":\"B\",\"type_id\":0}}],"
-                   "\"pair\":[],\"special_tokens\":{}}"), "sequence of the template is \"B\""},
-        {WORDPIECE("{\"[UNK]\":0}", ",\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"S\",\"type_id\":0}}],"
-                   "\"pair\":[],\"special_tokens\":{}}"), "expected \"S\" with an object"},
+        {WORDPIECE(
+             "{\"[UNK]\":0}",
+             ",\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"Sequence\":{\"id\":\"B\",\"type_id\":0}}],"
+             "\"pair\":[],\"special_tokens\":{}}"),
+         "sequence of the template is \"B\""},
+        {WORDPIECE(
+             "{\"[UNK]\":0}",
+             ",\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"S\",\"type_id\":0}}],"
+             "\"pair\":[],\"special_tokens\":{}}"),
+         "expected \"S\" with an object"},
         {BPE_PARTS("\"type\":\"BPE\",\"vocab\":{\"a\":0}"), "expected \"merges\" with an array"},
         {BPE_PARTS("\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[\"a b\"]"), "its right part is not in the vocabulary"},
         {BPE_PARTS("\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1},\"merges\":[\"a b\"]"), "its product is not in the vocabulary"},
@@ -301,9 +315,10 @@ static void test_refusals(void **state)
         {BPE_PARTS("\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[3]"), "expected a merge"},
         {BPE_PARTS("\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[],\"byte_fallback\":true"), "\"byte_fallback\""},
         {BPE_PARTS("\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[],\"dropout\":0.1"), "\"dropout\""},
-        {BPE_PARTS("\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[],\"end_of_word_suffix\":\"</w>\""), "end_of_word_suffix is \"</w>\""},
-        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[]},\"pre_tokenizer\":{\"type\":\"Metaspace\"}}", "is \"Metaspace\""}
-    };
+        {BPE_PARTS("\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[],\"end_of_word_suffix\":\"</w>\""),
+         "end_of_word_suffix is \"</w>\""},
+        {"{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[]},\"pre_tokenizer\":{\"type\":\"Metaspace\"}}",
+         "is \"Metaspace\""}};
     char dir[512], path[600];
     (void)state;
     test_dir(dir, sizeof dir);
@@ -312,7 +327,8 @@ static void test_refusals(void **state)
         ex_error error = {""};
         write_text(dir, "tokenizer.json", cases[i].json, strlen(cases[i].json));
         assert_null(ex_tokenizer_load(path, &error));
-        if (strstr(error.text, cases[i].says) == NULL) fail_msg("case %zu says \"%s\", expected \"%s\"", i, error.text, cases[i].says);
+        if (strstr(error.text, cases[i].says) == NULL)
+            fail_msg("case %zu says \"%s\", expected \"%s\"", i, error.text, cases[i].says);
         if (strstr(error.text, "tokenizer.json:1: ") == NULL && strstr(error.text, "tokenizer.json: ") == NULL)
             fail_msg("case %zu does not name the file: %s", i, error.text);
     }
@@ -349,15 +365,20 @@ static void test_shared_refused(void **state)
 
 static void test_truncation_errors(void **state)
 {
-    static const struct { const char *text, *pair; int32_t max; ex_truncation how; bool windows; int32_t stride; const char *says; } cases[] = {
-        {"a b c", NULL, 1, EX_LONGEST_FIRST, false, 0, "max_length 1 does not hold the 2 special tokens"},
-        {"a b c d", NULL, 4, EX_ONLY_SECOND, false, 0, "there is only one"},
-        {"a b c d e f", "a b c", 8, EX_ONLY_SECOND, false, 0, "the first text alone has 6 tokens"},
-        {"a b c", "a b c d e f", 8, EX_ONLY_FIRST, false, 0, "the second text alone has 6 tokens"},
-        {"a b c", "a b c d e f", 8, EX_LONGEST_FIRST, true, 0, "windows of a pair"},
-        {"a", "a b c d e f", 7, EX_ONLY_SECOND, true, 3, "a stride of 3 tokens needs more than the 3 tokens"},
-        {"a", "a b c d e f", 7, EX_ONLY_SECOND, true, -1, "a stride of -1"}
-    };
+    static const struct {
+        const char *text, *pair;
+        int32_t max;
+        ex_truncation how;
+        bool windows;
+        int32_t stride;
+        const char *says;
+    } cases[] = {{"a b c", NULL, 1, EX_LONGEST_FIRST, false, 0, "max_length 1 does not hold the 2 special tokens"},
+                 {"a b c d", NULL, 4, EX_ONLY_SECOND, false, 0, "there is only one"},
+                 {"a b c d e f", "a b c", 8, EX_ONLY_SECOND, false, 0, "the first text alone has 6 tokens"},
+                 {"a b c", "a b c d e f", 8, EX_ONLY_FIRST, false, 0, "the second text alone has 6 tokens"},
+                 {"a b c", "a b c d e f", 8, EX_LONGEST_FIRST, true, 0, "windows of a pair"},
+                 {"a", "a b c d e f", 7, EX_ONLY_SECOND, true, 3, "a stride of 3 tokens needs more than the 3 tokens"},
+                 {"a", "a b c d e f", 7, EX_ONLY_SECOND, true, -1, "a stride of -1"}};
     ex_tokenizer *t = load(GOLDEN "wordpiece.json");
     ex_encoding e = {0};
     (void)state;
@@ -384,7 +405,10 @@ static void test_truncation_errors(void **state)
 static void test_invalid_utf8(void **state)
 {
     static const char *const files[] = {GOLDEN "wordpiece.json", GOLDEN "byte-bpe.json"};
-    const char *bad = "a\xff" "b \xe2\x82 c \xed\xa0\x80 \xf0\x9f\x98", *good = "a\xef\xbf\xbd" "b \xef\xbf\xbd c \xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd \xef\xbf\xbd";
+    const char *bad = "a\xff"
+                      "b \xe2\x82 c \xed\xa0\x80 \xf0\x9f\x98",
+               *good = "a\xef\xbf\xbd"
+                       "b \xef\xbf\xbd c \xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd \xef\xbf\xbd";
     (void)state;
     for (int i = 0; i < 2; i++) {
         ex_tokenizer *t = load(files[i]);
@@ -393,7 +417,8 @@ static void test_invalid_utf8(void **state)
         encode(t, good, NULL, &b);
         assert_int_equal(a.first[1], b.first[1]);
         assert_memory_equal(a.ids, b.ids, (size_t)a.first[1] * sizeof(int32_t));
-        for (int32_t k = 0; k < a.first[1]; k++) assert_true(a.offsets[k].start <= a.offsets[k].end && a.offsets[k].end <= strlen(bad));
+        for (int32_t k = 0; k < a.first[1]; k++)
+            assert_true(a.offsets[k].start <= a.offsets[k].end && a.offsets[k].end <= strlen(bad));
         ex_encoding_free(&a);
         ex_encoding_free(&b);
         ex_tokenizer_free(t);
@@ -404,7 +429,8 @@ static void test_invalid_utf8(void **state)
 static void test_long_texts(void **state)
 {
     static const char *const files[] = {GOLDEN "wordpiece.json", GOLDEN "byte-bpe.json"};
-    static const char *const units[] = {"a", "ab", " ", ".", "\xcc\x81\xcc\xa3", "\xe4\xb8\xad", "<mask>", "[MASK]", "\xff", "Grimm ", "'s"};
+    static const char *const units[] = {"a",      "ab",   " ",      ".", "\xcc\x81\xcc\xa3", "\xe4\xb8\xad", "<mask>",
+                                        "[MASK]", "\xff", "Grimm ", "'s"};
     const double begin = ex_seconds();
     (void)state;
     for (int i = 0; i < 2; i++) {
@@ -415,7 +441,8 @@ static void test_long_texts(void **state)
             char *text = (char *)ex_alloc(unit * count + 1, 1);
             for (size_t k = 0; k < count; k++) memcpy(text + k * unit, units[u], unit);
             encode(t, text, NULL, &e);
-            for (int32_t k = 1; k + 1 < e.first[1]; k++) assert_true(e.offsets[k].end <= unit * count && e.offsets[k].start <= e.offsets[k].end);
+            for (int32_t k = 1; k + 1 < e.first[1]; k++)
+                assert_true(e.offsets[k].end <= unit * count && e.offsets[k].start <= e.offsets[k].end);
             free(text);
         }
         ex_encoding_free(&e);
@@ -428,8 +455,10 @@ static void test_long_texts(void **state)
 static void test_one_long_word(void **state)
 {
     const size_t n = 1 << 20;
-    const char *json = "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"aa\":1,\"aaaa\":2,\"b\":3,\"ab\":4},\"merges\":[\"a b\",\"a a\",\"aa aa\"]},"
-                       "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false}}";
+    const char *json =
+        "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"aa\":1,\"aaaa\":2,\"b\":3,\"ab\":4},\"merges\":[\"a "
+        "b\",\"a a\",\"aa aa\"]},"
+        "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false}}";
     char dir[512], path[600], *text = (char *)ex_alloc(n + 2, 1);
     ex_encoding e = {0};
     ex_tokenizer *t;

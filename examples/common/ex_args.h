@@ -1,6 +1,7 @@
 /* ex_args.h - command-line options from a table.
 
-       static const char *model;  static int64_t steps = 1000;  static double lr = 2e-4;  static bool resume;  static int32_t method;
+       static const char *model;  static int64_t steps = 1000;  static double lr = 2e-4;
+       static bool resume;  static int32_t method;
        const ex_arg table[] = {
            EX_GROUP("Data"),
            EX_REQUIRED(EX_TEXT("model", "DIR", &model, "folder with config.json and model.safetensors")),
@@ -150,8 +151,8 @@ EX_API bool exi_arg_store_number(const ex_arg *row, const char *text, ex_error *
     const bool fine = is_whole ? exi_arg_whole(text, &whole) : exi_arg_real(text, &real);
     if (is_whole) real = (double)whole;
     if (!fine || real < row->least || real > row->most) {
-        return ex_fail(error, "--%s: expected a %s from %.15g to %.15g, found \"%s\"", row->name, is_whole ? "whole number" : "number",
-                       row->least, row->most, text);
+        return ex_fail(error, "--%s: expected a %s from %.15g to %.15g, found \"%s\"", row->name,
+                       is_whole ? "whole number" : "number", row->least, row->most, text);
     }
     if (is_whole) *row->to.whole = whole;
     else *row->to.real = real;
@@ -206,7 +207,8 @@ EX_API int exi_arg_distance(const char *a, size_t n, const char *b)
             int best = last[j - 1] + (a[i - 1] != b[j - 1]);
             if (last[j] + 1 < best) best = last[j] + 1;
             if (now[j - 1] + 1 < best) best = now[j - 1] + 1;
-            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] && before[j - 2] + 1 < best) best = before[j - 2] + 1;
+            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] && before[j - 2] + 1 < best)
+                best = before[j - 2] + 1;
             now[j] = best;
         }
     }
@@ -227,7 +229,8 @@ EX_API bool exi_arg_unknown(const ex_arg *table, const char *text, size_t length
         nearest = row;
     }
     if (nearest == NULL) return ex_fail(error, "--%.*s: there is no such option", length < 60 ? (int)length : 60, text);
-    return ex_fail(error, "--%.*s: there is no such option; did you mean --%s?", length < 60 ? (int)length : 60, text, nearest->name);
+    return ex_fail(error, "--%.*s: there is no such option; did you mean --%s?", length < 60 ? (int)length : 60, text,
+                   nearest->name);
 }
 
 /* ------------------------------------------------------------------------------------------------ help */
@@ -256,7 +259,8 @@ EX_API void exi_arg_help(FILE *out, const ex_arg *table, const ex_arg *row, int 
 {
     const bool on = row->kind == EXI_ARG_FLAG && *row->to.flag;
     char shown[256];
-    char *left = ex_format("  --%s%s%s%s", on ? "[no-]" : "", row->name, row->value != NULL ? " " : "", row->value != NULL ? row->value : "");
+    char *left = ex_format("  --%s%s%s%s", on ? "[no-]" : "", row->name, row->value != NULL ? " " : "",
+                           row->value != NULL ? row->value : "");
     char *help;
     exi_arg_show(row, shown, sizeof(shown));
     if (exi_arg_required(table, row)) help = ex_format("%s (required)", row->help);
@@ -274,7 +278,8 @@ EX_API void ex_args_help(const ex_arg *table, const ex_args_about *about, FILE *
     int width = ex_terminal_width(fileno(out)), indent = 0;
     width = width == 0 ? 100 : width < 50 ? 50 : width > 110 ? 110 : width;
     for (const ex_arg *row = table; row->kind != EXI_ARG_END; row++) {
-        const int left = exi_arg_option(row) ? 6 + (int)strlen(row->name) + (row->value != NULL ? 1 + (int)strlen(row->value) : 0) : 0;
+        const int left = exi_arg_option(row) ? 6 + (int)strlen(row->name) + (row->value != NULL ? 1 + (int)strlen(row->value) : 0)
+                                             : 0;
         if (left > indent && left <= 30) indent = left;
     }
     fprintf(out, "%s - ", about->program);
@@ -313,7 +318,8 @@ EX_API bool exi_args_one(const ex_arg *table, int argc, char **argv, int *at, ex
     if (value == NULL) {
         value = *at + 1 < argc ? argv[*at + 1] : NULL;
         if (value == NULL) return ex_fail(error, "--%s: expected a value (%s), found the end", row->name, row->value);
-        if (strncmp(value, "--", 2) == 0) return ex_fail(error, "--%s: expected a value (%s), found the option %s", row->name, row->value, value);
+        if (strncmp(value, "--", 2) == 0)
+            return ex_fail(error, "--%s: expected a value (%s), found the option %s", row->name, row->value, value);
         ++*at;
     }
     return exi_arg_store(row, value, error);

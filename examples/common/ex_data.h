@@ -102,7 +102,8 @@ typedef struct exi_rows_reader {
 static const char *const exi_rows_what[3] = {"text", "second text", "label"};
 
 /* Usual names: GLUE's, MRPC's, QNLI's. A pair column is only looked for beside its first column. */
-static const char *const exi_rows_text[] = {"sentence1", "question1", "premise", "question", "#1 String", "sentence", "text", NULL};
+static const char *const exi_rows_text[] = {"sentence1", "question1", "premise", "question",
+                                            "#1 String", "sentence",  "text",    NULL};
 static const char *const exi_rows_pair[][3] = {
     {"sentence1", "sentence2", NULL}, {"question1", "question2", NULL}, {"premise", "hypothesis", NULL},
     {"question", "sentence", NULL}, {"#1 String", "#2 String", NULL}
@@ -158,13 +159,14 @@ EX_API bool exi_rows_class_of(exi_rows_reader *r, ex_row *row, const char *label
     if (known == NULL) {
         row->label = ex_labels_add(&r->rows->labels, label);
         if (row->label < EX_MAX_LABELS) return true;
-        return ex_fail(r->error, "%s:%lld: more than %d different labels, the last is \"%.60s\"; is that the label column?", r->path,
-                       (long long)r->line, EX_MAX_LABELS, label);
+        return ex_fail(r->error, "%s:%lld: more than %d different labels, the last is \"%.60s\"; is that the label column?",
+                       r->path, (long long)r->line, EX_MAX_LABELS, label);
     }
     row->label = ex_labels_find(known, label);
     if (row->label >= 0) return true;
     ex_text_put(&list, "");
-    for (int32_t i = 0; i < ex_labels_count(known) && i < 8; i++) ex_text_format(&list, "%s%s", i > 0 ? ", " : "", ex_labels_name(known, i));
+    for (int32_t i = 0; i < ex_labels_count(known) && i < 8; i++)
+        ex_text_format(&list, "%s%s", i > 0 ? ", " : "", ex_labels_name(known, i));
     ex_fail(r->error, "%s:%lld: label \"%.60s\" is none of the %d known ones (%s)", r->path, (long long)r->line, label,
             (int)ex_labels_count(known), list.at);
     ex_text_free(&list);
@@ -190,7 +192,8 @@ EX_API bool exi_rows_add(exi_rows_reader *r, char *text, size_t bytes, char *pai
 {
     ex_row row;
     memset(&row, 0, sizeof(row));
-    if (bytes > UINT32_MAX || pair_bytes > UINT32_MAX) return ex_fail(r->error, "%s:%lld: a text of 4 GiB", r->path, (long long)r->line);
+    if (bytes > UINT32_MAX || pair_bytes > UINT32_MAX)
+        return ex_fail(r->error, "%s:%lld: a text of 4 GiB", r->path, (long long)r->line);
     row.text = text;
     row.bytes = (uint32_t)bytes;
     row.pair = pair;
@@ -241,11 +244,16 @@ EX_API void exi_tsv_split(char *line, char ***fields)
 EX_API bool exi_tsv_no_column(const exi_rows_reader *r, int which, const char *name, const char *const *usual)
 {
     ex_text has = {NULL, 0, 0}, wanted = {NULL, 0, 0};
-    for (int i = 0; name == NULL && usual[i] != NULL; i++) ex_text_format(&wanted, "%s\"%s\"", i > 0 ? ", " : "one of ", usual[i]);
+    for (int i = 0; name == NULL && usual[i] != NULL; i++)
+        ex_text_format(&wanted, "%s\"%s\"", i > 0 ? ", " : "one of ", usual[i]);
     for (size_t i = 0; i < stbds_arrlenu(r->header); i++) ex_text_format(&has, "%s\"%.40s\"", i > 0 ? ", " : "", r->header[i]);
     if (name != NULL) ex_text_format(&wanted, "\"%s\"", name);
-    if (r->desc->no_header) ex_fail(r->error, "%s: without a header line the %s column must be given by its number, as \"#1\"", r->path, exi_rows_what[which]);
-    else ex_fail(r->error, "%s:1: expected a column for the %s: %s; found the columns %s", r->path, exi_rows_what[which], wanted.at, has.at);
+    if (r->desc->no_header)
+        ex_fail(r->error, "%s: without a header line the %s column must be given by its number, as \"#1\"", r->path,
+                exi_rows_what[which]);
+    else
+        ex_fail(r->error, "%s:1: expected a column for the %s: %s; found the columns %s", r->path, exi_rows_what[which],
+                wanted.at, has.at);
     ex_text_free(&has);
     ex_text_free(&wanted);
     return false;
@@ -268,12 +276,14 @@ EX_API bool exi_tsv_find_columns(exi_rows_reader *r)
 {
     for (int which = 0; which < 3; which++) {
         const char *name = exi_rows_wanted(r, which);
-        const char *text = r->columns[0] >= 0 && r->columns[0] < (int64_t)stbds_arrlenu(r->header) ? r->header[r->columns[0]] : NULL;
+        const char *text = r->columns[0] >= 0 && r->columns[0] < (int64_t)stbds_arrlenu(r->header) ? r->header[r->columns[0]]
+                                                                                                   : NULL;
         const char *const *usual = exi_rows_usual(r, which, text);
         r->columns[which] = -1;
         if (which == 2 && r->desc->kind == EX_LABEL_NONE) continue;
         if (name != NULL && name[0] != 0) r->columns[which] = exi_tsv_column(r, name);
-        for (int i = 0; name == NULL && usual[i] != NULL && r->columns[which] < 0; i++) r->columns[which] = exi_tsv_column(r, usual[i]);
+        for (int i = 0; name == NULL && usual[i] != NULL && r->columns[which] < 0; i++)
+            r->columns[which] = exi_tsv_column(r, usual[i]);
         if (r->columns[which] < 0 && exi_rows_needs(r, which)) return exi_tsv_no_column(r, which, name, usual);
     }
     return true;
@@ -284,16 +294,20 @@ EX_API bool exi_tsv_row(exi_rows_reader *r, char *line, size_t bytes)
     int64_t need = 0;
     char *text, *pair;
     for (int which = 0; which < 3; which++) need = r->columns[which] + 1 > need ? r->columns[which] + 1 : need;
-    if (memchr(line, 0, bytes) != NULL) return ex_fail(r->error, "%s:%lld: expected text, found a NUL byte", r->path, (long long)r->line);
-    if (bytes == 0) return ex_fail(r->error, "%s:%lld: expected %lld column(s), found an empty line", r->path, (long long)r->line, (long long)need);
+    if (memchr(line, 0, bytes) != NULL)
+        return ex_fail(r->error, "%s:%lld: expected text, found a NUL byte", r->path, (long long)r->line);
+    if (bytes == 0)
+        return ex_fail(r->error, "%s:%lld: expected %lld column(s), found an empty line", r->path, (long long)r->line,
+                       (long long)need);
     exi_tsv_split(line, &r->fields);
     if ((int64_t)stbds_arrlenu(r->fields) < need) {
-        return ex_fail(r->error, "%s:%lld: expected at least %lld columns, found %zu", r->path, (long long)r->line, (long long)need,
-                       stbds_arrlenu(r->fields));
+        return ex_fail(r->error, "%s:%lld: expected at least %lld columns, found %zu", r->path, (long long)r->line,
+                       (long long)need, stbds_arrlenu(r->fields));
     }
     text = r->fields[r->columns[0]];
     pair = r->columns[1] >= 0 ? r->fields[r->columns[1]] : NULL;
-    return exi_rows_add(r, text, strlen(text), pair, pair != NULL ? strlen(pair) : 0, r->columns[2] >= 0 ? r->fields[r->columns[2]] : NULL);
+    return exi_rows_add(r, text, strlen(text), pair, pair != NULL ? strlen(pair) : 0,
+                        r->columns[2] >= 0 ? r->fields[r->columns[2]] : NULL);
 }
 
 EX_API bool exi_tsv_read(exi_rows_reader *r)
@@ -306,7 +320,8 @@ EX_API bool exi_tsv_read(exi_rows_reader *r)
         if (line != NULL) exi_tsv_split(line, &r->header);
     }
     fine = exi_tsv_find_columns(r);
-    while (fine && !exi_only_space(r->at, r->end) && (r->desc->limit == 0 || (int64_t)stbds_arrlenu(r->rows->row) < r->desc->limit)) {
+    while (fine && !exi_only_space(r->at, r->end) &&
+           (r->desc->limit == 0 || (int64_t)stbds_arrlenu(r->rows->row) < r->desc->limit)) {
         line = exi_rows_line(r, &bytes);
         fine = exi_tsv_row(r, line, bytes);
     }
@@ -327,8 +342,8 @@ EX_API bool exi_jsonl_find_names(exi_rows_reader *r, const ex_json *json)
             if (ex_json_get(ex_json_root(json), usual[i]) != NULL) r->names[which] = usual[i];
         }
         if (r->names[which] == NULL && exi_rows_needs(r, which)) {
-            return ex_fail(r->error, "%s:%lld: expected a name for the %s (such as \"%s\"), found none", r->path, (long long)r->line,
-                           exi_rows_what[which], usual[0]);
+            return ex_fail(r->error, "%s:%lld: expected a name for the %s (such as \"%s\"), found none", r->path,
+                           (long long)r->line, exi_rows_what[which], usual[0]);
         }
     }
     return true;
@@ -342,10 +357,11 @@ EX_API const char *exi_jsonl_label(exi_rows_reader *r, const ex_json *json)
     if (ex_json_is(node, EX_JSON_STRING)) return node->as.text;
     if (ex_json_int(node, INT64_MIN, INT64_MAX, &whole)) snprintf(r->label_text, sizeof(r->label_text), "%lld", (long long)whole);
     else if (ex_json_is(node, EX_JSON_NUMBER)) snprintf(r->label_text, sizeof(r->label_text), "%.17g", node->as.number);
-    else if (ex_json_is(node, EX_JSON_TRUE) || ex_json_is(node, EX_JSON_FALSE)) return node->type == EX_JSON_TRUE ? "true" : "false";
+    else if (ex_json_is(node, EX_JSON_TRUE) || ex_json_is(node, EX_JSON_FALSE))
+        return node->type == EX_JSON_TRUE ? "true" : "false";
     else {
-        ex_fail(r->error, "%s:%lld: expected \"%s\" with a number or a string, found %s", r->path, (long long)r->line, r->names[2],
-                node != NULL ? ex_json_type_name(node->type) : "nothing of that name");
+        ex_fail(r->error, "%s:%lld: expected \"%s\" with a number or a string, found %s", r->path, (long long)r->line,
+                r->names[2], node != NULL ? ex_json_type_name(node->type) : "nothing of that name");
         return NULL;
     }
     return r->label_text;
@@ -358,7 +374,8 @@ EX_API bool exi_jsonl_row(exi_rows_reader *r, ex_json *json, char *line, size_t 
     const char *label = NULL;
     if (!ex_json_parse(json, r->path, r->line < UINT32_MAX ? (uint32_t)r->line : UINT32_MAX, line, bytes, r->error)) return false;
     if (ex_json_root(json)->type != EX_JSON_OBJECT) {
-        return ex_fail(r->error, "%s:%lld: expected an object, found %s", r->path, (long long)r->line, ex_json_type_name(ex_json_root(json)->type));
+        return ex_fail(r->error, "%s:%lld: expected an object, found %s", r->path, (long long)r->line,
+                       ex_json_type_name(ex_json_root(json)->type));
     }
     if (r->names[0] == NULL && !exi_jsonl_find_names(r, json)) return false;
     text = ex_json_need(json, ex_json_root(json), r->names[0], EX_JSON_STRING, r->error);
@@ -378,7 +395,8 @@ EX_API bool exi_jsonl_read(exi_rows_reader *r)
     ex_json json;
     bool fine = true;
     memset(&json, 0, sizeof(json));
-    while (fine && !exi_only_space(r->at, r->end) && (r->desc->limit == 0 || (int64_t)stbds_arrlenu(r->rows->row) < r->desc->limit)) {
+    while (fine && !exi_only_space(r->at, r->end) &&
+           (r->desc->limit == 0 || (int64_t)stbds_arrlenu(r->rows->row) < r->desc->limit)) {
         size_t bytes = 0;
         char *line = exi_rows_line(r, &bytes);
         if (!exi_only_space(line, line + bytes)) fine = exi_jsonl_row(r, &json, line, bytes);
@@ -413,7 +431,8 @@ EX_API void exi_rows_sort_labels(ex_rows *rows)
     }
     if (whole) {
         qsort(order, (size_t)count, sizeof(exi_label_order), exi_compare_labels);
-        for (int32_t i = 0; i < count; i++) place[order[i].index] = ex_labels_add(&sorted, ex_labels_name(&rows->labels, order[i].index));
+        for (int32_t i = 0; i < count; i++)
+            place[order[i].index] = ex_labels_add(&sorted, ex_labels_name(&rows->labels, order[i].index));
         for (size_t i = 0; i < stbds_arrlenu(rows->row); i++) rows->row[i].label = place[rows->row[i].label];
         ex_labels_free(&rows->labels);
         rows->labels = sorted;
@@ -446,7 +465,8 @@ EX_API bool ex_rows_read(ex_rows *rows, const char *path, const ex_rows_desc *de
     rows->count = (int64_t)stbds_arrlenu(rows->row);
     if (fine && rows->count == 0) fine = ex_fail(error, "%s: expected rows after the header line, found none", path);
     if (fine && desc->kind == EX_LABEL_CLASS && desc->labels == NULL) exi_rows_sort_labels(rows);
-    for (int32_t i = 0; desc->labels != NULL && i < ex_labels_count(desc->labels); i++) ex_labels_add(&rows->labels, ex_labels_name(desc->labels, i));
+    for (int32_t i = 0; desc->labels != NULL && i < ex_labels_count(desc->labels); i++)
+        ex_labels_add(&rows->labels, ex_labels_name(desc->labels, i));
     stbds_arrfree(r.fields);
     stbds_arrfree(r.header);
     if (!fine) ex_rows_free(rows);
@@ -540,7 +560,8 @@ EX_API void exi_dataset_finish(ex_dataset *set, exi_dataset_builder *b)
 }
 
 /* Tokens of all rows; pairs are cut longest first. max_length counts special tokens; 0: no limit. */
-EX_API bool ex_dataset_rows(ex_dataset *set, const ex_rows *rows, const ex_tokenizer *tokenizer, int32_t max_length, ex_error *error)
+EX_API bool ex_dataset_rows(ex_dataset *set, const ex_rows *rows, const ex_tokenizer *tokenizer, int32_t max_length,
+                            ex_error *error)
 {
     exi_dataset_builder builder;
     ex_encoding encoding;
@@ -611,7 +632,8 @@ EX_API void ex_batch_gather(ex_batch *batch, const ex_dataset *set, const int64_
         const int64_t i = index[s], from = set->starts[i], length = set->starts[i + 1] - from;
         for (int64_t k = from; k < from + length; k++) stbds_arrput(batch->tokens, set->tokens[k]);
         for (int64_t k = from; set->types != NULL && k < from + length; k++) stbds_arrput(batch->types, set->types[k]);
-        for (int32_t k = 0; set->labels != NULL && k < set->labels_each; k++) stbds_arrput(batch->labels, set->labels[i * set->labels_each + k]);
+        for (int32_t k = 0; set->labels != NULL && k < set->labels_each; k++)
+            stbds_arrput(batch->labels, set->labels[i * set->labels_each + k]);
         if (set->targets != NULL) stbds_arrput(batch->targets, set->targets[i]);
         stbds_arrput(batch->index, i);
         stbds_arrput(batch->offsets, (int32_t)stbds_arrlenu(batch->tokens));

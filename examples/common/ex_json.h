@@ -309,7 +309,8 @@ EX_API void ex_json_put(ex_text *out, const char *text, size_t bytes)
     while (at < bytes) {
         const unsigned char c = (unsigned char)text[at];
         size_t plain = 0;
-        while (at + plain < bytes && (unsigned char)text[at + plain] >= 32 && text[at + plain] != '"' && text[at + plain] != '\\') plain++;
+        while (at + plain < bytes && (unsigned char)text[at + plain] >= 32 && text[at + plain] != '"' && text[at + plain] != '\\')
+            plain++;
         if (plain > 0) ex_utf8_add_repaired(out, text + at, plain);
         else if (c == '"' || c == '\\') ex_text_format(out, "\\%c", c);
         else if (c == '\n') ex_text_put(out, "\\n");

@@ -255,7 +255,8 @@ EX_API void exi_squad_overlap(const ex_text *a, const ex_text *b, int64_t *count
 }
 
 /* Exact match and F1 of a prediction against one answer. */
-EX_API void ex_squad_compare(const char *predicted, size_t predicted_bytes, const char *answer, size_t answer_bytes, double *exact, double *f1)
+EX_API void ex_squad_compare(const char *predicted, size_t predicted_bytes, const char *answer, size_t answer_bytes,
+                             double *exact, double *f1)
 {
     ex_text p = {NULL, 0, 0}, a = {NULL, 0, 0};
     int64_t count_p, count_a, both;
@@ -270,7 +271,8 @@ EX_API void ex_squad_compare(const char *predicted, size_t predicted_bytes, cons
 }
 
 /* The best over all answers of a question; a question without any wants no answer. */
-EX_API void exi_squad_best(const ex_squad *squad, const ex_question *question, const char *text, size_t bytes, double *exact, double *f1)
+EX_API void exi_squad_best(const ex_squad *squad, const ex_question *question, const char *text, size_t bytes, double *exact,
+                           double *f1)
 {
     bool any = false;
     *exact = *f1 = 0;

@@ -38,7 +38,8 @@ EX_API bool exi_progress_utf8(void)
     const char *locale = getenv("LC_ALL");
     if (locale == NULL || locale[0] == 0) locale = getenv("LC_CTYPE");
     if (locale == NULL || locale[0] == 0) locale = getenv("LANG");
-    return locale != NULL && (strstr(locale, "UTF-8") != NULL || strstr(locale, "utf8") != NULL || strstr(locale, "UTF8") != NULL);
+    return locale != NULL &&
+           (strstr(locale, "UTF-8") != NULL || strstr(locale, "utf8") != NULL || strstr(locale, "UTF8") != NULL);
 }
 
 /* Columns of UTF-8 text without wide characters. */
@@ -52,7 +53,15 @@ EX_API int exi_progress_columns(const char *text)
 /* cells columns of bar, in eighths where the locale has them. */
 EX_API void exi_progress_bar(ex_text *out, double part, int cells, bool blocks)
 {
-    static const char *const eighths[] = {" ", "\xe2\x96\x8f", "\xe2\x96\x8e", "\xe2\x96\x8d", "\xe2\x96\x8c", "\xe2\x96\x8b", "\xe2\x96\x8a", "\xe2\x96\x89", "\xe2\x96\x88"};
+    static const char *const eighths[] = {" ",
+                                          "\xe2\x96\x8f",
+                                          "\xe2\x96\x8e",
+                                          "\xe2\x96\x8d",
+                                          "\xe2\x96\x8c",
+                                          "\xe2\x96\x8b",
+                                          "\xe2\x96\x8a",
+                                          "\xe2\x96\x89",
+                                          "\xe2\x96\x88"};
     const int filled = (int)(part * cells * 8 + 0.5);
     ex_text_put(out, blocks ? "\xe2\x96\x95" : "[");
     for (int i = 0; i < cells; i++) {

@@ -116,7 +116,8 @@ EX_API void ex_report_point(ex_report *report, const char *run, const char *seri
 }
 
 /* One number per layer ("ranks", "heads", "neurons"), valid from this step on. A record of another length is left out. */
-EX_API void ex_report_layers(ex_report *report, const char *run, const char *series, double step, const int32_t *values, int32_t layers)
+EX_API void ex_report_layers(ex_report *report, const char *run, const char *series, double step, const int32_t *values,
+                             int32_t layers)
 {
     exi_rep_run *of = exi_rep_run_of(report, run);
     exi_rep_layers *found = NULL, fresh;
@@ -169,7 +170,8 @@ EX_API char *exi_rep_value_text(const ex_json_node *node)
     if (node->type == EX_JSON_STRING) return ex_format("%s", node->as.text);
     if (node->type == EX_JSON_NUMBER) return ex_format("%.6g", node->as.number);
     if (node->type == EX_JSON_NULL) return ex_format("-");
-    return node->type == EX_JSON_TRUE || node->type == EX_JSON_FALSE ? ex_format("%s", node->type == EX_JSON_TRUE ? "yes" : "no") : NULL;
+    return node->type == EX_JSON_TRUE || node->type == EX_JSON_FALSE ? ex_format("%s", node->type == EX_JSON_TRUE ? "yes" : "no")
+                                                                     : NULL;
 }
 
 EX_API void exi_rep_take_layers(ex_report *report, const char *run, const char *name, double step, const ex_json_node *array)
@@ -198,7 +200,8 @@ EX_API void exi_rep_take_member(ex_report *report, const char *run, const char *
         free(text);
     } else if (strcmp(event, "step") == 0 || strcmp(event, "evaluate") == 0 || strcmp(event, "layers") == 0) {
         const bool loss = strcmp(event, "evaluate") == 0 && strcmp(name->as.text, "loss") == 0;
-        if (value->type == EX_JSON_NUMBER) ex_report_point(report, run, loss ? "dev_loss" : name->as.text, step, value->as.number);
+        if (value->type == EX_JSON_NUMBER)
+            ex_report_point(report, run, loss ? "dev_loss" : name->as.text, step, value->as.number);
         if (value->type == EX_JSON_ARRAY) exi_rep_take_layers(report, run, name->as.text, step, value);
     }
 }
@@ -323,12 +326,21 @@ typedef struct exi_rep_panel {
     const char *title, *unit;
     const char *series[3], *labels[3];                     /* the second and third only when there is one run ... */
     double scale;                     /* values are multiplied by this */
-    bool smooth;                      /* a mean over neighbours in front of the raw values */
-    bool dashed;                      /* ... except that here the second one always goes in, dashed */
-    bool zero;                        /* the axis starts at 0 */
-    bool marks;                       /* few points: draw each */
-    bool steps;                       /* a value holds until the next one */
+    int flags;
 } exi_rep_panel;
+
+enum {
+    EXI_REP_SMOOTH = 1,               /* a mean over neighbours in front of the raw values */
+    EXI_REP_TARGET = 2,               /* ... except that here the second one always goes in, dashed */
+    EXI_REP_ZERO = 4,                 /* the axis starts at 0 */
+    EXI_REP_MARKS = 8,                /* few points: draw each */
+    EXI_REP_HOLDS = 16                /* a value holds until the next one */
+};
+
+EX_API bool exi_rep_has(const exi_rep_panel *panel, int flag)
+{
+    return (panel->flags & flag) != 0;
+}
 
 typedef struct exi_rep_line {
     const exi_rep_series *series;
@@ -390,9 +402,9 @@ EX_API void exi_rep_range(const exi_rep_panel *panel, const exi_rep_line *line, 
     double *sorted = (double *)ex_alloc(n, sizeof(double)), from, to;
     for (size_t i = 0; i < n; i++) sorted[i] = panel->scale * line->series->value[i];
     qsort(sorted, n, sizeof(double), exi_rep_compare);
-    from = sorted[panel->smooth ? skip : 0];
-    to = sorted[n - 1 - (panel->smooth ? skip : 0)];
-    if (panel->smooth && n <= 50 && n > 4) to = sorted[n - 2];       /* a slow first step */
+    from = sorted[exi_rep_has(panel, EXI_REP_SMOOTH) ? skip : 0];
+    to = sorted[n - 1 - (exi_rep_has(panel, EXI_REP_SMOOTH) ? skip : 0)];
+    if (exi_rep_has(panel, EXI_REP_SMOOTH) && n <= 50 && n > 4) to = sorted[n - 2];       /* a slow first step */
     *low = *any && *low < from ? *low : from;
     *high = *any && *high > to ? *high : to;
     *any = true;
@@ -410,7 +422,7 @@ EX_API void exi_rep_axes(exi_rep_chart *chart)
         chart->last = i == 0 || line->end > chart->last ? line->end : chart->last;
         first = i == 0 || line->series->step[0] < first ? line->series->step[0] : first;
     }
-    if (chart->panel->zero || (low >= 0 && low < 0.3 * high)) low = 0;
+    if (exi_rep_has(chart->panel, EXI_REP_ZERO) || (low >= 0 && low < 0.3 * high)) low = 0;
     if (first < 0.1 * chart->last) first = 0;
     if (!(chart->last > first)) chart->last = first + 1;
     chart->y = exi_rep_nice(low, high, 5);
@@ -418,27 +430,41 @@ EX_API void exi_rep_axes(exi_rep_chart *chart)
     chart->x.low = first;
 }
 
+/* Small text; anchor: start, middle or end. */
+EX_API void exi_rep_label(ex_text *out, double x, double y, const char *anchor, const char *text)
+{
+    ex_text_format(out, "<text class=\"t\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">", x, y, anchor);
+    exi_rep_escape(out, text);
+    ex_text_put(out, "</text>\n");
+}
+
+/* Ticks and numbers of the steps below y. */
+EX_API void exi_rep_x_axis(const exi_rep_chart *chart, double y, ex_text *out)
+{
+    const double begin = chart->x.step * ceil(chart->x.low / chart->x.step - 1e-9);
+    const int count = (int)((chart->last - begin) / chart->x.step + 1e-6);
+    for (int i = 0; i <= count; i++) {
+        const double step = begin + i * chart->x.step, x = exi_rep_x(chart, step);
+        char label[32];
+        exi_rep_tick(label, sizeof(label), step, chart->x.step);
+        ex_text_format(out, "<path class=\"axis\" d=\"M%.1f %.1fv4\"/>", x, y);
+        exi_rep_label(out, x, y + 15, "middle", label);
+    }
+    exi_rep_label(out, (EXI_REP_LEFT + EXI_REP_W - EXI_REP_RIGHT) / 2.0, y + 30, "middle", "step");
+}
+
 EX_API void exi_rep_grid(const exi_rep_chart *chart, ex_text *out)
 {
-    const double left = EXI_REP_LEFT, right = EXI_REP_W - EXI_REP_RIGHT, bottom = EXI_REP_H - EXI_REP_BOTTOM;
-    char label[32];
     const int rows = (int)((chart->y.high - chart->y.low) / chart->y.step + 0.5);
-    const int columns = (int)((chart->last - chart->x.low) / chart->x.step + 1e-6);
-    const double begin = chart->x.step * ceil(chart->x.low / chart->x.step - 1e-9);
     for (int i = 0; i <= rows; i++) {
         const double value = chart->y.low + i * chart->y.step, y = exi_rep_y(chart, value);
+        char label[32];
         exi_rep_tick(label, sizeof(label), value, chart->y.step);
-        ex_text_format(out, "<path class=\"%s\" d=\"M%.1f %.1fH%.1f\"/><text class=\"t\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">%s</text>\n",
-                       i == 0 ? "axis" : "grid", left, y, right, left - 6, y + 3.5, label);
+        ex_text_format(out, "<path class=\"%s\" d=\"M%d %.1fH%d\"/>", i == 0 ? "axis" : "grid", EXI_REP_LEFT, y,
+                       EXI_REP_W - EXI_REP_RIGHT);
+        exi_rep_label(out, EXI_REP_LEFT - 6, y + 3.5, "end", label);
     }
-    for (int i = 0; i <= columns; i++) {
-        const double step = begin + i * chart->x.step;
-        if (step > chart->last * 1.0000001) break;
-        exi_rep_tick(label, sizeof(label), step, chart->x.step);
-        ex_text_format(out, "<path class=\"axis\" d=\"M%.1f %.1fv4\"/><text class=\"t\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">%s</text>\n",
-                       exi_rep_x(chart, step), bottom, exi_rep_x(chart, step), bottom + 15, label);
-    }
-    ex_text_format(out, "<text class=\"t\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">step</text>\n", (left + right) / 2, bottom + 30);
+    exi_rep_x_axis(chart, EXI_REP_H - EXI_REP_BOTTOM, out);
 }
 
 /* Points i of a line as a path: at most `most` of them, the last always. */
@@ -449,7 +475,7 @@ EX_API void exi_rep_path(const exi_rep_chart *chart, const exi_rep_line *line, s
     for (size_t i = 0; i < n; i = i + stride < n || i == n - 1 ? i + stride : n - 1) {
         const double x = exi_rep_x(chart, line->series->step[i]), last = y;
         y = exi_rep_y(chart, line->smooth[i]);
-        if (i > 0 && chart->panel->steps) ex_text_format(out, "L%.1f %.1f", x, last);
+        if (i > 0 && exi_rep_has(chart->panel, EXI_REP_HOLDS)) ex_text_format(out, "L%.1f %.1f", x, last);
         ex_text_format(out, "%s%.1f %.1f", i == 0 ? "M" : "L", x, y);
     }
     ex_text_format(out, "H%.1f", exi_rep_x(chart, line->end));
@@ -467,7 +493,8 @@ EX_API void exi_rep_raw(const exi_rep_chart *chart, const exi_rep_line *line, ex
             low = line->series->value[i] < low ? line->series->value[i] : low;
             high = line->series->value[i] > high ? line->series->value[i] : high;
         }
-        ex_text_format(out, "%s%.1f %.1f", p == 0 ? "M" : "L", exi_rep_x(chart, line->series->step[from]), exi_rep_y(chart, low * chart->panel->scale));
+        ex_text_format(out, "%s%.1f %.1f", p == 0 ? "M" : "L", exi_rep_x(chart, line->series->step[from]),
+                       exi_rep_y(chart, low * chart->panel->scale));
         if (high > low) ex_text_format(out, "V%.1f", exi_rep_y(chart, high * chart->panel->scale));
     }
     ex_text_put(out, "\"/>\n");
@@ -477,12 +504,13 @@ EX_API void exi_rep_raw(const exi_rep_chart *chart, const exi_rep_line *line, ex
 EX_API void exi_rep_dots(const exi_rep_chart *chart, const exi_rep_line *line, ex_text *out)
 {
     const size_t n = stbds_arrlenu(line->series->step), stride = n / 60 + 1;
-    const bool shown = chart->panel->marks && n <= 40 && !line->dashed;
+    const bool shown = exi_rep_has(chart->panel, EXI_REP_MARKS) && n <= 40 && !line->dashed;
     for (size_t i = 0; i < n; i = i + stride < n || i == n - 1 ? i + stride : n - 1) {
         char value[32];
         exi_rep_number(value, sizeof(value), line->smooth[i]);
-        ex_text_format(out, "<circle class=\"%s%d\" cx=\"%.1f\" cy=\"%.1f\" r=\"%s\"><title>", shown ? "dot f" : "hot f", line->color,
-                       exi_rep_x(chart, line->series->step[i]), exi_rep_y(chart, line->smooth[i]), shown ? "2.6" : "6");
+        ex_text_format(out, "<circle class=\"%s%d\" cx=\"%.1f\" cy=\"%.1f\" r=\"%s\"><title>", shown ? "dot f" : "hot f",
+                       line->color, exi_rep_x(chart, line->series->step[i]), exi_rep_y(chart, line->smooth[i]),
+                       shown ? "2.6" : "6");
         exi_rep_escape(out, line->run);
         ex_text_put(out, ", ");
         exi_rep_escape(out, line->label);
@@ -523,7 +551,8 @@ EX_API void exi_rep_end_labels(const exi_rep_chart *chart, ex_text *out)
         const exi_rep_line *line = &chart->lines[ends[i].line];
         char value[32];
         exi_rep_number(value, sizeof(value), line->smooth[stbds_arrlenu(line->series->step) - 1]);
-        ex_text_format(out, "<text class=\"end f%d\" x=\"%d\" y=\"%.1f\">%s</text>\n", line->color, EXI_REP_W - EXI_REP_RIGHT + 6, ends[i].y + 3.5, value);
+        ex_text_format(out, "<text class=\"end f%d\" x=\"%d\" y=\"%.1f\">%s</text>\n", line->color, EXI_REP_W - EXI_REP_RIGHT + 6,
+                       ends[i].y + 3.5, value);
     }
     free(ends);
 }
@@ -566,8 +595,8 @@ EX_API int exi_rep_legend(const exi_rep_chart *chart, ex_text *out)
         }
         if (out != NULL) {
             const double y = 34 - 10 + 15 * (rows - 1);
-            ex_text_format(out, "<path class=\"line s%d%s\" d=\"M%.1f %.1fh16\"/><text class=\"t\" x=\"%.1f\" y=\"%.1f\">", line->color,
-                           line->dashed ? " dash" : "", x, y - 3.5, x + 21, y);
+            ex_text_format(out, "<path class=\"line s%d%s\" d=\"M%.1f %.1fh16\"/><text class=\"t\" x=\"%.1f\" y=\"%.1f\">",
+                           line->color, line->dashed ? " dash" : "", x, y - 3.5, x + 21, y);
             exi_rep_escape(out, name);
             ex_text_put(out, "</text>\n");
         }
@@ -584,8 +613,8 @@ EX_API void exi_rep_compactions(const ex_report *report, const exi_rep_chart *ch
         for (size_t i = 0; i < stbds_arrlenu(run->compactions); i++) {
             const double step = run->compactions[i];
             if (step < chart->x.low || step > chart->last) continue;
-            ex_text_format(out, "<path class=\"f%d\" fill-opacity=\"0.75\" d=\"M%.1f %dl-3.5 -6h7z\"><title>", (int)(r % EX_REPORT_COLORS),
-                           exi_rep_x(chart, step), EXI_REP_H - EXI_REP_BOTTOM);
+            ex_text_format(out, "<path class=\"f%d\" fill-opacity=\"0.75\" d=\"M%.1f %dl-3.5 -6h7z\"><title>",
+                           (int)(r % EX_REPORT_COLORS), exi_rep_x(chart, step), EXI_REP_H - EXI_REP_BOTTOM);
             exi_rep_escape(out, run->name);
             ex_text_format(out, "\nstep %.15g: compacted</title></path>\n", step);
         }
@@ -610,14 +639,15 @@ EX_API void exi_rep_add_line(exi_rep_chart *chart, const exi_rep_run *run, int c
     bool some = false;
     memset(&line, 0, sizeof(line));
     line.series = panel->series[which] != NULL ? exi_rep_find(run, panel->series[which]) : NULL;
-    for (size_t i = 0; line.series != NULL && i < stbds_arrlenu(line.series->value); i++) some = some || fabs(line.series->value[i]) > 0;
+    for (size_t i = 0; line.series != NULL && i < stbds_arrlenu(line.series->value); i++)
+        some = some || fabs(line.series->value[i]) > 0;
     if (line.series == NULL || (which > 0 && !some)) return;           /* such as the distillation loss of a run without one */
     line.run = run->name;
     line.label = panel->labels[which];
     line.color = color % EX_REPORT_COLORS;
-    line.dashed = panel->dashed && which == 1;
-    line.end = panel->steps ? exi_rep_run_end(run) : line.series->step[stbds_arrlenu(line.series->step) - 1];
-    line.smooth = exi_rep_smooth(line.series, panel->scale, panel->smooth);
+    line.dashed = exi_rep_has(panel, EXI_REP_TARGET) && which == 1;
+    line.end = exi_rep_has(panel, EXI_REP_HOLDS) ? exi_rep_run_end(run) : line.series->step[stbds_arrlenu(line.series->step) - 1];
+    line.smooth = exi_rep_smooth(line.series, panel->scale, exi_rep_has(panel, EXI_REP_SMOOTH));
     stbds_arrput(chart->lines, line);
 }
 
@@ -629,7 +659,7 @@ EX_API void exi_rep_collect(const ex_report *report, exi_rep_chart *chart)
     for (size_t r = 0; r < runs; r++) {
         exi_rep_add_line(chart, &report->runs[r], (int)r, 0);
         for (int which = 1; which < 3; which++) {
-            if (which == 1 && chart->panel->dashed) exi_rep_add_line(chart, &report->runs[r], (int)r, which);
+            if (which == 1 && exi_rep_has(chart->panel, EXI_REP_TARGET)) exi_rep_add_line(chart, &report->runs[r], (int)r, which);
             else if (with == 1 && runs == 1) exi_rep_add_line(chart, &report->runs[r], which, which);
         }
     }
@@ -652,9 +682,11 @@ EX_API void exi_rep_chart_body(const ex_report *report, exi_rep_chart *chart, ex
     top = EXI_REP_TOP + 15 * (chart->legend_rows - 1);
     exi_rep_axes(chart);
     exi_rep_grid(chart, out);
-    ex_text_format(out, "<clipPath id=\"c%d\"><rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\"/></clipPath><g clip-path=\"url(#c%d)\">\n",
-                   chart->number, EXI_REP_LEFT - 4, top - 4, EXI_REP_W - EXI_REP_LEFT - EXI_REP_RIGHT + 8, EXI_REP_H - EXI_REP_BOTTOM + 5 - top, chart->number);
-    for (size_t i = 0; i < stbds_arrlenu(chart->lines) && chart->panel->smooth; i++) {
+    ex_text_format(
+        out, "<clipPath id=\"c%d\"><rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\"/></clipPath><g clip-path=\"url(#c%d)\">\n",
+        chart->number, EXI_REP_LEFT - 4, top - 4, EXI_REP_W - EXI_REP_LEFT - EXI_REP_RIGHT + 8,
+        EXI_REP_H - EXI_REP_BOTTOM + 5 - top, chart->number);
+    for (size_t i = 0; i < stbds_arrlenu(chart->lines) && exi_rep_has(chart->panel, EXI_REP_SMOOTH); i++) {
         if (stbds_arrlenu(chart->lines[i].series->value) >= 50) exi_rep_raw(chart, &chart->lines[i], out);
     }
     for (size_t i = 0; i < stbds_arrlenu(chart->lines); i++) {
@@ -693,7 +725,8 @@ EX_API void exi_rep_draw_panel(const ex_report *report, const exi_rep_panel *pan
 /* Series that are drawn nowhere: they say little over time or stand in other charts. */
 EX_API bool exi_rep_silent(const char *name)
 {
-    static const char *const silent[] = {"tokens", "mu", "skipped", "teacher_milliseconds", "peak_bytes", "gradient_norm", "epoch", "seconds"};
+    static const char *const silent[] = {"tokens",        "mu",    "skipped", "teacher_milliseconds", "peak_bytes",
+                                         "gradient_norm", "epoch", "seconds"};
     for (size_t i = 0; i < sizeof(silent) / sizeof(silent[0]); i++) {
         if (strcmp(silent[i], name) == 0) return true;
     }
@@ -705,7 +738,8 @@ EX_API double exi_rep_greatest(const ex_report *report, const char *name)
     double most = 0;
     for (size_t r = 0; r < stbds_arrlenu(report->runs); r++) {
         const exi_rep_series *series = exi_rep_find(&report->runs[r], name);
-        for (size_t i = 0; series != NULL && i < stbds_arrlenu(series->value); i++) most = series->value[i] > most ? series->value[i] : most;
+        for (size_t i = 0; series != NULL && i < stbds_arrlenu(series->value); i++)
+            most = series->value[i] > most ? series->value[i] : most;
     }
     return most;
 }
@@ -716,7 +750,8 @@ EX_API void exi_rep_other_panels(const ex_report *report, const exi_rep_panel *k
     ex_map seen;
     memset(&seen, 0, sizeof(seen));
     for (size_t i = 0; i < count; i++) {
-        for (int k = 0; k < 3 && known[i].series[k] != NULL; k++) ex_map_put(&seen, known[i].series[k], strlen(known[i].series[k]), 1);
+        for (int k = 0; k < 3 && known[i].series[k] != NULL; k++)
+            ex_map_put(&seen, known[i].series[k], strlen(known[i].series[k]), 1);
     }
     for (size_t r = 0; r < stbds_arrlenu(report->runs); r++) {
         for (size_t i = 0; i < stbds_arrlenu(report->runs[r].series); i++) {
@@ -727,7 +762,7 @@ EX_API void exi_rep_other_panels(const ex_report *report, const exi_rep_panel *k
             panel.title = panel.series[0] = panel.labels[0] = name;
             panel.unit = "";
             panel.scale = 1;
-            panel.marks = true;
+            panel.flags = EXI_REP_MARKS;
             exi_rep_draw_panel(report, &panel, number, out);
         }
     }
@@ -737,17 +772,19 @@ EX_API void exi_rep_other_panels(const ex_report *report, const exi_rep_panel *k
 EX_API void exi_rep_curves(const ex_report *report, int *number, ex_text *out)
 {
     const bool big = exi_rep_greatest(report, "bytes") >= 2147483648.0;
+    const double memory = big ? 1 / 1073741824.0 : 1 / 1048576.0;
+    const int noisy = EXI_REP_SMOOTH | EXI_REP_ZERO, holds = EXI_REP_HOLDS | EXI_REP_ZERO, target = EXI_REP_TARGET | EXI_REP_ZERO;
     const exi_rep_panel panels[] = {
-        {"Training loss", "", {"loss", "task_loss", "distill_loss"}, {"loss", "task", "distillation"}, 1, true, false, false, false, false},
-        {"Dev loss", "", {"dev_loss", NULL, NULL}, {"dev loss", NULL, NULL}, 1, false, false, false, true, false},
-        {"Sparsity", " %", {"sparsity", "sparsity_target", NULL}, {"reached", "target", NULL}, 100, false, true, true, false, false},
-        {"Prunable parameters left", " %", {"kept", NULL, NULL}, {"kept", NULL, NULL}, 100, false, false, true, false, true},
-        {"Step time", " ms", {"milliseconds", NULL, NULL}, {"step time", NULL, NULL}, 1, true, false, true, false, false},
-        {"Throughput", " tokens/s", {"tokens_per_second", NULL, NULL}, {"tokens/s", NULL, NULL}, 1, true, false, true, false, false},
-        {"Memory", big ? " GiB" : " MiB", {"bytes", NULL, NULL}, {"memory", NULL, NULL}, big ? 1 / 1073741824.0 : 1 / 1048576.0, false, false, true, false, false},
-        {"Trainable parameters", "", {"trainable", NULL, NULL}, {"trainable", NULL, NULL}, 1, false, false, true, false, true},
-        {"Learning rate", "", {"learning_rate", NULL, NULL}, {"learning rate", NULL, NULL}, 1, false, false, true, false, false},
-        {"Hidden size", "", {"hidden", NULL, NULL}, {"hidden size", NULL, NULL}, 1, false, false, true, false, true}
+        {"Training loss", "", {"loss", "task_loss", "distill_loss"}, {"loss", "task", "distillation"}, 1, EXI_REP_SMOOTH},
+        {"Dev loss", "", {"dev_loss", NULL, NULL}, {"dev loss", NULL, NULL}, 1, EXI_REP_MARKS},
+        {"Sparsity", " %", {"sparsity", "sparsity_target", NULL}, {"reached", "target", NULL}, 100, target},
+        {"Prunable parameters left", " %", {"kept", NULL, NULL}, {"kept", NULL, NULL}, 100, holds},
+        {"Step time", " ms", {"milliseconds", NULL, NULL}, {"step time", NULL, NULL}, 1, noisy},
+        {"Throughput", " tokens/s", {"tokens_per_second", NULL, NULL}, {"tokens/s", NULL, NULL}, 1, noisy},
+        {"Memory", big ? " GiB" : " MiB", {"bytes", NULL, NULL}, {"memory", NULL, NULL}, memory, EXI_REP_ZERO},
+        {"Trainable parameters", "", {"trainable", NULL, NULL}, {"trainable", NULL, NULL}, 1, holds},
+        {"Learning rate", "", {"learning_rate", NULL, NULL}, {"learning rate", NULL, NULL}, 1, EXI_REP_ZERO},
+        {"Hidden size", "", {"hidden", NULL, NULL}, {"hidden size", NULL, NULL}, 1, holds}
     };
     const size_t count = sizeof(panels) / sizeof(panels[0]);
     exi_rep_draw_panel(report, &panels[0], number, out);
@@ -769,17 +806,20 @@ EX_API bool exi_rep_varies(const exi_rep_layers *layers, int32_t *least, int32_t
 }
 
 /* One cell: layer k from record i to the next one. */
-EX_API void exi_rep_cell(const exi_rep_chart *chart, const exi_rep_layers *layers, size_t i, size_t next, int32_t k, double row, double top, double part, ex_text *out)
+EX_API void exi_rep_cell(const exi_rep_chart *chart, const exi_rep_layers *layers, size_t i, size_t next, int32_t k, double row,
+                         double top, double part, ex_text *out)
 {
     const double from = exi_rep_x(chart, layers->step[i]);
     const double to = next < stbds_arrlenu(layers->step) ? exi_rep_x(chart, layers->step[next]) : EXI_REP_W - EXI_REP_RIGHT;
-    ex_text_format(out, "<rect class=\"heat\" x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill-opacity=\"%.3f\"><title>step %.15g, layer %d: %d</title></rect>\n",
-                   from, top + k * row, to > from ? to - from : 0.1, row - 1, 0.06 + 0.94 * part, layers->step[i], (int)k,
-                   (int)layers->values[i * (size_t)layers->layers + (size_t)k]);
+    ex_text_format(out, "<rect class=\"heat\" x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill-opacity=\"%.3f\">"
+                   "<title>step %.15g, layer %d: %d</title></rect>\n",
+        from, top + k * row, to > from ? to - from : 0.1, row - 1, 0.06 + 0.94 * part, layers->step[i], (int)k,
+        (int)layers->values[i * (size_t)layers->layers + (size_t)k]);
 }
 
 /* Rows of equal values in time are joined into one rectangle. */
-EX_API void exi_rep_cells(const exi_rep_chart *chart, const exi_rep_layers *layers, int32_t most, double row, double top, ex_text *out)
+EX_API void exi_rep_cells(const exi_rep_chart *chart, const exi_rep_layers *layers, int32_t most, double row, double top,
+                          ex_text *out)
 {
     const size_t records = stbds_arrlenu(layers->step), n = (size_t)layers->layers;
     for (int32_t k = 0; k < layers->layers; k++) {
@@ -793,33 +833,33 @@ EX_API void exi_rep_cells(const exi_rep_chart *chart, const exi_rep_layers *laye
 
 EX_API void exi_rep_heat_axis(const exi_rep_chart *chart, const exi_rep_layers *layers, double row, double top, ex_text *out)
 {
-    const size_t records = stbds_arrlenu(layers->step), n = (size_t)layers->layers;
-    const double bottom = top + row * layers->layers;
+    const size_t last = (stbds_arrlenu(layers->step) - 1) * (size_t)layers->layers;
     const int32_t every = row >= 11 ? 1 : (int32_t)(11 / row) + 1;
-    char label[32];
+    const int right = EXI_REP_W - EXI_REP_RIGHT + 6;
     for (int32_t k = 0; k < layers->layers; k += every) {
         const double y = top + (k + 0.5) * row + 3.5;
-        ex_text_format(out, "<text class=\"t\" x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%d</text><text class=\"end heat\" x=\"%d\" y=\"%.1f\">%d</text>\n",
-                       EXI_REP_LEFT - 6, y, (int)k, EXI_REP_W - EXI_REP_RIGHT + 6, y, (int)layers->values[(records - 1) * n + (size_t)k]);
+        char label[16];
+        snprintf(label, sizeof(label), "%d", (int)k);
+        exi_rep_label(out, EXI_REP_LEFT - 6, y, "end", label);
+        ex_text_format(out, "<text class=\"end heat\" x=\"%d\" y=\"%.1f\">%d</text>\n", right, y,
+                       (int)layers->values[last + (size_t)k]);
     }
-    for (double step = chart->x.step * ceil(chart->x.low / chart->x.step); step <= chart->last * 1.0000001; step += chart->x.step) {
-        exi_rep_tick(label, sizeof(label), step, chart->x.step);
-        ex_text_format(out, "<path class=\"axis\" d=\"M%.1f %.1fv4\"/><text class=\"t\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">%s</text>\n",
-                       exi_rep_x(chart, step), bottom, exi_rep_x(chart, step), bottom + 15, label);
-    }
-    ex_text_format(out, "<text class=\"t\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">step</text>\n", (EXI_REP_LEFT + EXI_REP_W - EXI_REP_RIGHT) / 2.0, bottom + 30);
-    ex_text_format(out, "<text class=\"t\" x=\"%d\" y=\"%.1f\" text-anchor=\"end\">layer</text><text class=\"t\" x=\"%d\" y=\"%.1f\">now</text>\n",
-                   EXI_REP_LEFT - 6, top - 6, EXI_REP_W - EXI_REP_RIGHT + 6, top - 6);
+    exi_rep_x_axis(chart, top + row * layers->layers, out);
+    exi_rep_label(out, EXI_REP_LEFT - 6, top - 6, "end", "layer");
+    exi_rep_label(out, right, top - 6, "start", "now");
 }
 
 EX_API void exi_rep_heat_legend(int32_t most, ex_text *out)
 {
     const double x = EXI_REP_LEFT + 8, y = 6;
+    char label[16];
     for (int i = 0; i < 24; i++) {
-        ex_text_format(out, "<rect class=\"heat\" x=\"%.1f\" y=\"%.1f\" width=\"5\" height=\"9\" fill-opacity=\"%.3f\"/>", x + 5 * i, y, 0.06 + 0.94 * i / 23.0);
+        ex_text_format(out, "<rect class=\"heat\" x=\"%.1f\" y=\"%.1f\" width=\"5\" height=\"9\" fill-opacity=\"%.3f\"/>",
+                       x + 5 * i, y, 0.06 + 0.94 * i / 23.0);
     }
-    ex_text_format(out, "<text class=\"t\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">0</text><text class=\"t\" x=\"%.1f\" y=\"%.1f\">%d</text>\n", x - 5, y + 8,
-                   x + 125, y + 8, (int)most);
+    snprintf(label, sizeof(label), "%d", (int)most);
+    exi_rep_label(out, x - 5, y + 8, "end", "0");
+    exi_rep_label(out, x + 125, y + 8, "start", label);
 }
 
 EX_API void exi_rep_heat_map(const exi_rep_run *run, const exi_rep_layers *layers, ex_text *out)
@@ -847,7 +887,8 @@ EX_API void exi_rep_heat_map(const exi_rep_run *run, const exi_rep_layers *layer
 EX_API void exi_rep_heat_maps(const ex_report *report, ex_text *out)
 {
     for (size_t r = 0; r < stbds_arrlenu(report->runs); r++) {
-        for (size_t i = 0; i < stbds_arrlenu(report->runs[r].layers); i++) exi_rep_heat_map(&report->runs[r], &report->runs[r].layers[i], out);
+        for (size_t i = 0; i < stbds_arrlenu(report->runs[r].layers); i++)
+            exi_rep_heat_map(&report->runs[r], &report->runs[r].layers[i], out);
     }
 }
 
@@ -911,7 +952,8 @@ EX_API void exi_rep_table(const ex_report *report, bool settings, ex_text *out)
     for (size_t r = 0; r < stbds_arrlenu(report->runs); r++) {
         const exi_rep_pair *pairs = settings ? report->runs[r].settings : report->runs[r].results;
         for (size_t i = 0; i < stbds_arrlenu(pairs); i++) {
-            if (ex_map_put(&seen, pairs[i].name, strlen(pairs[i].name), 1)) exi_rep_table_row(report, settings, pairs[i].name, out);
+            if (ex_map_put(&seen, pairs[i].name, strlen(pairs[i].name), 1))
+                exi_rep_table_row(report, settings, pairs[i].name, out);
         }
     }
     ex_text_put(out, "</tbody></table></div>\n");
@@ -925,25 +967,36 @@ EX_API const char *exi_rep_style(void)
     return "<style>\n"
            ":root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#1d2430;--soft:#667085;--line:#e3e6ec;--axis:#98a1b0;"
            "--c0:#2563c9;--c1:#d9601a;--c2:#12805c;--c3:#9c3fa8;--c4:#a97a00;--c5:#5a6675;--heat:#2563c9;--diff:#fff6dd}\n"
-           "@media(prefers-color-scheme:dark){:root{--bg:#12151b;--card:#1b2029;--ink:#e7eaf0;--soft:#98a2b3;--line:#2b323e;--axis:#5d6879;"
+           "@media(prefers-color-scheme:dark){:root{--bg:#12151b;--card:#1b2029;--ink:#e7eaf0;--soft:#98a2b3;--line:#2b323e;"
+           "--axis:#5d6879;"
            "--c0:#6ea2ff;--c1:#ff9a5c;--c2:#4cc79b;--c3:#d78be2;--c4:#e0b84a;--c5:#a9b4c4;--heat:#6ea2ff;--diff:#33301f}}\n"
-           "*{box-sizing:border-box}body{margin:0 auto;max-width:1500px;padding:28px 24px 48px;background:var(--bg);color:var(--ink);"
+           "*{box-sizing:border-box}body{margin:0 auto;max-width:1500px;padding:28px 24px 48px;"
+           "background:var(--bg);color:var(--ink);"
            "font:15px/1.5 system-ui,-apple-system,\"Segoe UI\",Roboto,\"Helvetica Neue\",Arial,sans-serif}\n"
-           "h1{font-size:24px;line-height:1.25;margin:0 0 4px}h2{font-size:17px;margin:30px 0 10px}p{margin:0;color:var(--soft)}\n"
+           "h1{font-size:24px;line-height:1.25;margin:0 0 4px}h2{font-size:17px;margin:30px 0 10px}"
+           "p{margin:0;color:var(--soft)}\n"
            ".grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(430px,100%),1fr));gap:16px}\n"
            ".card{margin:0;padding:14px 14px 6px;background:var(--card);border:1px solid var(--line);border-radius:10px}\n"
            "figcaption{font-weight:600;font-size:14.5px}small{font-weight:400;font-size:12.5px;color:var(--soft)}\n"
-           "svg{display:block;width:100%;height:auto}svg text{font-size:11px;font-variant-numeric:tabular-nums}.t{fill:var(--soft)}"
-           ".end{font-weight:600}.grid path.grid,path.grid{display:inline;stroke:var(--line)}path{fill:none;stroke-width:1}.axis{stroke:var(--axis)}\n"
-           ".line{stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}.dash{stroke-dasharray:5 4;stroke-width:1.4;opacity:.75}"
+           "svg{display:block;width:100%;height:auto}svg text{font-size:11px;font-variant-numeric:tabular-nums}"
+           ".t{fill:var(--soft)}"
+           ".end{font-weight:600}path.grid{display:inline;stroke:var(--line)}path{fill:none;stroke-width:1}"
+           ".axis{stroke:var(--axis)}\n"
+           ".line{stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}"
+           ".dash{stroke-dasharray:5 4;stroke-width:1.4;opacity:.75}"
            ".raw{stroke-width:1;opacity:.22}.hot{fill-opacity:0}.hot:hover{fill-opacity:.85}.heat{fill:var(--heat)}\n"
-           ".s0{stroke:var(--c0)}.s1{stroke:var(--c1)}.s2{stroke:var(--c2)}.s3{stroke:var(--c3)}.s4{stroke:var(--c4)}.s5{stroke:var(--c5)}\n"
+           ".s0{stroke:var(--c0)}.s1{stroke:var(--c1)}.s2{stroke:var(--c2)}"
+           ".s3{stroke:var(--c3)}.s4{stroke:var(--c4)}.s5{stroke:var(--c5)}\n"
            ".f0{fill:var(--c0)}.f1{fill:var(--c1)}.f2{fill:var(--c2)}.f3{fill:var(--c3)}.f4{fill:var(--c4)}.f5{fill:var(--c5)}\n"
-           ".b0{background:var(--c0)}.b1{background:var(--c1)}.b2{background:var(--c2)}.b3{background:var(--c3)}.b4{background:var(--c4)}.b5{background:var(--c5)}\n"
+           ".b0{background:var(--c0)}.b1{background:var(--c1)}.b2{background:var(--c2)}"
+           ".b3{background:var(--c3)}.b4{background:var(--c4)}.b5{background:var(--c5)}\n"
            "th i{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:7px}\n"
-           ".scroll{overflow-x:auto;width:fit-content;max-width:100%;background:var(--card);border:1px solid var(--line);border-radius:10px}\n"
-           "table{border-collapse:collapse;min-width:560px;font-variant-numeric:tabular-nums}th,td{padding:7px 14px;text-align:right;white-space:nowrap;"
-           "border-top:1px solid var(--line)}thead th{border-top:0;font-weight:600}tbody th{font-weight:400;text-align:left;color:var(--soft)}"
+           ".scroll{overflow-x:auto;width:fit-content;max-width:100%;"
+           "background:var(--card);border:1px solid var(--line);border-radius:10px}\n"
+           "table{border-collapse:collapse;min-width:560px;font-variant-numeric:tabular-nums}"
+           "th,td{padding:7px 14px;text-align:right;white-space:nowrap;"
+           "border-top:1px solid var(--line)}thead th{border-top:0;font-weight:600}"
+           "tbody th{font-weight:400;text-align:left;color:var(--soft)}"
            "td{max-width:420px;overflow:hidden;text-overflow:ellipsis}.diff td,.diff th{background:var(--diff)}\n"
            "details{margin-top:30px}summary{font-size:17px;font-weight:600;cursor:pointer;margin-bottom:10px}\n"
            "@media print{.card{break-inside:avoid}}\n"
@@ -980,7 +1033,8 @@ EX_API bool ex_report_write(const ex_report *report, const char *path, ex_error 
 {
     ex_text out = {NULL, 0, 0};
     bool fine;
-    ex_text_put(&out, "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n<title>");
+    ex_text_put(&out, "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
+                      "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n<title>");
     exi_rep_escape(&out, report->title);
     ex_text_put(&out, "</title>\n");
     ex_text_put(&out, exi_rep_style());

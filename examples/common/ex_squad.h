@@ -77,12 +77,14 @@ EX_API bool exi_squad_answer(exi_squad_reader *r, const ex_json_node *node, cons
     int64_t character, byte;
     if (text == NULL) return false;
     if (!ex_json_int(ex_json_get(node, "answer_start"), 0, INT32_MAX, &character)) {
-        return ex_fail(r->error, "%s:%u: question %s: expected \"answer_start\" with a whole number", r->json.name, node->line, id);
+        return ex_fail(r->error, "%s:%u: question %s: expected \"answer_start\" with a whole number", r->json.name, node->line,
+                       id);
     }
     byte = exi_squad_byte(r, character);
     if (text->count == 0 || byte < 0 || text->count > r->context->count - (uint64_t)byte ||
         memcmp(r->context->as.text + byte, text->as.text, text->count) != 0) {
-        return ex_fail(r->error, "%s:%u: question %s: expected the answer \"%.60s\" at character %lld of its context, found \"%.*s\"",
+        return ex_fail(r->error,
+                       "%s:%u: question %s: expected the answer \"%.60s\" at character %lld of its context, found \"%.*s\"",
                        r->json.name, node->line, id, text->as.text, (long long)character,
                        byte < 0 ? 0 : (int)(r->context->count - (uint64_t)byte < 60 ? r->context->count - (uint64_t)byte : 60),
                        byte < 0 ? "" : r->context->as.text + byte);
@@ -111,7 +113,8 @@ EX_API bool exi_squad_question(exi_squad_reader *r, const ex_json_node *node)
     question.impossible = ex_json_bool(node, "is_impossible", false);
     question.first_answer = (int32_t)stbds_arrlenu(r->squad->answer);
     if (ex_json_get(node, "is_impossible") != NULL) r->squad->version2 = true;
-    if (answers != NULL && answers->type != EX_JSON_ARRAY) return ex_json_need(&r->json, node, "answers", EX_JSON_ARRAY, r->error) != NULL;
+    if (answers != NULL && answers->type != EX_JSON_ARRAY)
+        return ex_json_need(&r->json, node, "answers", EX_JSON_ARRAY, r->error) != NULL;
     answer = answers != NULL && !question.impossible ? ex_json_first(answers) : NULL;
     for (uint32_t i = 0; answer != NULL && i < answers->count; i++, answer = ex_json_next(answer)) {
         if (!exi_squad_answer(r, answer, question.id)) return false;
@@ -129,7 +132,9 @@ EX_API bool exi_squad_paragraph(exi_squad_reader *r, const ex_json_node *node)
     exi_squad_mark(r);
     one = ex_json_first(questions);
     for (uint32_t i = 0; i < questions->count; i++, one = ex_json_next(one)) {
-        if (one->type != EX_JSON_OBJECT) return ex_fail(r->error, "%s:%u: expected a question, found %s", r->json.name, one->line, ex_json_type_name(one->type));
+        if (one->type != EX_JSON_OBJECT)
+            return ex_fail(r->error, "%s:%u: expected a question, found %s", r->json.name, one->line,
+                           ex_json_type_name(one->type));
         if (!exi_squad_question(r, one)) return false;
     }
     return true;
@@ -138,13 +143,16 @@ EX_API bool exi_squad_paragraph(exi_squad_reader *r, const ex_json_node *node)
 EX_API bool exi_squad_article(exi_squad_reader *r, const ex_json_node *node)
 {
     const ex_json_node *paragraphs, *one;
-    if (node->type != EX_JSON_OBJECT) return ex_fail(r->error, "%s:%u: expected an article, found %s", r->json.name, node->line, ex_json_type_name(node->type));
+    if (node->type != EX_JSON_OBJECT)
+        return ex_fail(r->error, "%s:%u: expected an article, found %s", r->json.name, node->line, ex_json_type_name(node->type));
     paragraphs = ex_json_need(&r->json, node, "paragraphs", EX_JSON_ARRAY, r->error);
     if (paragraphs == NULL) return false;
     r->title = ex_json_text(node, "title", "");
     one = ex_json_first(paragraphs);
     for (uint32_t i = 0; i < paragraphs->count; i++, one = ex_json_next(one)) {
-        if (one->type != EX_JSON_OBJECT) return ex_fail(r->error, "%s:%u: expected a paragraph, found %s", r->json.name, one->line, ex_json_type_name(one->type));
+        if (one->type != EX_JSON_OBJECT)
+            return ex_fail(r->error, "%s:%u: expected a paragraph, found %s", r->json.name, one->line,
+                           ex_json_type_name(one->type));
         if (!exi_squad_paragraph(r, one)) return false;
     }
     return true;
@@ -153,7 +161,8 @@ EX_API bool exi_squad_article(exi_squad_reader *r, const ex_json_node *node)
 EX_API bool exi_squad_parse(exi_squad_reader *r)
 {
     const ex_json_node *root = ex_json_root(&r->json), *data, *one;
-    if (root->type != EX_JSON_OBJECT) return ex_fail(r->error, "%s:1: expected an object, found %s", r->json.name, ex_json_type_name(root->type));
+    if (root->type != EX_JSON_OBJECT)
+        return ex_fail(r->error, "%s:1: expected an object, found %s", r->json.name, ex_json_type_name(root->type));
     data = ex_json_need(&r->json, root, "data", EX_JSON_ARRAY, r->error);
     if (data == NULL) return false;
     r->squad->version2 = strncmp(ex_json_text(root, "version", ""), "v2", 2) == 0;
@@ -193,7 +202,8 @@ typedef struct ex_squad_desc {        /* zero: the values in the comments */
 } ex_squad_desc;
 
 /* First and last token of a byte range of the context inside window w, or false. */
-EX_API bool exi_squad_find(const ex_encoding *e, int32_t first, int32_t end, uint32_t from, uint32_t to, int32_t *start, int32_t *stop)
+EX_API bool exi_squad_find(const ex_encoding *e, int32_t first, int32_t end, uint32_t from, uint32_t to, int32_t *start,
+                           int32_t *stop)
 {
     int32_t a = first, b = end - 1;
     if (first >= end || e->offsets[first].start > from || e->offsets[b].end < to) return false;
@@ -211,10 +221,12 @@ EX_API void exi_squad_window(exi_dataset_builder *b, const ex_squad *squad, int6
     int32_t first = e->first[w], end, start = -1, stop = -1;
     while (first < e->first[w + 1] && e->sequence[first] != 1) first++;
     for (end = first; end < e->first[w + 1] && e->sequence[end] == 1; end++) continue;
-    for (int32_t i = e->first[w]; i < e->first[w + 1]; i++) stbds_arrput(b->offsets, e->sequence[i] == 1 ? e->offsets[i] : nowhere);
+    for (int32_t i = e->first[w]; i < e->first[w + 1]; i++)
+        stbds_arrput(b->offsets, e->sequence[i] == 1 ? e->offsets[i] : nowhere);
     if (question->answers > 0) {
         const ex_answer *answer = &squad->answer[question->first_answer];
-        if (!exi_squad_find(e, first, end, answer->start, answer->start + answer->bytes, &start, &stop)) start = stop = e->first[w];
+        if (!exi_squad_find(e, first, end, answer->start, answer->start + answer->bytes, &start, &stop))
+            start = stop = e->first[w];
     } else if (question->impossible) {
         start = stop = e->first[w];
     }
@@ -246,8 +258,8 @@ EX_API bool exi_squad_question_text(const ex_tokenizer *tokenizer, const ex_ques
     return true;
 }
 
-EX_API bool exi_squad_encode(exi_dataset_builder *b, ex_dataset *set, const ex_squad *squad, int64_t index, const ex_tokenizer *tokenizer,
-                             const ex_squad_desc *limits, ex_encoding *e, ex_error *error)
+EX_API bool exi_squad_encode(exi_dataset_builder *b, ex_dataset *set, const ex_squad *squad, int64_t index,
+                             const ex_tokenizer *tokenizer, const ex_squad_desc *limits, ex_encoding *e, ex_error *error)
 {
     const ex_question *question = &squad->question[index];
     ex_encode_desc desc;
@@ -260,7 +272,8 @@ EX_API bool exi_squad_encode(exi_dataset_builder *b, ex_dataset *set, const ex_s
     desc.truncation = EX_ONLY_SECOND;
     desc.windows = true;
     desc.stride = limits->stride;
-    if (!ex_tokenizer_encode(tokenizer, &desc, e, &reason)) return ex_fail(error, "question %s: %.900s", question->id, reason.text);
+    if (!ex_tokenizer_encode(tokenizer, &desc, e, &reason))
+        return ex_fail(error, "question %s: %.900s", question->id, reason.text);
     for (int32_t w = 0; w < e->windows; w++) exi_squad_window(b, squad, index, e, w);
     set->truncated += e->truncated;
     return true;
@@ -268,7 +281,8 @@ EX_API bool exi_squad_encode(exi_dataset_builder *b, ex_dataset *set, const ex_s
 
 /* All windows of all questions, in order. labels: start and end token of the first answer; the first token when the window
    does not hold it; -1 (ignored) when the file has no answers. */
-EX_API bool ex_dataset_squad(ex_dataset *set, const ex_squad *squad, const ex_tokenizer *tokenizer, const ex_squad_desc *desc, ex_error *error)
+EX_API bool ex_dataset_squad(ex_dataset *set, const ex_squad *squad, const ex_tokenizer *tokenizer, const ex_squad_desc *desc,
+                             ex_error *error)
 {
     exi_dataset_builder builder;
     ex_encoding encoding;
@@ -281,7 +295,8 @@ EX_API bool ex_dataset_squad(ex_dataset *set, const ex_squad *squad, const ex_to
     if (limits.stride <= 0) limits.stride = 128;
     if (limits.max_question <= 0) limits.max_question = 64;
     set->labels_each = 2;
-    for (int64_t i = 0; fine && i < squad->count; i++) fine = exi_squad_encode(&builder, set, squad, i, tokenizer, &limits, &encoding, error);
+    for (int64_t i = 0; fine && i < squad->count; i++)
+        fine = exi_squad_encode(&builder, set, squad, i, tokenizer, &limits, &encoding, error);
     exi_dataset_finish(set, &builder);
     ex_encoding_free(&encoding);
     if (!fine) ex_dataset_free(set);
@@ -349,8 +364,8 @@ EX_API void ex_answers_add(ex_answers *answers, const ex_batch *batch, const flo
 
 /* The answer, pointing into the context and *bytes long; 0 bytes: no answer, which only version 2 may say: when its score
    exceeds that of the best span by more than null_threshold. score and null_score may be NULL. */
-EX_API const char *ex_answers_text(const ex_answers *answers, int64_t question, uint32_t *bytes, double *score, double *null_score,
-                                   double null_threshold)
+EX_API const char *ex_answers_text(const ex_answers *answers, int64_t question, uint32_t *bytes, double *score,
+                                   double *null_score, double null_threshold)
 {
     const struct exi_best *best = &answers->best[question];
     const bool none = !best->found || (answers->squad->version2 && best->null_score - best->score > null_threshold);

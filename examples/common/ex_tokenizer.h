@@ -257,7 +257,8 @@ EX_API size_t exi_tok_longest_piece(const ex_tokenizer *t, const exi_tok_work *w
 }
 
 /* Splits a word greedily into the longest pieces; a word with a part that has none is unknown as a whole. */
-EX_API void exi_tok_wordpiece(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token **out, const exi_tok_char *word, size_t count)
+EX_API void exi_tok_wordpiece(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token **out, const exi_tok_char *word,
+                              size_t count)
 {
     const size_t before = stbds_arrlenu(*out);
     bool known = (int64_t)count <= t->max_word;
@@ -398,7 +399,8 @@ EX_API void exi_tok_byte_symbols(const ex_tokenizer *t, exi_tok_work *work, cons
 }
 
 /* Emits a token over characters [from, to] of a word; trim_offsets leaves spaces at its ends out of the offsets. */
-EX_API void exi_tok_emit_trimmed(const ex_tokenizer *t, exi_tok_token **out, int32_t id, const exi_tok_char *word, size_t from, size_t to)
+EX_API void exi_tok_emit_trimmed(const ex_tokenizer *t, exi_tok_token **out, int32_t id, const exi_tok_char *word, size_t from,
+                                 size_t to)
 {
     uint32_t start, end;
     if (t->trim_offsets) {
@@ -456,7 +458,8 @@ EX_API void exi_tok_bpe(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token
 /* ------------------------------------------------------------------------------------------------ splitting into words */
 
 /* BertPreTokenizer: words end at spaces, and each punctuation character is a word. */
-EX_API void exi_tok_split_bert(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token **out, const exi_tok_char *text, size_t count)
+EX_API void exi_tok_split_bert(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token **out, const exi_tok_char *text,
+                               size_t count)
 {
     size_t start = 0;
     for (size_t i = 0; i <= count; i++) {
@@ -507,7 +510,8 @@ EX_API size_t exi_tok_gpt2_word(const exi_tok_char *text, size_t count)
 }
 
 /* ByteLevel. text may be moved when a space is put before it. */
-EX_API void exi_tok_split_bytes(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token **out, const exi_tok_char *text, size_t count)
+EX_API void exi_tok_split_bytes(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token **out, const exi_tok_char *text,
+                                size_t count)
 {
     size_t at = 0;
     if (t->prefix_space && text[0].code != ' ') {
@@ -559,7 +563,8 @@ EX_API int32_t exi_tok_match(const exi_tok_trie *trie, const exi_tok_char *text,
     return found;
 }
 
-typedef void (*exi_tok_rest)(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token **out, const exi_tok_char *text, size_t count);
+typedef void (*exi_tok_rest)(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token **out, const exi_tok_char *text,
+                             size_t count);
 
 /* Cuts added tokens out of text and gives what lies between them to `rest`. */
 EX_API void exi_tok_cut_added(const ex_tokenizer *t, const exi_tok_trie *trie, exi_tok_work *work, exi_tok_token **out,
@@ -575,7 +580,8 @@ EX_API void exi_tok_cut_added(const ex_tokenizer *t, const exi_tok_trie *trie, e
             continue;
         }
         stop = at = at + length;
-        if (added->single_word && ((start > 0 && ex_is_word(text[start - 1].code)) || (stop < count && ex_is_word(text[stop].code)))) {
+        if (added->single_word &&
+            ((start > 0 && ex_is_word(text[start - 1].code)) || (stop < count && ex_is_word(text[stop].code)))) {
             continue;
         }
         if (start < done) start = done;
@@ -591,7 +597,8 @@ EX_API void exi_tok_cut_added(const ex_tokenizer *t, const exi_tok_trie *trie, e
 }
 
 /* Between the added tokens that are matched in the raw text: normalise, then cut out those matched afterwards. */
-EX_API void exi_tok_segment(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token **out, const exi_tok_char *text, size_t count)
+EX_API void exi_tok_segment(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token **out, const exi_tok_char *text,
+                            size_t count)
 {
     exi_tok_normalise(t, work, text, count);
     exi_tok_cut_added(t, &t->normalized, work, out, work->normal, stbds_arrlenu(work->normal), exi_tok_split);
@@ -640,7 +647,8 @@ EX_API void exi_tok_add_cut(exi_tok_work *work, const int32_t count[2], int whic
 }
 
 /* Only one sequence is cut, to `keep` tokens; with windows the rest follows, `stride` tokens repeated each time. */
-EX_API bool exi_tok_cut_one(const ex_encode_desc *desc, exi_tok_work *work, const int32_t count[2], int which, int32_t keep, ex_error *error)
+EX_API bool exi_tok_cut_one(const ex_encode_desc *desc, exi_tok_work *work, const int32_t count[2], int which, int32_t keep,
+                            ex_error *error)
 {
     int32_t from = 0;
     if (!desc->windows) {
@@ -648,7 +656,8 @@ EX_API bool exi_tok_cut_one(const ex_encode_desc *desc, exi_tok_work *work, cons
         return true;
     }
     if (desc->stride < 0 || desc->stride >= keep) {
-        return ex_fail(error, "windows: a stride of %d tokens needs more than the %d tokens that fit into a window", desc->stride, keep);
+        return ex_fail(error, "windows: a stride of %d tokens needs more than the %d tokens that fit into a window", desc->stride,
+                       keep);
     }
     for (;; from += keep - desc->stride) {
         const int32_t to = count[which] - from > keep ? from + keep : count[which];
@@ -686,8 +695,8 @@ EX_API bool exi_tok_truncate(const ex_encode_desc *desc, exi_tok_work *work, int
     if (which == 1 && desc->pair == NULL) return ex_fail(error, "truncation of the second text, but there is only one");
     keep[which] = room - count[1 - which];
     if (keep[which] <= 0) {
-        return ex_fail(error, "the %s text alone has %d tokens, so nothing of the %s one fits into max_length %d", which ? "first" : "second",
-                       count[1 - which], which ? "second" : "first", desc->max_length);
+        return ex_fail(error, "the %s text alone has %d tokens, so nothing of the %s one fits into max_length %d",
+                       which ? "first" : "second", count[1 - which], which ? "second" : "first", desc->max_length);
     }
     return exi_tok_cut_one(desc, work, count, which, keep[which], error);
 }
@@ -732,12 +741,15 @@ EX_API bool ex_tokenizer_encode(const ex_tokenizer *tokenizer, const ex_encode_d
     stbds_arrsetlen(encoding->sequence, 0);
     stbds_arrsetlen(encoding->offsets, 0);
     stbds_arrput(encoding->first, 0);
-    if (desc->bytes > limit || (desc->pair != NULL && desc->pair_bytes > limit)) return ex_fail(error, "a text of more than 512 MiB");
+    if (desc->bytes > limit || (desc->pair != NULL && desc->pair_bytes > limit))
+        return ex_fail(error, "a text of more than 512 MiB");
     exi_tok_sequence(tokenizer, encoding->work, &encoding->work->tokens[0], desc->text, desc->bytes);
-    exi_tok_sequence(tokenizer, encoding->work, &encoding->work->tokens[1], desc->pair, desc->pair != NULL ? desc->pair_bytes : 0);
+    exi_tok_sequence(tokenizer, encoding->work, &encoding->work->tokens[1], desc->pair,
+                     desc->pair != NULL ? desc->pair_bytes : 0);
     for (size_t i = 0; i < stbds_arrlenu(form); i++) special += form[i].id >= 0 && !desc->no_special;
     encoding->truncated = desc->max_length > 0 &&
-                          stbds_arrlenu(encoding->work->tokens[0]) + stbds_arrlenu(encoding->work->tokens[1]) + (size_t)special > (size_t)desc->max_length;
+                          stbds_arrlenu(encoding->work->tokens[0]) + stbds_arrlenu(encoding->work->tokens[1]) + (size_t)special >
+                              (size_t)desc->max_length;
     if (!exi_tok_truncate(desc, encoding->work, special, error)) return false;
     for (size_t w = 0; w < stbds_arrlenu(encoding->work->cuts); w++) {
         exi_tok_fill(encoding, form, &encoding->work->cuts[w], desc->no_special);
@@ -828,7 +840,8 @@ EX_API void exi_tok_cleanup(ex_text *token)
     for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++) exi_tok_replace(token, rules[i][0], rules[i][1]);
 }
 
-EX_API void exi_tok_decode_wordpiece(const ex_tokenizer *t, ex_text *out, const char *name, size_t bytes, bool first, ex_text *token)
+EX_API void exi_tok_decode_wordpiece(const ex_tokenizer *t, ex_text *out, const char *name, size_t bytes, bool first,
+                                     ex_text *token)
 {
     const size_t prefix = strlen(t->decode_prefix);
     token->length = 0;
@@ -873,8 +886,8 @@ EX_API void exi_tok_decode_bytes(ex_text *out, const char *name, size_t bytes)
 
 /* The text of ids, NUL-terminated; free(). *bytes (may be NULL): its length, since a text may hold NUL itself. Ids that no
    token has are left out. NULL and a message for negative ids. */
-EX_API char *ex_tokenizer_decode(const ex_tokenizer *tokenizer, const int32_t *ids, int64_t count, bool skip_special, size_t *bytes,
-                                 ex_error *error)
+EX_API char *ex_tokenizer_decode(const ex_tokenizer *tokenizer, const int32_t *ids, int64_t count, bool skip_special,
+                                 size_t *bytes, ex_error *error)
 {
     ex_text out = {NULL, 0, 0}, token = {NULL, 0, 0}, whole = {NULL, 0, 0};
     bool first = true, fine = true;
@@ -890,7 +903,8 @@ EX_API char *ex_tokenizer_decode(const ex_tokenizer *tokenizer, const int32_t *i
             length = strlen(name);
         }
         if (tokenizer->decoder == EXI_TOK_DECODE_BYTES) exi_tok_decode_bytes(&out, name, length);
-        else if (tokenizer->decoder == EXI_TOK_DECODE_WORDPIECE) exi_tok_decode_wordpiece(tokenizer, &out, name, length, first, &token);
+        else if (tokenizer->decoder == EXI_TOK_DECODE_WORDPIECE)
+            exi_tok_decode_wordpiece(tokenizer, &out, name, length, first, &token);
         else ex_text_format(&out, "%s%s", first ? "" : " ", name);
         first = false;
     }

@@ -43,7 +43,9 @@ EX_API void ex_tokenizer_free(ex_tokenizer *tokenizer)
 
 EX_API bool exi_tok_refuse(const exi_tok_loader *l, const ex_json_node *node, const char *key, const char *supported)
 {
-    const char *value = ex_json_is(node, EX_JSON_STRING) ? node->as.text : node != NULL ? ex_json_type_name(node->type) : "nothing";
+    const char *value = ex_json_is(node, EX_JSON_STRING) ? node->as.text
+                        : node != NULL                   ? ex_json_type_name(node->type)
+                                                         : "nothing";
     return ex_fail(l->error, "%s:%u: %s is \"%s\", which is not supported; supported: %s", l->json.name,
                    node != NULL ? node->line : l->root->line, key, value, supported);
 }
@@ -67,7 +69,8 @@ EX_API bool exi_tok_name(const exi_tok_loader *l, const char *token, size_t byte
     ex_tokenizer *t = l->t;
     int64_t entry;
     if (id < 0 || id > EXI_TOK_MAX_ID) {
-        return ex_fail(l->error, "%s:%u: token \"%s\" has id %lld, allowed are 0 to %d", l->json.name, line, token, (long long)id, EXI_TOK_MAX_ID);
+        return ex_fail(l->error, "%s:%u: token \"%s\" has id %lld, allowed are 0 to %d", l->json.name, line, token, (long long)id,
+                       EXI_TOK_MAX_ID);
     }
     while ((int64_t)stbds_arrlenu(t->name_of) <= id) stbds_arrput(t->name_of, -1);
     ex_map_put(&t->names, token, bytes, (int32_t)id);
@@ -91,8 +94,8 @@ EX_API bool exi_tok_vocab_object(const exi_tok_loader *l, const ex_json_node *vo
     for (uint32_t i = 0; i < vocab->count; i++, name = ex_json_next(name + 1)) {
         int64_t id;
         if (!ex_json_int(name + 1, 0, EXI_TOK_MAX_ID, &id)) {
-            return ex_fail(l->error, "%s:%u: token \"%s\" needs an id from 0 to %d, found %s", l->json.name, name->line, name->as.text,
-                           EXI_TOK_MAX_ID, ex_json_type_name((name + 1)->type));
+            return ex_fail(l->error, "%s:%u: token \"%s\" needs an id from 0 to %d, found %s", l->json.name, name->line,
+                           name->as.text, EXI_TOK_MAX_ID, ex_json_type_name((name + 1)->type));
         }
         if (!exi_tok_add_vocab(l, name->as.text, name->count, id, name->line)) return false;
     }
@@ -102,7 +105,8 @@ EX_API bool exi_tok_vocab_object(const exi_tok_loader *l, const ex_json_node *vo
 /* ------------------------------------------------------------------------------------------------ merges */
 
 /* Rank is the order. Both parts and their product must be tokens. */
-EX_API bool exi_tok_add_merge(const exi_tok_loader *l, const char *left, size_t left_bytes, const char *right, size_t right_bytes, uint32_t line)
+EX_API bool exi_tok_add_merge(const exi_tok_loader *l, const char *left, size_t left_bytes, const char *right, size_t right_bytes,
+                              uint32_t line)
 {
     ex_tokenizer *t = l->t;
     char *product = (char *)ex_alloc(left_bytes + right_bytes + 1, 1);
@@ -114,8 +118,11 @@ EX_API bool exi_tok_add_merge(const exi_tok_loader *l, const char *left, size_t 
     merged = ex_map_get(&t->vocab, product, left_bytes + right_bytes, -1);
     free(product);
     if (ids[0] < 0 || ids[1] < 0 || merged < 0) {
-        return ex_fail(l->error, "%s:%u: merge \"%.*s %.*s\": %s is not in the vocabulary", l->json.name, line, (int)left_bytes, left,
-                       (int)right_bytes, right, ids[0] < 0 ? "its left part" : ids[1] < 0 ? "its right part" : "its product");
+        return ex_fail(l->error, "%s:%u: merge \"%.*s %.*s\": %s is not in the vocabulary", l->json.name, line, (int)left_bytes,
+                       left, (int)right_bytes, right,
+                       ids[0] < 0   ? "its left part"
+                       : ids[1] < 0 ? "its right part"
+                                    : "its product");
     }
     ex_map_put(&t->merges, ids, sizeof(ids), (int32_t)stbds_arrlenu(t->merged));
     stbds_arrput(t->merged, merged);
@@ -128,8 +135,8 @@ EX_API bool exi_tok_merge_line(const exi_tok_loader *l, const char *text, size_t
     const char *space = (const char *)memchr(text, ' ', bytes);
     const size_t left = space != NULL ? (size_t)(space - text) : 0;
     if (left == 0 || left + 1 >= bytes || memchr(space + 1, ' ', bytes - left - 1) != NULL) {
-        return ex_fail(l->error, "%s:%u: expected a merge of two parts with one space between, found \"%.*s\"", l->json.name, line,
-                       bytes < 80 ? (int)bytes : 80, text);
+        return ex_fail(l->error, "%s:%u: expected a merge of two parts with one space between, found \"%.*s\"", l->json.name,
+                       line, bytes < 80 ? (int)bytes : 80, text);
     }
     return exi_tok_add_merge(l, text, left, space + 1, bytes - left - 1, line);
 }
@@ -141,7 +148,8 @@ EX_API bool exi_tok_merges(const exi_tok_loader *l, const ex_json_node *merges)
     for (uint32_t i = 0; i < merges->count; i++, node = ex_json_next(node)) {
         if (node->type == EX_JSON_STRING) {
             if (!exi_tok_merge_line(l, node->as.text, node->count, node->line)) return false;
-        } else if (node->type == EX_JSON_ARRAY && node->count == 2 && ex_json_is(node + 1, EX_JSON_STRING) && ex_json_is(node + 2, EX_JSON_STRING)) {
+        } else if (node->type == EX_JSON_ARRAY && node->count == 2 && ex_json_is(node + 1, EX_JSON_STRING) &&
+                   ex_json_is(node + 2, EX_JSON_STRING)) {
             if (!exi_tok_add_merge(l, node[1].as.text, node[1].count, node[2].as.text, node[2].count, node->line)) return false;
         } else {
             return ex_fail(l->error, "%s:%u: expected a merge (\"a b\" or [\"a\", \"b\"]), found %s", l->json.name, node->line,
@@ -179,14 +187,18 @@ EX_API void exi_tok_trie_add(exi_tok_trie *trie, const exi_tok_char *chars, size
     trie->added[node] = added;
 }
 
-EX_API bool exi_tok_add_added(const exi_tok_loader *l, const char *content, size_t bytes, const exi_tok_added *added, uint32_t line)
+EX_API bool exi_tok_add_added(const exi_tok_loader *l, const char *content, size_t bytes, const exi_tok_added *added,
+                              uint32_t line)
 {
     ex_tokenizer *t = l->t;
     const int32_t known = ex_map_get(&t->vocab, content, bytes, -1);
     if (bytes == 0) return true;                           /* the reference ignores them too */
-    if (bytes > EXI_TOK_MAX_ADDED) return ex_fail(l->error, "%s:%u: an added token of %zu bytes, at most %d are supported", l->json.name, line, bytes, EXI_TOK_MAX_ADDED);
+    if (bytes > EXI_TOK_MAX_ADDED)
+        return ex_fail(l->error, "%s:%u: an added token of %zu bytes, at most %d are supported", l->json.name, line, bytes,
+                       EXI_TOK_MAX_ADDED);
     if (known >= 0 && known != added->id) {
-        return ex_fail(l->error, "%s:%u: added token \"%s\" has id %d, but %d in the vocabulary", l->json.name, line, content, added->id, known);
+        return ex_fail(l->error, "%s:%u: added token \"%s\" has id %d, but %d in the vocabulary", l->json.name, line, content,
+                       added->id, known);
     }
     ex_map_put(&t->specials, content, bytes, (int32_t)stbds_arrlenu(t->added));
     stbds_arrput(t->added, *added);
@@ -253,11 +265,14 @@ EX_API bool exi_tok_added_list(const exi_tok_loader *l)
         const ex_json_node *content;
         exi_tok_added added;
         int64_t id;
-        if (node->type != EX_JSON_OBJECT) return ex_fail(l->error, "%s:%u: expected an added token, found %s", l->json.name, node->line, ex_json_type_name(node->type));
+        if (node->type != EX_JSON_OBJECT)
+            return ex_fail(l->error, "%s:%u: expected an added token, found %s", l->json.name, node->line,
+                           ex_json_type_name(node->type));
         content = ex_json_need(&l->json, node, "content", EX_JSON_STRING, l->error);
         if (content == NULL) return false;
         if (!ex_json_int(ex_json_get(node, "id"), 0, EXI_TOK_MAX_ID, &id)) {
-            return ex_fail(l->error, "%s:%u: added token \"%s\" needs an id from 0 to %d", l->json.name, node->line, content->as.text, EXI_TOK_MAX_ID);
+            return ex_fail(l->error, "%s:%u: added token \"%s\" needs an id from 0 to %d", l->json.name, node->line,
+                           content->as.text, EXI_TOK_MAX_ID);
         }
         exi_tok_added_flags(node, &added);
         added.id = (int32_t)id;
@@ -317,7 +332,8 @@ EX_API bool exi_tok_processor_token(const exi_tok_loader *l, const ex_json_node 
     return true;
 }
 
-EX_API bool exi_tok_template_special(const exi_tok_loader *l, const ex_json_node *specials, const char *name, int32_t type, exi_tok_piece **form)
+EX_API bool exi_tok_template_special(const exi_tok_loader *l, const ex_json_node *specials, const char *name, int32_t type,
+                                     exi_tok_piece **form)
 {
     const ex_json_node *entry = ex_json_need(&l->json, specials, name, EX_JSON_OBJECT, l->error), *ids, *node;
     if (entry == NULL) return false;
@@ -326,23 +342,27 @@ EX_API bool exi_tok_template_special(const exi_tok_loader *l, const ex_json_node
     node = ex_json_first(ids);
     for (uint32_t i = 0; i < ids->count; i++, node = ex_json_next(node)) {
         int64_t id;
-        if (!ex_json_int(node, 0, EXI_TOK_MAX_ID, &id)) return ex_fail(l->error, "%s:%u: expected ids of \"%s\"", l->json.name, ids->line, name);
+        if (!ex_json_int(node, 0, EXI_TOK_MAX_ID, &id))
+            return ex_fail(l->error, "%s:%u: expected ids of \"%s\"", l->json.name, ids->line, name);
         exi_tok_add_piece(form, (int32_t)id, type, 0);
     }
     return true;
 }
 
 /* One place: {"Sequence": {"id": "A", "type_id": 0}} or {"SpecialToken": {...}} */
-EX_API bool exi_tok_template_piece(const exi_tok_loader *l, const ex_json_node *node, const ex_json_node *specials, bool pair, exi_tok_piece **form)
+EX_API bool exi_tok_template_piece(const exi_tok_loader *l, const ex_json_node *node, const ex_json_node *specials, bool pair,
+                                   exi_tok_piece **form)
 {
     const ex_json_node *sequence = ex_json_get(node, "Sequence"), *special = ex_json_get(node, "SpecialToken");
     const ex_json_node *which = sequence != NULL ? sequence : special, *id = ex_json_get(which != NULL ? which : node, "id");
     int64_t type = 0;
     if (which == NULL || !ex_json_is(id, EX_JSON_STRING) || !ex_json_int(ex_json_get(which, "type_id"), 0, 1, &type)) {
-        return ex_fail(l->error, "%s:%u: expected a \"Sequence\" or \"SpecialToken\" with an \"id\" and a \"type_id\" of 0 or 1", l->json.name, node->line);
+        return ex_fail(l->error, "%s:%u: expected a \"Sequence\" or \"SpecialToken\" with an \"id\" and a \"type_id\" of 0 or 1",
+                       l->json.name, node->line);
     }
     if (sequence == NULL) return exi_tok_template_special(l, specials, id->as.text, (int32_t)type, form);
-    if (!ex_json_equals(id, "A") && !(pair && ex_json_equals(id, "B"))) return exi_tok_refuse(l, id, "sequence of the template", pair ? "A, B" : "A");
+    if (!ex_json_equals(id, "A") && !(pair && ex_json_equals(id, "B")))
+        return exi_tok_refuse(l, id, "sequence of the template", pair ? "A, B" : "A");
     exi_tok_add_piece(form, -1, (int32_t)type, ex_json_equals(id, "B") ? 1 : 0);
     return true;
 }
@@ -374,7 +394,8 @@ EX_API bool exi_tok_processor(const exi_tok_loader *l, const ex_json_node *proce
     }
     if (ex_json_equals(type, "BertProcessing") || ex_json_equals(type, "RobertaProcessing")) {
         const bool roberta = ex_json_equals(type, "RobertaProcessing");
-        if (!exi_tok_processor_token(l, processor, "cls", &cls) || !exi_tok_processor_token(l, processor, "sep", &sep)) return false;
+        if (!exi_tok_processor_token(l, processor, "cls", &cls) || !exi_tok_processor_token(l, processor, "sep", &sep))
+            return false;
         if (roberta) l->t->trim_offsets = ex_json_bool(processor, "trim_offsets", true);
         exi_tok_model_form(l->t, cls, sep, roberta);
         return true;
@@ -400,7 +421,8 @@ EX_API bool exi_tok_normalizer(const exi_tok_loader *l)
     if (!exi_tok_optional(l, l->root, "normalizer", EX_JSON_OBJECT, &node)) return false;
     if (node == NULL) return true;
     type = ex_json_get(node, "type");
-    if (!ex_json_equals(type, "BertNormalizer")) return exi_tok_refuse(l, type != NULL ? type : node, "\"type\" of \"normalizer\"", "BertNormalizer, null");
+    if (!ex_json_equals(type, "BertNormalizer"))
+        return exi_tok_refuse(l, type != NULL ? type : node, "\"type\" of \"normalizer\"", "BertNormalizer, null");
     l->t->bert_normalizer = true;
     l->t->clean_text = ex_json_bool(node, "clean_text", true);
     l->t->chinese = ex_json_bool(node, "handle_chinese_chars", true);
@@ -414,7 +436,10 @@ EX_API bool exi_tok_pre_tokenizer(const exi_tok_loader *l)
     const char *wanted = l->t->model == EXI_TOK_WORDPIECE ? "BertPreTokenizer" : "ByteLevel";
     const ex_json_node *node = ex_json_get(l->root, "pre_tokenizer"), *type = ex_json_get(node, "type");
     if (!ex_json_equals(type, wanted)) {
-        return exi_tok_refuse(l, type != NULL ? type : node, l->t->model == EXI_TOK_WORDPIECE ? "\"pre_tokenizer\" (of a WordPiece model)" : "\"pre_tokenizer\" (of a BPE model)", wanted);
+        return exi_tok_refuse(l, type != NULL ? type : node,
+                              l->t->model == EXI_TOK_WORDPIECE ? "\"pre_tokenizer\" (of a WordPiece model)"
+                                                               : "\"pre_tokenizer\" (of a BPE model)",
+                              wanted);
     }
     if (l->t->model == EXI_TOK_BYTE_BPE) {
         l->t->prefix_space = ex_json_bool(node, "add_prefix_space", true);
@@ -433,7 +458,8 @@ EX_API bool exi_tok_decoder_part(const exi_tok_loader *l)
         l->t->decoder = EXI_TOK_DECODE_BYTES;
         return true;
     }
-    if (!ex_json_equals(type, "WordPiece")) return exi_tok_refuse(l, type != NULL ? type : node, "\"type\" of \"decoder\"", "WordPiece, ByteLevel, null");
+    if (!ex_json_equals(type, "WordPiece"))
+        return exi_tok_refuse(l, type != NULL ? type : node, "\"type\" of \"decoder\"", "WordPiece, ByteLevel, null");
     l->t->decoder = EXI_TOK_DECODE_WORDPIECE;
     l->t->cleanup = ex_json_bool(node, "cleanup", true);
     free(l->t->decode_prefix);
@@ -447,13 +473,15 @@ EX_API bool exi_tok_set_prefix(const exi_tok_loader *l, const char *prefix)
     l->t->prefix = ex_format("%s", prefix);
     l->t->prefix_bytes = strlen(prefix);
     if (l->t->prefix_bytes <= 64) return true;
-    return ex_fail(l->error, "%s: \"continuing_subword_prefix\" has %zu bytes, at most 64 are supported", l->json.name, l->t->prefix_bytes);
+    return ex_fail(l->error, "%s: \"continuing_subword_prefix\" has %zu bytes, at most 64 are supported", l->json.name,
+                   l->t->prefix_bytes);
 }
 
 EX_API bool exi_tok_need_unk(const exi_tok_loader *l, const char *unk)
 {
     l->t->unk_id = ex_map_get(&l->t->vocab, unk, strlen(unk), -1);
-    return l->t->unk_id >= 0 ? true : ex_fail(l->error, "%s: the unknown token \"%s\" is not in the vocabulary", l->json.name, unk);
+    return l->t->unk_id >= 0 ? true
+                             : ex_fail(l->error, "%s: the unknown token \"%s\" is not in the vocabulary", l->json.name, unk);
 }
 
 EX_API bool exi_tok_wordpiece_model(const exi_tok_loader *l, const ex_json_node *model)
@@ -480,8 +508,10 @@ EX_API bool exi_tok_bpe_model(const exi_tok_loader *l, const ex_json_node *model
         const ex_json_node *node = ex_json_get(model, empty[i]);
         if (ex_json_is(node, EX_JSON_STRING) && node->count > 0) return exi_tok_refuse(l, node, empty[i], "null, \"\"");
     }
-    if (ex_json_bool(model, "byte_fallback", false)) return exi_tok_refuse(l, ex_json_get(model, "byte_fallback"), "\"byte_fallback\" of \"model\"", "false");
-    if (ex_json_is(dropout, EX_JSON_NUMBER) && dropout->as.number > 0) return exi_tok_refuse(l, dropout, "\"dropout\" of \"model\"", "null, 0");
+    if (ex_json_bool(model, "byte_fallback", false))
+        return exi_tok_refuse(l, ex_json_get(model, "byte_fallback"), "\"byte_fallback\" of \"model\"", "false");
+    if (ex_json_is(dropout, EX_JSON_NUMBER) && dropout->as.number > 0)
+        return exi_tok_refuse(l, dropout, "\"dropout\" of \"model\"", "null, 0");
     l->t->fuse_unk = ex_json_bool(model, "fuse_unk", false);
     l->t->ignore_merges = ex_json_bool(model, "ignore_merges", false);
     if (!exi_tok_vocab_object(l, vocab) || !exi_tok_merges(l, merges)) return false;
@@ -666,7 +696,8 @@ EX_API bool exi_tok_read_vocab_json(exi_tok_loader *l, const char *merges, const
     t->decoder = EXI_TOK_DECODE_BYTES;
     t->trim_offsets = t->split_words = true;
     t->prefix_space = ex_json_bool(config, "add_prefix_space", false);
-    if (l->root->type != EX_JSON_OBJECT) return ex_fail(l->error, "%s:1: expected an object, found %s", l->json.name, ex_json_type_name(l->root->type));
+    if (l->root->type != EX_JSON_OBJECT)
+        return ex_fail(l->error, "%s:1: expected an object, found %s", l->json.name, ex_json_type_name(l->root->type));
     if (!exi_tok_vocab_object(l, l->root) || !exi_tok_lines(l, merges, exi_tok_merges_line)) return false;
     exi_tok_byte_ids(t);
     if (!exi_tok_config_added(l, config)) return false;
@@ -686,7 +717,9 @@ EX_API bool exi_tok_load_json(exi_tok_loader *l, const char *path)
 {
     if (!ex_json_read(&l->json, path, l->error)) return false;
     l->root = ex_json_root(&l->json);
-    return l->root->type == EX_JSON_OBJECT ? true : ex_fail(l->error, "%s:1: expected an object, found %s", path, ex_json_type_name(l->root->type));
+    return l->root->type == EX_JSON_OBJECT
+               ? true
+               : ex_fail(l->error, "%s:1: expected an object, found %s", path, ex_json_type_name(l->root->type));
 }
 
 typedef struct exi_tok_paths { char *json, *text, *vocab, *merges, *config; } exi_tok_paths;
@@ -694,12 +727,14 @@ typedef struct exi_tok_paths { char *json, *text, *vocab, *merges, *config; } ex
 /* Picks what there is. */
 EX_API bool exi_tok_load_found(exi_tok_loader *l, const exi_tok_paths *paths, const char *shown, const ex_json_node *config)
 {
-    if (paths->json != NULL && ex_file_exists(paths->json)) return exi_tok_load_json(l, paths->json) && exi_tok_read_tokenizer_json(l);
+    if (paths->json != NULL && ex_file_exists(paths->json))
+        return exi_tok_load_json(l, paths->json) && exi_tok_read_tokenizer_json(l);
     if (paths->text != NULL && ex_file_exists(paths->text)) return exi_tok_read_vocab_txt(l, paths->text, config);
     if (paths->vocab != NULL && ex_file_exists(paths->vocab) && ex_file_exists(paths->merges)) {
         return exi_tok_load_json(l, paths->vocab) && exi_tok_read_vocab_json(l, paths->merges, config);
     }
-    return ex_fail(l->error, "%s: no tokenizer found; expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt", shown);
+    return ex_fail(l->error, "%s: no tokenizer found; expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt",
+                   shown);
 }
 
 EX_API void exi_tok_find_paths(exi_tok_paths *paths, const char *path)
