@@ -3548,10 +3548,18 @@ static void apti_gemm_finish(const apti_kernels *kernels, const apti_gemm *g, in
     f.residual = g->residual != NULL ? g->residual + i * g->ld_residual + j : NULL;
     f.ld_residual = g->ld_residual;
     f.pre = g->pre != NULL ? g->pre + i * g->ld_pre + j : NULL;
+    if (f.pre == z && f.bias == NULL) f.pre = NULL;              /* it is there already */
     f.ld_pre = g->ld_pre;
     f.act = g->act;
     kernels->finish(&f);
 }
+
+/* Brings n <= 32 floats into the cache, to be written. */
+#ifdef __GNUC__
+#define APTI_FETCH_ROW(p, n) (__builtin_prefetch(p, 1, 3), __builtin_prefetch((p) + (n) - 1, 1, 3))
+#else
+#define APTI_FETCH_ROW(p, n) ((void)(p))
+#endif
 
 static bool apti_has_epilogue(const apti_gemm *g)
 {
@@ -3565,37 +3573,59 @@ typedef struct apti_k_step {
     bool first, last;
 } apti_k_step;
 
-/* One strip of one panel: rows x cols of C at (i, j). The edges go through a whole tile of our own. */
+static void apti_move(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t cols)
+{
+    for (int64_t r = 0; r < rows; r++) memcpy(y + r * ldy, x + r * ldx, (size_t)cols * sizeof(float));
+}
+
+/* One strip of one panel: rows x cols of C at (i, j). The sums grow where z is wanted: in pre, or else in c; or aside in
+   t->sums, when c still holds the residual; and at the right edge in a whole tile of our own. */
 static void apti_gemm_strip(const apti_gemm_tile *t, const apti_k_step *step, apti_tile *tile, int64_t i, int64_t j)
 {
     const apti_gemm *g = t->g;
     const int64_t nr = t->kernels->nr, rows = tile->rows, cols = tile->cols, ld_sums = apti_round_up(t->j1 - t->j0, nr);
+    const int64_t ldz = g->pre != NULL ? g->ld_pre : g->ldc;
     APTI_ALIGN64 float edge[APTI_MR_MAX * APTI_NR_MAX];
-    float *c = g->c + i * g->ldc + j;
-    const bool whole = cols == nr && !g->flip, parked = t->sums != NULL;
-    tile->to = parked ? t->sums + (i - t->i0) * ld_sums + (j - t->j0) : whole ? c : edge;
-    tile->ld_to = parked ? ld_sums : whole ? g->ldc : nr;
+    float *c = g->c + i * g->ldc + j, *z = g->pre != NULL ? g->pre + i * ldz + j : c;
+    const bool parked = t->sums != NULL, own = cols < nr && !parked;
+    if (cols < nr) memset(edge, 0, sizeof edge);                 /* the lanes past the edge hold numbers, too */
+    tile->to = parked ? t->sums + (i - t->i0) * ld_sums + (j - t->j0) : own ? edge : z;
+    tile->ld_to = parked ? ld_sums : own ? nr : ldz;
     tile->from = tile->to;
     tile->ld_from = tile->ld_to;
-    if (!whole) memset(edge, 0, sizeof edge);         /* the lanes past the edge hold numbers, too */
-    if (step->first && !g->accumulate) {
-        tile->from = g->bias == NULL ? NULL : whole ? g->bias + j : edge;
+    if (!step->first) {
+        if (own) apti_move(edge, nr, z, ldz, rows, cols);
+    } else if (g->accumulate) {
+        tile->from = cols < nr ? edge : c;
+        tile->ld_from = cols < nr ? nr : g->ldc;
+        if (cols < nr) apti_move(edge, nr, c, g->ldc, rows, cols);
+    } else {
+        tile->from = g->bias == NULL ? NULL : cols < nr ? edge : g->bias + j;
         tile->ld_from = 0;
-        if (!whole && g->bias != NULL) memcpy(edge, g->bias + j, (size_t)cols * sizeof(float));
-    } else if (g->flip) {
-        t->kernels->transpose(edge, nr, g->c + j * g->ldc + i, g->ldc, cols, rows);
-    } else if (tile->to != c && (step->first || !parked)) {
-        for (int64_t r = 0; r < rows; r++) memcpy(tile->to + r * tile->ld_to, c + r * g->ldc, (size_t)cols * sizeof(float));
+        if (g->bias != NULL && cols < nr) memcpy(edge, g->bias + j, (size_t)cols * sizeof(float));
     }
-    if (tile->to != c) tile->next = tile->to;
+    const bool finish = step->last && apti_has_epilogue(g);
+    if (finish && tile->to != c)
+        for (int64_t r = 0; r < rows; r++) APTI_FETCH_ROW(c + r * g->ldc, cols);
     t->kernels->tile(tile);
-    if (g->flip) {
-        t->kernels->transpose(g->c + j * g->ldc + i, g->ldc, edge, nr, rows, cols);
-    } else if (step->last && apti_has_epilogue(g)) {
-        apti_gemm_finish(t->kernels, g, i, j, rows, cols, tile->to, tile->ld_to);
-    } else if (tile->to != c && (step->last || !parked)) {
-        for (int64_t r = 0; r < rows; r++) memcpy(c + r * g->ldc, tile->to + r * tile->ld_to, (size_t)cols * sizeof(float));
-    }
+    if (finish) apti_gemm_finish(t->kernels, g, i, j, rows, cols, tile->to, tile->ld_to);
+    else if (own || (parked && step->last)) apti_move(z, ldz, tile->to, tile->ld_to, rows, cols);
+}
+
+/* The same for a flipped product: always through a tile of our own, because C is stored the other way round. */
+static void apti_gemm_strip_flipped(const apti_gemm_tile *t, const apti_k_step *step, apti_tile *tile, int64_t i, int64_t j)
+{
+    const apti_gemm *g = t->g;
+    APTI_ALIGN64 float edge[APTI_MR_MAX * APTI_NR_MAX];
+    float *c = g->c + j * g->ldc + i;
+    memset(edge, 0, sizeof edge);
+    tile->to = edge;
+    tile->from = step->first && !g->accumulate ? NULL : edge;
+    tile->ld_to = tile->ld_from = t->kernels->nr;
+    tile->next = edge;
+    if (tile->from != NULL) t->kernels->transpose(edge, tile->ld_to, c, g->ldc, tile->cols, tile->rows);
+    t->kernels->tile(tile);
+    t->kernels->transpose(c, g->ldc, edge, tile->ld_to, tile->rows, tile->cols);
 }
 
 static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, const apti_b_view view[2], int64_t i0, int64_t rows)
@@ -3626,8 +3656,10 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
                 segment->a_row = pack_a[q] != NULL ? 1 : part->a_row;
                 segment->a_col = pack_a[q] != NULL ? r1 - r0 : part->a_col;
             }
-            tile.next = r1 < rows ? t->g->c + (i0 + r1) * t->g->ldc + j : t->g->c + i0 * t->g->ldc + (j + nr < t->j1 ? j + nr : j);
-            apti_gemm_strip(t, step, &tile, i0 + r0, j);
+            const int64_t next_i = i0 + (r1 < rows ? r1 : 0), next_j = r1 < rows || j + nr >= t->j1 ? j : j + nr;
+            tile.next = t->g->pre != NULL ? t->g->pre + next_i * t->g->ld_pre + next_j : t->g->c + next_i * t->g->ldc + next_j;
+            if (t->g->flip) apti_gemm_strip_flipped(t, step, &tile, i0 + r0, j);
+            else apti_gemm_strip(t, step, &tile, i0 + r0, j);
         }
     }
 }
@@ -3708,7 +3740,7 @@ static bool apti_is_thin(const apti_gemm *g)
 static void apti_gemm_region(const apti_kernels *kernels, const apti_gemm *g, int64_t i0, int64_t i1, int64_t j0, int64_t j1, void *scratch, size_t scratch_bytes)
 {
     /* floats per column: two packed panels of B and the sums; per row block: packed A */
-    const bool park = g->residual == g->c && g->c != NULL;
+    const bool park = g->residual == g->c && g->c != NULL && g->pre == NULL;
     const int64_t nr = kernels->nr, floats = (int64_t)(scratch_bytes / sizeof(float));
     apti_gemm_tile t = APT_ZERO;
     t.kernels = kernels;
