@@ -2225,7 +2225,9 @@ typedef struct apti_finish {
 typedef struct apti_kernels {
     const char *name;
     int32_t mr, nr;                              /* largest tile; nr is also the width of a panel */
+    int32_t slim;                                /* rows of the tallest tile that is one vector wide */
     int32_t lanes;                               /* floats in a vector; nr is a multiple */
+    const struct apti_kernels *narrow;           /* or NULL: shorter vectors, for products of few columns */
     void (*tile)(const apti_tile *tile);
     void (*thin)(const apti_tile *tile);         /* 1..3 rows, two panels: to[] is rows x 2 nr. For one token at a time */
     void (*finish)(const apti_finish *f);
@@ -2257,7 +2259,7 @@ typedef struct apti_kernels {
 #define APTI_MR_MAX 14                           /* over all tables */
 #define APTI_NR_MAX 32
 #define APTI_THIN_ROWS 3
-#define APTI_GEMM_PACK 32                        /* rows of a plain B, columns of a transposed A copied before going sideways: few pages at a time */
+#define APTI_GEMM_PACK 32 /* rows of a plain B, columns of a transposed A copied before going sideways: few pages at a time */
 
 /* Row stride for activations: an odd multiple of 16 floats (one cache line), so that the rows of a strip do not fall
    into the same few sets of the first-level cache, as they would with a stride of 1024 floats. */
@@ -2274,7 +2276,7 @@ APTI_INLINE int64_t apti_ld(int64_t n)
 #define APTI_INV_SQRT_2PI 0.39894228040143268f
 #define APTI_GELU_A 0.79788456080286536f         /* sqrt(2/pi), and the cubic term of tanh GELU times that */
 #define APTI_GELU_B 0.03567740813636141f
-#define APTI_GELU_TANH_LIMIT 9.5f                /* exp(2 u) = 1e33 there: no infinity that a fast-math division would turn into NaN */
+#define APTI_GELU_TANH_LIMIT 9.5f /* exp(2 u) = 1e33 there: no infinity that a fast-math division would turn into NaN */
 #define APTI_FLT_MAX 3.402823466e+38f
 #define APTI_NAN_BITS 0x7fc00000u
 
@@ -2483,13 +2485,15 @@ static void apti_adam_ref(float *w, float *m, float *v, const float *g, int64_t 
 }
 
 /* Every table names its functions apti_NAME_isa. */
-#define APTI_TABLE(isa, mr, nr, lanes) {                                                                                \
-    #isa, mr, nr, lanes, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_transpose_##isa, apti_copy_##isa,    \
-    apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa, apti_dot_##isa, apti_sq_dev_##isa,        \
-    apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa, apti_abs_add_##isa, apti_act_##isa,              \
-    apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa }
+#define APTI_TABLE(isa, mr, nr, slim, lanes, narrow)                                                                             \
+    {                                                                                                                            \
+#isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_transpose_##isa,            \
+            apti_copy_##isa, apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa, apti_dot_##isa,           \
+            apti_sq_dev_##isa, apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa, apti_abs_add_##isa,            \
+            apti_act_##isa, apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa                               \
+    }
 
-static const apti_kernels apti_kernels_ref = APTI_TABLE(ref, 4, 8, 1);
+static const apti_kernels apti_kernels_ref = APTI_TABLE(ref, 4, 8, 4, 1, NULL);
 
 /* ---------------------------------------------------------------------------------------------------------------------
    SIMD kernels
@@ -2554,6 +2558,8 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define APTI_LANES 8
 #define APTI_MR 6
 #define APTI_NV 2
+#define APTI_SLIM 12
+#define APTI_NARROW NULL
 #define apti_v __m256
 #define apti_vi __m256i
 #define apti_vload(p) _mm256_loadu_ps(p)
@@ -2561,7 +2567,8 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_vload_part(p, k) _mm256_maskload_ps(p, apti_first_8(k))
 #define apti_vstore_part(p, v, k) _mm256_maskstore_ps(p, apti_first_8(k), v)
 #define apti_vkeep(v, k) _mm256_and_ps(v, _mm256_castsi256_ps(apti_first_8(k)))
-#define apti_vload_bf16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define apti_vload_bf16(p)                                                                                                       \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define apti_vset(x) _mm256_set1_ps(x)
 #define apti_vadd(a, b) _mm256_add_ps(a, b)
 #define apti_vsub(a, b) _mm256_sub_ps(a, b)
@@ -2596,6 +2603,8 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define APTI_LANES 16
 #define APTI_MR 14
 #define APTI_NV 2
+#define APTI_SLIM 14
+#define APTI_NARROW &apti_kernels_avx2
 #define apti_v __m512
 #define apti_vi __m512i
 #define apti_vfirst(k) ((__mmask16)((1u << (k)) - 1u))
@@ -2604,7 +2613,8 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_vload_part(p, k) _mm512_maskz_loadu_ps(apti_vfirst(k), p)
 #define apti_vstore_part(p, v, k) _mm512_mask_storeu_ps(p, apti_vfirst(k), v)
 #define apti_vkeep(v, k) _mm512_maskz_mov_ps(apti_vfirst(k), v)
-#define apti_vload_bf16(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define apti_vload_bf16(p)                                                                                                       \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define apti_vset(x) _mm512_set1_ps(x)
 #define apti_vadd(a, b) _mm512_add_ps(a, b)
 #define apti_vsub(a, b) _mm512_sub_ps(a, b)
@@ -2680,6 +2690,8 @@ APTI_INLINE void apti_transpose_4x4(float *y, int64_t ldy, const float *x, int64
 #define APTI_LANES 4
 #define APTI_MR 8
 #define APTI_NV 3
+#define APTI_SLIM 12
+#define APTI_NARROW NULL
 #define apti_v float32x4_t
 #define apti_vi int32x4_t
 #define apti_vload(p) vld1q_f32(p)
@@ -2920,7 +2932,8 @@ APTI_ISA_TARGET static void APTI_FN(tanh)(float *y, const float *x, int64_t n)
     APTI_EACH(i, n, k) apti_vput(y + i, APTI_FN(vtanh)(apti_vget(x + i, k)), k);
 }
 
-APTI_ISA_TARGET static void APTI_FN(norm)(float *y, const float *x, const float *gamma, const float *beta, float mean, float rstd, int64_t n)
+APTI_ISA_TARGET static void APTI_FN(norm)(float *y, const float *x, const float *gamma, const float *beta, float mean, float rstd,
+                                          int64_t n)
 {
     const apti_v a = apti_vset(mean), r = apti_vset(rstd);
     APTI_EACH(i, n, k) {
@@ -2936,8 +2949,8 @@ APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vflush)(apti_v x)
     return apti_vpick(apti_vgt(apti_viset((127 - 100) << 23), APTI_FN(vabs_bits)(x)), apti_vset(0.0f), x);
 }
 
-APTI_ISA_TARGET static void APTI_FN(adam)(float *w, float *m, float *v, const float *g, int64_t n, float grad_scale, float beta1, float beta2,
-                                          float step_size, float eps, float decay)
+APTI_ISA_TARGET static void APTI_FN(adam)(float *w, float *m, float *v, const float *g, int64_t n, float grad_scale, float beta1,
+                                          float beta2, float step_size, float eps, float decay)
 {
     const apti_v b1 = apti_vset(beta1), c1 = apti_vset(1.0f - beta1), b2 = apti_vset(beta2), c2 = apti_vset(1.0f - beta2);
     APTI_EACH(i, n, k) {
@@ -3097,10 +3110,12 @@ APTI_ISA_TARGET static void APTI_FN(finish)(const apti_finish *f)
 #define apti_sfma(s, b, c) apti_vfma(s, b, c)
 #define apti_s apti_v
 #endif
-#define APTI_ROWS_6(X) X(0, a0, 0) X(1, a0, ar) X(2, a0, 2 * ar) X(3, a3, 0) X(4, a3, ar) X(5, a3, 2 * ar)
-#define APTI_ROWS_8(X) APTI_ROWS_6(X) X(6, a6, 0) X(7, a6, ar)
-#define APTI_ROWS_14(X) APTI_ROWS_8(X) X(8, a6, 2 * ar) X(9, a9, 0) X(10, a9, ar) X(11, a9, 2 * ar) X(12, a12, 0) X(13, a12, ar)
-#define APTI_ROWS APTI_PASTE(APTI_ROWS, APTI_MR)
+#define APTI_ROW_LIST_6(X) X(0, a0, 0) X(1, a0, ar) X(2, a0, 2 * ar) X(3, a3, 0) X(4, a3, ar) X(5, a3, 2 * ar)
+#define APTI_ROW_LIST_8(X) APTI_ROW_LIST_6(X) X(6, a6, 0) X(7, a6, ar)
+#define APTI_ROW_LIST_12(X) APTI_ROW_LIST_8(X) X(8, a6, 2 * ar) X(9, a9, 0) X(10, a9, ar) X(11, a9, 2 * ar)
+#define APTI_ROW_LIST_14(X) APTI_ROW_LIST_12(X) X(12, a12, 0) X(13, a12, ar)
+#define APTI_ROWS APTI_PASTE(APTI_ROW_LIST, APTI_MR)             /* X for every row of a full tile */
+#define APTI_SLIM_ROWS APTI_PASTE(APTI_ROW_LIST, APTI_SLIM)      /* X for every row of a tile one vector wide */
 
 #define APTI_ROW_START(i, base, offset)                                                                     \
     apti_v x##i = zero, y##i = zero; APTI_THIRD(apti_v z##i = zero;)                                        \
@@ -3128,15 +3143,17 @@ APTI_ISA_TARGET static void APTI_FN(finish)(const apti_finish *f)
         APTI_THIRD(if (nv > 2) apti_vstore(to + i * ld_to + 2 * APTI_LANES, z##i);)                         \
     }
 
-APTI_ISA_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_FN(tile_body)(const apti_tile *t, const int rows, const int nv)
+APTI_ISA_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_FN(tile_body)(const apti_tile *t, const int rows,
+                                                                                   const int nv)
 {
     const apti_v zero = apti_vset(0.0f);
     const float *from = t->from;
     float *to = t->to;
     const int64_t ld_from = t->ld_from, ld_to = t->ld_to;
-    APTI_ROWS(APTI_ROW_START)
-    APTI_ROWS(APTI_ROW_PREFETCH)
+    APTI_SLIM_ROWS(APTI_ROW_START)
+    APTI_SLIM_ROWS(APTI_ROW_PREFETCH)
     for (int q = 0; q < 2; q++) {
+        if (t->segment[q].k == 0) continue;          /* its pointers may be NULL */
         const int64_t ar = t->segment[q].a_row, ac = t->segment[q].a_col, bs = t->segment[q].b_step;
         const float *a0 = t->segment[q].a, *b = (const float *)t->segment[q].b;
         const float *a3 = rows > 3 ? a0 + 3 * ar : a0, *a6 = rows > 6 ? a0 + 6 * ar : a0;
@@ -3145,7 +3162,7 @@ APTI_ISA_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_FN(tile_bod
         for (int64_t p = t->segment[q].k; p > 0; p--) {
             const apti_v b0 = apti_vload(b), b1 = nv > 1 ? apti_vload(b + APTI_LANES) : zero;
             APTI_THIRD(const apti_v b2 = nv > 2 ? apti_vload(b + 2 * APTI_LANES) : zero;)
-            APTI_ROWS(APTI_ROW_STEP)
+            APTI_SLIM_ROWS(APTI_ROW_STEP)
             b += bs;
             a0 += ac;
             if (rows > 3) a3 += ac;
@@ -3154,28 +3171,32 @@ APTI_ISA_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_FN(tile_bod
             if (rows > 12) a12 += ac;
         }
     }
-    APTI_ROWS(APTI_ROW_END)
+    APTI_SLIM_ROWS(APTI_ROW_END)
 }
 
-/* One function per height: a remainder of 5 rows costs 5 rows. */
-#define APTI_TILE(i, base, offset)                                                                          \
+/* One function per height: a remainder of 5 rows costs 5 rows. Tiles one vector wide may be taller, for as many sums. */
+#define APTI_FULL_TILE(i, base, offset)                                                                     \
     APTI_ISA_TARGET static void APTI_PASTE(APTI_FN(tile_full), i)(const apti_tile *t)                       \
     {                                                                                                       \
         APTI_FN(tile_body)(t, i + 1, APTI_NV);                                                              \
-    }                                                                                                       \
+    }
+#define APTI_SLIM_TILE(i, base, offset)                                                                     \
     APTI_ISA_TARGET static void APTI_PASTE(APTI_FN(tile_slim), i)(const apti_tile *t)                       \
     {                                                                                                       \
         APTI_FN(tile_body)(t, i + 1, 1);                                                                    \
     }
-APTI_ROWS(APTI_TILE)
+APTI_ROWS(APTI_FULL_TILE)
+APTI_SLIM_ROWS(APTI_SLIM_TILE)
 
-#define APTI_TILE_NAME(i, base, offset) {APTI_PASTE(APTI_FN(tile_slim), i), APTI_PASTE(APTI_FN(tile_full), i)},
-static void (*const APTI_FN(tile_by_rows)[APTI_MR][2])(const apti_tile *) = {APTI_ROWS(APTI_TILE_NAME)};
-#undef APTI_TILE_NAME
+#define APTI_FULL_NAME(i, base, offset) APTI_PASTE(APTI_FN(tile_full), i),
+#define APTI_SLIM_NAME(i, base, offset) APTI_PASTE(APTI_FN(tile_slim), i),
+static void (*const APTI_FN(full_tiles)[APTI_MR])(const apti_tile *) = {APTI_ROWS(APTI_FULL_NAME)};
+static void (*const APTI_FN(slim_tiles)[APTI_SLIM])(const apti_tile *) = {APTI_SLIM_ROWS(APTI_SLIM_NAME)};
 
 static void APTI_FN(tile)(const apti_tile *t)
 {
-    APTI_FN(tile_by_rows)[t->rows - 1][t->cols > APTI_LANES](t);
+    if (t->cols > APTI_LANES) APTI_FN(full_tiles)[t->rows - 1](t);
+    else APTI_FN(slim_tiles)[t->rows - 1](t);
 }
 
 /* The thin kernel: up to 3 rows over two panels. Bound by the loads of B, so all that matters is enough of them under
@@ -3239,7 +3260,7 @@ APTI_ISA_TARGET static void APTI_FN(thin)(const apti_tile *t)
     }
 }
 
-#define APTI_ISA_TABLE(isa) APTI_TABLE(isa, APTI_MR, APTI_NV * APTI_LANES, APTI_LANES)
+#define APTI_ISA_TABLE(isa) APTI_TABLE(isa, APTI_MR, APTI_NV * APTI_LANES, APTI_SLIM, APTI_LANES, APTI_NARROW)
 static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 
 #undef APTI_ISA
@@ -3248,19 +3269,26 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #undef APTI_LANES
 #undef APTI_MR
 #undef APTI_NV
+#undef APTI_SLIM
+#undef APTI_NARROW
 #undef APTI_BLOCK
 #undef APTI_EACH
 #undef APTI_MILLS_LIMIT
 #undef APTI_THIRD
 #undef APTI_ROWS
-#undef APTI_ROWS_6
-#undef APTI_ROWS_8
-#undef APTI_ROWS_14
+#undef APTI_ROW_LIST_6
+#undef APTI_ROW_LIST_8
+#undef APTI_ROW_LIST_12
+#undef APTI_SLIM_ROWS
+#undef APTI_ROW_LIST_14
 #undef APTI_ROW_START
 #undef APTI_ROW_STEP
 #undef APTI_ROW_PREFETCH
 #undef APTI_ROW_END
-#undef APTI_TILE
+#undef APTI_FULL_TILE
+#undef APTI_SLIM_TILE
+#undef APTI_FULL_NAME
+#undef APTI_SLIM_NAME
 #undef APTI_COLS
 #undef APTI_THIN_START
 #undef APTI_THIN_STEP
@@ -3455,7 +3483,8 @@ typedef struct apti_gemm_tile {
 } apti_gemm_tile;
 
 /* Packs one panel (cols <= nr columns from j, rows p0 .. p0+k) of any kind of B, padded with zeros. */
-static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_gemm_part *part, int64_t p0, int64_t k, int64_t j, int64_t cols)
+static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_gemm_part *part, int64_t p0, int64_t k,
+    int64_t j, int64_t cols)
 {
     const int64_t nr = kernels->nr;
     if (cols < nr) memset(y, 0, (size_t)(k * nr) * sizeof(float));
@@ -3517,13 +3546,15 @@ static apti_b_view apti_view_b(const apti_gemm_tile *t, const apti_gemm_part *pa
 }
 
 /* Rows i0 .. i0+rows of A as strips. A transposed A (a_col != 1) is copied, because its columns are far apart. */
-static void apti_pack_a(const apti_gemm_tile *t, float *y, const apti_gemm_part *part, int64_t i0, int64_t rows, int64_t strips, int64_t p0, int64_t k)
+static void apti_pack_a(const apti_gemm_tile *t, float *y, const apti_gemm_part *part, int64_t i0, int64_t rows,
+    int64_t strips, int64_t p0, int64_t k)
 {
     for (int64_t p = 0; p < k; p += APTI_GEMM_PACK) {
         const float *a = part->a + i0 * part->a_row + (p0 + p) * part->a_col;
         for (int64_t s = 0, r0 = 0, r1; s < strips; s++, r0 = r1) {
             r1 = rows * (s + 1) / strips;
-            t->kernels->copy(y + r0 * k + s * APTI_STRIP_GAP + p * (r1 - r0), r1 - r0, a + r0 * part->a_row, part->a_col, apti_min_i64(APTI_GEMM_PACK, k - p), r1 - r0);
+            t->kernels->copy(y + r0 * k + s * APTI_STRIP_GAP + p * (r1 - r0), r1 - r0, a + r0 * part->a_row, part->a_col,
+                apti_min_i64(APTI_GEMM_PACK, k - p), r1 - r0);
         }
     }
 }
@@ -3534,7 +3565,8 @@ static bool apti_needs_pack_a(const apti_gemm_part *part)
 }
 
 /* Everything after the sums for one strip of one panel: z is in `from`. */
-static void apti_gemm_finish(const apti_kernels *kernels, const apti_gemm *g, int64_t i, int64_t j, int64_t rows, int64_t cols, const float *z, int64_t ldz)
+static void apti_gemm_finish(const apti_kernels *kernels, const apti_gemm *g, int64_t i, int64_t j, int64_t rows, int64_t cols,
+    const float *z, int64_t ldz)
 {
     apti_finish f = APT_ZERO;
     f.rows = rows;
@@ -3630,7 +3662,8 @@ static void apti_gemm_strip_flipped(const apti_gemm_tile *t, const apti_k_step *
 
 static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, const apti_b_view view[2], int64_t i0, int64_t rows)
 {
-    const int64_t nr = t->kernels->nr, strips = apti_ceil_div(rows, t->kernels->mr);
+    const int64_t nr = t->kernels->nr, mr = t->j1 - t->j0 <= t->kernels->lanes ? t->kernels->slim : t->kernels->mr;
+    const int64_t strips = apti_ceil_div(rows, mr);
     float *pack_a[2] = {NULL, NULL}, *free_a = t->pack_a;
     for (int32_t q = 0; q < 2; q++) {
         if (step->part[q] == NULL || !apti_needs_pack_a(step->part[q])) continue;
@@ -3652,7 +3685,8 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
                 apti_segment *segment = &tile.segment[q];
                 const apti_gemm_part *part = step->part[q];
                 segment->k = step->k[q];
-                segment->a = pack_a[q] != NULL ? pack_a[q] + r0 * step->k[q] + s * APTI_STRIP_GAP : part->a + (i0 + r0) * part->a_row + step->p0[q] * part->a_col;
+                segment->a = pack_a[q] != NULL ? pack_a[q] + r0 * step->k[q] + s * APTI_STRIP_GAP
+                    : part->a + (i0 + r0) * part->a_row + step->p0[q] * part->a_col;
                 segment->a_row = pack_a[q] != NULL ? 1 : part->a_row;
                 segment->a_col = pack_a[q] != NULL ? r1 - r0 : part->a_col;
             }
@@ -3717,7 +3751,8 @@ static void apti_gemm_thin(const apti_gemm_tile *t, int64_t j)
         if (part->kind == APTI_B_PACKED) {
             const int64_t at = j / nr * part->k * nr;
             s->bf16 = part->packed->type == APT_BF16;
-            s->b = s->bf16 ? (const void *)((const uint16_t *)part->packed->data + at) : (const void *)((const float *)part->packed->data + at);
+            s->b = s->bf16 ? (const void *)((const uint16_t *)part->packed->data + at)
+                : (const void *)((const float *)part->packed->data + at);
             s->b_panel = cols > nr ? part->k * nr : 0;
         } else {
             s->b = t->pack_b[q];
@@ -3737,7 +3772,8 @@ static bool apti_is_thin(const apti_gemm *g)
 }
 
 /* C[i0..i1) x [j0..j1), in pieces that fit the scratch. j0 is a multiple of nr. */
-static void apti_gemm_region(const apti_kernels *kernels, const apti_gemm *g, int64_t i0, int64_t i1, int64_t j0, int64_t j1, void *scratch, size_t scratch_bytes)
+static void apti_gemm_region(const apti_kernels *kernels, const apti_gemm *g, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+    void *scratch, size_t scratch_bytes)
 {
     /* floats per column: two packed panels of B and the sums; per row block: packed A */
     const bool park = g->residual == g->c && g->c != NULL && g->pre == NULL;
@@ -3746,7 +3782,8 @@ static void apti_gemm_region(const apti_kernels *kernels, const apti_gemm *g, in
     t.kernels = kernels;
     t.g = g;
     t.k_block = APTI_GEMM_K;
-    const int64_t a_floats = APTI_GEMM_ROWS * (t.k_block + APTI_GEMM_TAIL + 2 * APTI_STRIP_GAP / 4);    /* a strip has 4 rows or more */
+    /* a strip has 4 rows or more */
+    const int64_t a_floats = APTI_GEMM_ROWS * (t.k_block + APTI_GEMM_TAIL + 2 * APTI_STRIP_GAP / 4);
     int64_t cols = apti_min_i64(APTI_GEMM_COLS, (floats - a_floats) / (t.k_block + APTI_GEMM_TAIL + (park ? APTI_GEMM_ROWS : 0)));
     cols = apti_max_i64(nr, cols / nr * nr);
     t.pack_a = (float *)scratch;
@@ -3795,12 +3832,21 @@ static bool apti_gemm_flip(const apti_kernels *kernels, apti_gemm *f, const apti
     return true;
 }
 
+/* Few columns and no matrix packed for the long vectors: the short ones waste less. The result is the same bit for bit. */
+static const apti_kernels *apti_gemm_kernels(const apti_kernels *kernels, const apti_gemm *g)
+{
+    const bool free_of_panels = (g->part[0].k == 0 || g->part[0].kind >= APTI_B_PLAIN) &&
+        (g->part[1].k == 0 || g->part[1].kind >= APTI_B_PLAIN);
+    return kernels->narrow != NULL && g->n <= kernels->narrow->lanes && free_of_panels ? kernels->narrow : kernels;
+}
+
 /* For use inside a task. scratch: 64-byte aligned, APTI_GEMM_SCRATCH bytes. */
 static void apti_gemm_serial(const apti_kernels *kernels, const apti_gemm *g, void *scratch, size_t scratch_bytes)
 {
     if (g->m <= 0 || g->n <= 0) return;
     apti_gemm flipped;
     if (apti_gemm_flip(kernels, &flipped, g)) g = &flipped;
+    kernels = apti_gemm_kernels(kernels, g);
     if (apti_is_thin(g)) apti_gemm_thin_region(kernels, g, 0, g->n, scratch);
     else apti_gemm_region(kernels, g, 0, g->m, 0, g->n, scratch, scratch_bytes);
 }
@@ -3824,14 +3870,16 @@ static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
     const bool pack_b = g->part[0].k > 0 && (g->part[0].kind != APTI_B_PACKED || g->part[0].packed->type != APT_F32);
     const bool pack_a = g->part[0].a_col != 1;
     const double work = (double)g->m * (double)g->n * (double)(g->part[0].k + g->part[1].k);
-    const int64_t wanted = apti_min_i64(threads == 1 ? 1 : (pack_a && pack_b ? 2 : 8) * threads, 1 + (int64_t)(work / APTI_GEMM_TASK));
+    const int64_t wanted = apti_min_i64(threads == 1 ? 1 : (pack_a && pack_b ? 2 : 8) * threads,
+        1 + (int64_t)(work / APTI_GEMM_TASK));
     job->panels = apti_ceil_div(g->n, job->kernels->nr);
     job->tiles_m = job->tiles_n = 1;
     if (job->thin) {
         job->tiles_n = apti_min_i64(wanted, apti_ceil_div(job->panels, 2));
         return;
     }
-    const int64_t rows = pack_b && !pack_a ? APTI_GEMM_TALL : 2 * APTI_GEMM_ROWS, cols = pack_b && !pack_a ? APTI_GEMM_SLIM : APTI_GEMM_COLS;
+    const int64_t rows = pack_b && !pack_a ? APTI_GEMM_TALL : 2 * APTI_GEMM_ROWS, cols = pack_b && !pack_a ? APTI_GEMM_SLIM
+        : APTI_GEMM_COLS;
     job->tiles_m = apti_ceil_div(g->m, rows);
     job->tiles_n = apti_ceil_div(g->n, cols);
     while (job->tiles_m * job->tiles_n < wanted) {
@@ -3850,8 +3898,8 @@ static void apti_gemm_run(apt_ctx *ctx, const apti_gemm *g)
     apti_gemm flipped;
     apti_gemm_job job = APT_ZERO;
     job.ctx = ctx;
-    job.kernels = ctx->kernels;
     job.g = apti_gemm_flip(ctx->kernels, &flipped, g) ? &flipped : g;
+    job.kernels = apti_gemm_kernels(ctx->kernels, job.g);
     job.thin = apti_is_thin(job.g);
     apti_gemm_cut(&job, ctx->threads);
     apti_parallel_for(ctx, job.tiles_m * job.tiles_n, apti_gemm_task, &job);
@@ -8734,7 +8782,7 @@ static apt_rng apti_trainer_rng(const apt_trainer *t, uint64_t stream)
 
 static void apti_default_f(float *x, float value)
 {
-    if (*x == 0) *x = value;
+    if (apti_finite(*x) && *x == 0) *x = value;      /* under -Ofast NaN compares equal to anything */
 }
 
 static void apti_default_i(int32_t *x, int32_t value)
@@ -8771,7 +8819,7 @@ static void apti_desc_resolve(apt_train_desc *d, const apt_config *c)
     apti_default_i(&d->adapt, APT_ADAPT_QUERY | APT_ADAPT_VALUE | APT_ADAPT_UP);
     apti_default_f(&d->growth, 4.0f);
     apti_default_f(&d->distill_temperature, 2.0f / 3.0f);
-    if (d->distill_pred == 0 && d->distill_layer == 0) {
+    if (apti_finite(d->distill_pred) && d->distill_pred == 0 && apti_finite(d->distill_layer) && d->distill_layer == 0) {
         d->distill_pred = c->task == APT_TASK_SPAN ? 0.1f : c->task == APT_TASK_MLM ? 0.0f : 1.0f;
         d->distill_layer = 0.9f;
     }

@@ -36,6 +36,7 @@ WARN="-Wall -Wextra -Wconversion -Wshadow -pedantic"
 STRICT="-std=c11 $WARN -Werror"
 TESTS="$STRICT -Wno-maybe-uninitialized"         # gcc does not know that cmocka's assertions do not return
 LIBS="-lcmocka -lutf8proc -lm -pthread"
+FUZZ_LIBS="-lutf8proc -lm -pthread"
 LIMIT=600                                        # seconds for one run of one program
 export ASAN_OPTIONS=allocator_may_return_null=1:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1
@@ -86,7 +87,7 @@ job() {                                          # KIND NAME COMMAND...
 compiler() {                                     # BUILD: the command that compiles a test program
     case $1 in
         cc) echo "$CC -O2 $TESTS" ;;
-        clang) echo "$CLANG -O2 $TESTS" ;;
+        clang) echo "$CLANG -O2 $STRICT" ;;
         asan) echo "$CC -O1 -g $TESTS -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all" ;;
         tsan) echo "$CC -O1 -g -std=c11 -w -fsanitize=thread" ;;
         ofast) echo "$CC -Ofast -std=c11 -w" ;;
@@ -324,12 +325,12 @@ fuzz() {                                         # SOURCE
     $CC -std=c11 -w -fsyntax-only "$1" || return 1
     if echo 'int LLVMFuzzerTestOneInput(const char *d, long n) { (void)d; (void)n; return 0; }' |
         $CLANG -x c - -fsanitize=fuzzer -o "$OUT/fuzz_probe_$name" 2> /dev/null; then
-        $CLANG -O1 -g -std=c11 -w -DAPT_FUZZ -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all "$1" -o "$exe" -lm -pthread || return 1
+        $CLANG -O1 -g -std=c11 -w -DAPT_FUZZ -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all "$1" -o "$exe" $FUZZ_LIBS || return 1
         mkdir -p "$OUT/fuzz_$name"
         timeout $LIMIT "$exe" -seed=1 -runs=20000 -max_total_time=10 -timeout=20 -artifact_prefix="$OUT/" "$OUT/fuzz_$name" \
             ${files[0]:+"tests/corpus/$name"} && echo "ok new inputs" || { echo "FAILED new inputs"; bad=1; }
     else
-        $(compiler asan) "$1" -o "$exe" -lm -pthread || return 1
+        $(compiler asan) "$1" -o "$exe" $FUZZ_LIBS || return 1
         echo "skipped fuzz/$name: $CLANG has no fuzzer library, only the corpus is replayed"
     fi
     if [ -z "${files[0]:-}" ]; then echo "skipped fuzz/$name: tests/corpus/$name is missing"

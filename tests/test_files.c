@@ -652,7 +652,7 @@ static void test_tensors_write_refuses(void **state)
     items[1] = make_item("\xff", APT_F64, 1, 0, 3, f);
     expect(t->ctx, write_items(t->ctx, t->path, items, 2, NULL, NULL), APT_E_FORMAT, "'?' is not valid UTF-8");
     apti_tensor_item many[100];
-    char names[100][8];
+    char names[100][16];
     for (int i = 0; i < 100; i++) {
         snprintf(names[i], sizeof names[i], "t%d", i);
         many[i] = make_item(names[i], APT_U8, 1, 6, 0, NULL);

@@ -384,7 +384,7 @@ EX_API bool exi_tok_template(const exi_tok_loader *l, const ex_json_node *proces
 EX_API bool exi_tok_processor(const exi_tok_loader *l, const ex_json_node *processor, int depth)
 {
     const ex_json_node *type = ex_json_get(processor, "type");
-    int32_t cls, sep;
+    int32_t cls = -1, sep = -1;
     if (ex_json_equals(type, "TemplateProcessing")) {
         return exi_tok_template(l, processor, "single", &l->t->single) && exi_tok_template(l, processor, "pair", &l->t->pair);
     }
@@ -691,7 +691,7 @@ EX_API bool exi_tok_read_vocab_json(exi_tok_loader *l, const char *merges, const
 {
     static const char *const usual[] = {"<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>"};
     ex_tokenizer *t = l->t;
-    int32_t cls, sep;
+    int32_t cls = -1, sep = -1;
     t->model = EXI_TOK_BYTE_BPE;
     t->decoder = EXI_TOK_DECODE_BYTES;
     t->trim_offsets = t->split_words = true;
