@@ -522,9 +522,9 @@ static int train(app *a)
     run.arguments = a->table;
     run.error = &a->error;
     ex_options_plan(&a->o.run, a->o.method, a->o.dev != NULL, &run);
-    char *shared = ex_options_settings(&a->o.run, a->o.method, &run);
-    char *settings = ex_format("model=%s train=%s rows=%lld task=%d max-length=%lld %s", a->o.model, a->o.train, (long long)a->train.set.count,
-                               (int)a->task, (long long)a->o.max_length, shared);
+    char *shared = ex_options_settings(&a->o.run, &run);
+    char *settings = ex_format("train %s (%lld sequences of at most %d tokens), dev %s, metric %d, %s", a->o.train, (long long)a->train.set.count,
+                               (int)a->train.set.longest, a->o.dev != NULL ? a->o.dev : "none", (int)a->o.metric, shared);
     run.settings = settings;
     announce(a, &run);
     int status = 1;

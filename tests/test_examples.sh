@@ -99,14 +99,16 @@ check "span predictions" 0 "$roberta" --model "$work/span" --method predict --pr
 has "predictions.json" "$work/span/predictions.json"
 
 # ---- interruption: killed somewhere, resumed, the same bytes at the end
-long="$data --batch 16 --steps 60 --eval-every 20 --lr 1e-3 --prune-every 4 --method apt"
+long="$data --batch 16 --steps 200 --eval-every 50 --lr 1e-3 --prune-every 4 --method apt"
 check "the uninterrupted run" 0 r $long --out "$work/whole"
 interrupt() {                                                         # interrupt SIGNAL LINES
     rm -rf "$work/cut"
     "$roberta" --model "$base" --threads 2 $long --out "$work/cut" > "$work/log" 2>&1 &
     pid=$! tries=0
-    while kill -0 "$pid" 2> /dev/null && [ "$tries" -lt 600 ] && [ "$(grep -c '"event":"step"' "$work/cut/metrics.jsonl" 2> /dev/null || true)" -lt "$2" ]; do
-        sleep 0.02
+    while kill -0 "$pid" 2> /dev/null && [ "$tries" -lt 3000 ]; do
+        lines=$(grep -c '"event":"step"' "$work/cut/metrics.jsonl" 2> /dev/null)
+        [ "${lines:-0}" -ge "$2" ] && break
+        sleep 0.01
         tries=$((tries + 1))
     done
     kill "-$1" "$pid" 2> /dev/null
@@ -118,13 +120,15 @@ interrupt() {                                                         # interrup
 interrupt INT 5
 says "and says how to go on" "--resume"
 check "resuming with other settings is refused" 1 r $long --lr 1e-4 --resume --out "$work/cut"
+says "and the first difference is named" learning_rate
+check "resuming with other data is refused" 1 r $long --resume --train "$work/demo/dev.tsv" --out "$work/cut"
 says "and both are shown" "then:"
 check "resuming" 0 r $long --resume --out "$work/cut"
 same "resumed and uninterrupted runs end the same" "$work/whole/model.safetensors" "$work/cut/model.safetensors"
-interrupt TERM 30
+interrupt TERM 80
 check "resuming on one thread" 0 "$roberta" --model "$base" --threads 1 $long --resume --out "$work/cut"
 same "the same again" "$work/whole/model.safetensors" "$work/cut/model.safetensors"
-interrupt INT 20
+interrupt INT 120
 printf 'X' | dd of="$work/cut/checkpoint.apt" bs=1 seek=4000 conv=notrunc 2> /dev/null
 check "a damaged checkpoint is refused" 1 r $long --resume --out "$work/cut"
 check "--resume without a checkpoint" 2 r $long --resume --out "$work/nothing"

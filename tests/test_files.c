@@ -1483,6 +1483,18 @@ static void test_every_allocation_of_files(void **state)
 
 /* --------------------------------------------------------------------------------------------- damage and golden files */
 
+/* apti_tensors_open on a file in memory. */
+static apt_result read_memory(apt_ctx *ctx, const void *file, size_t bytes)
+{
+    apti_tensors *set = NULL;
+    assert_ok(ctx, apti_tensors_new(ctx, "memory", 1, &set));
+    set->files[0].path = apti_copy_text(ctx, "memory");
+    apt_result result = apti_tensors_read(set, 0, (const uint8_t *)file, (int64_t)bytes);
+    if (result == APT_OK) result = apti_tensors_sort(set);
+    apti_tensors_close(set);
+    return result;
+}
+
 /* A file cut at any byte of its header, or anywhere in the data, is refused. */
 static void check_truncation(file_test *t, const char *source, size_t data_step)
 {
@@ -1491,13 +1503,9 @@ static void check_truncation(file_test *t, const char *source, size_t data_step)
     char *file = test_read_file(source, &bytes);
     memcpy(&header, file, 8);
     for (size_t n = 0; n < bytes; n += n < 8 + header + 16 || n + 16 > bytes ? 1 : data_step) {
-        apti_tensors *set = NULL;
-        assert_ok(t->ctx, apti_tensors_new(t->ctx, "cut", 1, &set));
-        set->files[0].path = apti_copy_text(t->ctx, "cut");
         uint8_t *part = (uint8_t *)test_memory_block(n);         /* exactly n bytes: a sanitizer sees a step too far */
         memcpy(part, file, n);
-        expect(t->ctx, apti_tensors_read(set, 0, part, (int64_t)n), APT_E_FORMAT, "'cut'");
-        apti_tensors_close(set);
+        expect(t->ctx, read_memory(t->ctx, part, n), APT_E_FORMAT, "'memory'");
         free(part);
     }
     free(file);
@@ -1551,7 +1559,7 @@ static void test_mutations(void **state)
     const int64_t before = apt_memory_info(t->ctx).bytes;
     uint64_t header = 0;
     memcpy(&header, file[0], 8);
-    for (int i = 0; i < 3000; i++) {
+    for (int i = 0; i < 4000; i++) {
         const int k = i % 4 == 0 ? 1 : 0;
         char *copy = (char *)test_memory_block(bytes[k]);
         memcpy(copy, file[k], bytes[k]);
@@ -1561,14 +1569,16 @@ static void test_mutations(void **state)
             const char *bits = "0123456789{}[],:\"\\ -eE.tfn";
             copy[at] = apti_rng_below(&rng, 2) ? bits[apti_rng_below(&rng, 26)] : (char)apti_rng_below(&rng, 256);
         }
-        test_write_file(path[k], copy, bytes[k]);
-        refused += load_drop(t->ctx, t->dir, NULL) != APT_OK;
+        if (k == 0 && i % 4 != 3) refused += read_memory(t->ctx, copy, bytes[k]) != APT_OK;
+        else {
+            test_write_file(path[k], copy, bytes[k]);
+            refused += load_drop(t->ctx, t->dir, NULL) != APT_OK;
+            test_write_file(path[k], file[k], bytes[k]);
+        }
         assert_int_equal(apt_memory_info(t->ctx).bytes, before);
-        if (k == 1) test_write_file(path[1], file[1], bytes[1]);
         free(copy);
-        if (k == 0 && i % 4 == 3) test_write_file(path[0], file[0], bytes[0]);
     }
-    assert_true(refused > 800);
+    assert_true(refused > 1000);
     free(file[0]);
     free(file[1]);
 }
@@ -1650,7 +1660,7 @@ static apt_result put_checkpoint(apt_ctx *ctx, const char *path)
     (void)apti_ckpt_put(w, "zz empty", APT_U8, 1, none, NULL);
     (void)apti_ckpt_put(w, "empty", APT_F64, 1, none, NULL);
     (void)apti_ckpt_put_fill(w, "filled", APT_U8, 1, six, fill_bytes, ctx, 3);
-    for (int k = 0; k < 100; k++) {
+    for (int k = 0; k < 70; k++) {
         char name[32];
         snprintf(name, sizeof name, "many.%d", k);
         (void)apti_ckpt_put(w, name, APT_F32, 2, shape, f);
@@ -1685,7 +1695,7 @@ static void test_checkpoint_round_trip(void **state)
     assert_ok(t->ctx, apti_ckpt_find(r, "zz empty", APT_U8, 0, &data, &n));
     assert_ok(t->ctx, apti_ckpt_find(r, "filled", APT_U8, 6, &data, &n));
     assert_memory_equal(data, "CCCCCC", 6);
-    assert_true(apti_ckpt_has(r, "many.99") && !apti_ckpt_has(r, "many.100"));
+    assert_true(apti_ckpt_has(r, "many.69") && !apti_ckpt_has(r, "many.70"));
     expect(t->ctx, apti_ckpt_find(r, "other", APT_F32, 6, &data, &n), APT_E_MISSING, "no tensor 'other'");
     expect(t->ctx, apti_ckpt_find(r, "floats", APT_F32, 7, &data, &n), APT_E_SHAPE,
            "tensor 'floats' holds 6 values of F32, expected 7 of F32");
@@ -1720,7 +1730,7 @@ static apt_result open_memory(apt_ctx *ctx, const char *file, size_t bytes)
     return result;
 }
 
-/* Each single bit of the file is covered, and each byte of its length. */
+/* Whichever bit flips, it is seen; and each byte that is missing at the end. */
 static void test_checkpoint_damage(void **state)
 {
     file_test *t = (file_test *)*state;
@@ -1730,7 +1740,7 @@ static void test_checkpoint_damage(void **state)
     char *file = test_read_file(t->path, &bytes);
     memcpy(&header, file, 8);
     assert_ok(t->ctx, open_memory(t->ctx, file, bytes));
-    for (size_t bit = 0; bit < 8 * bytes; bit += bit < 8 * (8 + header) ? 3 : 1) {
+    for (size_t bit = 0; bit < 8 * bytes; bit += bit < 8 * (8 + header) ? 5 : 3) {
         const size_t at = bit / 8;
         file[at] = (char)(file[at] ^ (1 << (bit % 8)));
         const apt_result result = open_memory(t->ctx, file, bytes);
@@ -1751,6 +1761,8 @@ static void test_checkpoint_damage(void **state)
     free(file);
 }
 
+#define SUMS16 "\"apt.checksums\":{\"dtype\":\"U8\",\"shape\":[16],\"data_offsets\":[0,16]}"
+
 static void test_checkpoint_refuses(void **state)
 {
     file_test *t = (file_test *)*state;
@@ -1765,10 +1777,9 @@ static void test_checkpoint_refuses(void **state)
     put_tensors(t->path, "{\"__metadata__\":{\"format\":\"apt-checkpoint\",\"version\":\"1\"}}", 0);
     expect(t->ctx, open_checkpoint(t->ctx, t->path), APT_E_MISSING, "no tensor 'apt.checksums'");
     const char *tables[] = {
-        "\"apt.checksums\":{\"dtype\":\"U8\",\"shape\":[16],\"data_offsets\":[0,16]}",
+        SUMS16,
         "\"apt.checksums\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[0,8]}",
-        "\"apt.checksums\":{\"dtype\":\"U8\",\"shape\":[16],\"data_offsets\":[0,16]},\"x\":{\"dtype\":\"U8\",\"shape\":[1],"
-        "\"data_offsets\":[16,17]}",
+        SUMS16 ",\"x\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[16,17]}",
     };
     const int64_t sizes[] = {16, 8, 17};
     for (int i = 0; i < 3; i++) {
@@ -1847,7 +1858,7 @@ static void test_checkpoint_writer_errors(void **state)
 static void test_checkpoint_allocations(void **state)
 {
     file_test *t = (file_test *)*state;
-    assert_true(test_every_allocation((test_attempt)put_checkpoint, t->path) > 100);
+    assert_true(test_every_allocation((test_attempt)put_checkpoint, t->path) > 80);
     assert_true(test_every_allocation((test_attempt)open_checkpoint, t->path) > 8);
 }
 

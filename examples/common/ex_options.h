@@ -240,23 +240,12 @@ EX_API void ex_options_plan(const ex_options *o, int32_t method, bool evaluates,
     run->log_every = o->log_every > 0 ? o->log_every : t->steps / 2000 + 1;
 }
 
-/* Everything here that decides the numbers of a run, as one line; a continuation must have the same. free() */
-EX_API char *ex_options_settings(const ex_options *o, int32_t method, const ex_run *run)
+/* What a continuation must have alike and the library does not see, as one line (its own settings it compares itself). free() */
+EX_API char *ex_options_settings(const ex_options *o, const ex_run *run)
 {
-    const apt_train_desc *t = &run->desc;
-    ex_text s;
-    memset(&s, 0, sizeof(s));
-    ex_text_format(&s, "method=%d batch=%lld accumulate=%lld group=%d steps=%lld seed=%lld lr=%.9g/%d/%lld decay=%.9g clip=%.9g", (int)method,
-                   (long long)o->batch, (long long)o->accumulate, o->group_by_length, (long long)t->steps, (long long)o->seed, o->lr,
-                   (int)o->lr_schedule, (long long)o->warmup, o->weight_decay, o->clip);
-    ex_text_format(&s, " rank=%lld/%lld scale=%.9g adapt=%s grow=%d/%.9g weights=%d eval=%lld", (long long)o->rank, (long long)o->max_rank, o->scale,
-                   o->adapt, o->grow, o->growth, (int)o->weights, (long long)t->evaluate_every);
-    ex_text_format(&s, " sparsity=%.9g-%.9g prune=%s schedule=%d window=%lld-%lld/%lld mask=%.9g momentum=%.9g kurtosis=%d round=%lld/%lld/%lld/%lld",
-                   o->start_sparsity, o->sparsity, o->prune, (int)o->schedule, (long long)t->prune_begin, (long long)t->prune_end, (long long)o->prune_every, o->mask_step,
-                   o->momentum, o->kurtosis, (long long)o->round_heads, (long long)o->round_neurons, (long long)o->round_hidden, (long long)o->min_hidden);
-    ex_text_format(&s, " reset=%d distill=%d/%.9g/%.9g/%.9g one-shot=%lld/%lld", o->reset_moments, o->distill, o->temperature, o->distill_pred,
-                   o->distill_layer, (long long)run->prune_at, (long long)o->observe);
-    return s.at;
+    return ex_format("batch %lld%s, one-shot prune of %g at step %lld after %lld batches", (long long)o->batch,
+                     o->group_by_length ? " grouped by length" : "", (double)run->prune_sparsity, (long long)run->prune_at,
+                     (long long)(run->prune_at > 0 ? o->observe : 0));
 }
 
 #endif /* EX_OPTIONS_H */
