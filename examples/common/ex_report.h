@@ -313,10 +313,11 @@ EX_API void exi_rep_tick(char *out, size_t size, double value, double step)
 EX_API void exi_rep_number(char *out, size_t size, double value)
 {
     if (fabs(value) >= 1e4) exi_rep_tick(out, size, value, 1);
+    else if (!(fabs(value - floor(value)) > 0)) snprintf(out, size, "%.0f", value);
     else if (fabs(value) >= 100) snprintf(out, size, "%.0f", value);
     else if (fabs(value) >= 10) snprintf(out, size, "%.1f", value);
     else if (fabs(value) > 0 && fabs(value) < 1e-3) exi_rep_small(out, size, value);
-    else snprintf(out, size, fabs(value - floor(value)) > 0 ? "%#.3g" : "%.0f", value);
+    else snprintf(out, size, "%#.3g", value);
 }
 
 /* ------------------------------------------------------------------------------------------------ line charts */
