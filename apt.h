@@ -8777,7 +8777,7 @@ static void apti_desc_prune_defaults(apt_train_desc *d, const apt_config *c)
     if (d->prune_end == 0) d->prune_end = apti_max_i64(d->prune_begin, d->steps / 10 * 6 + d->steps % 10 * 6 / 10);
     const int64_t window = d->prune_begin >= 0 && d->prune_end > d->prune_begin ? d->prune_end - d->prune_begin : 0;
     if (d->update_frequency == 0) d->update_frequency = (int32_t)apti_max_i64(1, apti_min_i64(100, window / 8));
-    if (d->mask_step == 0) d->mask_step = fmaxf(1e-6f, 1.0f / (float)d->update_frequency);
+    apti_default_f(&d->mask_step, fmaxf(1e-6f, 1.0f / (float)d->update_frequency));
     if (d->distill_end == 0) d->distill_end = d->prune_end;
     apti_default_f(&d->salience_momentum, 0.9f);
     apti_default_i(&d->prune, APT_PRUNE_HEADS | APT_PRUNE_NEURONS | APT_PRUNE_HIDDEN);
