@@ -2259,7 +2259,8 @@ typedef struct apti_kernels {
 #define APTI_MR_MAX 14                           /* over all tables */
 #define APTI_NR_MAX 32
 #define APTI_THIN_ROWS 3
-#define APTI_GEMM_PACK 32                        /* rows of a plain B, columns of a transposed A copied before going sideways: few pages at a time */
+/* rows of a plain B, columns of a transposed A copied before going sideways: few pages at a time */
+#define APTI_GEMM_PACK 32
 
 /* Row stride for activations: an odd multiple of 16 floats (one cache line), so that the rows of a strip do not fall
    into the same few sets of the first-level cache, as they would with a stride of 1024 floats. */
@@ -2276,7 +2277,8 @@ APTI_INLINE int64_t apti_ld(int64_t n)
 #define APTI_INV_SQRT_2PI 0.39894228040143268f
 #define APTI_GELU_A 0.79788456080286536f         /* sqrt(2/pi), and the cubic term of tanh GELU times that */
 #define APTI_GELU_B 0.03567740813636141f
-#define APTI_GELU_TANH_LIMIT 9.5f                /* exp(2 u) = 1e33 there: no infinity that a fast-math division would turn into NaN */
+/* exp(2 u) = 1e33 there: no infinity that a fast-math division would turn into NaN */
+#define APTI_GELU_TANH_LIMIT 9.5f
 #define APTI_FLT_MAX 3.402823466e+38f
 #define APTI_NAN_BITS 0x7fc00000u
 
@@ -2486,7 +2488,8 @@ static void apti_adam_ref(float *w, float *m, float *v, const float *g, int64_t 
 
 /* Every table names its functions apti_NAME_isa. */
 #define APTI_TABLE(isa, mr, nr, slim, lanes, narrow) {                                                                  \
-    #isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_transpose_##isa, apti_copy_##isa,    \
+    #isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_transpose_##isa,
+        apti_copy_##isa,    \
     apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa, apti_dot_##isa, apti_sq_dev_##isa,        \
     apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa, apti_abs_add_##isa, apti_act_##isa,              \
     apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa }
@@ -2565,7 +2568,8 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_vload_part(p, k) _mm256_maskload_ps(p, apti_first_8(k))
 #define apti_vstore_part(p, v, k) _mm256_maskstore_ps(p, apti_first_8(k), v)
 #define apti_vkeep(v, k) _mm256_and_ps(v, _mm256_castsi256_ps(apti_first_8(k)))
-#define apti_vload_bf16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define apti_vload_bf16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))),
+    16))
 #define apti_vset(x) _mm256_set1_ps(x)
 #define apti_vadd(a, b) _mm256_add_ps(a, b)
 #define apti_vsub(a, b) _mm256_sub_ps(a, b)
@@ -2610,7 +2614,8 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_vload_part(p, k) _mm512_maskz_loadu_ps(apti_vfirst(k), p)
 #define apti_vstore_part(p, v, k) _mm512_mask_storeu_ps(p, apti_vfirst(k), v)
 #define apti_vkeep(v, k) _mm512_maskz_mov_ps(apti_vfirst(k), v)
-#define apti_vload_bf16(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#d
+    efine apti_vload_bf16(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define apti_vset(x) _mm512_set1_ps(x)
 #define apti_vadd(a, b) _mm512_add_ps(a, b)
 #define apti_vsub(a, b) _mm512_sub_ps(a, b)
@@ -2928,7 +2933,8 @@ APTI_ISA_TARGET static void APTI_FN(tanh)(float *y, const float *x, int64_t n)
     APTI_EACH(i, n, k) apti_vput(y + i, APTI_FN(vtanh)(apti_vget(x + i, k)), k);
 }
 
-APTI_ISA_TARGET static void APTI_FN(norm)(float *y, const float *x, const float *gamma, const float *beta, float mean, float rstd, int64_t n)
+APTI_ISA_TARGET static void APTI_FN(norm)(float *y, const float *x, const float *gamma, const float *beta, float mean,
+    float rstd, int64_t n)
 {
     const apti_v a = apti_vset(mean), r = apti_vset(rstd);
     APTI_EACH(i, n, k) {
@@ -2944,7 +2950,8 @@ APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vflush)(apti_v x)
     return apti_vpick(apti_vgt(apti_viset((127 - 100) << 23), APTI_FN(vabs_bits)(x)), apti_vset(0.0f), x);
 }
 
-APTI_ISA_TARGET static void APTI_FN(adam)(float *w, float *m, float *v, const float *g, int64_t n, float grad_scale, float beta1, float beta2,
+APTI_ISA_TARGET static void APTI_FN(adam)(float *w, float *m, float *v, const float *g, int64_t n, float grad_scale,
+    float beta1, float beta2,
                                           float step_size, float eps, float decay)
 {
     const apti_v b1 = apti_vset(beta1), c1 = apti_vset(1.0f - beta1), b2 = apti_vset(beta2), c2 = apti_vset(1.0f - beta2);
@@ -3138,7 +3145,8 @@ APTI_ISA_TARGET static void APTI_FN(finish)(const apti_finish *f)
         APTI_THIRD(if (nv > 2) apti_vstore(to + i * ld_to + 2 * APTI_LANES, z##i);)                         \
     }
 
-APTI_ISA_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_FN(tile_body)(const apti_tile *t, const int rows, const int nv)
+APTI_ISA_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_FN(tile_body)(const apti_tile *t, const int rows,
+    const int nv)
 {
     const apti_v zero = apti_vset(0.0f);
     const float *from = t->from;
@@ -3147,6 +3155,7 @@ APTI_ISA_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_FN(tile_bod
     APTI_SLIM_ROWS(APTI_ROW_START)
     APTI_SLIM_ROWS(APTI_ROW_PREFETCH)
     for (int q = 0; q < 2; q++) {
+        if (t->segment[q].k == 0) continue;          /* its pointers may be NULL */
         const int64_t ar = t->segment[q].a_row, ac = t->segment[q].a_col, bs = t->segment[q].b_step;
         const float *a0 = t->segment[q].a, *b = (const float *)t->segment[q].b;
         const float *a3 = rows > 3 ? a0 + 3 * ar : a0, *a6 = rows > 6 ? a0 + 6 * ar : a0;
@@ -3476,7 +3485,8 @@ typedef struct apti_gemm_tile {
 } apti_gemm_tile;
 
 /* Packs one panel (cols <= nr columns from j, rows p0 .. p0+k) of any kind of B, padded with zeros. */
-static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_gemm_part *part, int64_t p0, int64_t k, int64_t j, int64_t cols)
+static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_gemm_part *part, int64_t p0, int64_t k,
+    int64_t j, int64_t cols)
 {
     const int64_t nr = kernels->nr;
     if (cols < nr) memset(y, 0, (size_t)(k * nr) * sizeof(float));
@@ -3538,13 +3548,15 @@ static apti_b_view apti_view_b(const apti_gemm_tile *t, const apti_gemm_part *pa
 }
 
 /* Rows i0 .. i0+rows of A as strips. A transposed A (a_col != 1) is copied, because its columns are far apart. */
-static void apti_pack_a(const apti_gemm_tile *t, float *y, const apti_gemm_part *part, int64_t i0, int64_t rows, int64_t strips, int64_t p0, int64_t k)
+static void apti_pack_a(const apti_gemm_tile *t, float *y, const apti_gemm_part *part, int64_t i0, int64_t rows,
+    int64_t strips, int64_t p0, int64_t k)
 {
     for (int64_t p = 0; p < k; p += APTI_GEMM_PACK) {
         const float *a = part->a + i0 * part->a_row + (p0 + p) * part->a_col;
         for (int64_t s = 0, r0 = 0, r1; s < strips; s++, r0 = r1) {
             r1 = rows * (s + 1) / strips;
-            t->kernels->copy(y + r0 * k + s * APTI_STRIP_GAP + p * (r1 - r0), r1 - r0, a + r0 * part->a_row, part->a_col, apti_min_i64(APTI_GEMM_PACK, k - p), r1 - r0);
+            t->kernels->copy(y + r0 * k + s * APTI_STRIP_GAP + p * (r1 - r0), r1 - r0, a + r0 * part->a_row, part->a_col,
+                apti_min_i64(APTI_GEMM_PACK, k - p), r1 - r0);
         }
     }
 }
@@ -3555,7 +3567,8 @@ static bool apti_needs_pack_a(const apti_gemm_part *part)
 }
 
 /* Everything after the sums for one strip of one panel: z is in `from`. */
-static void apti_gemm_finish(const apti_kernels *kernels, const apti_gemm *g, int64_t i, int64_t j, int64_t rows, int64_t cols, const float *z, int64_t ldz)
+static void apti_gemm_finish(const apti_kernels *kernels, const apti_gemm *g, int64_t i, int64_t j, int64_t rows, int64_t cols,
+    const float *z, int64_t ldz)
 {
     apti_finish f = APT_ZERO;
     f.rows = rows;
@@ -3674,7 +3687,8 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
                 apti_segment *segment = &tile.segment[q];
                 const apti_gemm_part *part = step->part[q];
                 segment->k = step->k[q];
-                segment->a = pack_a[q] != NULL ? pack_a[q] + r0 * step->k[q] + s * APTI_STRIP_GAP : part->a + (i0 + r0) * part->a_row + step->p0[q] * part->a_col;
+                segment->a = pack_a[q] != NULL ? pack_a[q] + r0 * step->k[q] + s * APTI_STRIP_GAP
+                    : part->a + (i0 + r0) * part->a_row + step->p0[q] * part->a_col;
                 segment->a_row = pack_a[q] != NULL ? 1 : part->a_row;
                 segment->a_col = pack_a[q] != NULL ? r1 - r0 : part->a_col;
             }
@@ -3739,7 +3753,8 @@ static void apti_gemm_thin(const apti_gemm_tile *t, int64_t j)
         if (part->kind == APTI_B_PACKED) {
             const int64_t at = j / nr * part->k * nr;
             s->bf16 = part->packed->type == APT_BF16;
-            s->b = s->bf16 ? (const void *)((const uint16_t *)part->packed->data + at) : (const void *)((const float *)part->packed->data + at);
+            s->b = s->bf16 ? (const void *)((const uint16_t *)part->packed->data + at)
+                : (const void *)((const float *)part->packed->data + at);
             s->b_panel = cols > nr ? part->k * nr : 0;
         } else {
             s->b = t->pack_b[q];
@@ -3759,7 +3774,8 @@ static bool apti_is_thin(const apti_gemm *g)
 }
 
 /* C[i0..i1) x [j0..j1), in pieces that fit the scratch. j0 is a multiple of nr. */
-static void apti_gemm_region(const apti_kernels *kernels, const apti_gemm *g, int64_t i0, int64_t i1, int64_t j0, int64_t j1, void *scratch, size_t scratch_bytes)
+static void apti_gemm_region(const apti_kernels *kernels, const apti_gemm *g, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+    void *scratch, size_t scratch_bytes)
 {
     /* floats per column: two packed panels of B and the sums; per row block: packed A */
     const bool park = g->residual == g->c && g->c != NULL && g->pre == NULL;
@@ -3768,7 +3784,8 @@ static void apti_gemm_region(const apti_kernels *kernels, const apti_gemm *g, in
     t.kernels = kernels;
     t.g = g;
     t.k_block = APTI_GEMM_K;
-    const int64_t a_floats = APTI_GEMM_ROWS * (t.k_block + APTI_GEMM_TAIL + 2 * APTI_STRIP_GAP / 4);    /* a strip has 4 rows or more */
+    /* a strip has 4 rows or more */
+    const int64_t a_floats = APTI_GEMM_ROWS * (t.k_block + APTI_GEMM_TAIL + 2 * APTI_STRIP_GAP / 4);
     int64_t cols = apti_min_i64(APTI_GEMM_COLS, (floats - a_floats) / (t.k_block + APTI_GEMM_TAIL + (park ? APTI_GEMM_ROWS : 0)));
     cols = apti_max_i64(nr, cols / nr * nr);
     t.pack_a = (float *)scratch;
@@ -3820,7 +3837,8 @@ static bool apti_gemm_flip(const apti_kernels *kernels, apti_gemm *f, const apti
 /* Few columns and no matrix packed for the long vectors: the short ones waste less. The result is the same bit for bit. */
 static const apti_kernels *apti_gemm_kernels(const apti_kernels *kernels, const apti_gemm *g)
 {
-    const bool free_of_panels = (g->part[0].k == 0 || g->part[0].kind >= APTI_B_PLAIN) && (g->part[1].k == 0 || g->part[1].kind >= APTI_B_PLAIN);
+    const bool free_of_panels = (g->part[0].k == 0 || g->part[0].kind >= APTI_B_PLAIN) &&
+        (g->part[1].k == 0 || g->part[1].kind >= APTI_B_PLAIN);
     return kernels->narrow != NULL && g->n <= kernels->narrow->lanes && free_of_panels ? kernels->narrow : kernels;
 }
 
@@ -3854,14 +3872,16 @@ static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
     const bool pack_b = g->part[0].k > 0 && (g->part[0].kind != APTI_B_PACKED || g->part[0].packed->type != APT_F32);
     const bool pack_a = g->part[0].a_col != 1;
     const double work = (double)g->m * (double)g->n * (double)(g->part[0].k + g->part[1].k);
-    const int64_t wanted = apti_min_i64(threads == 1 ? 1 : (pack_a && pack_b ? 2 : 8) * threads, 1 + (int64_t)(work / APTI_GEMM_TASK));
+    const int64_t wanted = apti_min_i64(threads == 1 ? 1 : (pack_a && pack_b ? 2 : 8) * threads,
+        1 + (int64_t)(work / APTI_GEMM_TASK));
     job->panels = apti_ceil_div(g->n, job->kernels->nr);
     job->tiles_m = job->tiles_n = 1;
     if (job->thin) {
         job->tiles_n = apti_min_i64(wanted, apti_ceil_div(job->panels, 2));
         return;
     }
-    const int64_t rows = pack_b && !pack_a ? APTI_GEMM_TALL : 2 * APTI_GEMM_ROWS, cols = pack_b && !pack_a ? APTI_GEMM_SLIM : APTI_GEMM_COLS;
+    const int64_t rows = pack_b && !pack_a ? APTI_GEMM_TALL : 2 * APTI_GEMM_ROWS, cols = pack_b && !pack_a ? APTI_GEMM_SLIM
+        : APTI_GEMM_COLS;
     job->tiles_m = apti_ceil_div(g->m, rows);
     job->tiles_n = apti_ceil_div(g->n, cols);
     while (job->tiles_m * job->tiles_n < wanted) {
@@ -10249,8 +10269,10 @@ static void apti_rehearse_params(apti_rehearsal *r, bool shared)
         apti_param *p = &m->params[i], old = *p;
         const apt_layer_shape *shape = p->layer >= 0 ? &m->shape[p->layer] : NULL;
         if ((r->shared[i] != 0) != shared) continue;
-        if (p->row_axis != APTI_AXIS_FIXED && p->row_axis != APTI_AXIS_RANK) p->rows = apti_axis_size(&m->config, shape, p->row_axis);
-        if (p->col_axis != APTI_AXIS_FIXED && p->col_axis != APTI_AXIS_RANK) p->cols = apti_axis_size(&m->config, shape, p->col_axis);
+        if (p->row_axis != APTI_AXIS_FIXED && p->row_axis != APTI_AXIS_RANK) p->rows = apti_axis_size(&m->config, shape,
+            p->row_axis);
+        if (p->col_axis != APTI_AXIS_FIXED && p->col_axis != APTI_AXIS_RANK) p->cols = apti_axis_size(&m->config, shape,
+            p->col_axis);
         if (p->rows == old.rows && p->cols == old.cols) continue;
         if (shared && apti_is_embedding(m, p)) {
             apti_note(r, APTI_USE_WEIGHTS, apti_cost(p->cols * (int64_t)sizeof(int32_t)));
@@ -10270,7 +10292,8 @@ static void apti_rehearse_cut(apti_rehearsal *r, double left)
 {
     const apt_model *m = r->m;
     const int64_t arrays = apti_unit_arrays_cost(m);
-    const int64_t buffers = apti_cost(apti_largest_linear(m) * (int64_t)sizeof(float)) + apti_cost(m->param_count * (int64_t)sizeof(apti_param));
+
+        const int64_t buffers = apti_cost(apti_largest_linear(m) * (int64_t)sizeof(float)) + apti_cost(m->param_count * (int64_t)sizeof(apti_param));
     apti_note(r, APTI_USE_ACTIVATIONS, -r->pass);
     r->pass = 0;
     apti_rehearse_shapes(r, left);

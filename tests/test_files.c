@@ -1400,6 +1400,29 @@ static void test_save_adapters(void **state)
     assert_ok(t->ctx, load_drop(t->ctx, t->dir, NULL));
 }
 
+/* While a wider teacher lives, an embedding may be some columns of its table. */
+static void test_save_columns(void **state)
+{
+    file_test *t = (file_test *)*state;
+    const apt_config c = small_config(APT_BERT, APT_TASK_CLASSIFY);
+    apt_model *model = make_model(t->ctx, &c), *back = NULL;
+    apti_param *p = model->embed[APTI_WORD];
+    const int64_t stride = p->cols + 3;
+    float *wide = (float *)apti_calloc(t->ctx, p->rows * stride, 4);
+    p->columns = (int32_t *)apti_alloc(t->ctx, p->cols, 4);
+    assert_true(wide != NULL && p->columns != NULL);
+    for (int32_t j = 0; j < p->cols; j++) {
+        p->columns[j] = j < 5 ? j : j + 3;
+        for (int64_t i = 0; i < p->rows; i++) wide[i * stride + p->columns[j]] = p->value[i * p->cols + j];
+    }
+    apti_free(t->ctx, p->value);
+    p->value = wide;
+    p->stride = stride;
+    assert_ok(t->ctx, apt_model_save(model, t->dir));
+    assert_ok(t->ctx, apt_model_load(t->ctx, t->dir, NULL, &back));
+    compare_models(model, back);
+}
+
 static void keep_limit(struct rlimit *old, rlim_t bytes)
 {
     assert_int_equal(getrlimit(RLIMIT_FSIZE, old), 0);
@@ -1898,7 +1921,7 @@ int main(void)
         FILE_TEST(test_save_and_load), FILE_TEST(test_save_pruned), FILE_TEST(test_load_weights_and_seed),
         FILE_TEST(test_load_arguments),
         FILE_TEST(test_load_names), FILE_TEST(test_load_refuses), FILE_TEST(test_load_huge_config), FILE_TEST(test_load_shards),
-        FILE_TEST(test_save_refuses), FILE_TEST(test_save_adapters), FILE_TEST(test_save_disk_full),
+        FILE_TEST(test_save_refuses), FILE_TEST(test_save_adapters), FILE_TEST(test_save_columns), FILE_TEST(test_save_disk_full),
         FILE_TEST(test_every_allocation_of_files),
         FILE_TEST(test_truncation), FILE_TEST(test_golden_truncation), FILE_TEST(test_mutations), FILE_TEST(test_golden_models),
         FILE_TEST(test_real_model),
