@@ -2614,8 +2614,8 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_vload_part(p, k) _mm512_maskz_loadu_ps(apti_vfirst(k), p)
 #define apti_vstore_part(p, v, k) _mm512_mask_storeu_ps(p, apti_vfirst(k), v)
 #define apti_vkeep(v, k) _mm512_maskz_mov_ps(apti_vfirst(k), v)
-#d
-    efine apti_vload_bf16(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define apti_vload_bf16(p) \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define apti_vset(x) _mm512_set1_ps(x)
 #define apti_vadd(a, b) _mm512_add_ps(a, b)
 #define apti_vsub(a, b) _mm512_sub_ps(a, b)
@@ -10293,7 +10293,8 @@ static void apti_rehearse_cut(apti_rehearsal *r, double left)
     const apt_model *m = r->m;
     const int64_t arrays = apti_unit_arrays_cost(m);
 
-        const int64_t buffers = apti_cost(apti_largest_linear(m) * (int64_t)sizeof(float)) + apti_cost(m->param_count * (int64_t)sizeof(apti_param));
+        const int64_t buffers = apti_cost(apti_largest_linear(m) * (int64_t)sizeof(float)) +
+                                apti_cost(m->param_count * (int64_t)sizeof(apti_param));
     apti_note(r, APTI_USE_ACTIVATIONS, -r->pass);
     r->pass = 0;
     apti_rehearse_shapes(r, left);
