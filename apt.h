@@ -2488,8 +2488,8 @@ static void apti_adam_ref(float *w, float *m, float *v, const float *g, int64_t 
 
 /* Every table names its functions apti_NAME_isa. */
 #define APTI_TABLE(isa, mr, nr, slim, lanes, narrow) {                                                                  \
-    #isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_transpose_##isa,
-        apti_copy_##isa,    \
+    #isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_transpose_##isa, \
+    apti_copy_##isa, \
     apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa, apti_dot_##isa, apti_sq_dev_##isa,        \
     apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa, apti_abs_add_##isa, apti_act_##isa,              \
     apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa }
@@ -2568,8 +2568,8 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_vload_part(p, k) _mm256_maskload_ps(p, apti_first_8(k))
 #define apti_vstore_part(p, v, k) _mm256_maskstore_ps(p, apti_first_8(k), v)
 #define apti_vkeep(v, k) _mm256_and_ps(v, _mm256_castsi256_ps(apti_first_8(k)))
-#define apti_vload_bf16(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))),
-    16))
+#define apti_vload_bf16(p) \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define apti_vset(x) _mm256_set1_ps(x)
 #define apti_vadd(a, b) _mm256_add_ps(a, b)
 #define apti_vsub(a, b) _mm256_sub_ps(a, b)
@@ -3687,8 +3687,8 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
                 apti_segment *segment = &tile.segment[q];
                 const apti_gemm_part *part = step->part[q];
                 segment->k = step->k[q];
-                segment->a = pack_a[q] != NULL ? pack_a[q] + r0 * step->k[q] + s * APTI_STRIP_GAP
-                    : part->a + (i0 + r0) * part->a_row + step->p0[q] * part->a_col;
+                segment->a = pack_a[q] != NULL ? pack_a[q] + r0 * step->k[q] + s * APTI_STRIP_GAP : part->a + (i0 +
+                    r0) * part->a_row + step->p0[q] * part->a_col;
                 segment->a_row = pack_a[q] != NULL ? 1 : part->a_row;
                 segment->a_col = pack_a[q] != NULL ? r1 - r0 : part->a_col;
             }
@@ -3872,8 +3872,8 @@ static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
     const bool pack_b = g->part[0].k > 0 && (g->part[0].kind != APTI_B_PACKED || g->part[0].packed->type != APT_F32);
     const bool pack_a = g->part[0].a_col != 1;
     const double work = (double)g->m * (double)g->n * (double)(g->part[0].k + g->part[1].k);
-    const int64_t wanted = apti_min_i64(threads == 1 ? 1 : (pack_a && pack_b ? 2 : 8) * threads,
-        1 + (int64_t)(work / APTI_GEMM_TASK));
+    const int64_t wanted = apti_min_i64(threads == 1 ? 1 : (pack_a && pack_b ? 2 : 8) * threads, 1 +
+        (int64_t)(work / APTI_GEMM_TASK));
     job->panels = apti_ceil_div(g->n, job->kernels->nr);
     job->tiles_m = job->tiles_n = 1;
     if (job->thin) {
@@ -10292,9 +10292,8 @@ static void apti_rehearse_cut(apti_rehearsal *r, double left)
 {
     const apt_model *m = r->m;
     const int64_t arrays = apti_unit_arrays_cost(m);
-
-        const int64_t buffers = apti_cost(apti_largest_linear(m) * (int64_t)sizeof(float)) +
-                                apti_cost(m->param_count * (int64_t)sizeof(apti_param));
+    const int64_t buffers = apti_cost(apti_largest_linear(m) * (int64_t)sizeof(float)) +
+        apti_cost(m->param_count * (int64_t)sizeof(apti_param));
     apti_note(r, APTI_USE_ACTIVATIONS, -r->pass);
     r->pass = 0;
     apti_rehearse_shapes(r, left);
