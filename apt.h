@@ -13347,6 +13347,23 @@ static void apti_ckpt_load_free(apt_ctx *ctx, apti_ckpt_load *c)
     apti_free(ctx, c->capture);
 }
 
+/* A file with right checksums may still be hostile: counters that later code multiplies or compares stay in their ranges. */
+static apt_result apti_ckpt_check_counters(const apt_trainer *t, const char *path, const apti_ckpt_load *c)
+{
+    const int64_t most = (int64_t)1 << 48, *i = c->ints;
+    const int64_t counters[][2] = {{i[APTI_CKPT_STEP], t->desc.steps}, {i[APTI_CKPT_MICRO], t->desc.accumulate - 1},
+                                   {i[APTI_CKPT_ADAM_STEPS], t->desc.steps}, {i[APTI_CKPT_BUDGET], most},
+                                   {i[APTI_CKPT_TOKENS], most}, {i[APTI_CKPT_PROBE_ROWS], most}};
+    for (size_t k = 0; k < sizeof(counters) / sizeof(counters[0]); k++)
+        if (counters[k][0] < 0 || counters[k][0] > counters[k][1])
+            return apti_fail(t->ctx, APT_E_RANGE, "%s: counter %d is %lld; expected 0..%lld", path, (int)k,
+                             (long long)counters[k][0], (long long)counters[k][1]);
+    for (int32_t k = 0; k < APTI_CKPT_REALS; k++)
+        if (!apti_finite((float)c->reals[k]))
+            return apti_fail(t->ctx, APT_E_NONFINITE, "%s: number %d of its state is %g", path, (int)k, c->reals[k]);
+    return APT_OK;
+}
+
 static apt_result apti_ckpt_read_state(apt_trainer *t, apti_ckpt_reader *r, const char *path, apti_ckpt_load *c)
 {
     const void *data = NULL;
@@ -13361,7 +13378,8 @@ static apt_result apti_ckpt_read_state(apt_trainer *t, apti_ckpt_reader *r, cons
     if (result != APT_OK) return result;
     double desc[APTI_FIELDS];
     memcpy(desc, data, sizeof(desc));
-    return apti_ckpt_compare_desc(t, path, desc);
+    result = apti_ckpt_compare_desc(t, path, desc);
+    return result == APT_OK ? apti_ckpt_check_counters(t, path, c) : result;
 }
 
 static apt_result apti_ckpt_read_units(apt_trainer *t, apti_ckpt_reader *r, apti_ckpt_load *c)
