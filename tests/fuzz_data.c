@@ -31,10 +31,13 @@ static ex_tokenizer *make_letters(void)
     ex_text text = {NULL, 0, 0};
     ex_error error = {""};
     ex_tokenizer *t;
+    const char *path;
     ex_text_put(&text, "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n");
     for (int c = 'a'; c <= 'z'; c++) ex_text_format(&text, "%c\n##%c\n", c, c);
-    t = ex_tokenizer_load(put("txt", (const uint8_t *)text.at, text.length), &error);
+    path = put("txt", (const uint8_t *)text.at, text.length);
+    t = ex_tokenizer_load(path, &error);
     fuzz_check(t != NULL);
+    remove(path);
     ex_text_free(&text);
     return t;
 }

@@ -8,10 +8,10 @@ enum { EX_PRESET_NONE, EX_PRESET_GLUE_SMALL, EX_PRESET_GLUE_BIG, EX_PRESET_SQUAD
 
 typedef struct ex_options {
     const char *adapt, *prune, *kernels;
-    int32_t preset, lr_schedule, schedule, weights;
+    int32_t preset, lr_schedule, schedule, salience, weights;
     bool resume, overwrite, grow, kurtosis, reset_moments, distill, group_by_length;
     int64_t batch, accumulate, epochs, steps, warmup, rank, max_rank, seed, threads;
-    int64_t prune_begin, prune_end, prune_every, round_heads, round_neurons, round_hidden, min_hidden, observe;
+    int64_t prune_begin, prune_end, distill_end, prune_every, round_heads, round_neurons, round_hidden, min_hidden, observe;
     int64_t eval_every, checkpoint_every, log_every;
     double sparsity, start_sparsity, lr, weight_decay, clip, scale, growth, mask_step, momentum, temperature, distill_pred, distill_layer;
 } ex_options;
@@ -71,6 +71,7 @@ EX_API void ex_options_init(ex_options *o)
     EX_REAL("mask-step", "X", &(o)->mask_step, 0, 1, "how fast masks fade; 0: within one interval"),                        \
     EX_REAL("momentum", "X", &(o)->momentum, 0.01, 0.9999, "of the salience average"),                                      \
     EX_FLAG("kurtosis", &(o)->kurtosis, "count outliers in the salience"),                                                  \
+    EX_CHOICE("salience", &(o)->salience, "scaled|raw|normalised", "how outliers are added: see apt_salience_norm in apt.h"), \
     EX_INT("round-heads", "N", &(o)->round_heads, 1, 1024, "kept heads are a multiple of N"),                               \
     EX_INT("round-neurons", "N", &(o)->round_neurons, 1, 65536, "kept neurons"),                                            \
     EX_INT("round-hidden", "N", &(o)->round_hidden, 1, 65536, "kept hidden dimensions"),                                    \
@@ -82,6 +83,7 @@ EX_API void ex_options_init(ex_options *o)
     EX_REAL("temperature", "X", &(o)->temperature, 1e-3, 1e3, "of the teacher's and the student's predictions"),            \
     EX_REAL("distill-pred", "X", &(o)->distill_pred, 0, 1e3, "weight of the predictions; both 0: the task's default"),      \
     EX_REAL("distill-layer", "X", &(o)->distill_layer, 0, 1e3, "weight of the hidden states"),                              \
+    EX_INT("distill-end", "N", &(o)->distill_end, 0, 1e12, "step from which the task loss stands alone; 0: --prune-end"),    \
     EX_GROUP("Running"),                                                                                                    \
     EX_FLAG("resume", &(o)->resume, "go on from OUT/checkpoint.apt"),                                                       \
     EX_FLAG("overwrite", &(o)->overwrite, "OUT may hold an earlier result"),                                                \
@@ -141,6 +143,12 @@ static int32_t exi_prune_bits(const ex_options *o, ex_error *error)       /* APT
     return exi_parse_list("prune", o->prune, names, 3, error);
 }
 
+static int32_t exi_salience(int32_t choice)                               /* apt_salience_norm */
+{
+    static const int32_t norms[] = {APT_SALIENCE_SCALED, APT_SALIENCE_RAW, APT_SALIENCE_NORMALISED};
+    return norms[choice];
+}
+
 /* What the table cannot check: which options belong together. */
 EX_API bool ex_options_check(const ex_options *o, ex_error *error)
 {
@@ -193,6 +201,7 @@ static void exi_options_pruning(const ex_options *o, int32_t method, ex_run *run
     t->min_hidden = (int32_t)o->min_hidden;
     t->salience_momentum = (float)o->momentum;
     t->disable_kurtosis = !o->kurtosis;
+    t->salience_norm = exi_salience(o->salience);
     t->reset_moments = o->reset_moments;
     if (method == EX_METHOD_PRUNE_AFTER) {
         run->prune_at = exi_prune_end(o, t->steps);
@@ -212,6 +221,7 @@ static void exi_options_pruning(const ex_options *o, int32_t method, ex_run *run
         t->distill_temperature = (float)o->temperature;
         t->distill_pred = (float)o->distill_pred;
         t->distill_layer = (float)o->distill_layer;
+        t->distill_end = o->distill_end;
     }
 }
 
