@@ -9,11 +9,12 @@ EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 BENCHES  = $(patsubst tests/bench/%.c,build/bench/%,$(wildcard tests/bench/*.c))
 PACKAGES = libstb-dev libcmocka-dev libutf8proc-dev
 
-.PHONY: help run test examples bench deps need-run need-test clean
+.PHONY: help run test mutations examples bench deps need-run need-test clean
 
 help:
 	@echo "make run       build the demo and run it (about two minutes on two cores; no arguments, no downloads)"
 	@echo "make test      the whole test suite; make test ARGS='-k platform' runs what matches, ARGS=-l lists the jobs"
+	@echo "make mutations breaks one gradient at a time and expects the tests to notice (some ten minutes)"
 	@echo "make examples  build every program of examples/ into build/"
 	@echo "make bench     build and run the benchmarks of tests/bench/"
 	@echo "make deps      install $(PACKAGES) (Debian, Ubuntu)"
@@ -24,6 +25,9 @@ run: need-run build/demo
 
 test: need-test
 	@CC="$(CC)" tests/run.sh $(ARGS)
+
+mutations: need-test
+	@CC="$(CC)" tests/mutations.sh $(ARGS)
 
 examples: need-run $(EXAMPLES)
 

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Can the tests fail? Zeroes one gradient (or statistic, or step of the method) at a time in a copy of apt.h and expects some test
+# to turn red. Not part of `make test`: every mutant is compiled anew, some ten minutes in all.
+#
+# usage: tests/mutations.sh [-k REGEX]     -k: only mutants whose name matches
+#
+# A line of the table: name | tests that should notice | text that stands once in apt.h | what replaces it
+set -u
+cd "$(dirname "$0")/.." || exit 1
+CC=${CC:-cc} FILTER=.
+[ "${1:-}" = -k ] && FILTER=$2
+WORK=$PWD/build/mutations
+rm -rf "$WORK"
+mkdir -p "$WORK/tests" "$WORK/tmp"
+cp tests/test_*.c tests/*.h "$WORK/tests/"                     # they include ../apt.h and so find the mutant
+export APT_TEST_TMP=$WORK/tmp APT_SHARED=${APT_SHARED:-$PWD/../shared}
+
+table() {
+    cat << 'END'
+linear dx | ops model | apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->w); | apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->w); g.part[0].k = 0;
+linear dx of the adapter | ops model | apti_gemm_left(&g.part[1], dya, op->rank, op->rank); | apti_gemm_left(&g.part[1], dya, op->rank, 0);
+linear dW | ops model | if (grad->w) apti_weight_grad | if (0) apti_weight_grad
+linear dbias | ops model | if (grad->bias) apti_column_sum | if (0) apti_column_sum
+linear dB | ops model | if (adapter && grad->b) apti_weight_grad | if (0) apti_weight_grad
+linear dA | ops model | if (adapter && grad->a) apti_weight_grad | if (0) apti_weight_grad
+adapter scale | ops model | apti_scale_run(ctx, xa, rows * op->rank, op->scale); | (void)0;
+layernorm dgamma | ops model | if (dgamma) apti_fold_run | if (0) apti_fold_run
+layernorm dbeta | ops model | if (dbeta) apti_fold_run | if (0) apti_fold_run
+layernorm dz: the mean | ops model | kernels->norm(dz, dz, alive->keep, alive->zeros, average, rstd, d); | kernels->norm(dz, dz, alive->keep, alive->zeros, 0 * average, rstd, d);
+layernorm dz: the slope | ops model | kernels->axpy(dz, -slope, alive->x, d); | (void)slope;
+layernorm statistics over alive dimensions | ops structure | if (job->mask[j] != 0.0f) alive->index[alive->n++] | if (1) alive->index[alive->n++]
+attention dv | ops model | if (want_k && job->dv) | if (0)
+attention dk | ops model | if (want_k && job->dk) | if (0)
+attention dq | ops model | if (want_q && job->dq) | if (0)
+attention: dP - dot | ops model | t->kernels->norm(ds, ds, t->s + i * t->lds, t->zeros, t->dot[i], factor, width); | t->kernels->norm(ds, ds, t->s + i * t->lds, t->zeros, 0 * t->dot[i], factor, width);
+attention dbias | ops | table[apti_attn_distance(t, u)] += t->d_diagonal[u]; | table[apti_attn_distance(t, u)] += 0 * t->d_diagonal[u];
+attention head mask | ops | t->kernels->scale(t->acc + i * dim, d_o + i * job->lddo, mask, dim); | t->kernels->scale(t->acc + i * dim, d_o + i * job->lddo, 1.0f, dim);
+activation slope | ops model | job->kernels->act_grad(du, da, job->pre + i * job->ld_pre, job->n, job->act); | memcpy(du, da, (size_t)job->n * sizeof(float));
+column mask | ops train | if (job->mask) job->kernels->mul(du, da, job->mask, job->n); | if (job->mask) memmove(du, da, (size_t)job->n * sizeof(float));
+tanh | ops model | job->dy[i] * (1.0f - job->x[i] * job->x[i]) | job->dy[i]
+word embedding | ops model | if (dword) apti_scatter_run | if (0) apti_scatter_run
+position embedding | ops model | if (dposition) apti_scatter_run | if (0) apti_scatter_run
+type embedding | ops model | if (dtype_) apti_scatter_run | if (0) apti_scatter_run
+cross entropy at the label | ops model | dx[label] = (float)((double)dx[label] - weight); | (void)0;
+regression | ops model | (float)(2.0 * (double)grad_scale * difference / (double)n) | (float)(1.0 * (double)grad_scale * difference / (double)n)
+span | ops model | (i == label ? 1.0 : 0.0)) : nan) | 0.0) : nan)
+mlm dE | ops | if (de) apti_weight_grad | if (0) apti_weight_grad
+mlm dbias | ops | if (dbias) apti_column_sum(ctx, dbias, dlogits | if (0) apti_column_sum(ctx, dbias, dlogits
+probe of activations | model | p->probe->act + at, x, ld, rows, n); | p->probe->act + at, x, ld, rows / 2, n);
+probe of gradients | model | p->probe->grad + at, x, ld, rows, n); | p->probe->grad + at, x, ld, rows / 2, n);
+core adapter dA | core | if (da != NULL) apti_axpy_plain | if (0) apti_axpy_plain
+core adapter dB | core | if (db != NULL) apti_axpy_plain | if (0) apti_axpy_plain
+core adapter dx | core | if (dx != NULL) apti_axpy_plain | if (0) apti_axpy_plain
+layer loss: its gradient | train | j->dy[r * j->ld + i] += m[j->tr->place[i]]; | (void)0;
+layer loss: dB of Tr | train | apti_plain_product(ctx, tr->b.grad, k, true, dt, k, rows | if (0) apti_plain_product(ctx, tr->b.grad, k, true, dt, k, rows
+layer loss: dA of Tr | train | apti_plain_product(ctx, tr->a.grad, d, true, k, d, rows | if (0) apti_plain_product(ctx, tr->a.grad, d, true, k, d, rows
+layer loss: through Tr | train | apti_plain_product(ctx, dy, ld, true, rows, d, k | if (0) apti_plain_product(ctx, dy, ld, true, rows, d, k
+clipping | train | clip > 0 && norm > clip ? clip / norm : 1.0 | 1.0
+learning-rate schedule | train | return d->learning_rate * (1 - done); | return d->learning_rate;
+bias correction | train | c1 = 1 - pow(d->beta1, n) | c1 = 1
+masks glide | train | (void)apt_mask_step(t->model->masks, t->keep, u.total, t->desc.mask_step); | (void)0;
+salience average | train | r = apt_salience_ema(t->salience, now, u.total, t->desc.salience_momentum); | (void)now;
+adapter importance | train | r = apt_salience_ema(&t->importance[l * APTI_LINEARS + i], &now, 1, t->desc.salience_momentum); | (void)now;
+END
+}
+
+# Replaces text that must stand exactly once.
+mutate() {                                       # FROM TO
+    FROM=$1 TO=$2 awk '
+        BEGIN { from = ENVIRON["FROM"]; to = ENVIRON["TO"] }
+        { at = index($0, from)
+          if (at) { n++; $0 = substr($0, 1, at - 1) to substr($0, at + length(from)) }
+          print }
+        END { exit n != 1 }' apt.h > "$WORK/apt.h"
+}
+
+# Prints the test program that turned red, or nothing.
+red() {                                          # TESTS
+    local t
+    for t in $1; do
+        $CC -O1 -w -std=c11 "$WORK/tests/test_$t.c" -o "$WORK/test" -lcmocka -lutf8proc -lm -pthread || { echo "does not compile"; return; }
+        timeout 300 "$WORK/test" > "$WORK/log" 2>&1 || { echo "$t"; return; }
+    done
+}
+
+killed=0 survived=0
+cp apt.h "$WORK/apt.h"
+for t in ops model core train structure; do
+    [ -z "$(red $t)" ] || { echo "test_$t fails without any mutation"; exit 1; }
+done
+while IFS='|' read -r name tests from to; do
+    name=${name% } tests=${tests## } from=${from# } to=${to# }
+    [[ $name =~ $FILTER ]] || continue
+    if ! mutate "${from% }" "$to"; then echo "FAILED   $name: its text does not stand exactly once in apt.h"; survived=$((survived + 1)); continue; fi
+    by=$(red "$tests")
+    if [ -n "$by" ]; then printf 'ok       %-45s noticed by %s\n' "$name" "$by"; killed=$((killed + 1))
+    else echo "FAILED   $name: no test noticed"; survived=$((survived + 1)); fi
+done < <(table)
+rm -rf "$WORK"
+printf '%d passed, %d failed\n' $killed $survived
+[ $survived -eq 0 ]
