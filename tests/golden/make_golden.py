@@ -8,8 +8,9 @@ Versions: Python 3.11, torch 2.9.1, transformers 5.23.0, safetensors 0.8.0, nump
 numbers or save another config.json; --check of the stored cases should hold with any that know the model.
 
 A new case is an entry of CASES: a config, the lengths of its rows (for T5 of both sides), where to begin the search for a seed
-whose continuations are clear (1; then the seed that was found, to save the time), and the spellings of its config_old.json. Give every bias and norm a random value by a rule in scale_of, keep the folder below 400 KB, run the
-script, run --check, and name the case in tests/test_model.c. An unknown family also wants its projections in UP and DOWN.
+whose continuations are clear (1; then the seed that was found, to save the time), and the spellings of its config_old.json.
+Give every bias and norm a random value by a rule in scale_of, keep the folder below 400 KB, run the script, run --check, and
+name the case in tests/test_model.c. An unknown family also wants its projections in UP and DOWN.
 
 What is in golden.safetensors (float32, computed in float64; integers as int32):
     input_ids attention_mask labels ...       padded rows; a mask of 0 or a label of -100 is no real position
