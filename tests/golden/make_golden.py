@@ -16,10 +16,10 @@ What is in golden.safetensors (float32, computed in float64; integers as int32):
     input_ids attention_mask labels ...       padded rows; a mask of 0 or a label of -100 is no real position
     dense.* grad.NAME                         loss, logits, hidden states and every gradient of the checkpoint itself
     lora_A.NAME lora_B.NAME                   adapters y += 2 B A x on query, value and FFN up projection
-    lora.* grad.lora_*                        the same with adapters; adapter_importance.NAME = |sum of B * dL/dB|
+    lora.* grad.lora_*                        the same with adapters; adapter_importance.NAME = sum of |B * dL/dB|
     sum_abs_act.NAME sum_abs_grad.NAME        at what enters an output or down projection, over real positions, adapters on
     salience_per_* kurtosis_per_*             of it per feature and per query head: products of those sums; the excess
-                                              kurtosis of weight column * mean activation (see salience, kurtosis below)
+                                              kurtosis of weight column * mean activation (projection and kurtosis below)
     generate.prompt                           two prompts (T5: encoder inputs), each continued on its own
     generate.greedy generate.beam3            20 new tokens; three beams, length penalty 1
     generate.stop generate.beam3_stop         the same beams when the token `stop` ends a text (it is included; -1 follows)
