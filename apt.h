@@ -2488,10 +2488,9 @@ static void apti_adam_ref(float *w, float *m, float *v, const float *g, int64_t 
 
 /* Every table names its functions apti_NAME_isa. */
 #define APTI_TABLE(isa, mr, nr, slim, lanes, narrow) {                                                                  \
-    #isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_transpose_##isa, \
-    apti_copy_##isa, \
-    apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa, apti_dot_##isa, apti_sq_dev_##isa,        \
-    apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa, apti_abs_add_##isa, apti_act_##isa,              \
+    #isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_transpose_##isa,       \
+    apti_copy_##isa, apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa, apti_dot_##isa,          \
+    apti_sq_dev_##isa, apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa, apti_abs_add_##isa, apti_act_##isa,              \
     apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa }
 
 static const apti_kernels apti_kernels_ref = APTI_TABLE(ref, 4, 8, 4, 1, NULL);
@@ -2951,8 +2950,7 @@ APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vflush)(apti_v x)
 }
 
 APTI_ISA_TARGET static void APTI_FN(adam)(float *w, float *m, float *v, const float *g, int64_t n, float grad_scale,
-    float beta1, float beta2,
-                                          float step_size, float eps, float decay)
+    float beta1, float beta2, float step_size, float eps, float decay)
 {
     const apti_v b1 = apti_vset(beta1), c1 = apti_vset(1.0f - beta1), b2 = apti_vset(beta2), c2 = apti_vset(1.0f - beta2);
     APTI_EACH(i, n, k) {
@@ -3687,8 +3685,8 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
                 apti_segment *segment = &tile.segment[q];
                 const apti_gemm_part *part = step->part[q];
                 segment->k = step->k[q];
-                segment->a = pack_a[q] != NULL ? pack_a[q] + r0 * step->k[q] + s * APTI_STRIP_GAP : part->a + (i0 +
-                    r0) * part->a_row + step->p0[q] * part->a_col;
+                if (pack_a[q] != NULL) segment->a = pack_a[q] + r0 * step->k[q] + s * APTI_STRIP_GAP;
+                else segment->a = part->a + (i0 + r0) * part->a_row + step->p0[q] * part->a_col;
                 segment->a_row = pack_a[q] != NULL ? 1 : part->a_row;
                 segment->a_col = pack_a[q] != NULL ? r1 - r0 : part->a_col;
             }
@@ -3872,16 +3870,16 @@ static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
     const bool pack_b = g->part[0].k > 0 && (g->part[0].kind != APTI_B_PACKED || g->part[0].packed->type != APT_F32);
     const bool pack_a = g->part[0].a_col != 1;
     const double work = (double)g->m * (double)g->n * (double)(g->part[0].k + g->part[1].k);
-    const int64_t wanted = apti_min_i64(threads == 1 ? 1 : (pack_a && pack_b ? 2 : 8) * threads, 1 +
-        (int64_t)(work / APTI_GEMM_TASK));
+    const int64_t share = threads == 1 ? 1 : (pack_a && pack_b ? 2 : 8) * threads;
+    const int64_t wanted = apti_min_i64(share, 1 + (int64_t)(work / APTI_GEMM_TASK));
     job->panels = apti_ceil_div(g->n, job->kernels->nr);
     job->tiles_m = job->tiles_n = 1;
     if (job->thin) {
         job->tiles_n = apti_min_i64(wanted, apti_ceil_div(job->panels, 2));
         return;
     }
-    const int64_t rows = pack_b && !pack_a ? APTI_GEMM_TALL : 2 * APTI_GEMM_ROWS, cols = pack_b && !pack_a ? APTI_GEMM_SLIM
-        : APTI_GEMM_COLS;
+    const bool tall = pack_b && !pack_a;
+    const int64_t rows = tall ? APTI_GEMM_TALL : 2 * APTI_GEMM_ROWS, cols = tall ? APTI_GEMM_SLIM : APTI_GEMM_COLS;
     job->tiles_m = apti_ceil_div(g->m, rows);
     job->tiles_n = apti_ceil_div(g->n, cols);
     while (job->tiles_m * job->tiles_n < wanted) {
