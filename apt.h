@@ -2490,8 +2490,8 @@ static void apti_adam_ref(float *w, float *m, float *v, const float *g, int64_t 
 #define APTI_TABLE(isa, mr, nr, slim, lanes, narrow) {                                                                  \
     #isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_transpose_##isa,       \
     apti_copy_##isa, apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa, apti_dot_##isa,          \
-    apti_sq_dev_##isa, apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa, apti_abs_add_##isa, apti_act_##isa,              \
-    apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa }
+    apti_sq_dev_##isa, apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa, apti_abs_add_##isa,           \
+    apti_act_##isa, apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa }
 
 static const apti_kernels apti_kernels_ref = APTI_TABLE(ref, 4, 8, 4, 1, NULL);
 
