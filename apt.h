@@ -9610,59 +9610,88 @@ static apt_result apti_importance_update(apt_trainer *t)
     return APT_OK;
 }
 
-/* Ranks of all adapters now and after a growth, and the buffers of those that grow: [layers * APTI_LINEARS] each, A and B in
-   turn. */
-typedef struct apti_growth { int32_t *rank; int64_t *per_rank; apti_param *fresh; int32_t count; } apti_growth;
+/* The adapters that there are (linear maps without one would make the upper half too large): place[i] is layer * APTI_LINEARS +
+   linear, next[i] the rank after the growth, fresh[2 * i] and the entry behind it the buffers of one that grows. */
+typedef struct apti_growth {
+    int32_t *place, *rank, *next, count;
+    int64_t *per_rank;
+    float *importance;
+    apti_param *fresh;
+    void *block;
+} apti_growth;
+
+static int64_t apti_growth_plan(apti_growth *g, char *base, int64_t n)
+{
+    apti_bump b = {base, 0};
+    g->place = (int32_t *)apti_bump_take(&b, n, (int64_t)sizeof(int32_t));
+    g->rank = (int32_t *)apti_bump_take(&b, n, (int64_t)sizeof(int32_t));
+    g->next = (int32_t *)apti_bump_take(&b, n, (int64_t)sizeof(int32_t));
+    g->per_rank = (int64_t *)apti_bump_take(&b, n, (int64_t)sizeof(int64_t));
+    g->importance = (float *)apti_bump_take(&b, n, (int64_t)sizeof(float));
+    g->fresh = (apti_param *)apti_bump_take(&b, 2 * n, (int64_t)sizeof(apti_param));
+    return b.used;
+}
+
+static bool apti_growth_reserve(apt_model *m, const apti_growth *g, int32_t i)
+{
+    return apti_adapter_reserve(m, &g->fresh[2 * i], g->place[i] / APTI_LINEARS, g->place[i] % APTI_LINEARS, g->next[i], true);
+}
+
+/* importance NULL (an estimate): the entries of B stand for it, since I is a sum over them. */
+static void apti_growth_list(const apt_model *m, apti_growth *g, const float *importance)
+{
+    g->count = 0;
+    for (int32_t k = 0; k < m->config.layers * APTI_LINEARS; k++) {
+        const int32_t l = k / APTI_LINEARS, linear = k % APTI_LINEARS;
+        if (apti_rank(m, l, linear) == 0) continue;
+        g->place[g->count] = k;
+        g->rank[g->count] = (int32_t)apti_rank(m, l, linear);
+        g->per_rank[g->count] = apti_adapter_per_rank(m, l, linear);
+        g->importance[g->count++] = importance != NULL ? importance[k] : (float)apti_param_count(m->layers[l].lora_b[linear]);
+    }
+}
+
+/* The budget rises in a straight line to `growth` times the start. */
+static apt_result apti_growth_ranks(apti_growth *g, const apt_train_desc *d, int64_t step, int64_t start)
+{
+    const int64_t span = apti_max_i64(1, d->prune_end - d->prune_begin);
+    const double done = (double)apti_min_i64(span, apti_max_i64(0, step - d->prune_begin)) / (double)span;
+    const int64_t budget = (int64_t)((double)start * (1 + (d->growth - 1) * done));
+    return apt_adapter_plan(g->next, g->importance, g->rank, g->per_rank, g->count, budget, d->max_rank);
+}
 
 static apt_result apti_growth_make(apt_trainer *t, apti_growth *g)
 {
     apt_model *m = t->model;
-    const int32_t n = g->count;
-    const int64_t span = apti_max_i64(1, t->desc.prune_end - t->desc.prune_begin);
-    const double done = (double)apti_min_i64(span, apti_max_i64(0, t->step - t->desc.prune_begin)) / (double)span;
-    g->rank = (int32_t *)apti_alloc(t->ctx, 2 * (int64_t)n, (int64_t)sizeof(int32_t));
-    g->per_rank = (int64_t *)apti_alloc(t->ctx, n, (int64_t)sizeof(int64_t));
-    g->fresh = (apti_param *)apti_calloc(t->ctx, 2 * (int64_t)n, (int64_t)sizeof(apti_param));
-    if (g->rank == NULL || g->per_rank == NULL || g->fresh == NULL)
-        return apti_fail(t->ctx, APT_E_MEMORY, "growth: no memory for its plan");
-    for (int32_t i = 0; i < n; i++) {
-        g->rank[i] = (int32_t)apti_rank(m, i / APTI_LINEARS, i % APTI_LINEARS);
-        g->per_rank[i] = apti_adapter_per_rank(m, i / APTI_LINEARS, i % APTI_LINEARS);
-    }
-    const int64_t budget = (int64_t)((double)t->adapter_budget * (1 + (t->desc.growth - 1) * done));
-    const apt_result r = apt_adapter_plan(g->rank + n, t->importance, g->rank, g->per_rank, n, budget, t->desc.max_rank);
+    const int32_t most = m->config.layers * APTI_LINEARS;
+    g->block = apti_calloc(t->ctx, apti_growth_plan(g, NULL, most), 1);
+    if (g->block == NULL) return apti_fail(t->ctx, APT_E_MEMORY, "growth: no memory for its plan");
+    (void)apti_growth_plan(g, (char *)g->block, most);
+    apti_growth_list(m, g, t->importance);
+    const apt_result r = apti_growth_ranks(g, &t->desc, t->step, t->adapter_budget);
     if (r != APT_OK) return apti_fail(t->ctx, r, "growth at step %lld: %s", (long long)t->step, apt_result_text(r));
-    for (int32_t i = 0; i < n; i++)
-        if (g->rank[n + i] > g->rank[i] &&
-            !apti_adapter_reserve(m, &g->fresh[2 * i], i / APTI_LINEARS, i % APTI_LINEARS, g->rank[n + i], true))
-            return apti_fail(t->ctx, APT_E_MEMORY, "growth: no memory for %s at rank %d", g->fresh[2 * i].name,
-                             (int)g->rank[n + i]);
+    for (int32_t i = 0; i < g->count; i++)
+        if (g->next[i] > g->rank[i] && !apti_growth_reserve(m, g, i))
+            return apti_fail(t->ctx, APT_E_MEMORY, "growth: no memory for %s at rank %d", g->fresh[2 * i].name, (int)g->next[i]);
     return APT_OK;
 }
 
-static void apti_growth_free(apt_ctx *ctx, apti_growth *g, bool adopted)
-{
-    for (int32_t i = 0; !adopted && g->fresh != NULL && i < 2 * g->count; i++) apti_param_release(ctx, &g->fresh[i]);
-    apti_free(ctx, g->rank);
-    apti_free(ctx, g->per_rank);
-    apti_free(ctx, g->fresh);
-}
-
-/* The upper half by importance grows within a budget that rises in a straight line to `growth` times the start: all of it or,
-   when memory runs out, none. */
+/* The upper half by importance grows: all of it or, when memory runs out, none. */
 static apt_result apti_grow(apt_trainer *t)
 {
     apt_model *m = t->model;
     apti_growth g = APT_ZERO;
     apt_event e = apti_event_of(t, APT_EVENT_GROW);
-    g.count = m->config.layers * APTI_LINEARS;
     e.parameters_before = apti_adapter_total(m);
     const apt_result r = apti_growth_make(t, &g);
     apt_rng rng = apti_trainer_rng(t, APTI_STREAM_GROW);
-    for (int32_t i = 0; i < g.count && r == APT_OK; i++)
-        if (g.rank[g.count + i] > g.rank[i]) apti_adapter_adopt(m, &g.fresh[2 * i], i / APTI_LINEARS, i % APTI_LINEARS, &rng);
+    for (int32_t i = 0; i < g.count; i++) {
+        apti_param *fresh = &g.fresh[2 * i];
+        if (r == APT_OK) apti_adapter_adopt(m, fresh, g.place[i] / APTI_LINEARS, g.place[i] % APTI_LINEARS, &rng);
+        else for (int32_t k = 0; k < 2; k++) apti_param_release(t->ctx, &fresh[k]);
+    }
     t->structure = m->structure;
-    apti_growth_free(t->ctx, &g, r == APT_OK);
+    apti_free(t->ctx, g.block);
     e.parameters_after = apti_adapter_total(m);
     if (e.parameters_after != e.parameters_before) apti_fire(t, &e);
     return r;
@@ -10229,6 +10258,7 @@ typedef struct apti_rehearsal {
     apt_trainer t;                    /* the resolved desc and what plans read */
     int64_t now[APTI_USES], most[APTI_USES];                 /* held; held at the peak */
     int64_t tokens, sequences, pass, teacher_pass, masks, adapter_budget;
+    apti_growth growth;
 } apti_rehearsal;
 
 /* What apti_alloc takes from the system. */
@@ -10454,28 +10484,25 @@ static void apti_rehearse_cut(apti_rehearsal *r, double left)
     apti_note(r, APTI_USE_OPTIMIZER, apti_unit_arrays_cost(m) - arrays);
 }
 
-/* Every other adapter grows as apt_adapter_plan would let the important half; the old ones go when all new ones are there. */
-static void apti_rehearse_growth(apti_rehearsal *r, double done, int32_t which)
+/* The old adapters go when all new ones are there. */
+static void apti_rehearse_growth(apti_rehearsal *r, int64_t step)
 {
     apt_model *m = r->m;
-    const int64_t n = (int64_t)m->config.layers * APTI_LINEARS;
-    const int64_t plan = apti_cost(2 * n * (int64_t)sizeof(int32_t)) + apti_cost(n * (int64_t)sizeof(int64_t)) +
-                         apti_cost(2 * n * (int64_t)sizeof(apti_param));
-    const double total = (double)apti_adapter_total(m),
-                 budget = (double)r->adapter_budget * (1 + ((double)r->t.desc.growth - 1) * done);
+    apti_growth *g = &r->growth;
+    const int64_t plan = apti_cost(apti_block_bytes(g->block));
     apti_note(r, APTI_USE_SCRATCH, plan);
+    apti_growth_list(m, g, NULL);
+    if (apti_growth_ranks(g, &r->t.desc, step, r->adapter_budget) != APT_OK) g->count = 0;
     for (int32_t pass = 0; pass < 2; pass++)
-        for (int32_t k = 0, at = which; k < n && total > 0; k++) {
-            apti_param *a = m->layers[k / APTI_LINEARS].lora_a[k % APTI_LINEARS],
-                       *b = m->layers[k / APTI_LINEARS].lora_b[k % APTI_LINEARS];
-            apti_param grown[2] = {*a, *b};
-            const int64_t rank = apti_min_i64(r->t.desc.max_rank, (int64_t)((double)a->rows * budget / total));
-            if (a->rows == 0 || rank <= a->rows || at++ % 2 != 0) continue;
-            grown[0].rows = grown[1].cols = rank;
-            for (int32_t i = 0; i < 2; i++) apti_note_param(r, pass == 0 ? &grown[i] : i == 0 ? a : b, pass == 0 ? 1 : -1);
-            if (pass == 0) continue;
-            *a = grown[0];
-            *b = grown[1];
+        for (int32_t i = 0; i < g->count; i++) {
+            apti_param *a = m->layers[g->place[i] / APTI_LINEARS].lora_a[g->place[i] % APTI_LINEARS],
+                       *b = m->layers[g->place[i] / APTI_LINEARS].lora_b[g->place[i] % APTI_LINEARS];
+            const int64_t rank = pass == 0 ? g->next[i] : g->rank[i];
+            if (g->next[i] == g->rank[i]) continue;
+            a->rows = b->cols = rank;
+            apti_note_param(r, a, pass == 0 ? 1 : -1);
+            apti_note_param(r, b, pass == 0 ? 1 : -1);
+            a->rows = b->cols = g->next[i];
         }
     apti_note(r, APTI_USE_SCRATCH, -plan);
 }
@@ -10485,8 +10512,6 @@ static void apti_rehearse_decision(apti_rehearsal *r, int64_t step, bool first, 
 {
     const apt_train_desc *d = &r->t.desc;
     const bool distills = !d->disable_distill && step < d->distill_end;
-    const double window = (double)(d->prune_end - d->prune_begin),
-                 done = window > 0 ? (double)(step - d->prune_begin) / window : 1;
     apti_decision plan;
     apt_units u;
     if (first && distills) apti_rehearse_teacher(r);
@@ -10494,7 +10519,7 @@ static void apti_rehearse_decision(apti_rehearsal *r, int64_t step, bool first, 
     r->masks = apti_cost((int64_t)u.total * (int64_t)sizeof(float));
     apti_note(r, APTI_USE_SCRATCH, r->masks);
     apti_note_brief(r, APTI_USE_SCRATCH, apti_cost(apti_decision_plan(r->m, &plan, NULL, u.total, 2 * r->m->config.layers + 1)));
-    if (!d->disable_growth) apti_rehearse_growth(r, done, (int32_t)(step / d->update_frequency % 2));
+    if (!d->disable_growth) apti_rehearse_growth(r, step);
     if (step >= d->steps) return;
     if (distills) {
         apti_note(r, APTI_USE_TEACHER, r->teacher_pass);
@@ -10578,7 +10603,10 @@ APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const ap
     r.acts = (apti_acts *)apti_calloc(ctx, r.m->config.layers, (int64_t)sizeof(apti_acts));
     r.dense = (apt_layer_shape *)apti_alloc(ctx, r.m->config.layers, (int64_t)sizeof(apt_layer_shape));
     r.shared = (uint8_t *)apti_calloc(ctx, r.m->param_count, 1);
-    if (r.acts != NULL && r.dense != NULL && r.shared != NULL) {
+    const int64_t adapters = (int64_t)r.m->config.layers * APTI_LINEARS;
+    r.growth.block = apti_alloc(ctx, apti_growth_plan(&r.growth, NULL, adapters), 1);
+    if (r.acts != NULL && r.dense != NULL && r.shared != NULL && r.growth.block != NULL) {
+        (void)apti_growth_plan(&r.growth, (char *)r.growth.block, adapters);
         memcpy(r.dense, r.m->shape, (size_t)r.m->config.layers * sizeof(apt_layer_shape));
         result = apti_rehearse(&r, desc);
     } else {
@@ -10588,6 +10616,7 @@ APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const ap
     apti_free(ctx, r.acts);
     apti_free(ctx, r.dense);
     apti_free(ctx, r.shared);
+    apti_free(ctx, r.growth.block);
     apti_model_free(r.m);
     return result;
 }

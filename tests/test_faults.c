@@ -171,7 +171,8 @@ static bool unfinished(const fixture *f)
     return f->l.trainer != NULL && f->l.trainer->stage != APTI_STAGE_NONE;
 }
 
-/* Lets every allocation of the call fail, alone and with all later ones; then repeats the call. Returns how many there are. */
+/* Lets every allocation of the call fail, and every fourth with all later ones; then repeats the call. Returns how many there
+   are. */
 static int64_t attack_every_allocation(const attack *a)
 {
     fixture f;
@@ -185,19 +186,21 @@ static int64_t attack_every_allocation(const attack *a)
     memcpy(fired, f.l.tr.fired, sizeof fired);
     const uint64_t after = state_sum(&f), later = go_on(&f);
     end(&f);
-    for (int64_t i = 0; i < 2 * count; i++) {
-        const int64_t n = i / 2;
+    for (int64_t i = 0; i < count + count / 4; i++) {
+        const bool once = i < count;
+        const int64_t n = once ? i : 4 * (i - count) + 1;
         begin(&f, a);
         f.l.memory.fail_at = f.l.memory.calls + n;
-        f.l.memory.once = i % 2 == 0;
+        f.l.memory.once = once;
         apt_result r = a->call(&f);
         f.l.memory.fail_at = -1;
         if (!f.l.memory.failed) fail_msg("%s: allocation %lld was not reached the second time", a->name, (long long)n);
         if (r == APT_OK) {                                            /* something that only saves memory was left out */
-            optional += i % 2 == 0;
+            optional += once;
         } else {
             if (r != APT_E_MEMORY || f.l.messages.result != APT_E_MEMORY || apt_error(f.l.ctx)[0] == 0)
-                fail_msg("%s: allocation %lld failed, the result is %s: %s", a->name, (long long)n, apt_result_text(r), apt_error(f.l.ctx));
+                fail_msg("%s: allocation %lld failed, the result is %s: %s", a->name, (long long)n, apt_result_text(r),
+                         apt_error(f.l.ctx));
             if (!a->partial && !unfinished(&f) && state_sum(&f) != before)
                 fail_msg("%s: something changed when allocation %lld failed", a->name, (long long)n);
             assert_ok(f.l.ctx, a->call(&f));
@@ -208,8 +211,8 @@ static int64_t attack_every_allocation(const attack *a)
         end(&f);
     }
     if (count - optional < a->least)
-        fail_msg("%s: only %lld of %lld allocations are needed, expected %lld", a->name, (long long)(count - optional), (long long)count,
-                 (long long)a->least);
+        fail_msg("%s: only %lld of %lld allocations are needed, expected %lld", a->name, (long long)(count - optional),
+                 (long long)count, (long long)a->least);
     return count;
 }
 
@@ -706,8 +709,8 @@ static void test_thread_start(void **state)
 
 /* ---- disks ----------------------------------------------------------------------------------------------------------- */
 
-/* Each write, sync, close and rename of the call fails once. On failure nothing on the disk has changed; `call` sees to the files'
-   contents. Returns how many were refused. */
+/* Each write, sync, close and rename of the call fails once. On failure nothing on the disk has changed; `call` sees to the
+   files' contents. Returns how many were refused. */
 static int64_t attack_every_write(const attack *a)
 {
     fixture f;
@@ -746,7 +749,8 @@ static void test_disk(void **state)
 static void test_disk_full(void **state)
 {
     (void)state;
-    const attack a = {"apt_checkpoint_save", short_plan(APT_BERT, APT_TASK_CLASSIFY), 9, setup_old, call_checkpoint_save, 0, false};
+    const plan p = short_plan(APT_BERT, APT_TASK_CLASSIFY);
+    const attack a = {"apt_checkpoint_save", p, 9, setup_old, call_checkpoint_save, 0, false};
     fixture f;
     struct rlimit old, now;
     begin(&f, &a);

@@ -395,9 +395,24 @@ typedef struct watch {
     apt_trainer *trainer;
     const test_batch *probe;
     float logits[64];
-    int64_t count;
+    int64_t count, rank[16];          /* of every adapter at the last decision */
     bool have;
 } watch;
+
+/* At most the upper half of the adapters grew, and none that matters less than one of the lower half. */
+static void watch_growth(const watch *w, const apt_model *m, const float *importance)
+{
+    int32_t adapters = 0, grown = 0;
+    for (int32_t k = 0; k < 2 * APTI_LINEARS; k++) adapters += w->rank[k] > 0;
+    for (int32_t k = 0; k < 2 * APTI_LINEARS; k++) {
+        int32_t better = 0;
+        if (apti_rank(m, k / APTI_LINEARS, k % APTI_LINEARS) == w->rank[k]) continue;
+        for (int32_t i = 0; i < 2 * APTI_LINEARS; i++) better += w->rank[i] > 0 && importance[i] > importance[k];
+        assert_true(w->rank[k] > 0 && better < (adapters + 1) / 2);
+        grown++;
+    }
+    assert_true(adapters > 4 && grown > 0 && grown <= (adapters + 1) / 2);
+}
 
 static int watch_event(apt_event *e, void *user)
 {
@@ -421,6 +436,7 @@ static int watch_event(apt_event *e, void *user)
         w->count = n;
         w->have = true;
         free(x);
+        for (int32_t k = 0; k < 2 * APTI_LINEARS; k++) w->rank[k] = apti_rank(m, k / APTI_LINEARS, k % APTI_LINEARS);
     }
     if (e->kind == APT_EVENT_GROW) {                                  /* right behind the decision: nothing else has changed */
         int64_t n = 0;
@@ -430,6 +446,7 @@ static int watch_event(apt_event *e, void *user)
         free(x);
         w->grown++;
         assert_true(e->parameters_after > e->parameters_before);
+        watch_growth(w, m, e->trainer->importance);
     }
     if (e->kind == APT_EVENT_COMPACT) {
         apt_units u;

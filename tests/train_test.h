@@ -93,7 +93,14 @@ static inline void run(apt_trainer *t, const plan *p, trace *tr, int64_t from, i
     }
 }
 
-typedef struct live { apt_ctx *ctx; apt_model *model; apt_trainer *trainer; trace tr; test_log messages; test_memory memory; } live;
+typedef struct live {
+    apt_ctx *ctx;
+    apt_model *model;
+    apt_trainer *trainer;
+    trace tr;
+    test_log messages;
+    test_memory memory;
+} live;
 
 static inline void start(live *l, const plan *p, uint64_t model_seed)
 {
@@ -134,7 +141,8 @@ static inline uint32_t all_events(const trace *t)
 static inline void assert_same_trace(const trace *a, const trace *b, int64_t from, int64_t to, const char *what)
 {
     for (int64_t i = from; i < to; i++)
-        if (a->sum[i] != b->sum[i]) fail_msg("%s: micro-batch %d gave loss %.17g, expected %.17g", what, (int)i, b->loss[i], a->loss[i]);
+        if (a->sum[i] != b->sum[i])
+            fail_msg("%s: micro-batch %d gave loss %.17g, expected %.17g", what, (int)i, b->loss[i], a->loss[i]);
 }
 
 #endif /* APT_TRAIN_TEST_H */
