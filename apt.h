@@ -9145,7 +9145,7 @@ static apt_result apti_work_begin(apt_trainer *t, const char *what)
 {
     if (t->working) return apti_fail(t->ctx, APT_E_STATE, "%s: not from inside an event", what);
     t->working = t->half_done = true;
-    t->cancelled = false;
+    if (t->stage == APTI_STAGE_NONE) t->cancelled = false;            /* else the failed call still owes its answer */
     return APT_OK;
 }
 

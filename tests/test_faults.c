@@ -372,6 +372,48 @@ static void test_saved_unfinished(void **state)
     test_remove(dir);
 }
 
+/* The first micro-batch in which an event of this kind fires. */
+static int64_t micro_with(const plan *p, apt_event_kind kind)
+{
+    live l;
+    int64_t i = 0;
+    start(&l, p, 1);
+    for (; i < micro_batches(p); i++) {
+        run(l.trainer, p, &l.tr, i, i + 1);
+        if ((l.tr.events[i] >> kind & 1) != 0) break;
+    }
+    stop(&l);
+    assert_true(i < micro_batches(p));
+    return i;
+}
+
+/* A callback cancels, then the same call runs out of memory: the repeated call says that it was cancelled. */
+static void test_cancelled_and_failed(void **state)
+{
+    (void)state;
+    plan p = short_plan(APT_BERT, APT_TASK_CLASSIFY);
+    p.d.accumulate = 1;
+    const int64_t i = micro_with(&p, APT_EVENT_PRUNE);
+    int32_t met = 0;
+    for (int64_t n = 0;; n++) {
+        live l;
+        start(&l, &p, 1);
+        run(l.trainer, &p, &l.tr, 0, i);
+        l.tr.cancel_at = APT_EVENT_PRUNE;
+        l.memory.fail_at = l.memory.calls + n;
+        const apt_result r = run_one(l.trainer, &p, &l.tr, i);
+        l.memory.fail_at = -1;
+        if (r == APT_E_MEMORY) {
+            met += l.tr.cancelled;
+            assert_result(run_one(l.trainer, &p, &l.tr, i), APT_E_CANCELLED);
+        }
+        run(l.trainer, &p, &l.tr, i + 1, i + 2);
+        stop(&l);
+        if (r == APT_E_CANCELLED) break;
+    }
+    assert_true(met > 0);
+}
+
 /* ---- other calls of the trainer -------------------------------------------------------------------------------------- */
 
 static apt_result call_trainer_create(fixture *f)
@@ -435,20 +477,6 @@ static apt_result call_set(fixture *f)
     const apt_result r = apt_model_set(f->l.model, f->l.model->embed[APTI_WORD]->name, v, n);
     free(v);
     return r;
-}
-
-static int64_t micro_with(const plan *p, apt_event_kind kind)
-{
-    live l;
-    int64_t i = 0;
-    start(&l, p, 1);
-    for (; i < micro_batches(p); i++) {
-        run(l.trainer, p, &l.tr, i, i + 1);
-        if ((l.tr.events[i] >> kind & 1) != 0) break;
-    }
-    stop(&l);
-    assert_true(i < micro_batches(p));
-    return i;
 }
 
 static void test_trainer_calls(void **state)
@@ -785,8 +813,9 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_steps),       cmocka_unit_test(test_whole_runs),  cmocka_unit_test(test_saved_unfinished),
-        cmocka_unit_test(test_trainer_calls), cmocka_unit_test(test_checkpoints), cmocka_unit_test(test_models),
-        cmocka_unit_test(test_thread_start), cmocka_unit_test(test_disk),       cmocka_unit_test(test_disk_full),
+        cmocka_unit_test(test_cancelled_and_failed), cmocka_unit_test(test_trainer_calls), cmocka_unit_test(test_checkpoints),
+        cmocka_unit_test(test_models),      cmocka_unit_test(test_thread_start), cmocka_unit_test(test_disk),
+        cmocka_unit_test(test_disk_full),
     };
     return cmocka_run_group_tests_name("faults", tests, NULL, NULL);
 }
