@@ -130,8 +130,12 @@
 
    ON MEMORY
    All memory comes from apt_desc.alloc (default malloc). apt_estimate tells the peak before anything is allocated;
-   apt_memory_info tells what is held. A step allocates only when a batch is larger than all before it. If memory runs out,
-   the call returns APT_E_MEMORY, and model and trainer are as they were before it.
+   apt_memory_info tells what is held. A step allocates only when a batch is larger than all before it, and where it prunes,
+   grows or takes a teacher. If memory runs out, the call returns APT_E_MEMORY, and model and trainer are as they were before
+   it. There is one exception: apt_trainer_step, apt_trainer_finish and apt_trainer_prune_now may have done the first part of
+   their work. In every case nothing is lost: call again with the same arguments (the same batch), and the call does what is
+   still missing; the run goes on as if memory had never run out, bit for bit. A checkpoint can be saved in between. (Events of
+   work that is begun again, a decision of apt_trainer_prune_now and an evaluation, come again.)
 
    ON ERRORS
    Functions return apt_result: APT_OK is 0, errors are negative. apt_error(ctx) is the text: which file, tensor, field or
@@ -481,7 +485,8 @@ APT_API apt_result apt_preset_query(apt_preset_kind kind, apt_preset_info *info)
 APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *desc, apt_trainer **trainer);
 /* The desc with every default filled in. */
 APT_API void apt_trainer_query(const apt_trainer *trainer, apt_train_desc *desc);
-/* One micro-batch; every desc.accumulate-th call updates. APT_E_STATE after desc.steps steps. */
+/* One micro-batch; every desc.accumulate-th call updates. APT_E_STATE after desc.steps steps. A call that failed is repeated
+   with the same batch: where the update was done, it only does the rest. */
 APT_API apt_result apt_trainer_step(apt_trainer *trainer, const apt_batch *batch, apt_step_info *info);
 /* Snaps the masks and compacts: afterwards every mask is 1 and the model has its final shape. */
 APT_API apt_result apt_trainer_finish(apt_trainer *trainer);
@@ -1401,8 +1406,10 @@ static apt_result apti_pool_create(apt_ctx *ctx)
 {
     apti_pool *pool = (apti_pool *)apti_calloc(ctx, 1, (int64_t)sizeof(apti_pool));
     if (pool == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory for the thread pool");
-    if (pthread_mutex_init(&pool->mutex, NULL) != 0 || pthread_cond_init(&pool->wake, NULL) != 0 ||
-        pthread_cond_init(&pool->done, NULL) != 0) {
+    const bool mutex = pthread_mutex_init(&pool->mutex, NULL) == 0, wake = mutex && pthread_cond_init(&pool->wake, NULL) == 0;
+    if (!wake || pthread_cond_init(&pool->done, NULL) != 0) {
+        if (wake) pthread_cond_destroy(&pool->wake);
+        if (mutex) pthread_mutex_destroy(&pool->mutex);
         apti_free(ctx, pool);
         return apti_fail(ctx, APT_E_THREAD, "the thread pool's mutex could not be made");
     }
@@ -1568,6 +1575,12 @@ static bool apti_os_replace(const char *from, const char *to)
     return rename(from, to) == 0;
 }
 
+/* A second name for a file. */
+static bool apti_os_link(const char *from, const char *to)
+{
+    return link(from, to) == 0;
+}
+
 static bool apti_os_make_dir(const char *path)
 {
     return mkdir(path, 0777) == 0;
@@ -1645,6 +1658,13 @@ static bool apti_os_replace(const char *from, const char *to)
 }
 
 /* C cannot make folders: opening a file in it will tell. */
+static bool apti_os_link(const char *from, const char *to)
+{
+    (void)from;
+    (void)to;
+    return false;
+}
+
 static bool apti_os_make_dir(const char *path)
 {
 #ifdef _WIN32
@@ -1788,7 +1808,7 @@ typedef struct apti_writer {
     int64_t used;                                /* bytes in buffer */
     int64_t bytes;                               /* given to apti_write so far */
     apti_handle handle;
-    bool open;
+    bool open, made;                             /* made: the temporary file is there */
     apt_result result;
 } apti_writer;
 
@@ -1796,8 +1816,8 @@ typedef struct apti_writer {
 static void apti_write_abort(apti_writer *w)
 {
     if (w->open) (void)apti_os_close(&w->handle);
-    if (w->open && w->temp != NULL) (void)remove(w->temp);
-    w->open = false;
+    if (w->made && w->temp != NULL) (void)remove(w->temp);
+    w->open = w->made = false;
     apti_free(w->ctx, w->path);
     apti_free(w->ctx, w->temp);
     apti_free(w->ctx, w->buffer);
@@ -1841,7 +1861,7 @@ static apt_result apti_write_begin(apt_ctx *ctx, const char *path, apti_writer *
         return w->result;
     }
     errno = 0;
-    w->open = apti_write_open(w, temp_bytes);
+    w->open = w->made = apti_write_open(w, temp_bytes);
     return w->open ? APT_OK : apti_write_fail(w, "create");
 }
 
@@ -1885,22 +1905,29 @@ static void apti_sync_parent(apt_ctx *ctx, char *path)
 #endif
 }
 
-/* On APT_OK the file stands under its name with everything written; otherwise nothing changed. Ends the writer. */
-static apt_result apti_write_commit(apti_writer *w)
+/* Everything is on the disk, under the temporary name: what can still fail is the rename. */
+static apt_result apti_write_ready(apti_writer *w)
 {
-    if (w->result != APT_OK) return w->result;
+    if (w->result != APT_OK || !w->open) return w->result;
     errno = 0;
     if (!apti_write_flush(w)) return apti_write_fail(w, "write");
     if (!apti_os_sync(&w->handle)) return apti_write_fail(w, "sync");
-    const bool closed = apti_os_close(&w->handle);
     w->open = false;
-    if (!closed || (w->temp != NULL && !apti_os_replace(w->temp, w->path))) {
-        w->result = apti_fail_io(w->ctx, closed ? "replace" : "close", w->path);
-        if (w->temp != NULL) (void)remove(w->temp);
-    } else if (w->temp != NULL) apti_sync_parent(w->ctx, w->path);
-    const apt_result result = w->result;
+    return apti_os_close(&w->handle) ? APT_OK : apti_write_fail(w, "close");
+}
+
+/* On APT_OK the file stands under its name with everything written; otherwise nothing changed. Ends the writer. */
+static apt_result apti_write_commit(apti_writer *w)
+{
+    const apt_result result = apti_write_ready(w);
+    if (result != APT_OK) return result;
+    if (w->temp != NULL) {
+        if (!apti_os_replace(w->temp, w->path)) return apti_write_fail(w, "replace");
+        w->made = false;
+        apti_sync_parent(w->ctx, w->path);
+    }
     apti_write_abort(w);
-    return result;
+    return APT_OK;
 }
 #endif /* APT_ONLY_CORE */
 
@@ -8561,36 +8588,55 @@ static apt_adapter apti_adapter_view(const apt_model *model, float *a, float *b,
     return view;
 }
 
-/* Raises one adapter to `rank`: new A rows random, new B columns and all their moments 0; the output does not change. */
-static apt_result apti_adapter_resize(apt_model *model, int32_t l, int32_t linear, int64_t rank, bool trainable, apt_rng *rng)
+/* Buffers for one adapter at `rank`, in fresh[0] (A) and fresh[1] (B); none where no heads or neurons are left to adapt. */
+static bool apti_adapter_reserve(apt_model *model, apti_param *fresh, int32_t l, int32_t linear, int64_t rank, bool trainable)
+{
+    fresh[0] = *model->layers[l].lora_a[linear];
+    fresh[1] = *model->layers[l].lora_b[linear];
+    fresh[0].rows = fresh[1].cols = rank;
+    for (int32_t i = 0; i < 2; i++) {
+        apti_param_forget(&fresh[i]);
+        fresh[i].trainable = trainable;
+    }
+    if (apti_param_count(&fresh[0]) == 0 || apti_param_count(&fresh[1]) == 0) return true;
+    return apti_param_reserve(model, &fresh[0]) && apti_param_reserve(model, &fresh[1]);
+}
+
+/* Moves one adapter into reserved buffers: new A rows random, new B columns and all their moments 0; the output does not
+   change. */
+static void apti_adapter_adopt(apt_model *model, const apti_param *fresh, int32_t l, int32_t linear, apt_rng *rng)
 {
     apti_param *pa = model->layers[l].lora_a[linear], *pb = model->layers[l].lora_b[linear];
-    apti_param a = *pa, b = *pb;
-    a.value = a.grad = a.moment1 = a.moment2 = b.value = b.grad = b.moment1 = b.moment2 = NULL;
-    a.rows = b.cols = rank;
-    a.trainable = b.trainable = trainable;
-    if (apti_param_count(&a) == 0 || apti_param_count(&b) == 0) return APT_OK;   /* no heads or neurons left to adapt */
-    if (!apti_param_reserve(model, &a) || !apti_param_reserve(model, &b)) {
-        apti_param_release(model->ctx, &a);
-        apti_param_release(model->ctx, &b);
-        return apti_fail(model->ctx, APT_E_MEMORY, "no memory for %s at rank %lld", pa->name, (long long)rank);
-    }
-    const apt_adapter grown = apti_adapter_view(model, a.value, b.value, &a, &b);
+    const apti_param *a = &fresh[0], *b = &fresh[1];
+    if (a->value == NULL) return;
+    const apt_adapter grown = apti_adapter_view(model, a->value, b->value, a, b);
     const apt_adapter old = apti_adapter_view(model, pa->value, pb->value, pa, pb);
     (void)apt_adapter_grow(&grown, &old, rng);
-    if (trainable && pa->trainable && pa->rows > 0) {
-        const apt_adapter m1 = apti_adapter_view(model, a.moment1, b.moment1, &a, &b),
+    if (a->trainable && pa->trainable && pa->rows > 0) {
+        const apt_adapter m1 = apti_adapter_view(model, a->moment1, b->moment1, a, b),
                           o1 = apti_adapter_view(model, pa->moment1, pb->moment1, pa, pb);
-        const apt_adapter m2 = apti_adapter_view(model, a.moment2, b.moment2, &a, &b),
+        const apt_adapter m2 = apti_adapter_view(model, a->moment2, b->moment2, a, b),
                           o2 = apti_adapter_view(model, pa->moment2, pb->moment2, pa, pb);
         (void)apt_adapter_grow(&m1, &o1, NULL);
         (void)apt_adapter_grow(&m2, &o2, NULL);
     }
     apti_param_release(model->ctx, pa);
     apti_param_release(model->ctx, pb);
-    *pa = a;
-    *pb = b;
+    *pa = *a;
+    *pb = *b;
     model->structure++;
+}
+
+/* A first adapter of `rank`, or one raised to it. */
+static apt_result apti_adapter_resize(apt_model *model, int32_t l, int32_t linear, int64_t rank, bool trainable, apt_rng *rng)
+{
+    apti_param fresh[2];
+    if (!apti_adapter_reserve(model, fresh, l, linear, rank, trainable)) {
+        apti_param_release(model->ctx, &fresh[0]);
+        apti_param_release(model->ctx, &fresh[1]);
+        return apti_fail(model->ctx, APT_E_MEMORY, "no memory for %s at rank %lld", fresh[0].name, (long long)rank);
+    }
+    apti_adapter_adopt(model, fresh, l, linear, rng);
     return APT_OK;
 }
 
@@ -8621,33 +8667,30 @@ static void apti_merge_one(apt_model *model, int32_t l, int32_t linear, float *v
     apti_adapter_remove(model, l, linear);
 }
 
-/* Logits of `probe` in memory of ctx. */
-static apt_result apti_probe_logits(apt_model *model, const apt_batch *probe, float **logits, int64_t *count)
+/* Logits of `probe` before and after a merge: room for both, and the first half filled. */
+static apt_result apti_probe_logits(apt_model *model, const apt_batch *probe, apt_output *out)
 {
-    apt_output out = APT_ZERO;
-    apt_result r = apt_model_forward(model, probe, &out);
-    *logits = NULL;
+    const apt_output none = APT_ZERO;
+    *out = none;
+    apt_result r = apt_model_forward(model, probe, out);
     if (r != APT_OK) return r;
-    *count = out.logits_count;
-    *logits = (float *)apti_alloc(model->ctx, out.logits_count, (int64_t)sizeof(float));
-    if (*logits == NULL) return apti_fail(model->ctx, APT_E_MEMORY, "merge: no memory for the probe's logits");
-    out.logits = *logits;
-    out.logits_capacity = out.logits_count;
-    return apt_model_forward(model, probe, &out);
+    out->logits_capacity = out->logits_count;
+    out->logits = (float *)apti_alloc(model->ctx, 2 * out->logits_count, (int64_t)sizeof(float));
+    if (out->logits == NULL) return apti_fail(model->ctx, APT_E_MEMORY, "merge: no memory for the probe's logits");
+    return apt_model_forward(model, probe, out);
 }
 
-static apt_result apti_logit_difference(apt_model *model, const apt_batch *probe, const float *before, int64_t count,
-                                        float *difference)
+/* The largest difference after a merge. Without adapters a pass needs no more memory than it has: this cannot run out. */
+static apt_result apti_logit_difference(apt_model *model, const apt_batch *probe, const apt_output *before, float *difference)
 {
-    float *after = NULL;
-    int64_t n = 0;
-    const apt_result r = apti_probe_logits(model, probe, &after, &n);
+    apt_output after = *before;
+    after.logits += before->logits_count;
+    const apt_result r = apt_model_forward(model, probe, &after);
     *difference = 0;
-    for (int64_t i = 0; r == APT_OK && i < count && i < n; i++) {
-        const float e = fabsf(after[i] - before[i]);
+    for (int64_t i = 0; r == APT_OK && i < before->logits_count; i++) {
+        const float e = fabsf(after.logits[i] - before->logits[i]);
         if (e > *difference) *difference = e;
     }
-    apti_free(model->ctx, after);
     return r;
 }
 
@@ -8655,18 +8698,17 @@ APT_API apt_result apt_model_merge(apt_model *model, const apt_batch *probe, flo
 {
     if (model == NULL) return APT_E_ARGUMENT;
     apt_result r = APT_OK;
-    float *before = NULL;
-    int64_t count = 0;
+    apt_output before = APT_ZERO;
     float *values = (float *)apti_alloc(model->ctx, apti_largest_linear(model), (int64_t)sizeof(float));
     if (values == NULL) r = apti_fail(model->ctx, APT_E_MEMORY, "merge: no memory for one matrix");
-    if (r == APT_OK && probe != NULL && difference != NULL) r = apti_probe_logits(model, probe, &before, &count);
+    if (r == APT_OK && probe != NULL && difference != NULL) r = apti_probe_logits(model, probe, &before);
     for (int32_t l = 0; l < model->config.layers && r == APT_OK; l++)
         for (int32_t i = 0; i < APTI_LINEARS; i++)
             if (apti_rank(model, l, i) > 0) apti_merge_one(model, l, i, values);
     if (r == APT_OK) model->structure++;
     apti_free(model->ctx, values);
-    if (r == APT_OK && before != NULL) r = apti_logit_difference(model, probe, before, count, difference);
-    apti_free(model->ctx, before);
+    if (r == APT_OK && before.logits != NULL) r = apti_logit_difference(model, probe, &before, difference);
+    apti_free(model->ctx, before.logits);
     return r;
 }
 
@@ -8731,6 +8773,17 @@ typedef struct apti_transform {
     int32_t *place;                   /* [student hidden]: the teacher's dimension */
 } apti_transform;
 
+/* What comes behind an update, in this order. A stage that fails is begun again by the next call of apt_trainer_step. */
+typedef enum apti_stage {
+    APTI_STAGE_NONE = 0,
+    APTI_STAGE_GLIDE,                 /* masks move; a compaction when all have arrived */
+    APTI_STAGE_DECIDE,                /* settle the last decision, first teacher, a new decision */
+    APTI_STAGE_GROW,
+    APTI_STAGE_EVENTS,
+    APTI_STAGE_EVALUATE,              /* APT_EVENT_STEP has fired already */
+    APTI_STAGES
+} apti_stage;
+
 struct apt_trainer {
     apt_ctx *ctx;
     apt_model *model;
@@ -8747,7 +8800,7 @@ struct apt_trainer {
     uint8_t *keep;                    /* [units] last decision */
     bool moving;                      /* masks glide towards keep */
     bool observed;                    /* salience holds something */
-    bool owed;                        /* a decision was due but memory ran out: it comes with the next step */
+    int32_t stage;                    /* apti_stage: what is left to do of a step behind its update */
     bool cancelled;                   /* a callback asked for an end; the call in progress says so when it is through */
     bool working, half_done;          /* inside a call that fires events; its changes are not complete */
     double sparsity;                  /* by the last decision, of the dense prunable parameters */
@@ -8918,9 +8971,11 @@ typedef struct apti_unit_arrays { float *salience, *probe; uint8_t *keep; } apti
 
 static void apti_unit_arrays_free(apt_ctx *ctx, apti_unit_arrays *a)
 {
+    const apti_unit_arrays none = APT_ZERO;
     apti_free(ctx, a->salience);
     apti_free(ctx, a->probe);
     apti_free(ctx, a->keep);
+    *a = none;                        /* a failed make leaves nothing to free twice */
 }
 
 static apt_result apti_unit_arrays_make(const apt_model *model, apti_unit_arrays *a, int32_t units, int64_t probes)
@@ -9088,7 +9143,7 @@ static apt_result apti_work_begin(apt_trainer *t, const char *what)
 {
     if (t->working) return apti_fail(t->ctx, APT_E_STATE, "%s: not from inside an event", what);
     t->working = t->half_done = true;
-    t->cancelled = false;
+    if (t->stage == APTI_STAGE_NONE) t->cancelled = false;            /* else the failed call still owes its answer */
     return APT_OK;
 }
 
@@ -9553,31 +9608,88 @@ static apt_result apti_importance_update(apt_trainer *t)
     return APT_OK;
 }
 
-/* The upper half by importance grows within a budget that rises in a straight line to `growth` times the start. */
+/* The adapters that there are (linear maps without one would make the upper half too large): place[i] is layer * APTI_LINEARS +
+   linear, next[i] the rank after the growth, fresh[2 * i] and the entry behind it the buffers of one that grows. */
+typedef struct apti_growth {
+    int32_t *place, *rank, *next, count;
+    int64_t *per_rank;
+    float *importance;
+    apti_param *fresh;
+    void *block;
+} apti_growth;
+
+static int64_t apti_growth_plan(apti_growth *g, char *base, int64_t n)
+{
+    apti_bump b = {base, 0};
+    g->place = (int32_t *)apti_bump_take(&b, n, (int64_t)sizeof(int32_t));
+    g->rank = (int32_t *)apti_bump_take(&b, n, (int64_t)sizeof(int32_t));
+    g->next = (int32_t *)apti_bump_take(&b, n, (int64_t)sizeof(int32_t));
+    g->per_rank = (int64_t *)apti_bump_take(&b, n, (int64_t)sizeof(int64_t));
+    g->importance = (float *)apti_bump_take(&b, n, (int64_t)sizeof(float));
+    g->fresh = (apti_param *)apti_bump_take(&b, 2 * n, (int64_t)sizeof(apti_param));
+    return b.used;
+}
+
+static bool apti_growth_reserve(apt_model *m, const apti_growth *g, int32_t i)
+{
+    return apti_adapter_reserve(m, &g->fresh[2 * i], g->place[i] / APTI_LINEARS, g->place[i] % APTI_LINEARS, g->next[i], true);
+}
+
+/* importance NULL (an estimate): the entries of B stand for it, since I is a sum over them. */
+static void apti_growth_list(const apt_model *m, apti_growth *g, const float *importance)
+{
+    g->count = 0;
+    for (int32_t k = 0; k < m->config.layers * APTI_LINEARS; k++) {
+        const int32_t l = k / APTI_LINEARS, linear = k % APTI_LINEARS;
+        if (apti_rank(m, l, linear) == 0) continue;
+        g->place[g->count] = k;
+        g->rank[g->count] = (int32_t)apti_rank(m, l, linear);
+        g->per_rank[g->count] = apti_adapter_per_rank(m, l, linear);
+        g->importance[g->count++] = importance != NULL ? importance[k] : (float)apti_param_count(m->layers[l].lora_b[linear]);
+    }
+}
+
+/* The budget rises in a straight line to `growth` times the start. */
+static apt_result apti_growth_ranks(apti_growth *g, const apt_train_desc *d, int64_t step, int64_t start)
+{
+    const int64_t span = apti_max_i64(1, d->prune_end - d->prune_begin);
+    const double done = (double)apti_min_i64(span, apti_max_i64(0, step - d->prune_begin)) / (double)span;
+    const int64_t budget = (int64_t)((double)start * (1 + (d->growth - 1) * done));
+    return apt_adapter_plan(g->next, g->importance, g->rank, g->per_rank, g->count, budget, d->max_rank);
+}
+
+static apt_result apti_growth_make(apt_trainer *t, apti_growth *g)
+{
+    apt_model *m = t->model;
+    const int32_t most = m->config.layers * APTI_LINEARS;
+    g->block = apti_calloc(t->ctx, apti_growth_plan(g, NULL, most), 1);
+    if (g->block == NULL) return apti_fail(t->ctx, APT_E_MEMORY, "growth: no memory for its plan");
+    (void)apti_growth_plan(g, (char *)g->block, most);
+    apti_growth_list(m, g, t->importance);
+    const apt_result r = apti_growth_ranks(g, &t->desc, t->step, t->adapter_budget);
+    if (r != APT_OK) return apti_fail(t->ctx, r, "growth at step %lld: %s", (long long)t->step, apt_result_text(r));
+    for (int32_t i = 0; i < g->count; i++)
+        if (g->next[i] > g->rank[i] && !apti_growth_reserve(m, g, i))
+            return apti_fail(t->ctx, APT_E_MEMORY, "growth: no memory for %s at rank %d", g->fresh[2 * i].name, (int)g->next[i]);
+    return APT_OK;
+}
+
+/* The upper half by importance grows: all of it or, when memory runs out, none. */
 static apt_result apti_grow(apt_trainer *t)
 {
     apt_model *m = t->model;
-    const int32_t n = m->config.layers * APTI_LINEARS;
-    const int64_t span = apti_max_i64(1, t->desc.prune_end - t->desc.prune_begin);
-    const double done = (double)apti_min_i64(span, apti_max_i64(0, t->step - t->desc.prune_begin)) / (double)span;
+    apti_growth g = APT_ZERO;
     apt_event e = apti_event_of(t, APT_EVENT_GROW);
-    int32_t *rank = (int32_t *)apti_alloc(t->ctx, 2 * (int64_t)n, (int64_t)sizeof(int32_t));
-    int64_t *per_rank = (int64_t *)apti_alloc(t->ctx, n, (int64_t)sizeof(int64_t));
-    apt_result r = rank != NULL && per_rank != NULL ? APT_OK : apti_fail(t->ctx, APT_E_MEMORY, "growth: no memory for its plan");
-    for (int32_t i = 0; i < n && r == APT_OK; i++) {
-        rank[i] = (int32_t)apti_rank(m, i / APTI_LINEARS, i % APTI_LINEARS);
-        per_rank[i] = apti_adapter_per_rank(m, i / APTI_LINEARS, i % APTI_LINEARS);
-    }
     e.parameters_before = apti_adapter_total(m);
-    if (r == APT_OK)
-        r = apt_adapter_plan(rank + n, t->importance, rank, per_rank, n,
-                             (int64_t)((double)t->adapter_budget * (1 + (t->desc.growth - 1) * done)), t->desc.max_rank);
+    const apt_result r = apti_growth_make(t, &g);
     apt_rng rng = apti_trainer_rng(t, APTI_STREAM_GROW);
-    for (int32_t i = 0; i < n && r == APT_OK; i++)
-        if (rank[n + i] > rank[i]) r = apti_adapter_resize(m, i / APTI_LINEARS, i % APTI_LINEARS, rank[n + i], true, &rng);
+    for (int32_t i = 0; i < g.count; i++) {
+        apti_param *fresh = &g.fresh[2 * i];
+        if (r == APT_OK) apti_adapter_adopt(m, fresh, g.place[i] / APTI_LINEARS, g.place[i] % APTI_LINEARS, &rng);
+        else for (int32_t k = 0; k < 2; k++) apti_param_release(t->ctx, &fresh[k]);
+    }
     t->structure = m->structure;
-    apti_free(t->ctx, rank);
-    apti_free(t->ctx, per_rank);
+    apti_free(t->ctx, g.block);
     e.parameters_after = apti_adapter_total(m);
     if (e.parameters_after != e.parameters_before) apti_fire(t, &e);
     return r;
@@ -9649,16 +9761,37 @@ static apt_result apti_shrink(apt_trainer *t)
     return r;
 }
 
-/* Masks go to exactly 0 or 1 as decided; what is at 0 is removed. */
+/* Masks go to exactly 0 or 1 as decided; what is at 0 is removed. On failure they glide on. */
+static apt_result apti_snap_and_shrink(apt_trainer *t)
+{
+    apt_model *m = t->model;
+    float *gliding = m->masks;
+    apt_units u;
+    if (gliding == NULL) return APT_OK;
+    apt_model_units(m, &u);
+    m->masks = (float *)apti_alloc(t->ctx, u.total, (int64_t)sizeof(float));
+    apt_result r = APT_OK;
+    if (m->masks == NULL) r = apti_fail(t->ctx, APT_E_MEMORY, "compaction: no memory for %d masks", (int)u.total);
+    else {
+        memcpy(m->masks, gliding, (size_t)u.total * sizeof(float));
+        (void)apt_mask_snap(m->masks, t->keep, u.total);
+        r = apti_shrink(t);
+    }
+    if (r == APT_OK) {
+        apti_free(t->ctx, gliding);
+        return r;
+    }
+    apti_free(t->ctx, m->masks);
+    m->masks = gliding;
+    return r;
+}
+
 static apt_result apti_settle(apt_trainer *t)
 {
     apt_model *m = t->model;
-    apt_units u;
-    apt_model_units(m, &u);
     const int64_t bytes = t->ctx->bytes, before = apti_prunable(&m->config);
-    if (m->masks != NULL) (void)apt_mask_snap(m->masks, t->keep, u.total);
-    const apt_result r = m->masks != NULL ? apti_shrink(t) : APT_OK;
-    if (r != APT_OK) return r;        /* still moving: the next step tries again */
+    const apt_result r = apti_snap_and_shrink(t);
+    if (r != APT_OK) return r;
     t->moving = false;
     apt_event e = apti_event_of(t, APT_EVENT_COMPACT);
     e.parameters_before = before;
@@ -9833,8 +9966,8 @@ static apt_result apti_decide(apt_trainer *t, double sparsity)
     return r;
 }
 
-/* What belongs to a pruning step of the schedule: settle the last decision, take the first teacher, decide, grow. */
-static apt_result apti_prune_event(apt_trainer *t)
+/* What belongs to a pruning step of the schedule: settle the last decision, take the first teacher, decide. */
+static apt_result apti_prune_event(apt_trainer *t, bool *decided)
 {
     int32_t due = 0;
     float sparsity = 0;
@@ -9847,12 +9980,11 @@ static apt_result apti_prune_event(apt_trainer *t)
     (void)apt_schedule_sparsity(&s, t->step, &sparsity);
     t->info.sparsity_target = sparsity;
     (void)apt_schedule_due(&s, t->desc.update_frequency, t->step, &due);
-    if ((!due && !t->owed) || sparsity <= 0) return APT_OK;
+    if (!due || sparsity <= 0) return APT_OK;
     apt_result r = t->moving ? apti_settle(t) : APT_OK;
     if (r == APT_OK && t->teacher == NULL && !t->desc.disable_distill && t->step < t->desc.distill_end) r = apti_teacher_take(t);
     if (r == APT_OK) r = apti_decide(t, sparsity);
-    t->owed = r != APT_OK;
-    if (r == APT_OK && !t->desc.disable_growth) r = apti_grow(t);
+    *decided = r == APT_OK;
     return r;
 }
 /* ------------------------------------------------------------------------------------------------ a step */
@@ -9861,8 +9993,20 @@ static apt_result apti_trainer_ready(apt_trainer *t, const apt_batch *batch)
 {
     if (t->model->structure != t->structure)
         return apti_fail(t->ctx, APT_E_STATE, "the model was merged or compacted from outside; this trainer cannot go on");
-    if (t->step >= t->desc.steps) return apti_fail(t->ctx, APT_E_STATE, "all %lld steps are done", (long long)t->desc.steps);
+    if (t->step >= t->desc.steps && t->stage == APTI_STAGE_NONE)
+        return apti_fail(t->ctx, APT_E_STATE, "all %lld steps are done", (long long)t->desc.steps);
     return apti_check_batch(t->model, batch, true);
+}
+
+/* Calls that look at the trainer between steps: the model is ours and the last step is through. */
+static apt_result apti_trainer_whole(const apt_trainer *t, const char *what)
+{
+    if (t->model->structure != t->structure)
+        return apti_fail(t->ctx, APT_E_STATE, "%s: the model was changed from outside", what);
+    if (t->stage != APTI_STAGE_NONE)
+        return apti_fail(t->ctx, APT_E_STATE, "%s: step %lld failed behind its update; repeat it first", what,
+                         (long long)t->step);
+    return APT_OK;
 }
 
 static uint32_t apti_train_mode(const apt_trainer *t, bool probe, bool distill)
@@ -9918,12 +10062,15 @@ static apt_result apti_regular_events(apt_trainer *t)
     const apt_train_desc *d = &t->desc;
     apt_event e = apti_event_of(t, APT_EVENT_STEP);
     apt_result r = APT_OK;
+    const bool again = t->stage == APTI_STAGE_EVALUATE;
     t->half_done = false;
-    apti_fire(t, &e);
+    t->stage = APTI_STAGE_NONE;
+    if (!again) apti_fire(t, &e);
     if (d->evaluate_every > 0 && t->step % d->evaluate_every == 0) {
         e = apti_event_of(t, APT_EVENT_EVALUATE);
         apti_fire(t, &e);
         if (e.has_metric) r = apt_trainer_metric(t, e.metric);
+        if (r != APT_OK) t->stage = APTI_STAGE_EVALUATE;
     }
     if (r == APT_OK && d->checkpoint_every > 0 && t->step % d->checkpoint_every == 0) {
         e = apti_event_of(t, APT_EVENT_CHECKPOINT);
@@ -9932,11 +10079,10 @@ static apt_result apti_regular_events(apt_trainer *t)
     return r;
 }
 
-/* The end of an optimizer step: learn from the sums, update, let masks glide, decide. An error behind the update leaves the
-   step counted and the trainer usable. */
-static apt_result apti_finish_step(apt_trainer *t, bool probe)
+/* The end of an optimizer step: learn from the sums, update. From here on the step counts. */
+static apt_result apti_update(apt_trainer *t, bool probe)
 {
-    apt_result r = APT_OK, next;
+    apt_result r = APT_OK;
     const bool finite = apti_finite((float)apti_gradient_norm(t));
     if (finite && probe) r = apti_salience_update(t);
     if (finite && r == APT_OK && apti_is_apt(t) && !t->desc.disable_growth) r = apti_importance_update(t);
@@ -9945,9 +10091,30 @@ static apt_result apti_finish_step(apt_trainer *t, bool probe)
     t->step++;
     t->info.step = t->step;
     if (t->step >= t->desc.distill_end) apti_teacher_drop(t);
-    next = r == APT_OK ? apti_glide(t) : r;
-    if (next == APT_OK && apti_is_apt(t) && t->desc.target_sparsity > 0) next = apti_prune_event(t);
-    return next;
+    t->stage = APTI_STAGE_GLIDE;
+    return r;
+}
+
+/* Behind the update: masks glide, a decision, growth. Each stage does all of its work or can be begun again. */
+static apt_result apti_step_rest(apt_trainer *t)
+{
+    apt_result r = APT_OK;
+    bool decided = false;
+    if (t->stage == APTI_STAGE_GLIDE) {
+        r = apti_glide(t);
+        if (r != APT_OK) return r;
+        t->stage = APTI_STAGE_DECIDE;
+    }
+    if (t->stage == APTI_STAGE_DECIDE) {
+        if (apti_is_apt(t) && t->desc.target_sparsity > 0) r = apti_prune_event(t, &decided);
+        if (r != APT_OK) return r;
+        t->stage = decided && !t->desc.disable_growth ? APTI_STAGE_GROW : APTI_STAGE_EVENTS;
+    }
+    if (t->stage == APTI_STAGE_GROW) {
+        r = apti_grow(t);
+        if (r == APT_OK) t->stage = APTI_STAGE_EVENTS;
+    }
+    return r;
 }
 
 static void apti_info_begin(apt_trainer *t)
@@ -9970,15 +10137,18 @@ APT_API apt_result apt_trainer_step(apt_trainer *trainer, const apt_batch *batch
     apt_result r = apti_trainer_ready(t, batch);
     if (r == APT_OK) r = apti_work_begin(t, "apt_trainer_step");
     if (r != APT_OK) return r;
-    const bool probe = apti_prunes_at(t, t->step);
-    if (t->micro == 0) {
-        apti_info_begin(t);
-        apti_probe_clear(t);
+    if (t->stage == APTI_STAGE_NONE) {                /* else the batch is in already: only the rest is missing */
+        const bool probe = apti_prunes_at(t, t->step);
+        if (t->micro == 0) {
+            apti_info_begin(t);
+            apti_probe_clear(t);
+        }
+        r = apti_micro_batch(t, batch, probe);
+        if (r != APT_OK) return apti_work_end(t, r);
+        if (++t->micro == t->desc.accumulate) r = apti_update(t, probe);
     }
-    r = apti_micro_batch(t, batch, probe);
-    if (r != APT_OK) return apti_work_end(t, r);
-    const bool last = ++t->micro == t->desc.accumulate;
-    if (last) r = apti_finish_step(t, probe);
+    const bool last = t->stage != APTI_STAGE_NONE;
+    if (last && r == APT_OK) r = apti_step_rest(t);
     t->info.milliseconds += 1e3 * (apti_seconds() - start);
     t->info.tokens_per_second = 1e3 * (double)t->info.tokens / (t->info.milliseconds > 0 ? t->info.milliseconds : 1e-9);
     t->info.bytes = t->ctx->bytes;
@@ -9993,9 +10163,15 @@ APT_API apt_result apt_trainer_finish(apt_trainer *trainer)
     if (trainer == NULL) return APT_E_ARGUMENT;
     if (trainer->model->structure != trainer->structure)
         return apti_fail(trainer->ctx, APT_E_STATE, "the model was changed from outside");
-    const apt_result r = apti_work_begin(trainer, "apt_trainer_finish");
+    apt_result r = apti_work_begin(trainer, "apt_trainer_finish");
     if (r != APT_OK) return r;
-    return apti_work_end(trainer, trainer->moving ? apti_settle(trainer) : APT_OK);
+    if (trainer->stage != APTI_STAGE_NONE) {
+        r = apti_step_rest(trainer);
+        if (r == APT_OK) r = apti_regular_events(trainer);
+        trainer->half_done = true;
+    }
+    if (r == APT_OK && trainer->moving) r = apti_settle(trainer);
+    return apti_work_end(trainer, r);
 }
 
 APT_API apt_result apt_trainer_metric(apt_trainer *trainer, double metric)
@@ -10004,7 +10180,8 @@ APT_API apt_result apt_trainer_metric(apt_trainer *trainer, double metric)
     if (!apti_finite((float)metric))
         return apti_fail(trainer->ctx, APT_E_NONFINITE, "apt_trainer_metric: the metric is not finite");
     if (trainer->half_done) return apti_fail(trainer->ctx, APT_E_STATE, "apt_trainer_metric: not from inside this event");
-    if (trainer->has_metric && metric <= trainer->best_metric) return APT_OK;
+    const apt_result whole = apti_trainer_whole(trainer, "apt_trainer_metric");
+    if (whole != APT_OK || (trainer->has_metric && metric <= trainer->best_metric)) return whole;
     const bool inside = trainer->working;             /* from APT_EVENT_STEP or APT_EVENT_EVALUATE: the step reports a cancel */
     apt_result r = inside ? APT_OK : apti_work_begin(trainer, "apt_trainer_metric");
     trainer->half_done = true;
@@ -10021,10 +10198,11 @@ APT_API apt_result apt_trainer_observe(apt_trainer *trainer, const apt_batch *ba
 {
     if (trainer == NULL) return APT_E_ARGUMENT;
     apt_trainer *t = trainer;
+    apt_result r = apti_trainer_whole(t, "apt_trainer_observe");
+    if (r != APT_OK) return r;
     if (t->micro != 0) return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_observe: a step is half accumulated");
-    if (t->model->structure != t->structure) return apti_fail(t->ctx, APT_E_STATE, "the model was changed from outside");
     if (t->working) return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_observe: not from inside an event");
-    apt_result r = apti_check_batch(t->model, batch, true);
+    r = apti_check_batch(t->model, batch, true);
     if (r != APT_OK) return r;
     const apt_step_info info = t->info;
     apti_probe_clear(t);
@@ -10039,14 +10217,14 @@ APT_API apt_result apt_trainer_prune_now(apt_trainer *trainer, float sparsity)
 {
     if (trainer == NULL) return APT_E_ARGUMENT;
     apt_trainer *t = trainer;
-    if (t->model->structure != t->structure || t->micro != 0)
-        return apti_fail(t->ctx, APT_E_STATE,
-                         "apt_trainer_prune_now: the model was changed from outside, or a step is half accumulated");
+    apt_result r = apti_trainer_whole(t, "apt_trainer_prune_now");
+    if (r != APT_OK) return r;
+    if (t->micro != 0) return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_prune_now: a step is half accumulated");
     if (!apti_finite(sparsity) || !(sparsity >= 0 && sparsity < 1))
         return apti_fail(t->ctx, APT_E_RANGE, "apt_trainer_prune_now: sparsity %g; expected 0..1", (double)sparsity);
     if (!t->observed)
         return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_prune_now: no salience yet; call apt_trainer_observe first");
-    apt_result r = apti_work_begin(t, "apt_trainer_prune_now");
+    r = apti_work_begin(t, "apt_trainer_prune_now");
     if (r != APT_OK) return r;
     if (t->moving) r = apti_settle(t);
     if (r == APT_OK) r = apti_decide(t, sparsity);
@@ -10078,6 +10256,7 @@ typedef struct apti_rehearsal {
     apt_trainer t;                    /* the resolved desc and what plans read */
     int64_t now[APTI_USES], most[APTI_USES];                 /* held; held at the peak */
     int64_t tokens, sequences, pass, teacher_pass, masks, adapter_budget;
+    apti_growth growth;
 } apti_rehearsal;
 
 /* What apti_alloc takes from the system. */
@@ -10303,24 +10482,27 @@ static void apti_rehearse_cut(apti_rehearsal *r, double left)
     apti_note(r, APTI_USE_OPTIMIZER, apti_unit_arrays_cost(m) - arrays);
 }
 
-/* Every other adapter grows as apt_adapter_plan would let the important half. */
-static void apti_rehearse_growth(apti_rehearsal *r, double done, int32_t which)
+/* The old adapters go when all new ones are there. */
+static void apti_rehearse_growth(apti_rehearsal *r, int64_t step)
 {
     apt_model *m = r->m;
-    const double total = (double)apti_adapter_total(m),
-                 budget = (double)r->adapter_budget * (1 + ((double)r->t.desc.growth - 1) * done);
-    for (int32_t k = 0; k < m->config.layers * APTI_LINEARS && total > 0; k++) {
-        apti_param *a = m->layers[k / APTI_LINEARS].lora_a[k % APTI_LINEARS],
-                   *b = m->layers[k / APTI_LINEARS].lora_b[k % APTI_LINEARS];
-        const int64_t rank = apti_min_i64(r->t.desc.max_rank, (int64_t)((double)a->rows * budget / total));
-        apti_param old_a = *a, old_b = *b;
-        if (a->rows == 0 || rank <= a->rows || which++ % 2 != 0) continue;
-        a->rows = b->cols = rank;
-        apti_note_param(r, a, 1);
-        apti_note_param(r, b, 1);
-        apti_note_param(r, &old_a, -1);
-        apti_note_param(r, &old_b, -1);
-    }
+    apti_growth *g = &r->growth;
+    const int64_t plan = apti_cost(apti_block_bytes(g->block));
+    apti_note(r, APTI_USE_SCRATCH, plan);
+    apti_growth_list(m, g, NULL);
+    if (apti_growth_ranks(g, &r->t.desc, step, r->adapter_budget) != APT_OK) g->count = 0;
+    for (int32_t pass = 0; pass < 2; pass++)
+        for (int32_t i = 0; i < g->count; i++) {
+            apti_param *a = m->layers[g->place[i] / APTI_LINEARS].lora_a[g->place[i] % APTI_LINEARS],
+                       *b = m->layers[g->place[i] / APTI_LINEARS].lora_b[g->place[i] % APTI_LINEARS];
+            const int64_t rank = pass == 0 ? g->next[i] : g->rank[i];
+            if (g->next[i] == g->rank[i]) continue;
+            a->rows = b->cols = rank;
+            apti_note_param(r, a, pass == 0 ? 1 : -1);
+            apti_note_param(r, b, pass == 0 ? 1 : -1);
+            a->rows = b->cols = g->next[i];
+        }
+    apti_note(r, APTI_USE_SCRATCH, -plan);
 }
 
 /* One decision and the steps behind it. */
@@ -10328,8 +10510,6 @@ static void apti_rehearse_decision(apti_rehearsal *r, int64_t step, bool first, 
 {
     const apt_train_desc *d = &r->t.desc;
     const bool distills = !d->disable_distill && step < d->distill_end;
-    const double window = (double)(d->prune_end - d->prune_begin),
-                 done = window > 0 ? (double)(step - d->prune_begin) / window : 1;
     apti_decision plan;
     apt_units u;
     if (first && distills) apti_rehearse_teacher(r);
@@ -10337,7 +10517,7 @@ static void apti_rehearse_decision(apti_rehearsal *r, int64_t step, bool first, 
     r->masks = apti_cost((int64_t)u.total * (int64_t)sizeof(float));
     apti_note(r, APTI_USE_SCRATCH, r->masks);
     apti_note_brief(r, APTI_USE_SCRATCH, apti_cost(apti_decision_plan(r->m, &plan, NULL, u.total, 2 * r->m->config.layers + 1)));
-    if (!d->disable_growth) apti_rehearse_growth(r, done, (int32_t)(step / d->update_frequency % 2));
+    if (!d->disable_growth) apti_rehearse_growth(r, step);
     if (step >= d->steps) return;
     if (distills) {
         apti_note(r, APTI_USE_TEACHER, r->teacher_pass);
@@ -10421,7 +10601,10 @@ APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const ap
     r.acts = (apti_acts *)apti_calloc(ctx, r.m->config.layers, (int64_t)sizeof(apti_acts));
     r.dense = (apt_layer_shape *)apti_alloc(ctx, r.m->config.layers, (int64_t)sizeof(apt_layer_shape));
     r.shared = (uint8_t *)apti_calloc(ctx, r.m->param_count, 1);
-    if (r.acts != NULL && r.dense != NULL && r.shared != NULL) {
+    const int64_t adapters = (int64_t)r.m->config.layers * APTI_LINEARS;
+    r.growth.block = apti_alloc(ctx, apti_growth_plan(&r.growth, NULL, adapters), 1);
+    if (r.acts != NULL && r.dense != NULL && r.shared != NULL && r.growth.block != NULL) {
+        (void)apti_growth_plan(&r.growth, (char *)r.growth.block, adapters);
         memcpy(r.dense, r.m->shape, (size_t)r.m->config.layers * sizeof(apt_layer_shape));
         result = apti_rehearse(&r, desc);
     } else {
@@ -10431,6 +10614,7 @@ APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const ap
     apti_free(ctx, r.acts);
     apti_free(ctx, r.dense);
     apti_free(ctx, r.shared);
+    apti_free(ctx, r.growth.block);
     apti_model_free(r.m);
     return result;
 }
@@ -12935,6 +13119,25 @@ static apt_result apti_save_config(const apt_model *model, apti_writer *w)
     return result;
 }
 
+/* Puts both files in place or none: until the second one stands, the old weights have another name as well. Where the system
+   has no second names, a refusal between the two renames leaves the new weights beside the old config.json. */
+static apt_result apti_save_commit(apti_writer *w, apti_writer *c, const char *weights)
+{
+    const int64_t bytes = (int64_t)strlen(weights) + 48;
+    char *old = (char *)apti_alloc(w->ctx, bytes, 1);
+    if (old == NULL) return apti_fail(w->ctx, APT_E_MEMORY, "'%.600s': no memory for a path", weights);
+    (void)snprintf(old, (size_t)bytes, "%s.old-%ld", weights, apti_os_process());
+    const bool kept = apti_os_link(weights, old);
+    apt_result result = apti_write_commit(w);
+    if (result == APT_OK) {
+        result = apti_write_commit(c);
+        if (result != APT_OK && kept) (void)apti_os_replace(old, weights);
+    }
+    if (kept) (void)remove(old);
+    apti_free(w->ctx, old);
+    return result;
+}
+
 /* Both files are written beside their targets before the first one is put in place. */
 static apt_result apti_save_files(const apt_model *model, const char *weights, const char *config)
 {
@@ -12945,8 +13148,9 @@ static apt_result apti_save_files(const apt_model *model, const char *weights, c
     if (result == APT_OK) {
         result = apti_save_weights(model, weights, &w);
         if (result == APT_OK) result = apti_save_config(model, &c);
-        if (result == APT_OK) result = apti_write_commit(&w);
-        if (result == APT_OK) result = apti_write_commit(&c);
+        if (result == APT_OK) result = apti_write_ready(&w);
+        if (result == APT_OK) result = apti_write_ready(&c);
+        if (result == APT_OK) result = apti_save_commit(&w, &c, weights);
         apti_write_abort(&c);
     }
     apti_write_abort(&w);
@@ -13006,7 +13210,7 @@ enum {
     APTI_CKPT_OBSERVED,
     APTI_CKPT_HAS_METRIC,
     APTI_CKPT_BUDGET,
-    APTI_CKPT_OWED,
+    APTI_CKPT_STAGE,
     APTI_CKPT_TOKENS,
     APTI_CKPT_PROBE_ROWS,
     APTI_CKPT_INTS
@@ -13037,7 +13241,7 @@ static void apti_ckpt_pack(const apt_trainer *t, int64_t *i, double *x)
                             t->micro,          t->adam_steps,
                             t->moving,         t->observed,
                             t->has_metric,     t->adapter_budget,
-                            t->owed,           t->info.tokens,
+                            t->stage,          t->info.tokens,
                             t->probe.rows};
     const double reals[] = {t->sparsity,          t->best_metric,          t->info.loss,         t->info.task_loss,
                             t->info.distill_loss, t->info.sparsity_target, t->info.milliseconds, t->info.teacher_milliseconds};
@@ -13162,7 +13366,8 @@ static void apti_ckpt_put_trainer(apti_ckpt_writer *w, apt_trainer *t)
     (void)apti_ckpt_put(w, "state.keep", APT_U8, 1, nu, t->keep);
     apti_ckpt_put_floats(w, "state", "salience", t->salience, 1, u.total);
     apti_ckpt_put_floats(w, "state", "importance", t->importance, t->model->config.layers, APTI_LINEARS);
-    if (t->micro > 0) apti_ckpt_put_floats(w, "state", "probe", t->probe.act, 3, apti_probe_count(t->model));
+    if (t->micro > 0 || t->stage != APTI_STAGE_NONE)
+        apti_ckpt_put_floats(w, "state", "probe", t->probe.act, 3, apti_probe_count(t->model));
 }
 
 static void apti_ckpt_put_teacher(apti_ckpt_writer *w, apt_trainer *t)
@@ -13351,7 +13556,8 @@ static apt_result apti_ckpt_check_counters(const apt_trainer *t, const char *pat
     const int64_t most = (int64_t)1 << 48, *i = c->ints;
     const int64_t counters[][2] = {{i[APTI_CKPT_STEP], t->desc.steps}, {i[APTI_CKPT_MICRO], t->desc.accumulate - 1},
                                    {i[APTI_CKPT_ADAM_STEPS], t->desc.steps}, {i[APTI_CKPT_BUDGET], most},
-                                   {i[APTI_CKPT_TOKENS], most}, {i[APTI_CKPT_PROBE_ROWS], most}};
+                                   {i[APTI_CKPT_TOKENS], most}, {i[APTI_CKPT_PROBE_ROWS], most},
+                                   {i[APTI_CKPT_STAGE], i[APTI_CKPT_MICRO] > 0 ? 0 : APTI_STAGES - 1}};
     for (size_t k = 0; k < sizeof(counters) / sizeof(counters[0]); k++)
         if (counters[k][0] < 0 || counters[k][0] > counters[k][1])
             return apti_fail(t->ctx, APT_E_RANGE, "%s: counter %d is %lld; expected 0..%lld", path, (int)k,
@@ -13391,7 +13597,7 @@ static apt_result apti_ckpt_read_units(apt_trainer *t, apti_ckpt_reader *r, apti
     if (result == APT_OK) result = apti_ckpt_floats(r, "state", "salience", c->arrays.salience, u.total);
     if (result == APT_OK) result = apti_ckpt_find(r, "state.keep", APT_U8, u.total, &keep, NULL);
     if (result == APT_OK) memcpy(c->arrays.keep, keep, (size_t)u.total);
-    if (result == APT_OK && c->ints[APTI_CKPT_MICRO] > 0)
+    if (result == APT_OK && (c->ints[APTI_CKPT_MICRO] > 0 || c->ints[APTI_CKPT_STAGE] != APTI_STAGE_NONE))
         result = apti_ckpt_floats(r, "state", "probe", c->arrays.probe, 3 * c->probes);
     c->importance = (float *)apti_alloc(t->ctx, n, (int64_t)sizeof(float));
     if (result == APT_OK && c->importance == NULL)
@@ -13461,7 +13667,7 @@ static void apti_ckpt_adopt(apt_trainer *t, apti_ckpt_load *c)
     t->observed = c->ints[APTI_CKPT_OBSERVED] != 0;
     t->has_metric = c->ints[APTI_CKPT_HAS_METRIC] != 0;
     t->adapter_budget = c->ints[APTI_CKPT_BUDGET];
-    t->owed = c->ints[APTI_CKPT_OWED] != 0;
+    t->stage = (int32_t)c->ints[APTI_CKPT_STAGE];
     t->sparsity = c->reals[APTI_CKPT_SPARSITY];
     t->best_metric = c->reals[APTI_CKPT_BEST];
     apti_info_begin(t);

@@ -5,127 +5,7 @@
 #include "../apt.h"
 #include "apt_test.h"
 #include "model_test.h"
-
-/* ---- runs ---------------------------------------------------------------------------------------------------------- */
-
-enum { MOST_MICRO = 128 };
-
-/* What a run looked like, step by step. Losses are kept as bits so that they are compared exactly. */
-typedef struct trace {
-    uint64_t sum[MOST_MICRO];         /* checksum of (loss, task loss, distillation loss, gradient norm) of each micro-batch */
-    double loss[MOST_MICRO];
-    uint32_t events[MOST_MICRO];      /* bit k: event kind k fired */
-    int32_t now;                      /* micro-batch at work */
-    apt_event_kind cancel_at;         /* cancel at the first event of this kind */
-    int32_t cancelled;
-} trace;
-
-static int on_event(apt_event *event, void *user)
-{
-    trace *t = (trace *)user;
-    t->events[t->now] |= 1u << event->kind;
-    if (event->kind == APT_EVENT_EVALUATE) {
-        event->metric = 0.25 * (double)(event->step->step / 4);        /* a new best now and then, and repeats of it */
-        event->has_metric = 1;
-    }
-    if (t->cancel_at == event->kind && t->cancelled++ == 0) return 1;
-    return 0;
-}
-
-typedef struct plan {
-    apt_config c;
-    apt_train_desc d;
-    int32_t threads, sequences;
-    uint64_t data_seed;
-} plan;
-
-static int64_t micro_batches(const plan *p)
-{
-    return p->d.steps * (p->d.accumulate > 0 ? p->d.accumulate : 1);
-}
-
-/* An APT run of 24 steps in which everything happens: decisions at 4, 7, 10, 13, 16, compactions, growth, teachers, accumulation. */
-static plan apt_plan(apt_family family, apt_task_kind task)
-{
-    plan p;
-    memset(&p, 0, sizeof p);
-    p.c = test_config(family, task);
-    p.c.neurons = 20;
-    p.d.steps = 24;
-    p.d.accumulate = 2;
-    p.d.prune_begin = 1;
-    p.d.prune_end = 16;
-    p.d.update_frequency = 3;
-    p.d.target_sparsity = 0.6f;
-    p.d.min_hidden = 6;
-    p.d.rank = 2;
-    p.d.learning_rate = 3e-3f;
-    p.d.warmup_steps = 2;
-    p.d.evaluate_every = 5;
-    p.d.checkpoint_every = 7;
-    p.d.seed = 11;
-    p.threads = 1;
-    p.sequences = 5;
-    p.data_seed = 21;
-    return p;
-}
-
-/* Runs micro-batches [from, to) and records them. */
-static void run(apt_trainer *t, const plan *p, trace *tr, int64_t from, int64_t to)
-{
-    test_batch b;
-    for (int64_t i = from; i < to; i++) {
-        apt_step_info info;
-        test_batch_at(&b, &p->c, p->data_seed, i, p->sequences);
-        tr->now = (int32_t)i;
-        const apt_result r = apt_trainer_step(t, &b.b, &info);
-        if (r != APT_OK) fail_msg("micro-batch %d: %s (%s)", (int)i, apt_result_text(r), apt_error(t->ctx));
-        const double values[4] = {info.loss, info.task_loss, info.distill_loss, info.gradient_norm};
-        tr->sum[i] = apti_checksum(0, values, sizeof values);
-        tr->loss[i] = info.loss;
-        if (!test_finite((float)info.loss)) fail_msg("micro-batch %d: the loss is not finite", (int)i);
-    }
-}
-
-typedef struct live { apt_ctx *ctx; apt_model *model; apt_trainer *trainer; trace tr; test_log messages; } live;
-
-static void start(live *l, const plan *p, uint64_t model_seed)
-{
-    memset(l, 0, sizeof *l);
-    l->ctx = test_context(p->threads, &l->messages);
-    l->model = test_model(l->ctx, &p->c, model_seed);
-    apt_train_desc d = p->d;
-    d.on_event = on_event;
-    d.user = &l->tr;
-    l->trainer = test_trainer(l->model, &d);
-}
-
-static void stop(live *l)
-{
-    apt_destroy(l->ctx);
-}
-
-/* Whole run with its end; returns the checksum of the final model. */
-static uint64_t run_all(live *l, const plan *p)
-{
-    start(l, p, 1);
-    run(l->trainer, p, &l->tr, 0, micro_batches(p));
-    assert_ok(l->ctx, apt_trainer_finish(l->trainer));
-    return test_model_sum(l->model);
-}
-
-static uint32_t all_events(const trace *t)
-{
-    uint32_t all = 0;
-    for (int32_t i = 0; i < MOST_MICRO; i++) all |= t->events[i];
-    return all;
-}
-
-static void assert_same_trace(const trace *a, const trace *b, int64_t from, int64_t to, const char *what)
-{
-    for (int64_t i = from; i < to; i++)
-        if (a->sum[i] != b->sum[i]) fail_msg("%s: micro-batch %d gave loss %.17g, expected %.17g", what, (int)i, b->loss[i], a->loss[i]);
-}
+#include "train_test.h"
 
 /* ---- the same numbers always --------------------------------------------------------------------------------------- */
 
@@ -515,9 +395,24 @@ typedef struct watch {
     apt_trainer *trainer;
     const test_batch *probe;
     float logits[64];
-    int64_t count;
+    int64_t count, rank[16];          /* of every adapter at the last decision */
     bool have;
 } watch;
+
+/* At most the upper half of the adapters grew, and none that matters less than one of the lower half. */
+static void watch_growth(const watch *w, const apt_model *m, const float *importance)
+{
+    int32_t adapters = 0, grown = 0;
+    for (int32_t k = 0; k < 2 * APTI_LINEARS; k++) adapters += w->rank[k] > 0;
+    for (int32_t k = 0; k < 2 * APTI_LINEARS; k++) {
+        int32_t better = 0;
+        if (apti_rank(m, k / APTI_LINEARS, k % APTI_LINEARS) == w->rank[k]) continue;
+        for (int32_t i = 0; i < 2 * APTI_LINEARS; i++) better += w->rank[i] > 0 && importance[i] > importance[k];
+        assert_true(w->rank[k] > 0 && better < (adapters + 1) / 2);
+        grown++;
+    }
+    assert_true(adapters > 4 && grown > 0 && grown <= (adapters + 1) / 2);
+}
 
 static int watch_event(apt_event *e, void *user)
 {
@@ -541,6 +436,7 @@ static int watch_event(apt_event *e, void *user)
         w->count = n;
         w->have = true;
         free(x);
+        for (int32_t k = 0; k < 2 * APTI_LINEARS; k++) w->rank[k] = apti_rank(m, k / APTI_LINEARS, k % APTI_LINEARS);
     }
     if (e->kind == APT_EVENT_GROW) {                                  /* right behind the decision: nothing else has changed */
         int64_t n = 0;
@@ -550,6 +446,7 @@ static int watch_event(apt_event *e, void *user)
         free(x);
         w->grown++;
         assert_true(e->parameters_after > e->parameters_before);
+        watch_growth(w, m, e->trainer->importance);
     }
     if (e->kind == APT_EVENT_COMPACT) {
         apt_units u;

@@ -1,0 +1,147 @@
+/* apt_estimate against what real runs take: within 5 %, for every method, task and batch shape.
+   build: cc -std=c11 -O2 tests/test_estimate.c -o test_estimate -lcmocka -lpthread -lm */
+#define APT_IMPLEMENTATION
+#include "../apt.h"
+#include "apt_test.h"
+#include "model_test.h"
+#include "train_test.h"
+
+typedef struct batch_shape { int32_t sequences, length; } batch_shape;
+
+/* Every sequence is as long as it may be: the estimate speaks of the most tokens. */
+static void full_batch(test_batch *b, const apt_config *c, batch_shape s, int64_t index)
+{
+    apt_rng rng = apt_rng_make(3, (uint64_t)index);
+    test_batch_fill(b, c, &rng, s.sequences, s.length, s.length);
+}
+
+/* Peak bytes of a run from the creation of its context to its end; desc NULL: one forward. */
+static int64_t peak_of(const apt_config *c, const apt_train_desc *desc, batch_shape s, int32_t threads)
+{
+    live l;
+    memset(&l, 0, sizeof l);
+    l.ctx = test_context(threads, &l.messages);
+    l.model = test_model(l.ctx, c, 1);
+    static test_batch b;
+    if (desc == NULL) {
+        apt_output out = APT_ZERO;
+        full_batch(&b, c, s, 0);
+        assert_ok(l.ctx, apt_model_forward(l.model, &b.b, &out));
+    } else {
+        l.trainer = test_trainer(l.model, desc);
+        const int64_t n = desc->steps * (desc->accumulate > 0 ? desc->accumulate : 1);
+        for (int64_t i = 0; i < n; i++) {
+            full_batch(&b, c, s, i);
+            assert_ok(l.ctx, apt_trainer_step(l.trainer, &b.b, NULL));
+        }
+        assert_ok(l.ctx, apt_trainer_finish(l.trainer));
+    }
+    const int64_t peak = apt_memory_info(l.ctx).peak_bytes;
+    stop(&l);
+    return peak;
+}
+
+static apt_config wide_config(apt_task_kind task)                     /* two layers of MiniLM */
+{
+    apt_config c = test_config(APT_BERT, task);
+    c.vocab = 1000;
+    c.positions = 130;
+    c.hidden = 384;
+    c.heads = 12;
+    c.head_dim = 32;
+    c.neurons = 1536;
+    c.init_range = 0.02f;
+    return c;
+}
+
+static apt_config deep_config(apt_task_kind task)                     /* narrower, more layers */
+{
+    apt_config c = test_config(APT_ROBERTA, task);
+    c.vocab = 1500;
+    c.positions = 132;
+    c.types = 1;
+    c.hidden = 128;
+    c.heads = 4;
+    c.head_dim = 32;
+    c.neurons = 512;
+    c.layers = 5;
+    c.init_range = 0.02f;
+    return c;
+}
+
+enum { METHODS = 7 };
+static const char *const g_methods[METHODS] = {"inference", "LoRA", "full", "APT", "APT without distillation",
+                                               "APT without growth, all adapters", "APT, neurons only"};
+
+/* Few steps, in which all decisions, growth, the teacher and the recovery find room. */
+static apt_train_desc method_desc(int32_t method)
+{
+    apt_train_desc d = APT_ZERO;
+    d.steps = method < 3 ? 1 : 8;
+    d.learning_rate = 1e-3f;
+    d.method = method == 1 ? APT_METHOD_LORA : method == 2 ? APT_METHOD_FULL : APT_METHOD_APT;
+    if (method < 3) return d;
+    d.target_sparsity = 0.6f;
+    d.prune_begin = 1;
+    d.prune_end = 7;
+    d.update_frequency = 2;
+    d.disable_distill = method == 4;
+    d.disable_growth = method == 5;
+    if (method == 5) d.adapt = 63;
+    if (method == 6) {
+        d.prune = APT_PRUNE_NEURONS;
+        d.target_sparsity = 0.3f;
+    }
+    return d;
+}
+
+static double g_worst;
+
+static void compare(const apt_config *c, int32_t method, batch_shape s, int32_t threads)
+{
+    apt_train_desc d = method_desc(method);
+    apt_estimate_info info;
+    test_log log;
+    apt_ctx *ctx = test_context(threads, &log);
+    assert_ok(ctx, apt_estimate(ctx, c, method == 0 ? NULL : &d, (int64_t)s.sequences * s.length, s.sequences, &info));
+    apt_destroy(ctx);
+    const int64_t sum = info.weights + info.adapters + info.optimizer + info.activations + info.teacher + info.scratch;
+    const int64_t peak = peak_of(c, method == 0 ? NULL : &d, s, threads);
+    const double error = (double)(info.total - peak) / (double)peak;
+    assert_true(info.total == sum);
+    if (fabs(error) > 0.05)
+        fail_msg("%s, task %d, hidden %d, %d x %d tokens, %d threads: %lld bytes estimated, %lld taken", g_methods[method],
+                 (int)c->task, (int)c->hidden, (int)s.sequences, (int)s.length, (int)threads, (long long)info.total,
+                 (long long)peak);
+    if (fabs(error) > g_worst) g_worst = fabs(error);
+}
+
+static void compare_all(apt_config (*config)(apt_task_kind task), int32_t threads)
+{
+    static const batch_shape shapes[4] = {{4, 32}, {16, 8}, {1, 64}, {12, 16}};
+    g_worst = 0;
+    for (int32_t method = 0; method < METHODS; method++)
+        for (int32_t task = APT_TASK_CLASSIFY; task <= APT_TASK_MLM; task++) {
+            const apt_config c = config((apt_task_kind)task);
+            if (method < 4 || (method + task) % 2 == 0) compare(&c, method, shapes[(method + task) % 4], threads);
+        }
+    print_message("    off by %.1f %% at most\n", 100 * g_worst);
+}
+
+static void test_wide(void **state)
+{
+    (void)state;
+    compare_all(wide_config, 1);
+}
+
+static void test_deep(void **state)
+{
+    (void)state;
+    compare_all(deep_config, 2);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_wide), cmocka_unit_test(test_deep)};
+    return cmocka_run_group_tests_name("estimate", tests, NULL, NULL);
+}

@@ -1,0 +1,821 @@
+/* What goes wrong around the library: memory that runs out at every single allocation of every call that makes some, threads that
+   do not start, disks that refuse. After each failure the call is repeated, and the run must go on as if nothing had happened,
+   bit for bit.
+   build: cc -std=c11 -O2 tests/test_faults.c -o test_faults -lcmocka -lpthread -lm */
+#include <pthread.h>
+#include <stdio.h>
+#include <unistd.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/mman.h>
+#include <stdint.h>
+#include <stdbool.h>
+
+/* ---- system calls that fail on demand: the call number fail_at of those that pass here ---- */
+
+static struct { int64_t calls, fail_at; bool failed; int32_t mutexes, conditions; } g_system = {0, -1, false, 0, 0};
+
+static bool system_fails(void)
+{
+    if (g_system.calls++ != g_system.fail_at) return false;
+    g_system.failed = true;
+    return true;
+}
+
+static void system_fail_at(int64_t n)
+{
+    g_system.calls = 0;
+    g_system.fail_at = n;
+    g_system.failed = false;
+}
+
+static int faulty_thread(pthread_t *thread, const pthread_attr_t *attributes, void *(*main)(void *), void *arg)
+{
+    return system_fails() ? EAGAIN : pthread_create(thread, attributes, main, arg);
+}
+
+static int faulty_attributes(pthread_attr_t *attributes)
+{
+    return system_fails() ? ENOMEM : pthread_attr_init(attributes);
+}
+
+static int faulty_mutex(pthread_mutex_t *mutex)
+{
+    if (system_fails()) return ENOMEM;
+    g_system.mutexes++;
+    return pthread_mutex_init(mutex, NULL);
+}
+
+static int faulty_condition(pthread_cond_t *condition)
+{
+    if (system_fails()) return ENOMEM;
+    g_system.conditions++;
+    return pthread_cond_init(condition, NULL);
+}
+
+static ssize_t faulty_write(int file, const void *data, size_t bytes)
+{
+    if (!system_fails()) return write(file, data, bytes);
+    errno = ENOSPC;
+    return -1;
+}
+
+/* A failed close has closed all the same. */
+static int faulty_close(int file)
+{
+    const int code = close(file);
+    if (!system_fails()) return code;
+    errno = EIO;
+    return -1;
+}
+
+static int faulty_sync(int file)
+{
+    if (!system_fails()) return fsync(file);
+    errno = EIO;
+    return -1;
+}
+
+static int faulty_rename(const char *from, const char *to)
+{
+    if (!system_fails()) return rename(from, to);
+    errno = EACCES;
+    return -1;
+}
+
+#define pthread_create(thread, attributes, main, arg) faulty_thread(thread, attributes, main, arg)
+#define pthread_attr_init(attributes) faulty_attributes(attributes)
+#define pthread_mutex_init(mutex, attributes) faulty_mutex(mutex)
+#define pthread_cond_init(condition, attributes) faulty_condition(condition)
+#define pthread_mutex_destroy(mutex) (g_system.mutexes--, pthread_mutex_destroy(mutex))
+#define pthread_cond_destroy(condition) (g_system.conditions--, pthread_cond_destroy(condition))
+#define write(file, data, bytes) faulty_write(file, data, bytes)
+#define close(file) faulty_close(file)
+#define fsync(file) faulty_sync(file)
+#define rename(from, to) faulty_rename(from, to)
+#define APT_IMPLEMENTATION
+#include "../apt.h"
+#undef write
+#undef close
+#undef fsync
+#undef rename
+#include "apt_test.h"
+#include "model_test.h"
+#include "train_test.h"
+
+#include <signal.h>
+#include <sys/resource.h>
+
+/* ---- one call under attack ------------------------------------------------------------------------------------------- */
+
+typedef struct fixture {
+    live l;
+    plan p;
+    int64_t micro;                    /* the next micro-batch */
+    uint64_t value;                   /* checksum of what the call gave back */
+    char dir[512], path[600];
+} fixture;
+
+typedef struct attack {
+    const char *name;
+    plan p;
+    int64_t before;                   /* micro-batches that run first */
+    void (*setup)(fixture *f);        /* what else comes before the call, or NULL */
+    apt_result (*call)(fixture *f);
+    int64_t least;                    /* allocations that the call makes, at least */
+    bool partial;                     /* documented: it may have done its first part, and events may come again */
+} attack;
+
+static void begin(fixture *f, const attack *a)
+{
+    memset(f, 0, sizeof *f);
+    f->p = a->p;
+    f->micro = a->before;
+    test_dir(f->dir, sizeof f->dir);
+    test_join(f->path, sizeof f->path, f->dir, "file");
+    start(&f->l, &f->p, 1);
+    run(f->l.trainer, &f->p, &f->l.tr, 0, a->before);
+    if (a->setup != NULL) a->setup(f);
+}
+
+static void end(fixture *f)
+{
+    stop(&f->l);
+    test_remove(f->dir);
+}
+
+/* Everything that can be seen: weights, masks, losses, events, results, how many files there are. */
+static uint64_t state_sum(const fixture *f)
+{
+    uint64_t sum = f->l.model != NULL ? test_model_sum(f->l.model) : 0;
+    const int32_t files = test_count_files(f->dir);
+    sum = apti_checksum(sum, f->l.tr.sum, sizeof f->l.tr.sum);
+    sum = apti_checksum(sum, f->l.tr.fired, sizeof f->l.tr.fired);
+    sum = apti_checksum(sum, f->l.tr.events, sizeof f->l.tr.events);
+    sum = apti_checksum(sum, &f->value, sizeof f->value);
+    return apti_checksum(sum, &files, sizeof files);
+}
+
+/* Some steps more: what cannot be seen (moments, salience, sums) shows in them. */
+static uint64_t go_on(fixture *f)
+{
+    if (f->l.trainer == NULL) return state_sum(f);
+    const int64_t most = micro_batches(&f->p);
+    run(f->l.trainer, &f->p, &f->l.tr, f->micro, f->micro + 5 < most ? f->micro + 5 : most);
+    return state_sum(f);
+}
+
+static bool unfinished(const fixture *f)
+{
+    return f->l.trainer != NULL && f->l.trainer->stage != APTI_STAGE_NONE;
+}
+
+/* Lets every allocation of the call fail, and every fourth with all later ones; then repeats the call. Returns how many there
+   are. */
+static int64_t attack_every_allocation(const attack *a)
+{
+    fixture f;
+    int64_t optional = 0;
+    int32_t fired[MOST_MICRO];
+    begin(&f, a);
+    const uint64_t before = state_sum(&f);
+    const int64_t first = f.l.memory.calls;
+    assert_ok(f.l.ctx, a->call(&f));
+    const int64_t count = f.l.memory.calls - first;
+    memcpy(fired, f.l.tr.fired, sizeof fired);
+    const uint64_t after = state_sum(&f), later = go_on(&f);
+    end(&f);
+    for (int64_t i = 0; i < count + count / 4; i++) {
+        const bool once = i < count;
+        const int64_t n = once ? i : 4 * (i - count) + 1;
+        begin(&f, a);
+        f.l.memory.fail_at = f.l.memory.calls + n;
+        f.l.memory.once = once;
+        apt_result r = a->call(&f);
+        f.l.memory.fail_at = -1;
+        if (!f.l.memory.failed) fail_msg("%s: allocation %lld was not reached the second time", a->name, (long long)n);
+        if (r == APT_OK) {                                            /* something that only saves memory was left out */
+            optional += once;
+        } else {
+            if (r != APT_E_MEMORY || f.l.messages.result != APT_E_MEMORY || apt_error(f.l.ctx)[0] == 0)
+                fail_msg("%s: allocation %lld failed, the result is %s: %s", a->name, (long long)n, apt_result_text(r),
+                         apt_error(f.l.ctx));
+            if (!a->partial && !unfinished(&f) && state_sum(&f) != before)
+                fail_msg("%s: something changed when allocation %lld failed", a->name, (long long)n);
+            assert_ok(f.l.ctx, a->call(&f));
+            if (a->partial) memcpy(f.l.tr.fired, fired, sizeof fired);
+        }
+        if (state_sum(&f) != after) fail_msg("%s: not the same after the failure of allocation %lld", a->name, (long long)n);
+        if (go_on(&f) != later) fail_msg("%s: goes on differently after the failure of allocation %lld", a->name, (long long)n);
+        end(&f);
+    }
+    if (count - optional < a->least)
+        fail_msg("%s: only %lld of %lld allocations are needed, expected %lld", a->name, (long long)(count - optional),
+                 (long long)count, (long long)a->least);
+    return count;
+}
+
+/* ---- plans ----------------------------------------------------------------------------------------------------------- */
+
+/* A shorter APT run in which everything happens. */
+static plan short_plan(apt_family family, apt_task_kind task)
+{
+    plan p = apt_plan(family, task);
+    p.c.vocab = 11;
+    p.c.positions = 12;
+    p.d.steps = 9;
+    p.d.prune_begin = 1;
+    p.d.prune_end = 7;
+    p.d.update_frequency = 2;
+    p.d.evaluate_every = 2;
+    p.sequences = 3;
+    return p;
+}
+
+static plan plain_plan(apt_method method, apt_task_kind task)
+{
+    plan p = short_plan(APT_BERT, task);
+    p.d.method = method;
+    p.d.target_sparsity = 0;
+    p.d.prune_begin = p.d.prune_end = 0;
+    return p;
+}
+
+/* ---- steps ----------------------------------------------------------------------------------------------------------- */
+
+static apt_result call_step(fixture *f)
+{
+    const apt_result r = run_one(f->l.trainer, &f->p, &f->l.tr, f->micro);
+    f->micro += r == APT_OK;
+    return r;
+}
+
+/* Attacks every micro-batch that allocates. Returns the events that happened in attacked ones. */
+static uint32_t attack_steps(const plan *p, int64_t *plain)
+{
+    live l;
+    int64_t count[MOST_MICRO];
+    uint32_t events = 0;
+    start(&l, p, 1);
+    for (int64_t i = 0; i < micro_batches(p); i++) {
+        const int64_t first = l.memory.calls;
+        run(l.trainer, p, &l.tr, i, i + 1);
+        count[i] = l.memory.calls - first;
+    }
+    for (int64_t i = 0; i < micro_batches(p); i++) {
+        char name[64];
+        snprintf(name, sizeof name, "apt_trainer_step, micro-batch %d", (int)i);
+        const attack a = {name, *p, i, NULL, call_step, 0, false};
+        if (count[i] == 0) continue;
+        assert_int_equal(attack_every_allocation(&a), count[i]);
+        events |= l.tr.events[i];
+        if ((l.tr.events[i] & ~(1u << APT_EVENT_STEP)) == 0) plain[l.tr.events[i] != 0]++;
+    }
+    stop(&l);
+    return events;
+}
+
+static void test_steps(void **state)
+{
+    (void)state;
+    const uint32_t wanted = 1u << APT_EVENT_PRUNE | 1u << APT_EVENT_COMPACT | 1u << APT_EVENT_GROW | 1u << APT_EVENT_TEACHER |
+                            1u << APT_EVENT_EVALUATE;
+    int64_t plain[2] = {0, 0};        /* steps with a larger batch and no event: inside an accumulation, at its end */
+    plan p = short_plan(APT_BERT, APT_TASK_CLASSIFY);
+    assert_int_equal(attack_steps(&p, plain) & wanted, wanted);
+    assert_true(plain[0] > 1);
+    p = short_plan(APT_ROBERTA, APT_TASK_SPAN);
+    p.d.accumulate = 1;
+    p.d.reset_moments = 1;
+    assert_int_equal(attack_steps(&p, plain) & wanted, wanted);
+    p = plain_plan(APT_METHOD_LORA, APT_TASK_REGRESS);
+    (void)attack_steps(&p, plain);
+    p = plain_plan(APT_METHOD_FULL, APT_TASK_MLM);
+    p.d.accumulate = 1;
+    (void)attack_steps(&p, plain);
+    assert_true(plain[1] > 1);
+}
+
+/* Every allocation of a whole run fails once: each step is repeated until nothing of it fails. */
+static void test_whole_runs(void **state)
+{
+    (void)state;
+    for (int32_t task = APT_TASK_CLASSIFY; task <= APT_TASK_MLM; task++) {
+        plan p = apt_plan(task % 2 == 0 ? APT_BERT : APT_ROBERTA, (apt_task_kind)task);
+        live a, b;
+        const uint64_t sum = run_all(&a, &p);
+        int64_t failures = 0;
+        p.threads = 2;
+        start(&b, &p, 1);
+        for (int64_t i = 0; i < micro_batches(&p); i++)
+            for (int64_t n = 0;; n++) {
+                b.memory.fail_at = b.memory.calls + n;
+                b.memory.once = n % 2 == 0;
+                b.memory.failed = false;
+                const apt_result r = run_one(b.trainer, &p, &b.tr, i);
+                b.memory.fail_at = -1;
+                if (r == APT_OK) break;
+                assert_true(r == APT_E_MEMORY && b.memory.failed);
+                failures++;
+            }
+        assert_ok(b.ctx, apt_trainer_finish(b.trainer));
+        assert_same_trace(&a.tr, &b.tr, 0, micro_batches(&p), "with failures");
+        assert_memory_equal(a.tr.events, b.tr.events, sizeof a.tr.events);
+        assert_memory_equal(a.tr.fired, b.tr.fired, sizeof a.tr.fired);
+        assert_true(test_model_sum(b.model) == sum && failures > 100);
+        stop(&a);
+        stop(&b);
+    }
+}
+
+/* Memory runs out behind an update; the run is saved in that state and goes on from the file. */
+static void test_saved_unfinished(void **state)
+{
+    (void)state;
+    char dir[512], path[600];
+    plan p = short_plan(APT_BERT, APT_TASK_CLASSIFY);
+    live a, b;
+    const uint64_t sum = run_all(&a, &p);
+    uint32_t stages = 0;
+    test_dir(dir, sizeof dir);
+    test_join(path, sizeof path, dir, "run");
+    for (int64_t i = 5; i < micro_batches(&p) - 1; i += 2)            /* the second micro-batch of a step */
+        for (int64_t n = 0; n < 400; n += 3) {
+            start(&b, &p, 1);
+            run(b.trainer, &p, &b.tr, 0, i);
+            b.memory.fail_at = b.memory.calls + n;
+            const apt_result r = run_one(b.trainer, &p, &b.tr, i);
+            b.memory.fail_at = -1;
+            const int32_t stage = b.trainer->stage;
+            if (r != APT_OK && stage != APTI_STAGE_NONE) {
+                stages |= 1u << stage;
+                assert_result(apt_trainer_metric(b.trainer, 1e6), APT_E_STATE);
+                assert_result(apt_trainer_prune_now(b.trainer, 0.5f), APT_E_STATE);
+                assert_non_null(strstr(apt_error(b.ctx), "repeat it"));
+                assert_ok(b.ctx, apt_checkpoint_save(b.trainer, path, NULL, 0));
+                stop(&b);
+                start(&b, &p, 999);
+                assert_ok(b.ctx, apt_checkpoint_load(b.trainer, path, NULL, NULL));
+                assert_int_equal(b.trainer->stage, stage);
+                run(b.trainer, &p, &b.tr, i, micro_batches(&p));
+                assert_ok(b.ctx, apt_trainer_finish(b.trainer));
+                assert_same_trace(&a.tr, &b.tr, i + 1, micro_batches(&p), "saved unfinished");
+                if (test_model_sum(b.model) != sum) fail_msg("micro-batch %d, allocation %d: other weights", (int)i, (int)n);
+            }
+            stop(&b);
+            if (r == APT_OK) break;
+        }
+    const uint32_t wanted = 1u << APTI_STAGE_GLIDE | 1u << APTI_STAGE_DECIDE | 1u << APTI_STAGE_GROW | 1u << APTI_STAGE_EVALUATE;
+    if ((stages & wanted) != wanted) fail_msg("only stages %x were met", stages);
+    stop(&a);
+    test_remove(dir);
+}
+
+/* The first micro-batch in which an event of this kind fires. */
+static int64_t micro_with(const plan *p, apt_event_kind kind)
+{
+    live l;
+    int64_t i = 0;
+    start(&l, p, 1);
+    for (; i < micro_batches(p); i++) {
+        run(l.trainer, p, &l.tr, i, i + 1);
+        if ((l.tr.events[i] >> kind & 1) != 0) break;
+    }
+    stop(&l);
+    assert_true(i < micro_batches(p));
+    return i;
+}
+
+/* A callback cancels, then the same call runs out of memory: the repeated call says that it was cancelled. */
+static void test_cancelled_and_failed(void **state)
+{
+    (void)state;
+    plan p = short_plan(APT_BERT, APT_TASK_CLASSIFY);
+    p.d.accumulate = 1;
+    const int64_t i = micro_with(&p, APT_EVENT_PRUNE);
+    int32_t met = 0;
+    for (int64_t n = 0;; n++) {
+        live l;
+        start(&l, &p, 1);
+        run(l.trainer, &p, &l.tr, 0, i);
+        l.tr.cancel_at = APT_EVENT_PRUNE;
+        l.memory.fail_at = l.memory.calls + n;
+        const apt_result r = run_one(l.trainer, &p, &l.tr, i);
+        l.memory.fail_at = -1;
+        if (r == APT_E_MEMORY) {
+            met += l.tr.cancelled;
+            assert_result(run_one(l.trainer, &p, &l.tr, i), APT_E_CANCELLED);
+        }
+        run(l.trainer, &p, &l.tr, i + 1, i + 2);
+        stop(&l);
+        if (r == APT_E_CANCELLED) break;
+    }
+    assert_true(met > 0);
+}
+
+/* ---- other calls of the trainer -------------------------------------------------------------------------------------- */
+
+static apt_result call_trainer_create(fixture *f)
+{
+    apt_train_desc d = f->p.d;
+    d.on_event = on_event;
+    d.user = &f->l.tr;
+    apt_trainer *t = NULL;
+    const apt_result r = apt_trainer_create(f->l.model, &d, &t);
+    if (r != APT_OK) assert_null(t);
+    if (r == APT_OK) f->l.trainer = t;
+    return r;
+}
+
+static void setup_no_trainer(fixture *f)
+{
+    apt_trainer_destroy(f->l.trainer);
+    f->l.trainer = NULL;
+    assert_ok(f->l.ctx, apt_model_merge(f->l.model, NULL, NULL));
+}
+
+static void batch_of(const fixture *f, test_batch *b, int64_t index, int32_t sequences)
+{
+    test_batch_at(b, &f->p.c, 77, index, sequences);
+}
+
+static apt_result call_observe(fixture *f)
+{
+    test_batch b;
+    batch_of(f, &b, 0, 9);
+    return apt_trainer_observe(f->l.trainer, &b.b);
+}
+
+static void setup_observe(fixture *f)
+{
+    assert_ok(f->l.ctx, call_observe(f));
+}
+
+static apt_result call_prune_now(fixture *f)
+{
+    return apt_trainer_prune_now(f->l.trainer, 0.5f);
+}
+
+static apt_result call_finish(fixture *f)
+{
+    const apt_result r = apt_trainer_finish(f->l.trainer);
+    if (r == APT_OK) assert_null(f->l.model->masks);
+    return r;
+}
+
+static apt_result call_metric(fixture *f)
+{
+    return apt_trainer_metric(f->l.trainer, 1e3);
+}
+
+static apt_result call_set(fixture *f)
+{
+    int64_t n = 0;
+    float *v = test_parameter(f->l.model, f->l.model->embed[APTI_WORD]->name, &n);
+    v[0] += 1;
+    const apt_result r = apt_model_set(f->l.model, f->l.model->embed[APTI_WORD]->name, v, n);
+    free(v);
+    return r;
+}
+
+static void test_trainer_calls(void **state)
+{
+    (void)state;
+    const plan lora = plain_plan(APT_METHOD_LORA, APT_TASK_REGRESS), full = plain_plan(APT_METHOD_FULL, APT_TASK_SPAN);
+    const plan apt = short_plan(APT_ROBERTA, APT_TASK_CLASSIFY);
+    const int64_t decided = micro_with(&apt, APT_EVENT_PRUNE) + 1;    /* a decision is gliding, a teacher is there */
+    const attack attacks[] = {
+        {"apt_trainer_create, APT", apt, 0, setup_no_trainer, call_trainer_create, 20, false},
+        {"apt_trainer_create, LoRA", lora, 0, setup_no_trainer, call_trainer_create, 20, false},
+        {"apt_trainer_create, full", full, 0, setup_no_trainer, call_trainer_create, 100, false},
+        {"apt_trainer_observe", lora, 2, NULL, call_observe, 1, false},
+        {"apt_trainer_prune_now", lora, 2, setup_observe, call_prune_now, 9, true},
+        {"apt_trainer_prune_now, full", full, 2, setup_observe, call_prune_now, 9, true},
+        {"apt_trainer_prune_now while gliding", apt, decided, setup_observe, call_prune_now, 40, true},
+        {"apt_trainer_finish", apt, decided, NULL, call_finish, 30, false},
+        {"apt_trainer_metric", apt, decided, NULL, call_metric, 20, false},
+        {"apt_model_set beside a teacher", apt, decided, NULL, call_set, 1, false},
+    };
+    for (size_t i = 0; i < sizeof attacks / sizeof attacks[0]; i++) (void)attack_every_allocation(&attacks[i]);
+}
+
+/* ---- checkpoints ----------------------------------------------------------------------------------------------------- */
+
+static void check_old(const fixture *f)
+{
+    size_t bytes = 0;
+    char *text = test_read_file(f->path, &bytes);
+    assert_true(text != NULL && bytes == 3 && memcmp(text, "old", 3) == 0);
+    free(text);
+}
+
+static void setup_old(fixture *f)
+{
+    test_write_file(f->path, "old", 3);
+}
+
+static apt_result call_checkpoint_save(fixture *f)
+{
+    const apt_result r = apt_checkpoint_save(f->l.trainer, f->path, &f->micro, sizeof f->micro);
+    if (r != APT_OK) check_old(f);
+    return r;
+}
+
+static void setup_checkpoint(fixture *f)
+{
+    assert_ok(f->l.ctx, apt_checkpoint_save(f->l.trainer, f->path, &f->micro, sizeof f->micro));
+    apt_model_destroy(f->l.model);
+    f->l.model = test_model(f->l.ctx, &f->p.c, 999);
+    assert_ok(f->l.ctx, call_trainer_create(f));
+}
+
+static apt_result call_checkpoint_load(fixture *f)
+{
+    int64_t micro = -1;
+    size_t bytes = sizeof micro;
+    const apt_result r = apt_checkpoint_load(f->l.trainer, f->path, &micro, &bytes);
+    assert_true(r == APT_OK ? micro == f->micro : micro == -1 && bytes == sizeof micro);
+    return r;
+}
+
+static void test_checkpoints(void **state)
+{
+    (void)state;
+    const plan lora = plain_plan(APT_METHOD_LORA, APT_TASK_REGRESS), full = plain_plan(APT_METHOD_FULL, APT_TASK_MLM);
+    const plan apt = short_plan(APT_BERT, APT_TASK_CLASSIFY);
+    const int64_t decided = micro_with(&apt, APT_EVENT_PRUNE) + 1, cut = micro_with(&apt, APT_EVENT_COMPACT) + 1;
+    const attack attacks[] = {
+        {"apt_checkpoint_save, LoRA", lora, 2, setup_old, call_checkpoint_save, 20, false},
+        {"apt_checkpoint_save, decided", apt, decided, setup_old, call_checkpoint_save, 20, false},
+        {"apt_checkpoint_save, cut", apt, cut + 1, setup_old, call_checkpoint_save, 20, false},
+        {"apt_checkpoint_load, LoRA", lora, 2, setup_checkpoint, call_checkpoint_load, 60, false},
+        {"apt_checkpoint_load, full", full, 3, setup_checkpoint, call_checkpoint_load, 100, false},
+        {"apt_checkpoint_load, decided", apt, decided, setup_checkpoint, call_checkpoint_load, 100, false},
+        {"apt_checkpoint_load, cut", apt, cut + 1, setup_checkpoint, call_checkpoint_load, 100, false},
+    };
+    for (size_t i = 0; i < sizeof attacks / sizeof attacks[0]; i++) (void)attack_every_allocation(&attacks[i]);
+}
+
+/* ---- models ---------------------------------------------------------------------------------------------------------- */
+
+/* Takes a new model down to its checksum. */
+static void take_value(fixture *f, apt_result r, apt_model *m)
+{
+    if (r != APT_OK) assert_null(m);
+    else f->value = test_model_sum(m);
+    apt_model_destroy(m);
+}
+
+static apt_result call_create(fixture *f)
+{
+    apt_model *m = NULL;
+    const apt_result r = apt_model_create(f->l.ctx, &f->p.c, 3, &m);
+    take_value(f, r, m);
+    return r;
+}
+
+static void setup_folder(fixture *f)
+{
+    setup_no_trainer(f);
+    assert_ok(f->l.ctx, apt_model_save(f->l.model, f->dir));
+}
+
+static apt_result call_load(fixture *f)
+{
+    apt_model *m = NULL;
+    const apt_result r = apt_model_load(f->l.ctx, f->dir, NULL, &m);
+    take_value(f, r, m);
+    return r;
+}
+
+static apt_result call_forward(fixture *f)
+{
+    test_batch b;
+    float logits[256];
+    apt_output out = APT_ZERO;
+    batch_of(f, &b, 1, 8);
+    out.logits = logits;
+    out.logits_capacity = 256;
+    const apt_result r = apt_model_forward(f->l.model, &b.b, &out);
+    if (r == APT_OK) f->value = apti_checksum(0, logits, (size_t)out.logits_count * sizeof(float));
+    return r;
+}
+
+static void setup_forward(fixture *f)
+{
+    test_batch b;
+    apt_output out = APT_ZERO;
+    batch_of(f, &b, 2, 1);
+    assert_ok(f->l.ctx, apt_model_forward(f->l.model, &b.b, &out));
+}
+
+/* Adapters that do something, no trainer. */
+static void setup_adapted(fixture *f)
+{
+    apt_trainer_destroy(f->l.trainer);
+    f->l.trainer = NULL;
+    test_randomise(f->l.model, 5);
+}
+
+static apt_result call_merge(fixture *f)
+{
+    test_batch b;
+    float difference = -1;
+    batch_of(f, &b, 1, 8);
+    const apt_result r = apt_model_merge(f->l.model, &b.b, &difference);
+    if (r == APT_OK) {
+        assert_true(difference > 0 && difference < 1e-3f);
+        f->value = apti_checksum(0, &difference, sizeof difference);
+    }
+    return r;
+}
+
+static void setup_masks(fixture *f)
+{
+    float masks[256];
+    apt_units u;
+    setup_no_trainer(f);
+    apt_model_units(f->l.model, &u);
+    for (int32_t i = 0; i < u.total; i++) masks[i] = i % 3 == 0 ? 0.0f : 1.0f;
+    assert_ok(f->l.ctx, apt_model_set_masks(f->l.model, masks, u.total));
+}
+
+static apt_result call_compact(fixture *f)
+{
+    return apt_model_compact(f->l.model);
+}
+
+static apt_result call_masks(fixture *f)
+{
+    float masks[256];
+    apt_units u;
+    apt_model_units(f->l.model, &u);
+    for (int32_t i = 0; i < u.total; i++) masks[i] = i % 2 == 0 ? 0.5f : 1.0f;
+    return apt_model_set_masks(f->l.model, masks, u.total);
+}
+
+static void folder_value(fixture *f)
+{
+    f->value = 0;
+    for (int32_t i = 0; i < 2; i++) {
+        char path[700];
+        size_t bytes = 0;
+        char *text = test_read_file(test_join(path, sizeof path, f->dir, i == 0 ? "model.safetensors" : "config.json"), &bytes);
+        assert_non_null(text);
+        f->value = apti_checksum(f->value, text, bytes);
+        free(text);
+    }
+}
+
+/* An older model in the folder, another one to be saved. */
+static void setup_older(fixture *f)
+{
+    setup_folder(f);
+    folder_value(f);
+    apt_model_destroy(f->l.model);
+    f->l.model = test_model(f->l.ctx, &f->p.c, 7);
+}
+
+static apt_result call_save(fixture *f)
+{
+    const apt_result r = apt_model_save(f->l.model, f->dir);
+    folder_value(f);
+    return r;
+}
+
+static apt_result call_estimate(fixture *f)
+{
+    apt_estimate_info info = APT_ZERO;
+    const apt_result r = apt_estimate(f->l.ctx, &f->p.c, &f->p.d, 40, 4, &info);
+    if (r == APT_OK) f->value = apti_checksum(0, &info, sizeof info);
+    return r;
+}
+
+static void test_models(void **state)
+{
+    (void)state;
+    const plan p = plain_plan(APT_METHOD_LORA, APT_TASK_CLASSIFY), apt = short_plan(APT_ROBERTA, APT_TASK_SPAN);
+    const attack attacks[] = {
+        {"apt_model_create", p, 0, NULL, call_create, 40, false},
+        {"apt_model_load", p, 0, setup_folder, call_load, 60, false},
+        {"apt_model_forward, first", p, 1, NULL, call_forward, 3, false},
+        {"apt_model_forward, larger batch", p, 1, setup_forward, call_forward, 1, false},
+        {"apt_model_merge", p, 1, setup_adapted, call_merge, 5, false},
+        {"apt_model_set_masks", p, 0, NULL, call_masks, 1, false},
+        {"apt_model_compact", p, 0, setup_masks, call_compact, 5, false},
+        {"apt_model_save", p, 0, setup_older, call_save, 10, false},
+        {"apt_estimate", apt, 0, NULL, call_estimate, 7, false},
+    };
+    for (size_t i = 0; i < sizeof attacks / sizeof attacks[0]; i++) (void)attack_every_allocation(&attacks[i]);
+}
+
+/* ---- threads --------------------------------------------------------------------------------------------------------- */
+
+/* Mutex, both conditions, and attributes and start of each worker. */
+static void test_thread_start(void **state)
+{
+    (void)state;
+    for (int64_t n = 0;; n++) {
+        test_memory memory;
+        test_log log;
+        apt_desc desc = test_desc(&memory, &log);
+        desc.threads = 4;
+        system_fail_at(n);
+        apt_ctx *ctx = apt_create(&desc);
+        system_fail_at(-1);
+        if (ctx != NULL) {
+            assert_int_equal(n, 3 + 2 * 3);
+            apt_destroy(ctx);
+            break;
+        }
+        assert_true(log.result == APT_E_THREAD && log.errors == 1);
+        assert_true(memory.live == 0 && g_system.mutexes == 0 && g_system.conditions == 0);
+    }
+    assert_true(g_system.mutexes == 0 && g_system.conditions == 0);
+}
+
+/* ---- disks ----------------------------------------------------------------------------------------------------------- */
+
+/* Each write, sync, close and rename of the call fails once. On failure nothing on the disk has changed; `call` sees to the
+   files' contents. Returns how many were refused. */
+static int64_t attack_every_write(const attack *a)
+{
+    fixture f;
+    int64_t refused = 0;
+    for (int64_t n = 0;; n++) {
+        begin(&f, a);
+        const uint64_t before = state_sum(&f);
+        system_fail_at(n);
+        const apt_result r = a->call(&f);
+        const bool failed = g_system.failed;
+        system_fail_at(-1);
+        if (r != APT_OK) {
+            if (!failed || r != APT_E_IO || strstr(apt_error(f.l.ctx), f.dir) == NULL)
+                fail_msg("%s: call %lld failed: %s (%s)", a->name, (long long)n, apt_result_text(r), apt_error(f.l.ctx));
+            if (state_sum(&f) != before) fail_msg("%s: something changed when call %lld failed", a->name, (long long)n);
+            assert_ok(f.l.ctx, a->call(&f));
+            refused++;
+        }
+        (void)go_on(&f);
+        end(&f);
+        if (!failed) return refused;
+    }
+}
+
+static void test_disk(void **state)
+{
+    (void)state;
+    const plan p = plain_plan(APT_METHOD_LORA, APT_TASK_CLASSIFY);
+    const attack save = {"apt_model_save", p, 0, setup_older, call_save, 0, false};
+    const attack checkpoint = {"apt_checkpoint_save", p, 2, setup_old, call_checkpoint_save, 0, false};
+    assert_true(attack_every_write(&save) >= 8);                      /* write, sync, close, rename of two files */
+    assert_true(attack_every_write(&checkpoint) >= 4);
+}
+
+/* A checkpoint that meets a full disk at any size, and a folder that takes no files. */
+static void test_disk_full(void **state)
+{
+    (void)state;
+    const plan p = short_plan(APT_BERT, APT_TASK_CLASSIFY);
+    const attack a = {"apt_checkpoint_save", p, 9, setup_old, call_checkpoint_save, 0, false};
+    fixture f;
+    struct rlimit old, now;
+    begin(&f, &a);
+    const uint64_t before = state_sum(&f);
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &old), 0);
+    void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    int64_t refused = 0;
+    for (rlim_t limit = 0;; limit += 4099) {
+        now = old;
+        now.rlim_cur = limit;
+        assert_int_equal(setrlimit(RLIMIT_FSIZE, &now), 0);
+        const apt_result r = call_checkpoint_save(&f);
+        assert_int_equal(setrlimit(RLIMIT_FSIZE, &old), 0);
+        if (r == APT_OK) break;
+        assert_int_equal(r, APT_E_IO);
+        assert_non_null(strstr(apt_error(f.l.ctx), f.path));
+        assert_true(state_sum(&f) == before);
+        refused++;
+    }
+    signal(SIGXFSZ, handler);
+    assert_true(refused > 3);
+    assert_result(apt_checkpoint_save(f.l.trainer, "/proc/apt/run", NULL, 0), APT_E_IO);
+    assert_result(apt_model_save(f.l.model, "/proc/apt"), APT_E_STATE);                      /* adapters come first */
+    if (apti_path_query("/dev/full") == APTI_PATH_OTHER)
+        assert_result(apt_checkpoint_save(f.l.trainer, "/dev/full", NULL, 0), APT_E_IO);
+    setup_no_trainer(&f);
+    assert_result(apt_model_save(f.l.model, "/proc/apt"), APT_E_STATE);                      /* then the masks */
+    end(&f);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_steps),       cmocka_unit_test(test_whole_runs),  cmocka_unit_test(test_saved_unfinished),
+        cmocka_unit_test(test_cancelled_and_failed), cmocka_unit_test(test_trainer_calls), cmocka_unit_test(test_checkpoints),
+        cmocka_unit_test(test_models),      cmocka_unit_test(test_thread_start), cmocka_unit_test(test_disk),
+        cmocka_unit_test(test_disk_full),
+    };
+    return cmocka_run_group_tests_name("faults", tests, NULL, NULL);
+}

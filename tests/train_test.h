@@ -1,0 +1,148 @@
+/* train_test.h - whole training runs for the tests: a plan, a run that records what happened, comparison. Include it after
+   "model_test.h". */
+#ifndef APT_TRAIN_TEST_H
+#define APT_TRAIN_TEST_H
+
+enum { MOST_MICRO = 128 };
+
+/* What a run looked like, step by step. Losses are kept as bits so that they are compared exactly. */
+typedef struct trace {
+    uint64_t sum[MOST_MICRO];         /* checksum of (loss, task loss, distillation loss, gradient norm) of each micro-batch */
+    double loss[MOST_MICRO];
+    uint32_t events[MOST_MICRO];      /* bit k: event kind k fired */
+    int32_t fired[MOST_MICRO];        /* how many events, evaluations apart */
+    int32_t now;                      /* micro-batch at work */
+    apt_event_kind cancel_at;         /* cancel at the first event of this kind */
+    int32_t cancelled;
+} trace;
+
+static inline int on_event(apt_event *event, void *user)
+{
+    trace *t = (trace *)user;
+    t->events[t->now] |= 1u << event->kind;
+    t->fired[t->now] += event->kind != APT_EVENT_EVALUATE;
+    if (event->kind == APT_EVENT_EVALUATE) {
+        event->metric = 0.25 * (double)(event->step->step / 4);        /* a new best now and then, and repeats of it */
+        event->has_metric = 1;
+    }
+    if (t->cancel_at == event->kind && t->cancelled++ == 0) return 1;
+    return 0;
+}
+
+typedef struct plan {
+    apt_config c;
+    apt_train_desc d;
+    int32_t threads, sequences;
+    uint64_t data_seed;
+} plan;
+
+static inline int64_t micro_batches(const plan *p)
+{
+    return p->d.steps * (p->d.accumulate > 0 ? p->d.accumulate : 1);
+}
+
+/* An APT run of 24 steps in which everything happens: decisions at 4, 7, 10, 13, 16, compactions, growth, teachers,
+   accumulation. */
+static inline plan apt_plan(apt_family family, apt_task_kind task)
+{
+    plan p;
+    memset(&p, 0, sizeof p);
+    p.c = test_config(family, task);
+    p.c.neurons = 20;
+    p.d.steps = 24;
+    p.d.accumulate = 2;
+    p.d.prune_begin = 1;
+    p.d.prune_end = 16;
+    p.d.update_frequency = 3;
+    p.d.target_sparsity = 0.6f;
+    p.d.min_hidden = 6;
+    p.d.rank = 2;
+    p.d.learning_rate = 3e-3f;
+    p.d.warmup_steps = 2;
+    p.d.evaluate_every = 5;
+    p.d.checkpoint_every = 7;
+    p.d.seed = 11;
+    p.threads = 1;
+    p.sequences = 5;
+    p.data_seed = 21;
+    return p;
+}
+
+/* Micro-batch i, recorded. */
+static inline apt_result run_one(apt_trainer *t, const plan *p, trace *tr, int64_t i)
+{
+    test_batch b;
+    apt_step_info info;
+    test_batch_at(&b, &p->c, p->data_seed, i, p->sequences);
+    tr->now = (int32_t)i;
+    const apt_result r = apt_trainer_step(t, &b.b, &info);
+    if (r != APT_OK) return r;
+    const double values[4] = {info.loss, info.task_loss, info.distill_loss, info.gradient_norm};
+    tr->sum[i] = apti_checksum(0, values, sizeof values);
+    tr->loss[i] = info.loss;
+    if (!test_finite((float)info.loss)) fail_msg("micro-batch %d: the loss is not finite", (int)i);
+    return r;
+}
+
+/* Runs micro-batches [from, to) and records them. */
+static inline void run(apt_trainer *t, const plan *p, trace *tr, int64_t from, int64_t to)
+{
+    for (int64_t i = from; i < to; i++) {
+        const apt_result r = run_one(t, p, tr, i);
+        if (r != APT_OK) fail_msg("micro-batch %d: %s (%s)", (int)i, apt_result_text(r), apt_error(t->ctx));
+    }
+}
+
+typedef struct live {
+    apt_ctx *ctx;
+    apt_model *model;
+    apt_trainer *trainer;
+    trace tr;
+    test_log messages;
+    test_memory memory;
+} live;
+
+static inline void start(live *l, const plan *p, uint64_t model_seed)
+{
+    memset(l, 0, sizeof *l);
+    apt_desc desc = test_desc(&l->memory, &l->messages);
+    desc.threads = p->threads;
+    l->ctx = apt_create(&desc);
+    assert_non_null(l->ctx);
+    l->model = test_model(l->ctx, &p->c, model_seed);
+    apt_train_desc d = p->d;
+    d.on_event = on_event;
+    d.user = &l->tr;
+    l->trainer = test_trainer(l->model, &d);
+}
+
+static inline void stop(live *l)
+{
+    apt_destroy(l->ctx);
+    if (l->memory.live != 0) fail_msg("%lld blocks leaked", (long long)l->memory.live);
+}
+
+/* Whole run with its end; returns the checksum of the final model. */
+static inline uint64_t run_all(live *l, const plan *p)
+{
+    start(l, p, 1);
+    run(l->trainer, p, &l->tr, 0, micro_batches(p));
+    assert_ok(l->ctx, apt_trainer_finish(l->trainer));
+    return test_model_sum(l->model);
+}
+
+static inline uint32_t all_events(const trace *t)
+{
+    uint32_t all = 0;
+    for (int32_t i = 0; i < MOST_MICRO; i++) all |= t->events[i];
+    return all;
+}
+
+static inline void assert_same_trace(const trace *a, const trace *b, int64_t from, int64_t to, const char *what)
+{
+    for (int64_t i = from; i < to; i++)
+        if (a->sum[i] != b->sum[i])
+            fail_msg("%s: micro-batch %d gave loss %.17g, expected %.17g", what, (int)i, b->loss[i], a->loss[i]);
+}
+
+#endif /* APT_TRAIN_TEST_H */
