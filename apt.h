@@ -1657,7 +1657,6 @@ static bool apti_os_replace(const char *from, const char *to)
     return rename(from, to) == 0;
 }
 
-/* C cannot make folders: opening a file in it will tell. */
 static bool apti_os_link(const char *from, const char *to)
 {
     (void)from;
@@ -1665,6 +1664,7 @@ static bool apti_os_link(const char *from, const char *to)
     return false;
 }
 
+/* C cannot make folders: opening a file in it will tell. */
 static bool apti_os_make_dir(const char *path)
 {
 #ifdef _WIN32
