@@ -387,6 +387,8 @@ static void test_row_errors(void **state)
                  {"a.tsv", "x\ty\n1\t2\n", EX_LABEL_NONE, "found the columns \"x\", \"y\""},
                  {"a.tsv", "sentence\ty\n1\t2\n", EX_LABEL_CLASS, "expected a column for the label: one of \"label\""},
                  {"a.tsv", "sentence\tlabel\na\t1\nb\n", EX_LABEL_CLASS, "a.tsv:3: expected at least 2 columns, found 1"},
+                 {"a.tsv", "sentence\tlabel\na\t1\nb\tc\t1\n", EX_LABEL_CLASS,
+                  "a.tsv:3: expected at most the 2 columns of the header line, found 3"},
                  {"a.tsv", "sentence\tlabel\na\t1\n\nb\t1\n", EX_LABEL_CLASS,
                   "a.tsv:3: expected 2 column(s), found an empty line"},
                  {"a.tsv", "sentence\tlabel\na\t\n", EX_LABEL_CLASS, "a.tsv:2: expected a label, found nothing"},
@@ -573,41 +575,42 @@ static void test_permute(void **state)
     }
 }
 
-static void test_loader(void **state)
+/* Every row once an epoch, with and without groups of similar length; a resumed run needs to know only the cursor. */
+static void test_feed(void **state)
 {
     place *p = (place *)*state;
     ex_dataset set;
-    ex_loader a, b;
-    ex_batch batch = {0}, again = {0};
-    int seen[23] = {0}, batches = 0;
     make_set(p, 23, &set, 0);
-    memset(&a, 0, sizeof a);
-    a.set = &set;
-    a.batch = 5;
-    a.seed = 11;
-    a.shuffle = true;
-    assert_int_equal(ex_loader_batches(&a), 5);
-    for (int epoch = 0; epoch < 3; epoch++) {
-        for (batches = 0; ex_loader_next(&a, &batch); batches++) {
-            for (int i = 0; i < batch.sequences; i++) seen[batch.index[i]]++;
-            if (epoch != 1 || batches != 2) continue;
-            b = a;                               /* a resumed run: only the cursor is known */
+    for (int by_length = 0; by_length < 2; by_length++) {
+        ex_feed a, b;
+        int seen[23] = {0}, moved = 0;
+        memset(&a, 0, sizeof a);
+        a.set = &set;
+        a.batch = 5;
+        a.seed = 11;
+        a.by_length = by_length == 1;
+        assert_int_equal(ex_feed_batches(&a), 5);
+        for (int i = 0; i < 15; i++) {
+            const ex_batch *batch = ex_feed_next(&a);
+            assert_int_equal(batch->sequences, i % 5 == 4 ? 3 : 5);
+            assert_int_equal(a.at.epoch, i / 5);
+            for (int s = 0; s < batch->sequences; s++) {
+                seen[batch->index[s]]++;
+                moved += batch->index[s] != 5 * (i % 5) + s;
+            }
+            if (i % 5 == 4) for (int r = 0; r < 23; r++) assert_int_equal(seen[r], i / 5 + 1);
+            if (i != 7) continue;
+            b = a;
+            b.order = NULL;
+            b.ordered = 0;
+            memset(&b.rows, 0, sizeof b.rows);
             b.at.index -= 5;
-            assert_true(ex_loader_next(&b, &again));
-            assert_memory_equal(again.index, batch.index, 5 * sizeof(int64_t));
+            assert_memory_equal(ex_feed_next(&b)->index, batch->index, 5 * sizeof(int64_t));
+            ex_feed_free(&b);
         }
-        assert_int_equal(batches, 5);
-        assert_int_equal(batch.sequences, 3);
-        for (int i = 0; i < 23; i++) assert_int_equal(seen[i], epoch + 1);
+        assert_true(moved > 40);
+        ex_feed_free(&a);
     }
-    a.drop_last = true;
-    a.shuffle = false;
-    assert_int_equal(ex_loader_batches(&a), 4);
-    for (batches = 0; ex_loader_next(&a, &batch); batches++) assert_int_equal(batch.index[4], 5 * batches + 4);
-    assert_int_equal(batches, 4);
-    assert_int_equal(a.at.epoch, 4);
-    ex_batch_free(&batch);
-    ex_batch_free(&again);
     ex_dataset_free(&set);
 }
 
@@ -1212,7 +1215,7 @@ int main(void)
                                        IN_PLACE(test_dataset),
                                        IN_PLACE(test_batches),
                                        cmocka_unit_test(test_permute),
-                                       IN_PLACE(test_loader),
+                                       IN_PLACE(test_feed),
                                        IN_PLACE(test_squad_read),
                                        IN_PLACE(test_squad_errors),
                                        IN_PLACE(test_squad_windows),

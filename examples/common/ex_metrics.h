@@ -20,6 +20,14 @@ EX_API int32_t ex_argmax(const float *x, int32_t n)
     return best;
 }
 
+/* Probability of the largest of n logits, which stands at `best`. */
+EX_API double ex_softmax_best(const float *x, int32_t n, int32_t best)
+{
+    double sum = 0;
+    for (int32_t i = 0; i < n; i++) sum += exp((double)x[i] - (double)x[best]);
+    return 1 / sum;
+}
+
 EX_API double ex_accuracy(const int32_t *predicted, const int32_t *label, int64_t n)
 {
     int64_t right = 0, all = 0;
