@@ -1,6 +1,6 @@
 /* demo.c - what `make run` runs: apt.h from nothing to a smaller, faster classifier, in about two minutes on two cores.
 
-       cc -O2 -std=gnu11 examples/demo.c -o demo -lm -lpthread -lutf8proc
+       cc -O2 -std=c11 examples/demo.c -o demo -lm -lpthread -lutf8proc
 
    No arguments, no network, no data files: a grammar writes a small corpus (negation, clauses, distractors), a tiny BERT is
    pretrained on it by masked language modelling and stored as a Hugging Face folder. That folder is then adapted to a

@@ -1,6 +1,6 @@
 /* roberta.c - fine-tunes, prunes and shrinks any Hugging Face BERT or RoBERTa checkpoint folder on the CPU.
 
-       cc -O2 -std=gnu11 examples/roberta.c -o roberta -lm -lpthread -lutf8proc
+       cc -O2 -std=c11 examples/roberta.c -o roberta -lm -lpthread -lutf8proc
 
        roberta --model DIR --train train.tsv --dev dev.tsv --method apt --sparsity 0.6 --out DIR
        roberta --model DIR --dev dev.tsv --method eval
@@ -101,6 +101,8 @@ static bool check_options(app *a)
         return ex_fail(&a->error, "--method predict needs --predict FILE");
     if (a->predict.path != NULL && a->out == NULL) return ex_fail(&a->error, "--predict needs --out DIR for the predictions");
     if (!training(a)) return !a->run.resume || ex_fail(&a->error, "--resume goes with a training method, not with %s", method);
+    if (a->method == EX_METHOD_FULL && a->run.weights == 1)
+        return ex_fail(&a->error, "--weights bf16 is for frozen matrices; --method full has none");
     return ex_options_check(&a->run, &a->error) && ex_options_check_out(&a->run, a->model, a->out, &a->error);
 }
 
@@ -127,12 +129,15 @@ static bool load_model(app *a)
     const apt_config *config = &a->task.config;
     const int32_t threads = apt_thread_count(a->ctx);
     char text[32];
-    load.task = a->task.kind;
-    load.weights = a->run.weights == 1 && a->method != EX_METHOD_FULL ? APT_BF16 : APT_F32;
+    load.task = training(a) ? a->task.kind : APT_TASK_NONE;           /* else: what it was trained for */
+    load.weights = a->run.weights == 1 ? APT_BF16 : APT_F32;
     load.seed = (uint64_t)a->run.seed;
     if (training(a) && a->task.kind == APT_TASK_CLASSIFY) load.labels = ex_labels_count(a->task.labels);
     if (apt_model_load(a->ctx, a->model, &load, &a->loaded) != APT_OK) return ex_fail(&a->error, "%s", apt_error(a->ctx));
     apt_model_config(a->loaded, &a->task.config);
+    if (config->task == APT_TASK_MLM || (a->task.kind != APT_TASK_NONE && a->task.kind != config->task))
+        return ex_fail(&a->error, "%s was trained for %s, not for %s: train it first", a->model, ex_task_name(config->task),
+                       a->task.kind == APT_TASK_NONE ? "a task with labels" : ex_task_name(a->task.kind));
     apt_model_query(a->loaded, &info);
     a->task.kind = config->task;
     a->task.tokenizer = ex_tokenizer_load(a->model, &a->error);
@@ -202,7 +207,7 @@ static void announce(const app *a, const ex_run *run)
     printf(", %lld steps of %lld sequences, learning rate %g", (long long)run->desc.steps,
            (long long)(o->batch * o->accumulate), o->lr);
     if (apt_estimate(a->ctx, &a->task.config, &run->desc, batch * train->longest, batch, &estimate) == APT_OK)
-        printf(", memory below %s", ex_bytes_text(text, sizeof(text), (double)estimate.total));
+        printf(", memory for a step below %s", ex_bytes_text(text, sizeof(text), (double)estimate.total));
     printf("\n");
     fflush(stdout);
 }
@@ -225,7 +230,7 @@ static bool conclude(app *a, ex_run *run, const ex_outcome *outcome, const ex_sc
     const bool fine = ex_log_end(&run->log, &a->error) && ex_result_report(a->out, title, cells.run, &cells, &a->error);
     printf("\n");
     ex_cells_print(&cells, 1, stdout);
-    if (fine) printf("\nThe smaller model is in %s, its curves in %s/report.html\n", a->out, a->out);
+    if (fine) printf("\nThe model is in %s, its curves in %s/report.html\n", a->out, a->out);
     free(title);
     return fine;
 }
@@ -274,12 +279,14 @@ static int train(app *a)
     run.user = a;
     run.keeps = true;
     run.arguments = a->table;
-    ex_options_plan(&a->run, a->method, &run);
+    const bool planned = ex_options_plan(&a->run, a->method, &run);
     char *settings = run_settings(a, &run);
     run.settings = settings;
-    announce(a, &run);
+    if (planned) announce(a, &run);
     ex_run_catch_signals();
-    const ex_run_end end = ex_make_dirs(a->out, &a->error) ? ex_run_train(&run) : EX_RUN_FAILED;
+    const bool ready = planned && ex_make_dirs(a->out, &a->error);
+    if (ready) ex_run_warn_space(&run);
+    const ex_run_end end = ready ? ex_run_train(&run) : EX_RUN_FAILED;
     if (end == EX_RUN_DONE) status = finish(a, &run) ? 0 : 1;
     if (end == EX_RUN_STOPPED) {
         fprintf(stderr, "Stopped after step %lld; everything is in %s.\nGo on with the same command and --resume.\n",

@@ -1,12 +1,14 @@
 /* examples/common without the tokenizer: JSON, data files, batches and their order, SQuAD, metrics, options, log, progress
-   line, report. */
+   line, report, table, the grammar of the demonstration. */
 #define _POSIX_C_SOURCE 200809L
 #define STB_DS_IMPLEMENTATION
 #include "../examples/common/ex_base.h"
 #include "../apt.h"
 #include "apt_test.h"
 #include "../examples/common/ex_args.h"
+#include "../examples/common/ex_cells.h"
 #include "../examples/common/ex_data.h"
+#include "../examples/common/ex_grammar.h"
 #include "../examples/common/ex_log.h"
 #include "../examples/common/ex_metrics.h"
 #include "../examples/common/ex_progress.h"
@@ -795,6 +797,7 @@ static void test_metrics(void **state)
     near(ex_matthews(predicted, label, 8, 3), (5.0 * 7 - 17) / sqrt((49.0 - 19) * (49 - 17)),
          1e-15); /* sums of squares and products */
     assert_int_equal(ex_argmax(scores, 4), 1);
+    near(ex_softmax_best(scores, 4, 1), 1 / (1 + 2 * exp(-1.0) + exp(-2.0)), 1e-12);
     near(ex_accuracy(predicted, label, 0), 0, 0);
 }
 
@@ -1195,6 +1198,85 @@ static void test_report_empty(void **state)
     }
 }
 
+/* ---- table ---- */
+
+static void test_cells(void **state)
+{
+    place *p = (place *)*state;
+    ex_cells cells[2];
+    char *text;
+    FILE *file;
+    memset(cells, 0, sizeof cells);
+    cells[0].run = "a";
+    cells[1].run = "longer run";
+    ex_cell(&cells[0], "accuracy", "%.1f %%", 57.6);
+    ex_cell(&cells[1], "accuracy", "%.1f %%", 100.0);
+    ex_cell(&cells[1], "on disk", "%s", "3.2 MiB");
+    put_text(p, "table", "");
+    file = fopen(p->path, "wb");
+    assert_non_null(file);
+    ex_cells_print(cells, 2, file);
+    fclose(file);
+    text = get(p->path);
+    assert_string_equal(text, "               a  longer run\n"
+                              "----------------------------\n"
+                              "accuracy  57.6 %     100.0 %\n"
+                              "on disk        -     3.2 MiB\n");
+    free(text);
+    for (int i = 0; i < 40; i++) ex_cell(&cells[0], "more", "%d", i);      /* what has no place is left out */
+    assert_int_equal(cells[0].count, 24);
+}
+
+/* ---- grammar ---- */
+
+/* Is the statement good news? Read from the words alone, as the comment of ex_grammar.h says. */
+static int read_sentence(const char *text)
+{
+    static const char *const good[] = {"kind", "honest", "gentle", "brave", "wise", "cheerful"};
+    const char *from = text, *end = strstr(text, " although "), *was;
+    int negated, positive = 0;
+    if (strncmp(text, "although ", 9) == 0 || strncmp(text, "while ", 6) == 0 || strncmp(text, "because ", 8) == 0)
+        from = strstr(text, " , ");
+    if (end == NULL) end = strstr(text, " while ");
+    if (end == NULL) end = strstr(text, " because ");
+    was = strstr(from, " was ");
+    assert_non_null(was);
+    if (end != NULL) assert_true(was < end);
+    was += 5;
+    negated = strncmp(was, "not ", 4) == 0 || strncmp(was, "never ", 6) == 0 || strncmp(was, "hardly ", 7) == 0;
+    if (negated) was = strchr(was, ' ') + 1;
+    for (int i = 0; i < 6; i++) positive |= strncmp(was, good[i], strlen(good[i])) == 0;
+    return positive ^ negated ^ (strstr(text, "it is false that ") != NULL);
+}
+
+static void test_grammar(void **state)
+{
+    place *p = (place *)*state;
+    uint64_t random = 5, again = 5;
+    ex_sentence s, t;
+    ex_map seen;
+    ex_rows rows;
+    ex_rows_desc desc = desc_of(EX_LABEL_CLASS);
+    ex_error error = {""};
+    int good = 0;
+    for (int i = 0; i < 2000; i++) {
+        ex_sentence_make(&s, &random, false);
+        ex_sentence_make(&t, &again, false);
+        assert_string_equal(s.text, t.text);
+        if (read_sentence(s.text) != s.label) fail_msg("\"%s\" has label %d", s.text, (int)s.label);
+        good += s.label;
+    }
+    assert_true(good > 900 && good < 1100);
+    memset(&seen, 0, sizeof seen);
+    put_text(p, "g.tsv", "");
+    assert_true(ex_grammar_write(p->path, 300, true, &random, &seen, &error));
+    read_rows(&rows, p->path, &desc);
+    assert_int_equal(rows.count, 300);
+    assert_int_equal(ex_map_count(&seen), 300);
+    ex_rows_free(&rows);
+    ex_map_free(&seen);
+}
+
 #define IN_PLACE(test) cmocka_unit_test_setup_teardown(test, place_setup, place_teardown)
 
 int main(void)
@@ -1231,6 +1313,8 @@ int main(void)
                                        IN_PLACE(test_progress_plain),
                                        cmocka_unit_test(test_report_scale),
                                        IN_PLACE(test_report),
-                                       IN_PLACE(test_report_empty)};
+                                       IN_PLACE(test_report_empty),
+                                       IN_PLACE(test_cells),
+                                       IN_PLACE(test_grammar)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -150,8 +150,6 @@ EX_API bool ex_options_check(const ex_options *o, ex_error *error)
         return ex_fail(error, "--prune-begin must come before --prune-end");
     if (o->max_rank < o->rank)
         return ex_fail(error, "--max-rank %lld is below --rank %lld", (long long)o->max_rank, (long long)o->rank);
-    if (o->steps > 0 && (o->prune_end > o->steps || o->prune_begin > o->steps))
-        return ex_fail(error, "the pruning window does not fit into --steps %lld", (long long)o->steps);
     if (o->start_sparsity > o->sparsity) return ex_fail(error, "--start-sparsity is above --sparsity");
     if (o->schedule == 2 && o->start_sparsity <= 0)
         return ex_fail(error, "--schedule exponential needs --start-sparsity above 0");
@@ -185,7 +183,7 @@ static int64_t exi_prune_end(const ex_options *o, int64_t steps)
     if (o->prune_end > 0) return o->prune_end;
     if (o->preset != EX_PRESET_NONE && apt_preset_query(exi_preset(o->preset), &info) == APT_OK && info.distill_epochs > 0)
         return steps * info.distill_epochs / info.epochs;
-    return steps * 6 / 10;
+    return steps > 1 ? steps * 6 / 10 : 1;
 }
 
 static void exi_options_pruning(const ex_options *o, int32_t method, ex_run *run)
@@ -221,7 +219,7 @@ static void exi_options_pruning(const ex_options *o, int32_t method, ex_run *run
 }
 
 /* Fills run->desc and what belongs to it. */
-EX_API void ex_options_plan(const ex_options *o, int32_t method, ex_run *run)
+EX_API bool ex_options_plan(const ex_options *o, int32_t method, ex_run *run)
 {
     apt_train_desc *t = &run->desc;
     run->feed.batch = (int32_t)o->batch;
@@ -245,6 +243,9 @@ EX_API void ex_options_plan(const ex_options *o, int32_t method, ex_run *run)
     exi_options_pruning(o, method, run);
     run->resume = o->resume;
     run->log_every = o->log_every > 0 ? o->log_every : t->steps / 2000 + 1;
+    return (o->prune_begin <= t->steps && o->prune_end <= t->steps) ||
+           ex_fail(run->error, "--prune-begin %lld and --prune-end %lld do not lie within the run's %lld steps",
+                   (long long)o->prune_begin, (long long)o->prune_end, (long long)t->steps);
 }
 
 /* What a continuation must have alike and the library does not see, as one line (its own settings it compares itself). free() */
@@ -252,7 +253,7 @@ EX_API char *ex_options_settings(const ex_options *o, const ex_run *run)
 {
     return ex_format("batch %lld%s, one-shot prune of %g at step %lld after %lld batches", (long long)o->batch,
                      o->group_by_length ? " grouped by length" : "", (double)run->prune_sparsity, (long long)run->prune_at,
-                     (long long)(run->prune_at > 0 ? o->observe : 0));
+                     (long long)(run->prune_sparsity > 0 ? o->observe : 0));
 }
 
 #endif /* EX_OPTIONS_H */

@@ -424,7 +424,7 @@ EX_API void exi_rep_axes(exi_rep_chart *chart)
         first = i == 0 || line->series->step[0] < first ? line->series->step[0] : first;
     }
     if (exi_rep_has(chart->panel, EXI_REP_ZERO) || (low >= 0 && low < 0.3 * high)) low = 0;
-    if (first < 0.1 * chart->last) first = 0;
+    if (first < 0.5 * chart->last) first = 0;              /* so that most charts of a report have the same axis */
     if (!(chart->last > first)) chart->last = first + 1;
     chart->y = exi_rep_nice(low, high, 5);
     chart->x = exi_rep_nice(first, chart->last, 6);

@@ -1,8 +1,10 @@
 /* ex_result.h - the end of a run: its figures, those of the folder it has written, the table and the report that show them.
 
-   Include after ex_run.h and ex_report.h. */
+   Include after ex_run.h. */
 #ifndef EX_RESULT_H
 #define EX_RESULT_H
+
+#include "ex_cells.h"
 
 /* ------------------------------------------------------------------------------------------------ figures */
 
@@ -21,8 +23,8 @@ EX_API double exi_median(const float *values, int64_t count)
     return 0.5 * ((double)sorted[(count - 1) / 2] + (double)sorted[count / 2]);
 }
 
-/* first, last: median milliseconds per step of the first and of the last 32 steps, without the teacher's forward; teacher: the
-   mean of that over the steps that had one. 0: not measured. */
+/* first, last: median milliseconds per step of the first and of the last 32 steps (of a short run: of its halves), without the
+   teacher's forward; teacher: the mean of that over the steps that had one. 0: not measured. */
 typedef struct ex_outcome {
     double kept, first, last, teacher, seconds;
     int64_t training_peak;            /* bytes */
@@ -34,12 +36,14 @@ typedef struct ex_outcome {
 EX_API void ex_outcome_of_run(ex_outcome *outcome, const ex_run *run)
 {
     const ex_timing *timing = &run->state.timing;
-    const int64_t n = timing->count - EX_TIMED_SKIP, count = n < EX_TIMED ? n : EX_TIMED;
+    const int64_t n = timing->count - EX_TIMED_SKIP, count = n < 2 * EX_TIMED ? n / 2 : EX_TIMED;
+    float last[EX_TIMED];
     apt_model_info info;
+    for (int64_t i = 0; i < count; i++) last[i] = timing->last[(n - 1 - i) % EX_TIMED];
     apt_model_query(run->model, &info);
     outcome->kept = (double)info.prunable / (double)info.prunable_dense;
     outcome->first = exi_median(timing->first, count);
-    outcome->last = exi_median(timing->last, count);
+    outcome->last = exi_median(last, count);
     outcome->teacher = timing->teacher_count > 0 ? timing->teacher / (double)timing->teacher_count : 0;
     outcome->seconds = run->state.seconds;
     outcome->training_peak = run->state.peak_bytes;
@@ -72,26 +76,12 @@ EX_API void ex_saved_close(ex_saved *saved)
 
 /* ------------------------------------------------------------------------------------------------ as text */
 
-/* Names and values of one run. Zero-initialise and set run. */
-typedef struct ex_cells { const char *run; int32_t count; struct { const char *name; char value[48]; } at[24]; } ex_cells;
-
-EX_PRINTF(3, 4) EX_API void ex_cell(ex_cells *cells, const char *name, const char *format, ...)
-{
-    va_list list;
-    if (cells->count >= (int32_t)(sizeof(cells->at) / sizeof(cells->at[0]))) return;
-    cells->at[cells->count].name = name;
-    va_start(list, format);
-    vsnprintf(cells->at[cells->count].value, sizeof(cells->at[0].value), format, list);
-    va_end(list);
-    cells->count++;
-}
-
 EX_API void exi_cell_ms(ex_cells *cells, const char *name, double milliseconds)
 {
     if (milliseconds > 0) ex_cell(cells, name, "%.1f ms", milliseconds);
+    else ex_cell(cells, name, "-");
 }
 
-/* What was not measured has no cell. */
 EX_API void ex_cells_outcome(ex_cells *cells, const ex_outcome *outcome)
 {
     char text[32];
@@ -103,45 +93,9 @@ EX_API void ex_cells_outcome(ex_cells *cells, const ex_outcome *outcome)
     exi_cell_ms(cells, "teacher's forward", outcome->teacher);
     if (outcome->tokens_per_second > 0)
         ex_cell(cells, "inference", "%s tokens/s", ex_count_text(text, sizeof(text), outcome->tokens_per_second));
+    else ex_cell(cells, "inference", "-");
     ex_cell(cells, "peak memory", "%s", ex_bytes_text(text, sizeof(text), (double)outcome->training_peak));
     ex_cell(cells, "training time", "%s", ex_time_text(text, sizeof(text), outcome->seconds));
-}
-
-EX_API const char *exi_cell_of(const ex_cells *cells, const char *name)
-{
-    for (int32_t i = 0; i < cells->count; i++) {
-        if (strcmp(cells->at[i].name, name) == 0) return cells->at[i].value;
-    }
-    return "-";
-}
-
-/* Runs across, names down: the names of the run that has most of them. */
-EX_API void ex_cells_print(const ex_cells *runs, int32_t count, FILE *file)
-{
-    const ex_cells *most = runs;
-    int left = 0, total;
-    for (int32_t r = 0; r < count; r++) most = runs[r].count > most->count ? &runs[r] : most;
-    for (int32_t i = 0; i < most->count; i++) left = (int)strlen(most->at[i].name) > left ? (int)strlen(most->at[i].name) : left;
-    total = left;
-    for (int32_t i = -1; i < most->count; i++) {           /* -1: the heading */
-        fprintf(file, "%*s", -left, i < 0 ? "" : most->at[i].name);
-        for (int32_t r = 0; r < count; r++) {
-            int width = (int)strlen(runs[r].run);
-            for (int32_t k = 0; k < most->count; k++) {
-                const int length = (int)strlen(exi_cell_of(&runs[r], most->at[k].name));
-                width = length > width ? length : width;
-            }
-            fprintf(file, "  %*s", width, i < 0 ? runs[r].run : exi_cell_of(&runs[r], most->at[i].name));
-            if (i < 0) total += 2 + width;
-        }
-        fputc('\n', file);
-        for (int k = 0; i < 0 && k < total; k++) fputs(k + 1 < total ? "-" : "-\n", file);
-    }
-}
-
-EX_API void ex_cells_report(const ex_cells *cells, ex_report *report)
-{
-    for (int32_t i = 0; i < cells->count; i++) ex_report_result(report, cells->run, cells->at[i].name, cells->at[i].value);
 }
 
 /* dir/report.html out of dir/metrics.jsonl; cells may be NULL. */

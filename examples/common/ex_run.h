@@ -8,6 +8,7 @@
 
 #include <math.h>
 #include <signal.h>
+#include <sys/statvfs.h>
 
 /* ------------------------------------------------------------------------------------------------ Ctrl-C and context */
 
@@ -38,11 +39,12 @@ EX_API bool ex_run_stopping(void)
     return exi_stop != 0;
 }
 
-/* Errors come back through apt_error(); what is left for the screen are warnings, and errors of apt_create itself. */
+/* Errors come back through apt_error(); what is left for the screen are warnings, and errors of apt_create itself. The first
+   message stays: when a callback fails, what the library says later is only that it was cancelled. */
 static void exi_on_log(const apt_log_item *item, void *user)
 {
     if (item->level == APT_LOG_WARNING) fprintf(stderr, "\nwarning: %s\n", item->message);
-    else if (item->level == APT_LOG_ERROR && user != NULL) ex_fail((ex_error *)user, "%s", item->message);
+    else if (item->level == APT_LOG_ERROR && ((ex_error *)user)->text[0] == 0) ex_fail((ex_error *)user, "%s", item->message);
 }
 
 /* A context for a program: `error` receives the library's messages and must live as long as the context. */
@@ -157,8 +159,8 @@ struct ex_run {
     apt_batch (*prepare)(ex_run *run, ex_batch *batch);       /* NULL: the rows as they are */
     bool (*evaluate)(ex_run *run, double *metric);            /* higher is better; NULL: none. Writes run->error on failure */
     void *user;
-    int64_t prune_at;                 /* > 0: prune_sparsity at once after this step (prune-after-training) */
-    float prune_sparsity;
+    float prune_sparsity;             /* > 0: prune-after-training, all at once ... */
+    int64_t prune_at;                 /* ... when so many steps are done */
     int32_t observe;                  /* batches of salience before that */
     bool keeps, resume;               /* keeps: a stop leaves a checkpoint, which resume begins with */
     const char *settings;             /* NULL: none */
@@ -412,9 +414,11 @@ static apt_batch exi_run_next(ex_run *run)
     return run->prepare != NULL ? run->prepare(run, rows) : ex_batch_apt(rows);
 }
 
-/* Prune-after-training: salience from `observe` batches, then everything at once. The training goes on as recovery. */
+/* Prune-after-training, when it is due: salience from `observe` batches, then everything at once. What steps are left are for
+   recovery. */
 static bool exi_run_one_shot(ex_run *run)
 {
+    if (!(run->prune_sparsity > 0) || run->state.pruned || run->state.step < run->prune_at) return true;
     for (int32_t i = 0; i < run->observe; i++) {
         const apt_batch batch = exi_run_next(run);
         if (apt_trainer_observe(run->trainer, &batch) != APT_OK) return false;
@@ -440,19 +444,34 @@ EX_API ex_run_end ex_run_train(ex_run *run)
     fflush(stdout);
     ex_progress_begin(&run->bar, run->name, run->state.step, run->desc.steps);
     while (run->state.step < run->desc.steps) {
-        const bool due = run->prune_at > 0 && !run->state.pruned && run->state.step >= run->prune_at;
-        if (due && !exi_run_one_shot(run)) return exi_run_fail(run);
+        if (!exi_run_one_shot(run)) return exi_run_fail(run);
         const apt_batch batch = exi_run_next(run);
         if (apt_trainer_step(run->trainer, &batch, &info) != APT_OK) return exi_run_fail(run);
         if (ex_run_stopping()) return exi_run_stop(run);
     }
-    if (apt_trainer_finish(run->trainer) != APT_OK || !exi_run_log_layers(run)) return exi_run_fail(run);
+    if (!exi_run_one_shot(run) || apt_trainer_finish(run->trainer) != APT_OK || !exi_run_log_layers(run))
+        return exi_run_fail(run);
     exi_run_peak(run);
     ex_progress_end(&run->bar);
     return EX_RUN_DONE;
 }
 
 /* ------------------------------------------------------------------------------------------------ the result */
+
+/* Better before hours of training than after: is there room for the model as it is now, and for a checkpoint? */
+EX_API void ex_run_warn_space(const ex_run *run)
+{
+    struct statvfs disk;
+    apt_model_info info;
+    char left[32], most[32];
+    apt_model_query(run->model, &info);
+    const double needed = 8.0 * (double)info.parameters;
+    if (statvfs(run->dir, &disk) != 0) return;
+    const double bytes = (double)disk.f_bavail * (double)disk.f_frsize;
+    if (bytes < needed)
+        fprintf(stderr, "warning: %s has room for %s; the result and a checkpoint may need %s\n", run->dir,
+                ex_bytes_text(left, sizeof(left), bytes), ex_bytes_text(most, sizeof(most), needed));
+}
 
 /* The tokenizer's files, byte for byte; what `to` holds of an earlier one and `from` has not goes. */
 EX_API bool exi_run_copy_tokenizer(const char *from, const char *to, ex_error *error)

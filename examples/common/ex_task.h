@@ -46,7 +46,8 @@ typedef struct ex_task {
 
 EX_API const char *ex_task_name(apt_task_kind kind)
 {
-    return kind == APT_TASK_CLASSIFY ? "classification" : kind == APT_TASK_REGRESS ? "regression" : "span";
+    return kind == APT_TASK_CLASSIFY ? "classification" : kind == APT_TASK_REGRESS ? "regression"
+           : kind == APT_TASK_SPAN ? "span answers" : "masked language modelling";
 }
 
 /* ------------------------------------------------------------------------------------------------ classes */
@@ -88,8 +89,6 @@ EX_API bool ex_task_write_labels(ex_task *task, const char *dir)
 /* The classes of a model that is there: numbers where nobody names them, and as many as it has outputs. */
 EX_API bool ex_task_check_labels(ex_task *task, const char *model)
 {
-    if (task->kind == APT_TASK_MLM)
-        return ex_fail(task->error, "%s is a language model: say --task classification, regression or span", model);
     if (task->kind != APT_TASK_CLASSIFY) return true;
     for (int32_t i = 0; task->labels == NULL && i < task->config.labels; i++) {
         char name[16];
@@ -130,13 +129,22 @@ EX_API bool ex_task_read(ex_task *task, ex_task_file *file, bool labelled, int64
     return true;
 }
 
-/* The training rows: they keep the order of the model's classes when they use the same names, else theirs are new ones. */
-EX_API bool ex_task_read_train(ex_task *task, ex_task_file *file, int64_t limit)
+/* Rows with the names of the model's classes keep their order; else the classes are those of the rows. */
+EX_API bool exi_task_read_train(ex_task *task, ex_task_file *file, int64_t limit)
 {
     if (ex_task_read(task, file, true, limit)) return true;
     if (task->labels == NULL || task->kind != APT_TASK_CLASSIFY) return false;
     task->labels = NULL;
+    task->error->text[0] = 0;
     return ex_task_read(task, file, true, limit);
+}
+
+EX_API bool ex_task_read_train(ex_task *task, ex_task_file *file, int64_t limit)
+{
+    if (!exi_task_read_train(task, file, limit)) return false;
+    return task->kind != APT_TASK_CLASSIFY || ex_labels_count(task->labels) > 1 ||
+           ex_fail(task->error, "%s: expected two classes or more, found only \"%s\"", file->path,
+                   ex_labels_name(task->labels, 0));
 }
 
 /* Longer texts are cut, or for spans cut into windows. what: "train" and such. */
