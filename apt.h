@@ -12717,7 +12717,7 @@ static apt_result apti_config_resolve(apt_ctx *ctx, const char *path, apti_model
     c->task = task != APT_TASK_NONE ? task : regression ? APT_TASK_REGRESS : c->task;
     if (c->task == APT_TASK_NONE)
         return apti_fail(ctx, APT_E_ARGUMENT,
-                         "'%.600s': \"architectures\" names no task; say which one is meant in apt_load_desc.task", path);
+                         "'%.600s': \"architectures\" names no task, and apt_load_desc.task neither", path);
     if (c->task == APT_TASK_MLM && file->untied)
         return apti_fail(ctx, APT_E_UNSUPPORTED, "'%.600s': \"tie_word_embeddings\" is false, expected true", path);
     if (c->task == APT_TASK_CLASSIFY) c->labels = labels > 0 ? labels : stated && file->labels > 0 ? file->labels : 2;
@@ -12928,6 +12928,19 @@ static apt_result apti_loader_shape(const apti_loader *l, const apti_param *p, c
                      apti_show_shape(expected, p->dims).text, hint);
 }
 
+/* Tensors of a layer that the config does not have: one of the two files is wrong, and half a model would be a silent answer. */
+static apt_result apti_loader_layers(const apti_loader *l)
+{
+    for (int32_t i = 0; i < l->set->count; i++) {
+        const char *name = l->set->views[i].name, *at = l->used[i] ? NULL : strstr(name, "encoder.layer.");
+        const long layer = at != NULL ? strtol(at + strlen("encoder.layer."), NULL, 10) : -1;
+        if (layer >= l->model->config.layers)
+            return apti_fail(l->ctx, APT_E_SHAPE, "'%.600s': tensor '%s' is of a layer beyond the %d of config.json",
+                             l->set->files[l->set->views[i].file].path, apti_show(name).text, (int)l->model->config.layers);
+    }
+    return APT_OK;
+}
+
 /* Finds every parameter in the files; only task heads may be missing. */
 static apt_result apti_loader_match(apti_loader *l)
 {
@@ -12948,6 +12961,7 @@ static apt_result apti_loader_match(apti_loader *l)
         if (l->found[i] == NULL) apti_name_list_add(&missing, p->name);
         else if (apti_loader_shape(l, p, l->found[i]) != APT_OK) return APT_E_SHAPE;
     }
+    if (apti_loader_layers(l) != APT_OK) return APT_E_SHAPE;
     for (int32_t i = 0; i < l->set->count; i++)
         if (!l->used[i]) apti_name_list_add(&unused, l->set->views[i].name);
     apti_name_list_log(l->ctx, &missing, l->set->path, "not in the files, so initialised from the seed");

@@ -45,29 +45,26 @@ static ex_tokenizer *make_letters(void)
 /* All sequences once, in two epochs; each batch must be what the data set says. */
 static void check_batches(const ex_dataset *set, uint8_t how)
 {
-    ex_loader loader;
-    ex_batch batch;
+    ex_feed feed;
     int64_t seen = 0;
-    memset(&loader, 0, sizeof loader);
-    memset(&batch, 0, sizeof batch);
-    loader.set = set;
-    loader.batch = how % 7 + 1;
-    loader.shuffle = how & 1;
-    loader.seed = how;
-    for (int epoch = 0; epoch < 2; epoch++) {
-        while (ex_loader_next(&loader, &batch)) {
-            const apt_batch view = ex_batch_apt(&batch);
-            seen += view.sequences;
-            fuzz_check(view.offsets[0] == 0);
-            for (int32_t s = 0; s < view.sequences; s++) {
-                const int64_t i = batch.index[s];
-                fuzz_check(view.offsets[s + 1] - view.offsets[s] == set->starts[i + 1] - set->starts[i]);
-                fuzz_check(view.offsets[s + 1] > view.offsets[s]);
-            }
+    memset(&feed, 0, sizeof feed);
+    feed.set = set;
+    feed.batch = how % 7 + 1;
+    feed.by_length = how & 1;
+    feed.seed = how;
+    for (int64_t b = 0; b < 2 * ex_feed_batches(&feed); b++) {
+        const ex_batch *batch = ex_feed_next(&feed);
+        const apt_batch view = ex_batch_apt(batch);
+        seen += view.sequences;
+        fuzz_check(view.offsets[0] == 0);
+        for (int32_t s = 0; s < view.sequences; s++) {
+            const int64_t i = batch->index[s];
+            fuzz_check(view.offsets[s + 1] - view.offsets[s] == set->starts[i + 1] - set->starts[i]);
+            fuzz_check(view.offsets[s + 1] > view.offsets[s]);
         }
     }
     fuzz_check(seen == 2 * set->count);
-    ex_batch_free(&batch);
+    ex_feed_free(&feed);
 }
 
 static void rows(const ex_tokenizer *t, const char *path, uint8_t how)

@@ -1,12 +1,14 @@
 /* examples/common without the tokenizer: JSON, data files, batches and their order, SQuAD, metrics, options, log, progress
-   line, report. */
+   line, report, table, the grammar of the demonstration. */
 #define _POSIX_C_SOURCE 200809L
 #define STB_DS_IMPLEMENTATION
 #include "../examples/common/ex_base.h"
 #include "../apt.h"
 #include "apt_test.h"
 #include "../examples/common/ex_args.h"
+#include "../examples/common/ex_cells.h"
 #include "../examples/common/ex_data.h"
+#include "../examples/common/ex_grammar.h"
 #include "../examples/common/ex_log.h"
 #include "../examples/common/ex_metrics.h"
 #include "../examples/common/ex_progress.h"
@@ -387,6 +389,8 @@ static void test_row_errors(void **state)
                  {"a.tsv", "x\ty\n1\t2\n", EX_LABEL_NONE, "found the columns \"x\", \"y\""},
                  {"a.tsv", "sentence\ty\n1\t2\n", EX_LABEL_CLASS, "expected a column for the label: one of \"label\""},
                  {"a.tsv", "sentence\tlabel\na\t1\nb\n", EX_LABEL_CLASS, "a.tsv:3: expected at least 2 columns, found 1"},
+                 {"a.tsv", "sentence\tlabel\na\t1\nb\tc\t1\n", EX_LABEL_CLASS,
+                  "a.tsv:3: expected at most the 2 columns of the header line, found 3"},
                  {"a.tsv", "sentence\tlabel\na\t1\n\nb\t1\n", EX_LABEL_CLASS,
                   "a.tsv:3: expected 2 column(s), found an empty line"},
                  {"a.tsv", "sentence\tlabel\na\t\n", EX_LABEL_CLASS, "a.tsv:2: expected a label, found nothing"},
@@ -573,41 +577,42 @@ static void test_permute(void **state)
     }
 }
 
-static void test_loader(void **state)
+/* Every row once an epoch, with and without groups of similar length; a resumed run needs to know only the cursor. */
+static void test_feed(void **state)
 {
     place *p = (place *)*state;
     ex_dataset set;
-    ex_loader a, b;
-    ex_batch batch = {0}, again = {0};
-    int seen[23] = {0}, batches = 0;
     make_set(p, 23, &set, 0);
-    memset(&a, 0, sizeof a);
-    a.set = &set;
-    a.batch = 5;
-    a.seed = 11;
-    a.shuffle = true;
-    assert_int_equal(ex_loader_batches(&a), 5);
-    for (int epoch = 0; epoch < 3; epoch++) {
-        for (batches = 0; ex_loader_next(&a, &batch); batches++) {
-            for (int i = 0; i < batch.sequences; i++) seen[batch.index[i]]++;
-            if (epoch != 1 || batches != 2) continue;
-            b = a;                               /* a resumed run: only the cursor is known */
+    for (int by_length = 0; by_length < 2; by_length++) {
+        ex_feed a, b;
+        int seen[23] = {0}, moved = 0;
+        memset(&a, 0, sizeof a);
+        a.set = &set;
+        a.batch = 5;
+        a.seed = 11;
+        a.by_length = by_length == 1;
+        assert_int_equal(ex_feed_batches(&a), 5);
+        for (int i = 0; i < 15; i++) {
+            const ex_batch *batch = ex_feed_next(&a);
+            assert_int_equal(batch->sequences, i % 5 == 4 ? 3 : 5);
+            assert_int_equal(a.at.epoch, i / 5);
+            for (int s = 0; s < batch->sequences; s++) {
+                seen[batch->index[s]]++;
+                moved += batch->index[s] != 5 * (i % 5) + s;
+            }
+            if (i % 5 == 4) for (int r = 0; r < 23; r++) assert_int_equal(seen[r], i / 5 + 1);
+            if (i != 7) continue;
+            b = a;
+            b.order = NULL;
+            b.ordered = 0;
+            memset(&b.rows, 0, sizeof b.rows);
             b.at.index -= 5;
-            assert_true(ex_loader_next(&b, &again));
-            assert_memory_equal(again.index, batch.index, 5 * sizeof(int64_t));
+            assert_memory_equal(ex_feed_next(&b)->index, batch->index, 5 * sizeof(int64_t));
+            ex_feed_free(&b);
         }
-        assert_int_equal(batches, 5);
-        assert_int_equal(batch.sequences, 3);
-        for (int i = 0; i < 23; i++) assert_int_equal(seen[i], epoch + 1);
+        assert_true(moved > 40);
+        ex_feed_free(&a);
     }
-    a.drop_last = true;
-    a.shuffle = false;
-    assert_int_equal(ex_loader_batches(&a), 4);
-    for (batches = 0; ex_loader_next(&a, &batch); batches++) assert_int_equal(batch.index[4], 5 * batches + 4);
-    assert_int_equal(batches, 4);
-    assert_int_equal(a.at.epoch, 4);
-    ex_batch_free(&batch);
-    ex_batch_free(&again);
     ex_dataset_free(&set);
 }
 
@@ -792,6 +797,7 @@ static void test_metrics(void **state)
     near(ex_matthews(predicted, label, 8, 3), (5.0 * 7 - 17) / sqrt((49.0 - 19) * (49 - 17)),
          1e-15); /* sums of squares and products */
     assert_int_equal(ex_argmax(scores, 4), 1);
+    near(ex_softmax_best(scores, 4, 1), 1 / (1 + 2 * exp(-1.0) + exp(-2.0)), 1e-12);
     near(ex_accuracy(predicted, label, 0), 0, 0);
 }
 
@@ -1192,6 +1198,85 @@ static void test_report_empty(void **state)
     }
 }
 
+/* ---- table ---- */
+
+static void test_cells(void **state)
+{
+    place *p = (place *)*state;
+    ex_cells cells[2];
+    char *text;
+    FILE *file;
+    memset(cells, 0, sizeof cells);
+    cells[0].run = "a";
+    cells[1].run = "longer run";
+    ex_cell(&cells[0], "accuracy", "%.1f %%", 57.6);
+    ex_cell(&cells[1], "accuracy", "%.1f %%", 100.0);
+    ex_cell(&cells[1], "on disk", "%s", "3.2 MiB");
+    put_text(p, "table", "");
+    file = fopen(p->path, "wb");
+    assert_non_null(file);
+    ex_cells_print(cells, 2, file);
+    fclose(file);
+    text = get(p->path);
+    assert_string_equal(text, "               a  longer run\n"
+                              "----------------------------\n"
+                              "accuracy  57.6 %     100.0 %\n"
+                              "on disk        -     3.2 MiB\n");
+    free(text);
+    for (int i = 0; i < 40; i++) ex_cell(&cells[0], "more", "%d", i);      /* what has no place is left out */
+    assert_int_equal(cells[0].count, 24);
+}
+
+/* ---- grammar ---- */
+
+/* Is the statement good news? Read from the words alone, as the comment of ex_grammar.h says. */
+static int read_sentence(const char *text)
+{
+    static const char *const good[] = {"kind", "honest", "gentle", "brave", "wise", "cheerful"};
+    const char *from = text, *end = strstr(text, " although "), *was;
+    int negated, positive = 0;
+    if (strncmp(text, "although ", 9) == 0 || strncmp(text, "while ", 6) == 0 || strncmp(text, "because ", 8) == 0)
+        from = strstr(text, " , ");
+    if (end == NULL) end = strstr(text, " while ");
+    if (end == NULL) end = strstr(text, " because ");
+    was = strstr(from, " was ");
+    assert_non_null(was);
+    if (end != NULL) assert_true(was < end);
+    was += 5;
+    negated = strncmp(was, "not ", 4) == 0 || strncmp(was, "never ", 6) == 0 || strncmp(was, "hardly ", 7) == 0;
+    if (negated) was = strchr(was, ' ') + 1;
+    for (int i = 0; i < 6; i++) positive |= strncmp(was, good[i], strlen(good[i])) == 0;
+    return positive ^ negated ^ (strstr(text, "it is false that ") != NULL);
+}
+
+static void test_grammar(void **state)
+{
+    place *p = (place *)*state;
+    uint64_t random = 5, again = 5;
+    ex_sentence s, t;
+    ex_map seen;
+    ex_rows rows;
+    ex_rows_desc desc = desc_of(EX_LABEL_CLASS);
+    ex_error error = {""};
+    int good = 0;
+    for (int i = 0; i < 2000; i++) {
+        ex_sentence_make(&s, &random, false);
+        ex_sentence_make(&t, &again, false);
+        assert_string_equal(s.text, t.text);
+        if (read_sentence(s.text) != s.label) fail_msg("\"%s\" has label %d", s.text, (int)s.label);
+        good += s.label;
+    }
+    assert_true(good > 900 && good < 1100);
+    memset(&seen, 0, sizeof seen);
+    put_text(p, "g.tsv", "");
+    assert_true(ex_grammar_write(p->path, 300, true, &random, &seen, &error));
+    read_rows(&rows, p->path, &desc);
+    assert_int_equal(rows.count, 300);
+    assert_int_equal(ex_map_count(&seen), 300);
+    ex_rows_free(&rows);
+    ex_map_free(&seen);
+}
+
 #define IN_PLACE(test) cmocka_unit_test_setup_teardown(test, place_setup, place_teardown)
 
 int main(void)
@@ -1212,7 +1297,7 @@ int main(void)
                                        IN_PLACE(test_dataset),
                                        IN_PLACE(test_batches),
                                        cmocka_unit_test(test_permute),
-                                       IN_PLACE(test_loader),
+                                       IN_PLACE(test_feed),
                                        IN_PLACE(test_squad_read),
                                        IN_PLACE(test_squad_errors),
                                        IN_PLACE(test_squad_windows),
@@ -1228,6 +1313,8 @@ int main(void)
                                        IN_PLACE(test_progress_plain),
                                        cmocka_unit_test(test_report_scale),
                                        IN_PLACE(test_report),
-                                       IN_PLACE(test_report_empty)};
+                                       IN_PLACE(test_report_empty),
+                                       IN_PLACE(test_cells),
+                                       IN_PLACE(test_grammar)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -37,7 +37,13 @@ says "demo --help names its options" "--seed"
 check "demo refuses an unknown option" 2 "$demo" --bogus
 check "demo runs" 0 "$demo" --fast --threads 2 --out "$work/demo"
 says "demo compares the three ways" "prune after"
+for row in accuracy parameters "on disk" "step, at the start" "step, at the end" inference "peak memory"; do says "demo's table has: $row" "^$row "; done
 has "demo writes its report" "$work/demo/report.html"
+has "and one of the pretraining" "$base/report.html"
+for curve in "Training loss" Accuracy Sparsity "Step time" Memory "Ranks per layer, APT 60 %" "Heads per layer, APT 60 %" \
+    "Neurons per layer, APT 60 %" "Hidden size"; do
+    if grep -q "<figcaption>$curve" "$work/demo/report.html"; then pass "the report draws: $curve"; else fail "the report draws: $curve"; fi
+done
 if grep -q -e 'src="http' -e 'href="http' -e '@import' "$work/demo/report.html"; then fail "the report is self-contained"; else pass "the report is self-contained"; fi
 check "demo runs on one thread" 0 "$demo" --fast --threads 1 --out "$work/demo1"
 for run in tiny-bert lora apt prune-after; do
@@ -55,6 +61,15 @@ check "training needs --train" 2 r --method apt --out "$work/x"
 check "eval needs --dev" 2 r --method eval
 check "a word that is no part of the model" 2 r $data --out "$work/x" --prune heads,tails
 says "the message names the word" tails
+check "an option out of range" 2 r $data --out "$work/x" --sparsity 1.5
+says "both limits are named" "from 0 to 0.99"
+check "a misspelt option" 2 r $data --out "$work/x" --spasity 0.5
+says "the right one is named" "did you mean --sparsity"
+check "bf16 is for frozen matrices" 2 r $data --out "$work/x" --method full --weights bf16
+check "a pruning window behind the end" 1 r $data --out "$work/x" --epochs 1 --prune-begin 100000
+says "the message names the option" prune-begin
+check "a model without a head cannot be evaluated" 1 r --method eval --task classification --dev "$work/demo/dev.tsv"
+says "the message says why" "was trained for masked language modelling"
 check "--out must not be the model" 2 r $data --out "$base"
 check "a metric of another task" 1 r $data --out "$work/x" --metric pearson --steps 2
 says "the message names the task" classification
@@ -71,6 +86,8 @@ for method in apt lora full prune-after; do
 done
 check "an earlier result is not replaced unasked" 2 r $data $short --out "$work/apt"
 check "--overwrite replaces it" 0 r $data $short --method apt --overwrite --out "$work/apt"
+check "prune-after in a single step" 0 r $data --method prune-after --steps 1 --batch 8 --observe 2 --out "$work/one"
+if grep -q "^prunable left *[34]" "$work/log"; then pass "prunes all the same"; else fail "prunes all the same"; fi
 check "a pruned model can be pruned further" 0 "$roberta" --model "$work/apt" $data $short --sparsity 0.5 --out "$work/apt2"
 check "bf16 weights" 0 r $data $short --method lora --weights bf16 --out "$work/bf16"
 check "accumulation, length groups, preset, linear schedule" 0 r $data --steps 8 --accumulate 3 --group-by-length --preset glue-small \
@@ -82,6 +99,14 @@ if [ "$(wc -l < "$work/predicted/predictions.tsv")" -eq "$(wc -l < "$work/demo/t
 awk -F'\t' 'BEGIN { print "sentence1\tsentence2\tscore" } NR > 1 && NR < 202 { print $1 "\t" $1 "\t" length($1) / 40 }' "$work/demo/train.tsv" > "$work/pairs.tsv"
 check "regression on pairs" 0 r --task regression --train "$work/pairs.tsv" --dev "$work/pairs.tsv" --steps 12 --batch 8 --sparsity 0.3 --out "$work/regression"
 says "regression reports Pearson" pearson
+says "and Spearman" spearman
+printf 'stale\n' > "$work/regression/labels.txt"
+printf '{}' > "$work/regression/tokenizer.json"
+check "over an earlier result" 0 r --task regression --train "$work/pairs.tsv" --steps 2 --batch 8 --sparsity 0.3 --overwrite --out "$work/regression"
+if [ -e "$work/regression/labels.txt" ] || [ -e "$work/regression/tokenizer.json" ]; then fail "its stale files are gone"; else pass "its stale files are gone"; fi
+check "eval of a regression" 0 "$roberta" --model "$work/regression" --dev "$work/pairs.tsv" --method eval
+check "not as a classifier" 1 "$roberta" --model "$work/regression" --dev "$work/demo/dev.tsv" --method eval --task classification
+says "both tasks are named" "regression, not for classification"
 awk 'BEGIN { print "{\"sentence\":\"the cook was kind\",\"label\":\"yes\"}"; print "{\"sentence\":\"the cook was rude\",\"label\":\"no\"}";
              print "{\"sentence\":\"the cook was not rude\",\"label\":\"perhaps\"}" }' > "$work/words.jsonl"
 check "JSONL with three named classes" 0 r --train "$work/words.jsonl" --dev "$work/words.jsonl" --steps 4 --sparsity 0.2 --out "$work/words"
@@ -134,25 +159,69 @@ check "a damaged checkpoint is refused" 1 r $long --resume --out "$work/cut"
 check "--resume without a checkpoint" 2 r $long --resume --out "$work/nothing"
 
 # ---- bad input
-mkdir -p "$work/bad" && cp "$base"/* "$work/bad/"
-bad() { "$roberta" --model "$work/bad" --dev "$work/demo/dev.tsv" --method eval --task classification; }
+# a trained classifier, one file of which is then spoilt at a time
+good=$work/demo/lora
+mkdir -p "$work/bad" && cp "$good"/* "$work/bad/"
+bad() { "$roberta" --model "$work/bad" --dev "$work/demo/dev.tsv" --method eval; }
+check "the copy is fine before" 0 bad
 check "no such folder" 1 "$roberta" --model "$work/none" --dev "$work/demo/dev.tsv" --method eval
-head -c 5000 "$base/model.safetensors" > "$work/bad/model.safetensors"
+head -c 5000 "$good/model.safetensors" > "$work/bad/model.safetensors"
 check "truncated safetensors" 1 bad
 says "names the file" model.safetensors
-cp "$base/model.safetensors" "$work/bad/"
-sed 's/"hidden_size": *[0-9]*/"hidden_size": 64/' "$base/config.json" > "$work/bad/config.json"
+: > "$work/bad/model.safetensors"
+check "empty safetensors" 1 bad
+cp "$good/model.safetensors" "$work/bad/"
+printf '\377\377\377\177' | dd of="$work/bad/model.safetensors" bs=1 seek=$(($(wc -c < "$good/model.safetensors") - 4)) conv=notrunc 2> /dev/null
+check "a weight that is not a number" 1 bad
+says "names the tensor" "tensor '.*NaN"
+rm "$work/bad/model.safetensors" && mkdir "$work/bad/model.safetensors"
+check "a folder instead of a file" 1 bad
+says "says so" "is a folder"
+rmdir "$work/bad/model.safetensors"
+cp "$good/model.safetensors" "$work/bad/"
+sed 's/"hidden_size": *[0-9]*/"hidden_size": 64/' "$good/config.json" > "$work/bad/config.json"
 check "a config that disagrees with the tensors" 1 bad
+sed 's/"num_hidden_layers": *[0-9]*/"num_hidden_layers": 3/; /^  "apt": {/,/^  },/d' "$good/config.json" > "$work/bad/config.json"
+check "a config with fewer layers than the file" 1 bad
+says "names a tensor of the layer too many" "layer.3.*beyond the 3"
 printf '{"model_type": ' > "$work/bad/config.json"
 check "broken config.json" 1 bad
 says "names the config" config.json
-cp "$base/config.json" "$work/bad/" && rm "$work/bad/vocab.txt"
+cp "$good/config.json" "$work/bad/"
+printf 'one\nmore\nword\n' >> "$work/bad/vocab.txt"
+check "more tokens than the embedding has" 1 bad
+says "names both numbers" "64 tokens, the model's embedding 61 rows"
+rm "$work/bad/vocab.txt"
 check "no tokenizer" 1 bad
+says "names what may be there" "merges.txt"
 printf 'sentence\tlabel\nthe cook\t1\nno label here\n' > "$work/bad.tsv"
 check "a row without a label" 1 r --train "$work/bad.tsv" --out "$work/x"
 says "names file and line" "bad.tsv:3"
 : > "$work/empty.tsv"
 check "an empty file" 1 r --train "$work/empty.tsv" --out "$work/x"
+check "a folder instead of a data file" 1 r --train "$work/demo" --out "$work/x"
+printf 'sentence\tlabel\nthe cook\twas\t1\n' > "$work/many.tsv"
+check "a row with too many columns" 1 r --train "$work/many.tsv" --out "$work/x"
+says "names line, expected and found" "many.tsv:2: expected at most the 2 columns of the header line, found 3"
+printf 'sentence\tlabel\nthe cook\t1\nthe judge\t1\n' > "$work/single.tsv"
+check "a single class" 1 r --train "$work/single.tsv" --out "$work/x"
+says "names it" 'found only "1"'
+printf '\357\273\277sentence\tlabel\r\nthe cook was kind\t1\r\nthe cook was rude\t0\r\n' > "$work/windows.tsv"
+check "a BOM and CR LF" 0 r --train "$work/windows.tsv" --steps 2 --sparsity 0.1 --out "$work/windows"
+if [ "$(cat "$work/windows/labels.txt")" = "0
+1" ]; then pass "are no part of the labels"; else fail "are no part of the labels"; fi
+[ -e "$work/x" ] && fail "bad input writes nothing" || pass "bad input writes nothing"
+
+# ---- a disk that fills up: the limit makes every longer write fail
+cp -r "$work/apt" "$work/kept"
+full() { (trap '' XFSZ; ulimit -f 600; exec "$roberta" --model "$base" --threads 2 $data $short --method apt --overwrite "$@"); }
+check "no room for the result" 1 full --out "$work/kept"
+says "the reason is the file, not what followed from it" "cannot write '.*model.safetensors'"
+same "the earlier result is still there" "$work/apt/model.safetensors" "$work/kept/model.safetensors"
+check "no room for a checkpoint" 1 full --checkpoint-every 4 --out "$work/full"
+says "names the checkpoint" "cannot write '.*checkpoint.apt'"
+check "--out is a file" 1 r $data $short --out "$work/bad.tsv"
+says "says that it is no folder" "not a folder"
 printf 'sentence\tlabel\nthe cook\t7\n' > "$work/seven.tsv"
 check "a label that training never saw" 1 r --train "$work/demo/train.tsv" --dev "$work/seven.tsv" --out "$work/x"
 says "names the label" 7

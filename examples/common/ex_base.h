@@ -181,6 +181,13 @@ EX_API char *ex_path(const char *dir, const char *name)
     return ex_format(length > 0 && dir[length - 1] != '/' ? "%s/%s" : "%s%s", dir, name);
 }
 
+/* -1: there is no such file. */
+EX_API int64_t ex_file_bytes(const char *path)
+{
+    struct stat info;
+    return stat(path, &info) == 0 ? (int64_t)info.st_size : -1;
+}
+
 EX_API bool exi_read_all(FILE *file, ex_text *text)
 {
     size_t got;
@@ -233,6 +240,12 @@ EX_API bool ex_write_file(const char *path, const char *text, size_t bytes, ex_e
     }
     free(temporary);
     return fine;
+}
+
+/* A file that does not exist is removed already. */
+EX_API bool ex_remove_file(const char *path, ex_error *error)
+{
+    return remove(path) == 0 || errno == ENOENT || ex_fail(error, "%s: cannot be removed: %s", path, strerror(errno));
 }
 
 /* Makes every missing folder of path. */

@@ -2,7 +2,7 @@
 
        ex_rows_read        sentence pairs or single sentences with a class or a score
        ex_dataset_rows     the same as tokens, in one compact array
-       ex_loader_next      batch after batch, shuffled; the order is a function of (seed, epoch, index), so a run can go on
+       ex_feed_next        batch after batch, shuffled; the order is a function of (seed, epoch, index), so a run can go on
                            from a checkpoint exactly where it stopped
        ex_batch_apt        a batch as apt.h takes it (include apt.h first)
 
@@ -93,7 +93,7 @@ typedef struct exi_rows_reader {
     int64_t line;                     /* where the next line starts, and its number */
     char *at, *end;
     char **fields;                    /* TSV: of the present line */
-    char **header;
+    char **header;                    /* TSV: names; empty without a header line */
     int64_t columns[3];               /* TSV: text, pair, label; -1: none */
     const char *names[3];             /* JSONL: the same */
     char label_text[32];              /* JSONL: a number as text */
@@ -303,6 +303,11 @@ EX_API bool exi_tsv_row(exi_rows_reader *r, char *line, size_t bytes)
     if ((int64_t)stbds_arrlenu(r->fields) < need) {
         return ex_fail(r->error, "%s:%lld: expected at least %lld columns, found %zu", r->path, (long long)r->line,
                        (long long)need, stbds_arrlenu(r->fields));
+    }
+    if (!r->desc->no_header && stbds_arrlenu(r->fields) > stbds_arrlenu(r->header)) {
+        return ex_fail(r->error,
+                       "%s:%lld: expected at most the %zu columns of the header line, found %zu; is there a tab inside a text?",
+                       r->path, (long long)r->line, stbds_arrlenu(r->header), stbds_arrlenu(r->fields));
     }
     text = r->fields[r->columns[0]];
     pair = r->columns[1] >= 0 ? r->fields[r->columns[1]] : NULL;
@@ -688,40 +693,94 @@ EX_API int64_t ex_permute(uint64_t seed, int64_t epoch, int64_t count, int64_t i
 /* The whole state of the order: put it into a checkpoint. index: sequences of this epoch handed out. */
 typedef struct ex_cursor { int64_t epoch, index; } ex_cursor;
 
-typedef struct ex_loader {
+/* ------------------------------------------------------------------------------------------------ order of the data */
+
+/* An endless, shuffled, reproducible stream of batches; its whole state is `at`. */
+typedef struct ex_feed {
     const ex_dataset *set;
     int32_t batch;                    /* sequences per batch */
     uint64_t seed;
-    bool shuffle, drop_last;          /* drop_last: no batch smaller than `batch` */
-    ex_cursor at;
-} ex_loader;
+    bool by_length;                   /* rows of similar length share a batch */
+    ex_cursor at;                     /* epoch, and rows of it handed out */
+    int64_t *order;                   /* rows of epoch `ordered` */
+    int64_t ordered;                  /* epoch + 1; 0: none yet */
+    ex_batch rows;
+} ex_feed;
 
-/* Batches per epoch. */
-EX_API int64_t ex_loader_batches(const ex_loader *loader)
+typedef struct exi_keyed { int32_t key; int64_t place, row; } exi_keyed;
+
+EX_API int exi_compare_keyed(const void *a, const void *b)
 {
-    const int64_t full = loader->set->count / loader->batch;
-    return loader->drop_last ? full : full + (loader->set->count % loader->batch != 0);
+    const exi_keyed *x = (const exi_keyed *)a, *y = (const exi_keyed *)b;
+    if (x->key != y->key) return x->key < y->key ? -1 : 1;
+    return x->place < y->place ? -1 : x->place > y->place;
 }
 
-/* The next batch of the epoch; false at its end, and the next call starts the next epoch. */
-EX_API bool ex_loader_next(ex_loader *loader, ex_batch *batch)
+EX_API int32_t exi_length(const ex_dataset *set, int64_t row)
 {
-    const int64_t count = loader->set->count, left = count - loader->at.index;
-    const int32_t take = left < loader->batch ? (int32_t)(left > 0 ? left : 0) : loader->batch;
-    int64_t *index = NULL;
-    if (take == 0 || (loader->drop_last && take < loader->batch)) {
-        loader->at.epoch++;
-        loader->at.index = 0;
-        return false;
+    return (int32_t)(set->starts[row + 1] - set->starts[row]);
+}
+
+/* Sorts order[0 .. count) by length; equal lengths keep their order. */
+EX_API void exi_sort_by_length(const ex_dataset *set, int64_t *order, int64_t count)
+{
+    exi_keyed *keyed = (exi_keyed *)ex_alloc((size_t)count, sizeof(exi_keyed));
+    for (int64_t i = 0; i < count; i++) {
+        keyed[i].key = exi_length(set, order[i]);
+        keyed[i].place = i;
+        keyed[i].row = order[i];
     }
-    for (int32_t i = 0; i < take; i++) {
-        const int64_t place = loader->at.index + i;
-        stbds_arrput(index, loader->shuffle ? ex_permute(loader->seed, loader->at.epoch, count, place) : place);
+    qsort(keyed, (size_t)count, sizeof(exi_keyed), exi_compare_keyed);
+    for (int64_t i = 0; i < count; i++) order[i] = keyed[i].row;
+    free(keyed);
+}
+
+/* Sorts windows of 50 batches by length, then shuffles the full batches (a short last one stays last). */
+EX_API void exi_feed_group(ex_feed *feed, int64_t *order, int64_t count)
+{
+    const int64_t window = 50 * (int64_t)feed->batch, full = count / feed->batch;
+    int64_t *sorted = (int64_t *)ex_alloc((size_t)count, sizeof(int64_t));
+    memcpy(sorted, order, (size_t)count * sizeof(int64_t));
+    for (int64_t i = 0; i < count; i += window)
+        exi_sort_by_length(feed->set, sorted + i, count - i < window ? count - i : window);
+    for (int64_t b = 0; b < full; b++) {
+        const int64_t from = ex_permute(feed->seed + 1, feed->at.epoch, full, b);
+        memcpy(order + b * feed->batch, sorted + from * feed->batch, (size_t)feed->batch * sizeof(int64_t));
     }
-    ex_batch_gather(batch, loader->set, index, take);
-    stbds_arrfree(index);
-    loader->at.index += take;
-    return true;
+    memcpy(order + full * feed->batch, sorted + full * feed->batch, (size_t)(count - full * feed->batch) * sizeof(int64_t));
+    free(sorted);
+}
+
+/* The next batch; the last one of an epoch may be smaller. Valid until the next call. */
+EX_API ex_batch *ex_feed_next(ex_feed *feed)
+{
+    const int64_t count = feed->set->count;
+    if (feed->at.index >= count) {
+        feed->at.index = 0;
+        feed->at.epoch++;
+    }
+    if (feed->ordered != feed->at.epoch + 1) {
+        if (feed->order == NULL) feed->order = (int64_t *)ex_alloc((size_t)count, sizeof(int64_t));
+        for (int64_t i = 0; i < count; i++) feed->order[i] = ex_permute(feed->seed, feed->at.epoch, count, i);
+        if (feed->by_length) exi_feed_group(feed, feed->order, count);
+        feed->ordered = feed->at.epoch + 1;
+    }
+    const int64_t left = count - feed->at.index, take = left < feed->batch ? left : feed->batch;
+    ex_batch_gather(&feed->rows, feed->set, feed->order + feed->at.index, (int32_t)take);
+    feed->at.index += take;
+    return &feed->rows;
+}
+
+EX_API int64_t ex_feed_batches(const ex_feed *feed)
+{
+    return (feed->set->count + feed->batch - 1) / feed->batch;
+}
+
+EX_API void ex_feed_free(ex_feed *feed)
+{
+    free(feed->order);
+    ex_batch_free(&feed->rows);
+    memset(feed, 0, sizeof(*feed));
 }
 
 #include "ex_squad.h"

@@ -20,6 +20,14 @@ EX_API int32_t ex_argmax(const float *x, int32_t n)
     return best;
 }
 
+/* Probability of the largest of n logits, which stands at `best`. */
+EX_API double ex_softmax_best(const float *x, int32_t n, int32_t best)
+{
+    double sum = 0;
+    for (int32_t i = 0; i < n; i++) sum += exp((double)x[i] - (double)x[best]);
+    return 1 / sum;
+}
+
 EX_API double ex_accuracy(const int32_t *predicted, const int32_t *label, int64_t n)
 {
     int64_t right = 0, all = 0;
@@ -111,15 +119,6 @@ EX_API double *exi_doubles(const float *x, int64_t n)
     return copy;
 }
 
-EX_API double ex_pearson(const float *predicted, const float *target, int64_t n)
-{
-    double *x = exi_doubles(predicted, n), *y = exi_doubles(target, n);
-    const double result = exi_pearson(x, y, n);
-    free(x);
-    free(y);
-    return result;
-}
-
 typedef struct exi_ranked { float value; int64_t index; } exi_ranked;
 
 EX_API int exi_compare_ranked(const void *a, const void *b)
@@ -146,13 +145,25 @@ EX_API double *exi_ranks(const float *x, int64_t n)
     return ranks;
 }
 
-EX_API double ex_spearman(const float *predicted, const float *target, int64_t n)
+/* Pearson's correlation of what `prepare` makes of both. */
+EX_API double exi_correlation(const float *predicted, const float *target, int64_t n,
+                              double *(*prepare)(const float *values, int64_t count))
 {
-    double *x = exi_ranks(predicted, n), *y = exi_ranks(target, n);
+    double *x = prepare(predicted, n), *y = prepare(target, n);
     const double result = exi_pearson(x, y, n);
     free(x);
     free(y);
     return result;
+}
+
+EX_API double ex_pearson(const float *predicted, const float *target, int64_t n)
+{
+    return exi_correlation(predicted, target, n, exi_doubles);
+}
+
+EX_API double ex_spearman(const float *predicted, const float *target, int64_t n)
+{
+    return exi_correlation(predicted, target, n, exi_ranks);
 }
 
 /* ------------------------------------------------------------------------------------------------ SQuAD */

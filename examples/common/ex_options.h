@@ -1,5 +1,5 @@
 /* ex_options.h - the command-line options that every training example shares: one struct, its rows for ex_args.h, its checks,
-   and how it becomes an apt_train_desc.   Include after ex_args.h and ex_run.h. */
+   and how it becomes an apt_train_desc. Include after ex_args.h and ex_run.h. */
 #ifndef EX_OPTIONS_H
 #define EX_OPTIONS_H
 
@@ -13,7 +13,8 @@ typedef struct ex_options {
     int64_t batch, accumulate, epochs, steps, warmup, rank, max_rank, seed, threads;
     int64_t prune_begin, prune_end, distill_end, prune_every, round_heads, round_neurons, round_hidden, min_hidden, observe;
     int64_t eval_every, checkpoint_every, log_every;
-    double sparsity, start_sparsity, lr, weight_decay, clip, scale, growth, mask_step, momentum, temperature, distill_pred, distill_layer;
+    double sparsity, start_sparsity, lr, weight_decay, clip, scale, growth, mask_step, momentum;
+    double temperature, distill_pred, distill_layer;
 } ex_options;
 
 EX_API void ex_options_init(ex_options *o)
@@ -40,7 +41,8 @@ EX_API void ex_options_init(ex_options *o)
 
 /* Rows of the table of ex_args.h; o is an ex_options *. */
 #define EX_OPTIONS_ROWS(o)                                                                                                  \
-    EX_CHOICE("preset", &(o)->preset, "none|glue-small|glue-big|squad", "learning rate, batch, epochs, sparsity of the APT paper"), \
+    EX_CHOICE("preset", &(o)->preset, "none|glue-small|glue-big|squad",                                                     \
+              "learning rate, batch, epochs, sparsity of the APT paper"),                                                   \
     EX_REAL("sparsity", "X", &(o)->sparsity, 0, 0.99, "share of the prunable parameters to remove"),                        \
     EX_GROUP("Optimizer"),                                                                                                  \
     EX_REAL("lr", "X", &(o)->lr, 1e-9, 1, "learning rate"),                                                                 \
@@ -152,12 +154,13 @@ static int32_t exi_salience(int32_t choice)                               /* apt
 /* What the table cannot check: which options belong together. */
 EX_API bool ex_options_check(const ex_options *o, ex_error *error)
 {
-    if (o->prune_end > 0 && o->prune_begin >= o->prune_end) return ex_fail(error, "--prune-begin must come before --prune-end");
-    if (o->max_rank < o->rank) return ex_fail(error, "--max-rank %lld is below --rank %lld", (long long)o->max_rank, (long long)o->rank);
-    if (o->steps > 0 && (o->prune_end > o->steps || o->prune_begin > o->steps))
-        return ex_fail(error, "the pruning window does not fit into --steps %lld", (long long)o->steps);
+    if (o->prune_end > 0 && o->prune_begin >= o->prune_end)
+        return ex_fail(error, "--prune-begin must come before --prune-end");
+    if (o->max_rank < o->rank)
+        return ex_fail(error, "--max-rank %lld is below --rank %lld", (long long)o->max_rank, (long long)o->rank);
     if (o->start_sparsity > o->sparsity) return ex_fail(error, "--start-sparsity is above --sparsity");
-    if (o->schedule == 2 && o->start_sparsity <= 0) return ex_fail(error, "--schedule exponential needs --start-sparsity above 0");
+    if (o->schedule == 2 && o->start_sparsity <= 0)
+        return ex_fail(error, "--schedule exponential needs --start-sparsity above 0");
     return exi_adapt_bits(o, error) != 0 && exi_prune_bits(o, error) != 0;
 }
 
@@ -188,7 +191,7 @@ static int64_t exi_prune_end(const ex_options *o, int64_t steps)
     if (o->prune_end > 0) return o->prune_end;
     if (o->preset != EX_PRESET_NONE && apt_preset_query(exi_preset(o->preset), &info) == APT_OK && info.distill_epochs > 0)
         return steps * info.distill_epochs / info.epochs;
-    return steps * 6 / 10;
+    return steps > 1 ? steps * 6 / 10 : 1;
 }
 
 static void exi_options_pruning(const ex_options *o, int32_t method, ex_run *run)
@@ -225,11 +228,14 @@ static void exi_options_pruning(const ex_options *o, int32_t method, ex_run *run
     }
 }
 
-/* Fills run->desc and what belongs to it; run->feed must be ready. `evaluates`: the run has something to evaluate on. */
-EX_API void ex_options_plan(const ex_options *o, int32_t method, bool evaluates, ex_run *run)
+/* Fills run->desc and what belongs to it. */
+EX_API bool ex_options_plan(const ex_options *o, int32_t method, ex_run *run)
 {
     apt_train_desc *t = &run->desc;
-    const int64_t per_epoch = (ex_feed_batches(run->feed) + o->accumulate - 1) / o->accumulate;
+    run->feed.batch = (int32_t)o->batch;
+    run->feed.seed = t->seed = (uint64_t)o->seed;
+    run->feed.by_length = o->group_by_length;
+    const int64_t per_epoch = (ex_feed_batches(&run->feed) + o->accumulate - 1) / o->accumulate;
     t->method = method == EX_METHOD_APT ? APT_METHOD_APT : method == EX_METHOD_FULL ? APT_METHOD_FULL : APT_METHOD_LORA;
     t->steps = o->steps > 0 ? o->steps : per_epoch * o->epochs;
     t->learning_rate = (float)o->lr;
@@ -242,12 +248,14 @@ EX_API void ex_options_plan(const ex_options *o, int32_t method, bool evaluates,
     t->max_rank = (int32_t)o->max_rank;
     t->scale = (float)o->scale;
     t->adapt = exi_adapt_bits(o, run->error);
-    t->evaluate_every = !evaluates ? 0 : o->eval_every > 0 ? o->eval_every : (t->steps + 9) / 10;
+    t->evaluate_every = run->evaluate == NULL ? 0 : o->eval_every > 0 ? o->eval_every : (t->steps + 9) / 10;
     t->checkpoint_every = o->checkpoint_every;
-    t->seed = (uint64_t)o->seed;
     exi_options_pruning(o, method, run);
     run->resume = o->resume;
     run->log_every = o->log_every > 0 ? o->log_every : t->steps / 2000 + 1;
+    return (o->prune_begin <= t->steps && o->prune_end <= t->steps) ||
+           ex_fail(run->error, "--prune-begin %lld and --prune-end %lld do not lie within the run's %lld steps",
+                   (long long)o->prune_begin, (long long)o->prune_end, (long long)t->steps);
 }
 
 /* What a continuation must have alike and the library does not see, as one line (its own settings it compares itself). free() */
@@ -255,7 +263,7 @@ EX_API char *ex_options_settings(const ex_options *o, const ex_run *run)
 {
     return ex_format("batch %lld%s, one-shot prune of %g at step %lld after %lld batches", (long long)o->batch,
                      o->group_by_length ? " grouped by length" : "", (double)run->prune_sparsity, (long long)run->prune_at,
-                     (long long)(run->prune_at > 0 ? o->observe : 0));
+                     (long long)(run->prune_sparsity > 0 ? o->observe : 0));
 }
 
 #endif /* EX_OPTIONS_H */

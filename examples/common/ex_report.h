@@ -424,7 +424,7 @@ EX_API void exi_rep_axes(exi_rep_chart *chart)
         first = i == 0 || line->series->step[0] < first ? line->series->step[0] : first;
     }
     if (exi_rep_has(chart->panel, EXI_REP_ZERO) || (low >= 0 && low < 0.3 * high)) low = 0;
-    if (first < 0.1 * chart->last) first = 0;
+    if (first < 0.5 * chart->last) first = 0;              /* so that most charts of a report have the same axis */
     if (!(chart->last > first)) chart->last = first + 1;
     chart->y = exi_rep_nice(low, high, 5);
     chart->x = exi_rep_nice(first, chart->last, 6);
@@ -723,15 +723,26 @@ EX_API void exi_rep_draw_panel(const ex_report *report, const exi_rep_panel *pan
 
 /* ------------------------------------------------------------------------------------------------ which charts */
 
+/* Is the name one of `list`, which ends with NULL? */
+EX_API bool exi_rep_among(const char *const *list, const char *name)
+{
+    while (*list != NULL && strcmp(*list, name) != 0) list++;
+    return *list != NULL;
+}
+
 /* Series that are drawn nowhere: they say little over time or stand in other charts. */
 EX_API bool exi_rep_silent(const char *name)
 {
     static const char *const silent[] = {"tokens",        "mu",    "skipped", "teacher_milliseconds", "peak_bytes",
-                                         "gradient_norm", "epoch", "seconds"};
-    for (size_t i = 0; i < sizeof(silent) / sizeof(silent[0]); i++) {
-        if (strcmp(silent[i], name) == 0) return true;
-    }
-    return false;
+                                         "gradient_norm", "epoch", "seconds", NULL};
+    return exi_rep_among(silent, name);
+}
+
+/* Metrics that are shares and so read as percentages; correlations are not. */
+EX_API bool exi_rep_share(const char *name)
+{
+    static const char *const shares[] = {"accuracy", "f1", "f1-macro", "exact", NULL};
+    return exi_rep_among(shares, name);
 }
 
 EX_API double exi_rep_greatest(const ex_report *report, const char *name)
@@ -761,8 +772,8 @@ EX_API void exi_rep_other_panels(const ex_report *report, const exi_rep_panel *k
             if (exi_rep_silent(name) || !ex_map_put(&seen, name, strlen(name), 1)) continue;
             memset(&panel, 0, sizeof(panel));
             panel.title = panel.series[0] = panel.labels[0] = name;
-            panel.unit = "";
-            panel.scale = 1;
+            panel.unit = exi_rep_share(name) ? " %" : "";
+            panel.scale = exi_rep_share(name) ? 100 : 1;
             panel.flags = EXI_REP_MARKS;
             exi_rep_draw_panel(report, &panel, number, out);
         }
@@ -975,7 +986,7 @@ EX_API const char *exi_rep_style(void)
            "background:var(--bg);color:var(--ink);"
            "font:15px/1.5 system-ui,-apple-system,\"Segoe UI\",Roboto,\"Helvetica Neue\",Arial,sans-serif}\n"
            "h1{font-size:24px;line-height:1.25;margin:0 0 4px}h2{font-size:17px;margin:30px 0 10px}"
-           "p{margin:0;color:var(--soft)}\n"
+           "p{margin:0;color:var(--soft)}.note{font-size:13px;margin:-6px 0 10px}\n"
            ".grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(430px,100%),1fr));gap:16px}\n"
            ".card{margin:0;padding:14px 14px 6px;background:var(--card);border:1px solid var(--line);border-radius:10px}\n"
            "figcaption{font-weight:600;font-size:14.5px}small{font-weight:400;font-size:12.5px;color:var(--soft)}\n"
@@ -1017,7 +1028,13 @@ EX_API void exi_rep_body(const ex_report *report, ex_text *out)
         ex_text_put(out, "<h2>Results</h2>\n");
         exi_rep_table(report, false, out);
     }
-    ex_text_put(out, "<h2>Training</h2>\n<div class=\"grid\">\n");
+    ex_text_put(out, "<h2>Training</h2>\n");
+    for (size_t r = 0; r < stbds_arrlenu(report->runs); r++) {
+        if (report->runs[r].compactions == NULL) continue;
+        ex_text_put(out, "<p class=\"note\">Triangles on an axis: here a model became physically smaller.</p>\n");
+        break;
+    }
+    ex_text_put(out, "<div class=\"grid\">\n");
     exi_rep_curves(report, &number, out);
     ex_text_put(out, "</div>\n");
     exi_rep_heat_maps(report, &maps);

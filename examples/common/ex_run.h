@@ -1,13 +1,14 @@
-/* ex_run.h - what a training program does around apt.h: the order of the data, the training loop with progress, events,
-   metrics.jsonl, checkpoints and Ctrl-C, scoring a data set, saving the result, the table at the end.
+/* ex_run.h - what a training program does around apt.h: scoring a data set, the training loop with progress, events,
+   metrics.jsonl, checkpoints and Ctrl-C, saving the result.
 
-   Include after apt.h, ex_log.h, ex_args.h, ex_data.h and ex_progress.h. A program fills an ex_run, calls ex_run_train once, then
-   ex_run_save. Errors are in run->error. */
+   Include after apt.h, ex_log.h, ex_args.h, ex_data.h and ex_progress.h. A program calls ex_run_init, fills in what is its own,
+   and calls ex_run_train once, ex_run_save, ex_run_close. Errors are in run->error. */
 #ifndef EX_RUN_H
 #define EX_RUN_H
 
 #include <math.h>
 #include <signal.h>
+#include <sys/statvfs.h>
 
 /* ------------------------------------------------------------------------------------------------ Ctrl-C and context */
 
@@ -15,16 +16,19 @@ static volatile sig_atomic_t exi_stop;        /* number of the signal that asked
 
 static void exi_on_signal(int number)
 {
+    static const char text[] = "\nstopping after this step; once more ends at once\n";
     exi_stop = number;
+    if (write(STDERR_FILENO, text, sizeof(text) - 1) < 0) return;      /* there is nobody to tell */
 }
 
-/* SIGINT and SIGTERM ask for a stop after the present step; the second one ends the program at once. */
+/* SIGINT and SIGTERM ask for a stop after the present step; the second one ends the program at once. For the training
+   alone: whatever else these programs do can be broken off at any time, since files are replaced as a whole. */
 EX_API void ex_run_catch_signals(void)
 {
     struct sigaction action;
     memset(&action, 0, sizeof(action));
     action.sa_handler = exi_on_signal;
-    action.sa_flags = (int)SA_RESETHAND;
+    action.sa_flags = (int)(SA_RESETHAND | SA_RESTART);
     sigemptyset(&action.sa_mask);
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
@@ -35,11 +39,12 @@ EX_API bool ex_run_stopping(void)
     return exi_stop != 0;
 }
 
-/* Errors come back through apt_error(); what is left for the screen are warnings, and errors of apt_create itself. */
+/* Errors come back through apt_error(); what is left for the screen are warnings, and errors of apt_create itself. The first
+   message stays: when a callback fails, what the library says later is only that it was cancelled. */
 static void exi_on_log(const apt_log_item *item, void *user)
 {
     if (item->level == APT_LOG_WARNING) fprintf(stderr, "\nwarning: %s\n", item->message);
-    else if (item->level == APT_LOG_ERROR && user != NULL) ex_fail((ex_error *)user, "%s", item->message);
+    else if (item->level == APT_LOG_ERROR && ((ex_error *)user)->text[0] == 0) ex_fail((ex_error *)user, "%s", item->message);
 }
 
 /* A context for a program: `error` receives the library's messages and must live as long as the context. */
@@ -51,95 +56,6 @@ EX_API apt_ctx *ex_run_context(int64_t threads, const char *kernels, ex_error *e
     desc.log = exi_on_log;
     desc.log_user = error;
     return apt_create(&desc);
-}
-
-/* ------------------------------------------------------------------------------------------------ order of the data */
-
-/* An endless, shuffled, reproducible stream of batches; its whole state is `at`. */
-typedef struct ex_feed {
-    const ex_dataset *set;
-    int32_t batch;                    /* sequences per batch */
-    uint64_t seed;
-    bool by_length;                   /* rows of similar length share a batch */
-    ex_cursor at;                     /* epoch, and rows of it handed out */
-    int64_t *order;                   /* rows of epoch `ordered` */
-    int64_t ordered;                  /* epoch + 1; 0: none yet */
-    ex_batch rows;
-} ex_feed;
-
-typedef struct exi_keyed { int32_t key; int64_t place, row; } exi_keyed;
-
-static int exi_compare_keyed(const void *a, const void *b)
-{
-    const exi_keyed *x = (const exi_keyed *)a, *y = (const exi_keyed *)b;
-    if (x->key != y->key) return x->key < y->key ? -1 : 1;
-    return x->place < y->place ? -1 : x->place > y->place;
-}
-
-static int32_t exi_length(const ex_dataset *set, int64_t row)
-{
-    return (int32_t)(set->starts[row + 1] - set->starts[row]);
-}
-
-/* Sorts order[0 .. count) by length; equal lengths keep their order. */
-static void exi_sort_by_length(const ex_dataset *set, int64_t *order, int64_t count)
-{
-    exi_keyed *keyed = (exi_keyed *)ex_alloc((size_t)count, sizeof(exi_keyed));
-    for (int64_t i = 0; i < count; i++) {
-        keyed[i].key = exi_length(set, order[i]);
-        keyed[i].place = i;
-        keyed[i].row = order[i];
-    }
-    qsort(keyed, (size_t)count, sizeof(exi_keyed), exi_compare_keyed);
-    for (int64_t i = 0; i < count; i++) order[i] = keyed[i].row;
-    free(keyed);
-}
-
-/* Sorts windows of 50 batches by length, then shuffles the full batches (a short last one stays last). */
-static void exi_feed_group(ex_feed *feed, int64_t *order, int64_t count)
-{
-    const int64_t window = 50 * (int64_t)feed->batch, full = count / feed->batch;
-    int64_t *sorted = (int64_t *)ex_alloc((size_t)count, sizeof(int64_t));
-    memcpy(sorted, order, (size_t)count * sizeof(int64_t));
-    for (int64_t i = 0; i < count; i += window) exi_sort_by_length(feed->set, sorted + i, count - i < window ? count - i : window);
-    for (int64_t b = 0; b < full; b++) {
-        const int64_t from = ex_permute(feed->seed + 1, feed->at.epoch, full, b);
-        memcpy(order + b * feed->batch, sorted + from * feed->batch, (size_t)feed->batch * sizeof(int64_t));
-    }
-    memcpy(order + full * feed->batch, sorted + full * feed->batch, (size_t)(count - full * feed->batch) * sizeof(int64_t));
-    free(sorted);
-}
-
-/* The next batch; the last one of an epoch may be smaller. Valid until the next call. */
-EX_API ex_batch *ex_feed_next(ex_feed *feed)
-{
-    const int64_t count = feed->set->count;
-    if (feed->at.index >= count) {
-        feed->at.index = 0;
-        feed->at.epoch++;
-    }
-    if (feed->ordered != feed->at.epoch + 1) {
-        if (feed->order == NULL) feed->order = (int64_t *)ex_alloc((size_t)count, sizeof(int64_t));
-        for (int64_t i = 0; i < count; i++) feed->order[i] = ex_permute(feed->seed, feed->at.epoch, count, i);
-        if (feed->by_length) exi_feed_group(feed, feed->order, count);
-        feed->ordered = feed->at.epoch + 1;
-    }
-    const int64_t left = count - feed->at.index, take = left < feed->batch ? left : feed->batch;
-    ex_batch_gather(&feed->rows, feed->set, feed->order + feed->at.index, (int32_t)take);
-    feed->at.index += take;
-    return &feed->rows;
-}
-
-EX_API int64_t ex_feed_batches(const ex_feed *feed)
-{
-    return (feed->set->count + feed->batch - 1) / feed->batch;
-}
-
-EX_API void ex_feed_free(ex_feed *feed)
-{
-    free(feed->order);
-    ex_batch_free(&feed->rows);
-    memset(feed, 0, sizeof(*feed));
 }
 
 /* ------------------------------------------------------------------------------------------------ scoring a data set */
@@ -156,7 +72,8 @@ static int64_t exi_logits_count(apt_model *model, const ex_batch *batch)
     return batch->sequences;
 }
 
-static bool exi_score_batch(apt_ctx *ctx, apt_model *model, const ex_batch *batch, apt_output *output, ex_score_info *info, ex_error *error)
+static bool exi_score_batch(apt_ctx *ctx, apt_model *model, const ex_batch *batch, apt_output *output, ex_score_info *info,
+                            ex_error *error)
 {
     const int64_t need = exi_logits_count(model, batch);
     const apt_batch view = ex_batch_apt(batch);
@@ -177,7 +94,8 @@ static bool exi_score_batch(apt_ctx *ctx, apt_model *model, const ex_batch *batc
 
 /* Runs the model over `set` in order of length, up to 64 sequences and 4096 tokens at a time, and hands every batch with
    its logits to sink (may be NULL). info receives the mean loss, and the time spent in the model alone. */
-EX_API bool ex_score(apt_ctx *ctx, apt_model *model, const ex_dataset *set, ex_sink sink, void *user, ex_score_info *info, ex_error *error)
+EX_API bool ex_score(apt_ctx *ctx, apt_model *model, const ex_dataset *set, ex_sink sink, void *user, ex_score_info *info,
+                     ex_error *error)
 {
     int64_t *order = (int64_t *)ex_alloc((size_t)set->count, sizeof(int64_t));
     apt_output output = APT_ZERO;
@@ -207,7 +125,8 @@ EX_API bool ex_score(apt_ctx *ctx, apt_model *model, const ex_dataset *set, ex_s
 
 enum { EX_TIMED = 32, EX_TIMED_SKIP = 2 };    /* the first steps pay for cold caches */
 
-typedef struct ex_timing { int64_t count; float first[EX_TIMED], last[EX_TIMED], teacher[EX_TIMED]; } ex_timing;
+/* Milliseconds of the first and of the last steps, and of the teacher's forward where there was one. */
+typedef struct ex_timing { int64_t count, teacher_count; float first[EX_TIMED], last[EX_TIMED]; double teacher; } ex_timing;
 
 /* What a checkpoint holds beside the library's own state, byte for byte. */
 typedef struct ex_run_state {
@@ -227,32 +146,58 @@ typedef enum ex_run_end { EX_RUN_DONE, EX_RUN_STOPPED, EX_RUN_FAILED } ex_run_en
 
 typedef struct ex_run ex_run;
 struct ex_run {
-    /* the caller's */
+    /* of ex_run_init */
     const char *name;                 /* title of the progress bar */
     apt_ctx *ctx;
     apt_model *model;
+    const char *dir;                  /* receives metrics.jsonl, the checkpoint and the result */
+    ex_error *error;
+    ex_feed feed;
+    ex_log log;
+    /* the caller's */
     apt_train_desc desc;              /* without on_event and user */
-    ex_feed *feed;
     apt_batch (*prepare)(ex_run *run, ex_batch *batch);       /* NULL: the rows as they are */
     bool (*evaluate)(ex_run *run, double *metric);            /* higher is better; NULL: none. Writes run->error on failure */
     void *user;
-    int64_t prune_at;                 /* > 0: prune_sparsity at once after this step (prune-after-training) */
-    float prune_sparsity;
+    float prune_sparsity;             /* > 0: prune-after-training, all at once ... */
+    int64_t prune_at;                 /* ... when so many steps are done */
     int32_t observe;                  /* batches of salience before that */
-    const char *checkpoint, *log_path;/* NULL: none */
+    bool keeps, resume;               /* keeps: a stop leaves a checkpoint, which resume begins with */
     const char *settings;             /* NULL: none */
-    bool resume;
     const ex_arg *arguments;          /* written into the log; NULL: none */
-    int64_t log_every;                /* steps between "step" lines: 1 */
-    ex_log *log;                      /* zeroed; opened here */
-    ex_error *error;
+    int64_t log_every;                /* steps between "step" lines; 0: 1 */
     /* the run's */
     apt_trainer *trainer;
+    char *checkpoint;                 /* dir/checkpoint.apt */
     ex_run_state state;
     ex_progress bar;
     apt_step_info step;
     bool failed;                      /* inside an event */
 };
+
+EX_API void ex_run_init(ex_run *run, const char *name, apt_ctx *ctx, apt_model *model, const ex_dataset *train, const char *dir,
+                        ex_error *error)
+{
+    memset(run, 0, sizeof(*run));
+    run->name = name;
+    run->ctx = ctx;
+    run->model = model;
+    run->dir = dir;
+    run->error = error;
+    run->feed.set = train;
+    run->feed.batch = 32;
+    run->checkpoint = ex_path(dir, "checkpoint.apt");
+}
+
+/* The context and the model stay the caller's. */
+EX_API void ex_run_close(ex_run *run)
+{
+    apt_trainer_destroy(run->trainer);
+    ex_log_close(&run->log);
+    ex_feed_free(&run->feed);
+    free(run->checkpoint);
+    memset(run, 0, sizeof(*run));
+}
 
 static ex_run_end exi_run_fail(ex_run *run)
 {
@@ -261,9 +206,9 @@ static ex_run_end exi_run_fail(ex_run *run)
     return EX_RUN_FAILED;
 }
 
-static bool exi_log_end(ex_run *run)
+EX_API bool exi_log_end(ex_run *run)
 {
-    return ex_log_end(run->log, run->error);
+    return ex_log_end(&run->log, run->error);
 }
 
 /* Adapter ranks, heads and neurons of every layer, and the hidden size. */
@@ -271,7 +216,6 @@ static bool exi_run_log_layers(ex_run *run)
 {
     apt_config config = APT_ZERO;
     apt_model_config(run->model, &config);
-    if (run->log_path == NULL) return true;
     int32_t *values = (int32_t *)ex_alloc(3 * (size_t)config.layers, sizeof(int32_t)), *heads = values + config.layers,
             *neurons = heads + config.layers;
     for (int32_t i = 0; i < apt_model_parameters(run->model); i++) {
@@ -285,12 +229,12 @@ static bool exi_run_log_layers(ex_run *run)
         heads[l] = config.layer[l].heads;
         neurons[l] = config.layer[l].neurons;
     }
-    ex_log_begin(run->log, "layers");
-    ex_log_int(run->log, "step", run->state.step);
-    ex_log_ints(run->log, "ranks", values, config.layers);
-    ex_log_ints(run->log, "heads", heads, config.layers);
-    ex_log_ints(run->log, "neurons", neurons, config.layers);
-    ex_log_int(run->log, "hidden", config.hidden);
+    ex_log_begin(&run->log, "layers");
+    ex_log_int(&run->log, "step", run->state.step);
+    ex_log_ints(&run->log, "ranks", values, config.layers);
+    ex_log_ints(&run->log, "heads", heads, config.layers);
+    ex_log_ints(&run->log, "neurons", neurons, config.layers);
+    ex_log_int(&run->log, "hidden", config.hidden);
     free(values);
     return exi_log_end(run);
 }
@@ -303,8 +247,8 @@ static void exi_run_peak(ex_run *run)
 
 static bool exi_run_save(ex_run *run)
 {
-    run->state.version = 1;
-    run->state.at = run->feed->at;
+    run->state.version = 2;
+    run->state.at = run->feed.at;
     exi_run_peak(run);
     return apt_checkpoint_save(run->trainer, run->checkpoint, &run->state, sizeof(run->state)) == APT_OK ||
            ex_fail(run->error, "%s", apt_error(run->ctx));
@@ -314,10 +258,11 @@ static void exi_time(ex_timing *timing, const apt_step_info *step)
 {
     const float own = (float)(step->milliseconds - step->teacher_milliseconds);
     const int64_t n = timing->count++ - EX_TIMED_SKIP;
+    timing->teacher += step->teacher_milliseconds;
+    timing->teacher_count += step->teacher_milliseconds > 0;
     if (n < 0) return;
     if (n < EX_TIMED) timing->first[n] = own;
     timing->last[n % EX_TIMED] = own;
-    timing->teacher[n % EX_TIMED] = (float)step->teacher_milliseconds;
 }
 
 static bool exi_event_step(ex_run *run, const apt_step_info *step)
@@ -330,25 +275,25 @@ static bool exi_event_step(ex_run *run, const apt_step_info *step)
     run->state.tokens += step->tokens;
     exi_time(&run->state.timing, step);
     ex_progress_update(&run->bar, step->step, &shown);
-    if (run->log_path == NULL || (run->log_every > 1 && step->step % run->log_every != 0 && step->step != run->desc.steps)) return true;
-    ex_log_begin(run->log, "step");
-    ex_log_int(run->log, "step", step->step);
-    ex_log_real(run->log, "loss", step->loss);
-    ex_log_real(run->log, "task_loss", step->task_loss);
-    ex_log_real(run->log, "distill_loss", step->distill_loss);
-    ex_log_real(run->log, "learning_rate", step->learning_rate);
-    ex_log_real(run->log, "gradient_norm", step->gradient_norm);
-    ex_log_real(run->log, "sparsity_target", step->sparsity_target);
-    ex_log_real(run->log, "sparsity", step->sparsity);
-    ex_log_real(run->log, "kept", step->kept);
-    ex_log_real(run->log, "mu", step->mu);
-    ex_log_int(run->log, "tokens", step->tokens);
-    ex_log_real(run->log, "milliseconds", step->milliseconds);
-    ex_log_real(run->log, "teacher_milliseconds", step->teacher_milliseconds);
-    ex_log_real(run->log, "tokens_per_second", step->tokens_per_second);
-    ex_log_int(run->log, "trainable", step->trainable);
-    ex_log_int(run->log, "bytes", step->bytes);
-    if (step->skipped) ex_log_bool(run->log, "skipped", true);
+    if (run->log_every > 1 && step->step % run->log_every != 0 && step->step != run->desc.steps) return true;
+    ex_log_begin(&run->log, "step");
+    ex_log_int(&run->log, "step", step->step);
+    ex_log_real(&run->log, "loss", step->loss);
+    ex_log_real(&run->log, "task_loss", step->task_loss);
+    ex_log_real(&run->log, "distill_loss", step->distill_loss);
+    ex_log_real(&run->log, "learning_rate", step->learning_rate);
+    ex_log_real(&run->log, "gradient_norm", step->gradient_norm);
+    ex_log_real(&run->log, "sparsity_target", step->sparsity_target);
+    ex_log_real(&run->log, "sparsity", step->sparsity);
+    ex_log_real(&run->log, "kept", step->kept);
+    ex_log_real(&run->log, "mu", step->mu);
+    ex_log_int(&run->log, "tokens", step->tokens);
+    ex_log_real(&run->log, "milliseconds", step->milliseconds);
+    ex_log_real(&run->log, "teacher_milliseconds", step->teacher_milliseconds);
+    ex_log_real(&run->log, "tokens_per_second", step->tokens_per_second);
+    ex_log_int(&run->log, "trainable", step->trainable);
+    ex_log_int(&run->log, "bytes", step->bytes);
+    if (step->skipped) ex_log_bool(&run->log, "skipped", true);
     return exi_log_end(run);
 }
 
@@ -360,7 +305,8 @@ static void exi_note_change(ex_run *run, const apt_event *event)
     ex_count_text(before, sizeof(before), (double)event->parameters_before);
     ex_count_text(after, sizeof(after), (double)event->parameters_after);
     if (event->kind == APT_EVENT_PRUNE && !event->budget_reached) {
-        ex_progress_note(&run->bar, "  step %5lld  prune    the target of %.1f %% is out of reach: the least sizes forbid it", step, 100 * run->step.sparsity_target);
+        ex_progress_note(&run->bar, "  step %5lld  prune    the target of %.1f %% is out of reach: the least sizes forbid it",
+                         step, 100 * run->step.sparsity_target);
     } else if (event->kind == APT_EVENT_COMPACT) {
         ex_progress_note(&run->bar, "  step %5lld  compact  %d heads, %d neurons, d %d: %s -> %s parameters, %.1f %% left", step,
                          (int)event->heads, (int)event->neurons, (int)event->hidden, before, after, 100 * run->step.kept);
@@ -375,16 +321,15 @@ static bool exi_event_change(ex_run *run, const apt_event *event)
 {
     static const char *const names[] = {"", "step", "prune", "compact", "grow", "teacher", "evaluate", "checkpoint"};
     exi_note_change(run, event);
-    if (run->log_path == NULL) return true;
-    ex_log_begin(run->log, names[event->kind]);
-    ex_log_int(run->log, "step", run->state.step);
+    ex_log_begin(&run->log, names[event->kind]);
+    ex_log_int(&run->log, "step", run->state.step);
     if (event->kind != APT_EVENT_TEACHER) {
-        ex_log_int(run->log, "parameters_before", event->parameters_before);
-        ex_log_int(run->log, "parameters_after", event->parameters_after);
+        ex_log_int(&run->log, "parameters_before", event->parameters_before);
+        ex_log_int(&run->log, "parameters_after", event->parameters_after);
     }
     if (event->kind == APT_EVENT_COMPACT) {
-        ex_log_int(run->log, "bytes_before", event->bytes_before);
-        ex_log_int(run->log, "bytes_after", event->bytes_after);
+        ex_log_int(&run->log, "bytes_before", event->bytes_before);
+        ex_log_int(&run->log, "bytes_after", event->bytes_after);
     }
     if (!exi_log_end(run)) return false;
     return event->kind == APT_EVENT_COMPACT || event->kind == APT_EVENT_GROW ? exi_run_log_layers(run) : true;
@@ -411,9 +356,8 @@ static int exi_on_event(apt_event *event, void *user)
     switch (event->kind) {
     case APT_EVENT_STEP: fine = exi_event_step(run, event->step); break;
     case APT_EVENT_EVALUATE: fine = exi_event_evaluate(run, event); break;
-    case APT_EVENT_CHECKPOINT: fine = run->checkpoint == NULL || exi_run_save(run); break;
-    case APT_EVENT_PRUNE: case APT_EVENT_COMPACT: case APT_EVENT_GROW: case APT_EVENT_TEACHER: fine = exi_event_change(run, event); break;
-    default: break;
+    case APT_EVENT_CHECKPOINT: fine = !run->keeps || exi_run_save(run); break;
+    default: fine = exi_event_change(run, event); break;
     }
     if (!fine) run->failed = true;
     return fine ? 0 : 1;
@@ -422,14 +366,17 @@ static int exi_on_event(apt_event *event, void *user)
 static bool exi_run_load(ex_run *run)
 {
     size_t bytes = sizeof(run->state);
-    if (apt_checkpoint_load(run->trainer, run->checkpoint, &run->state, &bytes) != APT_OK) return ex_fail(run->error, "%s", apt_error(run->ctx));
+    if (apt_checkpoint_load(run->trainer, run->checkpoint, &run->state, &bytes) != APT_OK)
+        return ex_fail(run->error, "%s", apt_error(run->ctx));
     run->state.settings[sizeof(run->state.settings) - 1] = 0;
-    if (bytes != sizeof(run->state) || run->state.version != 1) return ex_fail(run->error, "%s: not a checkpoint of this program", run->checkpoint);
+    if (bytes != sizeof(run->state) || run->state.version != 2)
+        return ex_fail(run->error, "%s: not a checkpoint of this program", run->checkpoint);
     if (run->settings != NULL && strncmp(run->settings, run->state.settings, sizeof(run->state.settings) - 1) != 0)
-        return ex_fail(run->error, "%s was written with other settings.\n  then: %s\n  now:  %s", run->checkpoint, run->state.settings, run->settings);
-    if (run->state.at.epoch < 0 || run->state.at.index < 0 || run->state.at.index > run->feed->set->count)
+        return ex_fail(run->error, "%s was written with other settings.\n  then: %s\n  now:  %s", run->checkpoint,
+                       run->state.settings, run->settings);
+    if (run->state.at.epoch < 0 || run->state.at.index < 0 || run->state.at.index > run->feed.set->count)
         return ex_fail(run->error, "%s: its data position does not fit these training rows", run->checkpoint);
-    run->feed->at = run->state.at;
+    run->feed.at = run->state.at;
     run->model = apt_trainer_model(run->trainer);
     return true;
 }
@@ -444,16 +391,18 @@ static bool exi_run_begin(ex_run *run)
     run->desc.on_event = exi_on_event;
     run->desc.user = run;
     apt_memory_reset_peak(run->ctx);
-    if (apt_trainer_create(run->model, &run->desc, &run->trainer) != APT_OK) return ex_fail(run->error, "%s", apt_error(run->ctx));
+    if (apt_trainer_create(run->model, &run->desc, &run->trainer) != APT_OK)
+        return ex_fail(run->error, "%s", apt_error(run->ctx));
     apt_trainer_query(run->trainer, &run->desc);
     run->desc.on_event = exi_on_event;
     if (run->resume && !exi_run_load(run)) return false;
-    if (run->log_path == NULL) return true;
-    if (!ex_log_open(run->log, run->log_path, run->resume ? run->state.step : -1, run->error)) return false;
-    if (run->resume) return true;
+    char *path = ex_path(run->dir, "metrics.jsonl");
+    const bool opened = ex_log_open(&run->log, path, run->resume ? run->state.step : -1, run->error);
+    free(path);
+    if (!opened || run->resume) return opened;
     if (run->arguments != NULL) {
-        ex_log_begin(run->log, "settings");
-        ex_args_log(run->arguments, run->log);
+        ex_log_begin(&run->log, "settings");
+        ex_args_log(run->arguments, &run->log);
         if (!exi_log_end(run)) return false;
     }
     return exi_run_log_layers(run);
@@ -461,13 +410,15 @@ static bool exi_run_begin(ex_run *run)
 
 static apt_batch exi_run_next(ex_run *run)
 {
-    ex_batch *rows = ex_feed_next(run->feed);
+    ex_batch *rows = ex_feed_next(&run->feed);
     return run->prepare != NULL ? run->prepare(run, rows) : ex_batch_apt(rows);
 }
 
-/* Prune-after-training: salience from `observe` batches, then everything at once. The training goes on as recovery. */
+/* Prune-after-training, when it is due: salience from `observe` batches, then everything at once. What steps are left are for
+   recovery. */
 static bool exi_run_one_shot(ex_run *run)
 {
+    if (!(run->prune_sparsity > 0) || run->state.pruned || run->state.step < run->prune_at) return true;
     for (int32_t i = 0; i < run->observe; i++) {
         const apt_batch batch = exi_run_next(run);
         if (apt_trainer_observe(run->trainer, &batch) != APT_OK) return false;
@@ -479,7 +430,7 @@ static bool exi_run_one_shot(ex_run *run)
 
 static ex_run_end exi_run_stop(ex_run *run)
 {
-    const bool saved = run->checkpoint == NULL || exi_run_save(run);
+    const bool saved = !run->keeps || exi_run_save(run);
     ex_progress_end(&run->bar);
     return saved ? EX_RUN_STOPPED : EX_RUN_FAILED;
 }
@@ -493,132 +444,61 @@ EX_API ex_run_end ex_run_train(ex_run *run)
     fflush(stdout);
     ex_progress_begin(&run->bar, run->name, run->state.step, run->desc.steps);
     while (run->state.step < run->desc.steps) {
-        if (run->prune_at > 0 && !run->state.pruned && run->state.step >= run->prune_at && !exi_run_one_shot(run)) return exi_run_fail(run);
+        if (!exi_run_one_shot(run)) return exi_run_fail(run);
         const apt_batch batch = exi_run_next(run);
         if (apt_trainer_step(run->trainer, &batch, &info) != APT_OK) return exi_run_fail(run);
         if (ex_run_stopping()) return exi_run_stop(run);
     }
-    if (apt_trainer_finish(run->trainer) != APT_OK || !exi_run_log_layers(run)) return exi_run_fail(run);
+    if (!exi_run_one_shot(run) || apt_trainer_finish(run->trainer) != APT_OK || !exi_run_log_layers(run))
+        return exi_run_fail(run);
     exi_run_peak(run);
     ex_progress_end(&run->bar);
     return EX_RUN_DONE;
 }
 
-/* ------------------------------------------------------------------------------------------------ results */
+/* ------------------------------------------------------------------------------------------------ the result */
 
-static int exi_compare_float(const void *a, const void *b)
+/* Better before hours of training than after: is there room for the model as it is now, and for a checkpoint? */
+EX_API void ex_run_warn_space(const ex_run *run)
 {
-    const float x = *(const float *)a, y = *(const float *)b;
-    return x < y ? -1 : x > y;
+    struct statvfs disk;
+    apt_model_info info;
+    char left[32], most[32];
+    apt_model_query(run->model, &info);
+    const double needed = 8.0 * (double)info.parameters;
+    if (statvfs(run->dir, &disk) != 0) return;
+    const double bytes = (double)disk.f_bavail * (double)disk.f_frsize;
+    if (bytes < needed)
+        fprintf(stderr, "warning: %s has room for %s; the result and a checkpoint may need %s\n", run->dir,
+                ex_bytes_text(left, sizeof(left), bytes), ex_bytes_text(most, sizeof(most), needed));
 }
 
-static double exi_median(const float *values, int64_t count)
-{
-    float sorted[EX_TIMED];
-    if (count <= 0) return 0;
-    memcpy(sorted, values, (size_t)count * sizeof(float));
-    qsort(sorted, (size_t)count, sizeof(float), exi_compare_float);
-    return 0.5 * ((double)sorted[(count - 1) / 2] + (double)sorted[count / 2]);
-}
-
-typedef struct ex_step_times { double first, last, teacher; } ex_step_times;
-
-/* Median milliseconds per step of the first and of the last 32 steps, without the teacher's forward, which stands apart. */
-EX_API ex_step_times ex_run_times(const ex_run *run)
-{
-    const int64_t n = run->state.timing.count - EX_TIMED_SKIP, count = n < EX_TIMED ? n : EX_TIMED;
-    ex_step_times times;
-    times.first = exi_median(run->state.timing.first, count);
-    times.last = exi_median(run->state.timing.last, count);
-    times.teacher = exi_median(run->state.timing.teacher, count);
-    return times;
-}
-
-EX_API int64_t ex_file_bytes(const char *path)
-{
-    struct stat info;
-    return stat(path, &info) == 0 ? (int64_t)info.st_size : -1;
-}
-
-/* A byte-for-byte copy of from/name to to/name; nothing to do when from has no such file. */
-static bool exi_copy(const char *from, const char *to, const char *name, ex_error *error)
-{
-    char *source = ex_path(from, name), *target = ex_path(to, name), *text = NULL;
-    size_t bytes = 0;
-    bool fine = true;
-    if (ex_file_exists(source)) {
-        text = ex_read_file(source, &bytes, error);
-        fine = text != NULL && ex_write_file(target, text, bytes, error);
-    }
-    free(source);
-    free(target);
-    free(text);
-    return fine;
-}
-
-EX_API bool ex_copy_tokenizer(const char *from, const char *to, ex_error *error)
+/* The tokenizer's files, byte for byte; what `to` holds of an earlier one and `from` has not goes. */
+EX_API bool exi_run_copy_tokenizer(const char *from, const char *to, ex_error *error)
 {
     static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt",
                                         "special_tokens_map.json", "added_tokens.json"};
-    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
-        if (!exi_copy(from, to, names[i], error)) return false;
-    return true;
+    bool fine = true;
+    for (size_t i = 0; fine && i < sizeof(names) / sizeof(names[0]); i++) {
+        char *source = ex_path(from, names[i]), *target = ex_path(to, names[i]), *text = NULL;
+        size_t bytes = 0;
+        if (!ex_file_exists(source)) fine = ex_remove_file(target, error);
+        else fine = (text = ex_read_file(source, &bytes, error)) != NULL && ex_write_file(target, text, bytes, error);
+        free(source);
+        free(target);
+        free(text);
+    }
+    return fine;
 }
 
-/* Ends the training and writes the model, adapters folded in, into dir. */
-EX_API bool ex_run_save(ex_run *run, const char *dir, const char *tokenizer_dir)
+/* Ends the training and writes the model, adapters folded in, into run->dir, with the tokenizer of another folder. */
+EX_API bool ex_run_save(ex_run *run, const char *tokenizer_dir)
 {
     apt_trainer_destroy(run->trainer);
     run->trainer = NULL;
-    if (apt_model_merge(run->model, NULL, NULL) != APT_OK || apt_model_save(run->model, dir) != APT_OK)
+    if (apt_model_merge(run->model, NULL, NULL) != APT_OK || apt_model_save(run->model, run->dir) != APT_OK)
         return ex_fail(run->error, "%s", apt_error(run->ctx));
-    return tokenizer_dir == NULL || ex_copy_tokenizer(tokenizer_dir, dir, run->error);
-}
-
-/* ------------------------------------------------------------------------------------------------ tables */
-
-typedef struct ex_table { int32_t columns; char **cells; /* stb_ds, row after row; the first row is the heading */ } ex_table;
-
-EX_PRINTF(2, 3) EX_API void ex_table_cell(ex_table *table, const char *format, ...)
-{
-    char text[256];
-    va_list list;
-    va_start(list, format);
-    vsnprintf(text, sizeof(text), format, list);
-    va_end(list);
-    arrput(table->cells, ex_copy(text, strlen(text)));
-}
-
-static int exi_table_width(const ex_table *table, int32_t column)
-{
-    int width = 0;
-    for (int64_t i = column; i < arrlen(table->cells); i += table->columns) {
-        const int length = (int)strlen(table->cells[i]);
-        width = length > width ? length : width;
-    }
-    return width;
-}
-
-/* The first column is flush left, the others flush right. */
-EX_API void ex_table_print(const ex_table *table, FILE *file)
-{
-    int total = 0;
-    for (int32_t c = 0; c < table->columns; c++) total += exi_table_width(table, c) + (c > 0 ? 2 : 0);
-    for (int64_t i = 0; i < arrlen(table->cells); i++) {
-        const int32_t c = (int32_t)(i % table->columns);
-        const int width = exi_table_width(table, c);
-        fprintf(file, "%s%*s%s", c > 0 ? "  " : "", c > 0 ? width : -width, table->cells[i], c == table->columns - 1 ? "\n" : "");
-        if (i == table->columns - 1) {
-            for (int k = 0; k < total; k++) fputc('-', file);
-            fputc('\n', file);
-        }
-    }
-}
-
-EX_API void ex_table_free(ex_table *table)
-{
-    for (int64_t i = 0; i < arrlen(table->cells); i++) free(table->cells[i]);
-    arrfree(table->cells);
+    return tokenizer_dir == NULL || exi_run_copy_tokenizer(tokenizer_dir, run->dir, run->error);
 }
 
 #endif /* EX_RUN_H */
