@@ -1047,6 +1047,25 @@ static void test_progress_line(void **state)
     ex_text_free(&line);
 }
 
+/* Ten steps a second and, every hundred steps, an evaluation of 20 s: the time left counts the evaluations to come, before and
+   right behind one of them alike. */
+static void test_progress_time_left(void **state)
+{
+    ex_progress bar;
+    double now = 0, least = 1e9, most = 0;
+    (void)state;
+    memset(&bar, 0, sizeof bar);
+    bar.total = 1000;
+    for (bar.done = 1; bar.done < bar.total; bar.done++) {
+        now += bar.done % 100 == 0 ? 20.1 : 0.1;
+        if (bar.done % 10 == 1 || bar.done % 100 == 0) exi_progress_rate(&bar, now);
+        if (bar.done <= 200) continue;
+        least = fmin(least, bar.rate);
+        most = fmax(most, bar.rate);
+    }
+    assert_true(least > 2 && most < 6);                       /* 3.3 in truth; an evaluation alone is 0.05 */
+}
+
 /* Not a terminal: plain lines, no control characters, and a finished line at the end. */
 static void test_progress_plain(void **state)
 {
@@ -1309,7 +1328,7 @@ int main(void)
                                        IN_PLACE(test_args_help),
                                        IN_PLACE(test_log_file),
                                        IN_PLACE(test_log_resume),
-                                       cmocka_unit_test(test_progress_line),
+                                       cmocka_unit_test(test_progress_line), cmocka_unit_test(test_progress_time_left),
                                        IN_PLACE(test_progress_plain),
                                        cmocka_unit_test(test_report_scale),
                                        IN_PLACE(test_report),

@@ -29,8 +29,10 @@ typedef struct ex_progress {
     ex_progress_values values;
     bool active, terminal, blocks;    /* blocks: the locale has U+2588 */
     int drawn;                        /* columns of the line on the screen, 0: none */
-    double begun, last, rate;         /* last: drawing or plain line; rate: smoothed steps per second */
-    int64_t last_done;
+    double begun, last;               /* last: drawing or plain line */
+    double rate, rated;               /* steps per second, brought up to date when */
+    double seconds, steps;            /* fading sums behind the rate */
+    int64_t rated_done;
 } ex_progress;
 
 EX_API bool exi_progress_utf8(void)
@@ -131,14 +133,19 @@ EX_API void exi_progress_clear(const ex_progress *bar, int width, ex_text *out)
     ex_text_put(out, rows > 0 ? "\r\033[J" : "\r\033[K");
 }
 
+/* The average over about the last tenth of the run. It is counted in steps: as evaluations come every so many steps, their
+   time is in it, and one of them does not look as if all that is left were as slow. */
 EX_API void exi_progress_rate(ex_progress *bar, double now)
 {
-    const double passed = now - bar->last, steps = (double)(bar->done - bar->last_done);
-    double weight;
+    const double passed = now - bar->rated, steps = (double)(bar->done - bar->rated_done);
+    const double window = bar->total > 200 ? 0.1 * (double)bar->total : 20;
     if (passed <= 0 || steps <= 0) return;
-    weight = bar->rate > 0 ? 1 - exp(-passed / 15) : 1;    /* what happened in the last quarter of a minute counts */
-    bar->rate += weight * (steps / passed - bar->rate);
-    bar->last_done = bar->done;
+    const double keep = exp(-steps / window);
+    bar->seconds = keep * bar->seconds + passed;
+    bar->steps = keep * bar->steps + steps;
+    bar->rate = bar->steps / bar->seconds;
+    bar->rated_done = bar->done;
+    bar->rated = now;
 }
 
 EX_API void exi_progress_draw(ex_progress *bar, double now, bool finished)
@@ -165,12 +172,12 @@ EX_API void ex_progress_begin(ex_progress *bar, const char *title, int64_t start
     memset(bar, 0, sizeof(*bar));
     bar->file = stderr;
     snprintf(bar->title, sizeof(bar->title), "%s", title);
-    bar->start = bar->done = bar->last_done = start;
+    bar->start = bar->done = bar->rated_done = start;
     bar->total = total;
     bar->values.loss = bar->values.sparsity = bar->values.tokens_per_second = -1;
     bar->terminal = isatty(fileno(bar->file)) && kind != NULL && strcmp(kind, "dumb") != 0;
     bar->blocks = bar->terminal && exi_progress_utf8();
-    bar->begun = bar->last = ex_seconds();
+    bar->begun = bar->last = bar->rated = ex_seconds();
     bar->active = true;
     if (bar->terminal) exi_progress_draw(bar, bar->begun, false);
 }
