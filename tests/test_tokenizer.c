@@ -523,7 +523,8 @@ static void test_truncation_errors(void **state)
 }
 
 static const char *const kinds[] = {GOLDEN "wordpiece.json", GOLDEN "byte-bpe.json", GOLDEN "unigram.json",
-                                    GOLDEN "byte-fallback.json", GOLDEN "metaspace.json", GOLDEN "llama3.json", GOLDEN "llama2c.bin"};
+                                    GOLDEN "byte-fallback.json", GOLDEN "metaspace.json", GOLDEN "llama3.json",
+                                    GOLDEN "llama2c.bin"};
 #define KINDS (sizeof kinds / sizeof kinds[0])
 
 /* Bytes that are no UTF-8 are read as U+FFFD, and offsets still point into the text that was given. */
@@ -552,8 +553,8 @@ static void test_invalid_utf8(void **state)
 /* Texts that make naive tokenizers quadratic: each must stay far below what that would take (hours). */
 static void test_long_texts(void **state)
 {
-    static const char *const units[] = {"a", "ab", " ", ".", "\xcc\x81\xcc\xa3", "\xe4\xb8\xad", "<mask>", "[MASK]", "\xff", "Grimm ",
-                                        "'s", "\xe2\x96\x81\r\n 12", "<x> ", "\xe0\xa4\x95\xe0\xa5\x8d"};
+    static const char *const units[] = {"a", "ab", " ", ".", "\xcc\x81\xcc\xa3", "\xe4\xb8\xad", "<mask>", "[MASK]", "\xff",
+                                        "Grimm ", "'s", "\xe2\x96\x81\r\n 12", "<x> ", "\xe0\xa4\x95\xe0\xa5\x8d"};
     const double begin = ex_seconds();
     (void)state;
     for (size_t i = 0; i < KINDS; i++) {

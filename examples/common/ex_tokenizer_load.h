@@ -668,25 +668,21 @@ EX_API void exi_tok_bin_specials(ex_tokenizer *t)
     }
 }
 
-EX_API bool exi_tok_read_bin(exi_tok_loader *l, const char *path)
+EX_API bool exi_tok_bin(exi_tok_loader *l, const char *path, const char *file, size_t bytes)
 {
     ex_tokenizer *t = l->t;
     exi_tok_normal_step *prepend = &t->normal[t->normals++];
-    size_t bytes = 0;
-    char *file = ex_read_file(path, &bytes, l->error);
-    bool fine = file != NULL;
-    if (fine && (bytes < 4 || exi_tok_u32(file) > EXI_TOK_MAX_ADDED))
-        fine = ex_fail(l->error, "%s: expected a tokenizer of llama2.c with tokens of at most %d bytes", path, EXI_TOK_MAX_ADDED);
-    fine = fine && exi_tok_bin_tokens(l, path, file, bytes);
-    free(file);
-    if (!fine) return false;
+    if (bytes < 4 || exi_tok_u32(file) > EXI_TOK_MAX_ADDED) {
+        return ex_fail(l->error, "%s: expected a tokenizer of llama2.c with tokens of at most %d bytes", path, EXI_TOK_MAX_ADDED);
+    }
+    if (!exi_tok_bin_tokens(l, path, file, bytes)) return false;
     t->model = EXI_TOK_BPE;
     t->byte_fallback = true;
     exi_tok_byte_ids(t);
     for (int b = 0; b < 256; b++) {
         if (t->byte_id[b] != EXI_TOK_BIN_BYTES + b)
-            return ex_fail(l->error, "%s: expected token %d to be \"<0x%02X>\", found \"%s\"", path, EXI_TOK_BIN_BYTES + b,
-                           (unsigned)b, t->byte_id[b] < 0 ? "no such token" : "another place");
+            return ex_fail(l->error, "%s: expected token %d to be \"<0x%02X>\", %s", path, EXI_TOK_BIN_BYTES + b, (unsigned)b,
+                           t->byte_id[b] < 0 ? "but there is no such token" : "but it stands in another place");
     }
     exi_tok_bin_merges(t);
     exi_tok_bin_specials(t);
@@ -697,6 +693,15 @@ EX_API bool exi_tok_read_bin(exi_tok_loader *l, const char *path)
     exi_tok_add_decode(t, EXI_TOK_DECODE_FUSE, NULL, NULL);
     exi_tok_add_decode(t, EXI_TOK_DECODE_STRIP, " ", NULL)->start = 1;
     return true;
+}
+
+EX_API bool exi_tok_read_bin(exi_tok_loader *l, const char *path)
+{
+    size_t bytes = 0;
+    char *file = ex_read_file(path, &bytes, l->error);
+    const bool fine = file != NULL && exi_tok_bin(l, path, file, bytes);
+    free(file);
+    return fine;
 }
 
 /* ------------------------------------------------------------------------------------------------ load */
