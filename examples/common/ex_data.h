@@ -16,6 +16,46 @@
 #include "ex_json.h"
 #include "ex_tokenizer.h"
 
+/* ------------------------------------------------------------------------------------------------ lines */
+
+/* The rest of a text: where its next line starts, and the number of the last line taken. */
+typedef struct exi_lines { char *at, *end; int64_t line; } exi_lines;
+
+/* Behind a byte order mark, if there is one. */
+EX_API void exi_lines_start(exi_lines *lines, char *text, size_t bytes)
+{
+    lines->at = text + (bytes >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0);
+    lines->end = text + bytes;
+    lines->line = 0;
+}
+
+/* The next line, cut off with NUL; *bytes without its end. NULL at the end of the text. */
+EX_API char *exi_lines_next(exi_lines *lines, size_t *bytes)
+{
+    char *line = lines->at, *end;
+    if (line >= lines->end) return NULL;
+    end = (char *)memchr(line, '\n', (size_t)(lines->end - line));
+    if (end == NULL) end = lines->end;
+    lines->at = end + 1;
+    lines->line++;
+    if (end > line && end[-1] == '\r') end--;
+    *end = 0;
+    *bytes = (size_t)(end - line);
+    return line;
+}
+
+/* Its number as a JSON reader takes it. */
+EX_API uint32_t exi_lines_number(const exi_lines *lines)
+{
+    return lines->line < UINT32_MAX ? (uint32_t)lines->line : UINT32_MAX;
+}
+
+EX_API bool exi_only_space(const char *at, const char *end)
+{
+    while (at < end && (*at == ' ' || *at == '\t' || *at == '\r' || *at == '\n' || *at == 0)) at++;
+    return at >= end;
+}
+
 /* ------------------------------------------------------------------------------------------------ labels */
 
 #define EX_MAX_LABELS 1000            /* more different labels: that column holds something else */
@@ -90,8 +130,7 @@ typedef struct exi_rows_reader {
     const ex_rows_desc *desc;
     const char *path;
     ex_error *error;
-    int64_t line;                     /* where the next line starts, and its number */
-    char *at, *end;
+    exi_lines lines;
     char **fields;                    /* TSV: of the present line */
     char **header;
     int64_t columns[3];               /* TSV: text, pair, label; -1: none */
@@ -160,14 +199,14 @@ EX_API bool exi_rows_class_of(exi_rows_reader *r, ex_row *row, const char *label
         row->label = ex_labels_add(&r->rows->labels, label);
         if (row->label < EX_MAX_LABELS) return true;
         return ex_fail(r->error, "%s:%lld: more than %d different labels, the last is \"%.60s\"; is that the label column?",
-                       r->path, (long long)r->line, EX_MAX_LABELS, label);
+                       r->path, (long long)r->lines.line, EX_MAX_LABELS, label);
     }
     row->label = ex_labels_find(known, label);
     if (row->label >= 0) return true;
     ex_text_put(&list, "");
     for (int32_t i = 0; i < ex_labels_count(known) && i < 8; i++)
         ex_text_format(&list, "%s%s", i > 0 ? ", " : "", ex_labels_name(known, i));
-    ex_fail(r->error, "%s:%lld: label \"%.60s\" is none of the %d known ones (%s)", r->path, (long long)r->line, label,
+    ex_fail(r->error, "%s:%lld: label \"%.60s\" is none of the %d known ones (%s)", r->path, (long long)r->lines.line, label,
             (int)ex_labels_count(known), list.at);
     ex_text_free(&list);
     return false;
@@ -177,12 +216,13 @@ EX_API bool exi_rows_label(exi_rows_reader *r, ex_row *row, const char *label)
 {
     char *end;
     double score;
-    if (label[0] == 0) return ex_fail(r->error, "%s:%lld: expected a label, found nothing", r->path, (long long)r->line);
+    if (label[0] == 0) return ex_fail(r->error, "%s:%lld: expected a label, found nothing", r->path, (long long)r->lines.line);
     if (r->desc->kind == EX_LABEL_CLASS) return exi_rows_class_of(r, row, label);
     score = strtod(label, &end);
     /* the set of characters keeps out nan, inf and hexadecimal numbers, also under -ffast-math */
     if (end == label || *end != 0 || label[strspn(label, "+-.0123456789eE")] != 0 || score < -1e30 || score > 1e30) {
-        return ex_fail(r->error, "%s:%lld: expected a number as score, found \"%.60s\"", r->path, (long long)r->line, label);
+        return ex_fail(r->error, "%s:%lld: expected a number as score, found \"%.60s\"", r->path, (long long)r->lines.line,
+                       label);
     }
     row->score = (float)score;
     return true;
@@ -193,37 +233,16 @@ EX_API bool exi_rows_add(exi_rows_reader *r, char *text, size_t bytes, char *pai
     ex_row row;
     memset(&row, 0, sizeof(row));
     if (bytes > UINT32_MAX || pair_bytes > UINT32_MAX)
-        return ex_fail(r->error, "%s:%lld: a text of 4 GiB", r->path, (long long)r->line);
+        return ex_fail(r->error, "%s:%lld: a text of 4 GiB", r->path, (long long)r->lines.line);
     row.text = text;
     row.bytes = (uint32_t)bytes;
     row.pair = pair;
     row.pair_bytes = (uint32_t)pair_bytes;
-    row.line = r->line;
+    row.line = r->lines.line;
     if (r->desc->kind != EX_LABEL_NONE && !exi_rows_label(r, &row, label)) return false;
     if (pair != NULL) r->rows->has_pair = true;
     stbds_arrput(r->rows->row, row);
     return true;
-}
-
-/* The next line, cut off with NUL; *bytes without its end. NULL at the end of the file. */
-EX_API char *exi_rows_line(exi_rows_reader *r, size_t *bytes)
-{
-    char *line = r->at, *end;
-    if (line >= r->end) return NULL;
-    end = (char *)memchr(line, '\n', (size_t)(r->end - line));
-    if (end == NULL) end = r->end;
-    r->at = end + 1;
-    r->line++;
-    if (end > line && end[-1] == '\r') end--;
-    *end = 0;
-    *bytes = (size_t)(end - line);
-    return line;
-}
-
-EX_API bool exi_only_space(const char *at, const char *end)
-{
-    while (at < end && (*at == ' ' || *at == '\t' || *at == '\r' || *at == '\n' || *at == 0)) at++;
-    return at >= end;
 }
 
 /* ------------------------------------------------------------------------------------------------ TSV */
@@ -295,13 +314,13 @@ EX_API bool exi_tsv_row(exi_rows_reader *r, char *line, size_t bytes)
     char *text, *pair;
     for (int which = 0; which < 3; which++) need = r->columns[which] + 1 > need ? r->columns[which] + 1 : need;
     if (memchr(line, 0, bytes) != NULL)
-        return ex_fail(r->error, "%s:%lld: expected text, found a NUL byte", r->path, (long long)r->line);
+        return ex_fail(r->error, "%s:%lld: expected text, found a NUL byte", r->path, (long long)r->lines.line);
     if (bytes == 0)
-        return ex_fail(r->error, "%s:%lld: expected %lld column(s), found an empty line", r->path, (long long)r->line,
+        return ex_fail(r->error, "%s:%lld: expected %lld column(s), found an empty line", r->path, (long long)r->lines.line,
                        (long long)need);
     exi_tsv_split(line, &r->fields);
     if ((int64_t)stbds_arrlenu(r->fields) < need) {
-        return ex_fail(r->error, "%s:%lld: expected at least %lld columns, found %zu", r->path, (long long)r->line,
+        return ex_fail(r->error, "%s:%lld: expected at least %lld columns, found %zu", r->path, (long long)r->lines.line,
                        (long long)need, stbds_arrlenu(r->fields));
     }
     text = r->fields[r->columns[0]];
@@ -316,13 +335,13 @@ EX_API bool exi_tsv_read(exi_rows_reader *r)
     bool fine = true;
     char *line = NULL;
     if (!r->desc->no_header) {
-        line = exi_rows_line(r, &bytes);
+        line = exi_lines_next(&r->lines, &bytes);
         if (line != NULL) exi_tsv_split(line, &r->header);
     }
     fine = exi_tsv_find_columns(r);
-    while (fine && !exi_only_space(r->at, r->end) &&
+    while (fine && !exi_only_space(r->lines.at, r->lines.end) &&
            (r->desc->limit == 0 || (int64_t)stbds_arrlenu(r->rows->row) < r->desc->limit)) {
-        line = exi_rows_line(r, &bytes);
+        line = exi_lines_next(&r->lines, &bytes);
         fine = exi_tsv_row(r, line, bytes);
     }
     return fine;
@@ -343,7 +362,7 @@ EX_API bool exi_jsonl_find_names(exi_rows_reader *r, const ex_json *json)
         }
         if (r->names[which] == NULL && exi_rows_needs(r, which)) {
             return ex_fail(r->error, "%s:%lld: expected a name for the %s (such as \"%s\"), found none", r->path,
-                           (long long)r->line, exi_rows_what[which], usual[0]);
+                           (long long)r->lines.line, exi_rows_what[which], usual[0]);
         }
     }
     return true;
@@ -360,7 +379,7 @@ EX_API const char *exi_jsonl_label(exi_rows_reader *r, const ex_json *json)
     else if (ex_json_is(node, EX_JSON_TRUE) || ex_json_is(node, EX_JSON_FALSE))
         return node->type == EX_JSON_TRUE ? "true" : "false";
     else {
-        ex_fail(r->error, "%s:%lld: expected \"%s\" with a number or a string, found %s", r->path, (long long)r->line,
+        ex_fail(r->error, "%s:%lld: expected \"%s\" with a number or a string, found %s", r->path, (long long)r->lines.line,
                 r->names[2], node != NULL ? ex_json_type_name(node->type) : "nothing of that name");
         return NULL;
     }
@@ -372,9 +391,9 @@ EX_API bool exi_jsonl_row(exi_rows_reader *r, ex_json *json, char *line, size_t 
     const ex_json_node *text, *pair = NULL;
     union { const char *from; char *to; } shown[2];
     const char *label = NULL;
-    if (!ex_json_parse(json, r->path, r->line < UINT32_MAX ? (uint32_t)r->line : UINT32_MAX, line, bytes, r->error)) return false;
+    if (!ex_json_parse(json, r->path, exi_lines_number(&r->lines), line, bytes, r->error)) return false;
     if (ex_json_root(json)->type != EX_JSON_OBJECT) {
-        return ex_fail(r->error, "%s:%lld: expected an object, found %s", r->path, (long long)r->line,
+        return ex_fail(r->error, "%s:%lld: expected an object, found %s", r->path, (long long)r->lines.line,
                        ex_json_type_name(ex_json_root(json)->type));
     }
     if (r->names[0] == NULL && !exi_jsonl_find_names(r, json)) return false;
@@ -395,10 +414,10 @@ EX_API bool exi_jsonl_read(exi_rows_reader *r)
     ex_json json;
     bool fine = true;
     memset(&json, 0, sizeof(json));
-    while (fine && !exi_only_space(r->at, r->end) &&
+    while (fine && !exi_only_space(r->lines.at, r->lines.end) &&
            (r->desc->limit == 0 || (int64_t)stbds_arrlenu(r->rows->row) < r->desc->limit)) {
         size_t bytes = 0;
-        char *line = exi_rows_line(r, &bytes);
+        char *line = exi_lines_next(&r->lines, &bytes);
         if (!exi_only_space(line, line + bytes)) fine = exi_jsonl_row(r, &json, line, bytes);
     }
     r->rows->replaced += json.replaced;
@@ -458,9 +477,8 @@ EX_API bool ex_rows_read(ex_rows *rows, const char *path, const ex_rows_desc *de
     rows->buffer = ex_read_file(path, &bytes, error);
     if (rows->buffer == NULL) return false;
     rows->buffer = ex_utf8_repair(rows->buffer, &bytes, &rows->replaced);
-    r.at = rows->buffer + (bytes >= 3 && memcmp(rows->buffer, "\xef\xbb\xbf", 3) == 0 ? 3 : 0);
-    r.end = rows->buffer + bytes;
-    fine = !exi_only_space(r.at, r.end) || ex_fail(error, "%s: expected rows of text, found an empty file", path);
+    exi_lines_start(&r.lines, rows->buffer, bytes);
+    fine = !exi_only_space(r.lines.at, r.lines.end) || ex_fail(error, "%s: expected rows of text, found an empty file", path);
     fine = fine && (length > 6 && strcmp(path + length - 6, ".jsonl") == 0 ? exi_jsonl_read(&r) : exi_tsv_read(&r));
     rows->count = (int64_t)stbds_arrlenu(rows->row);
     if (fine && rows->count == 0) fine = ex_fail(error, "%s: expected rows after the header line, found none", path);
@@ -703,24 +721,32 @@ EX_API int64_t ex_loader_batches(const ex_loader *loader)
     return loader->drop_last ? full : full + (loader->set->count % loader->batch != 0);
 }
 
-/* The next batch of the epoch; false at its end, and the next call starts the next epoch. */
-EX_API bool ex_loader_next(ex_loader *loader, ex_batch *batch)
+/* The next indices of an epoch over `count` things, an stb_ds array; NULL at its end, and the next call starts the next epoch. */
+EX_API int64_t *exi_loader_take(ex_loader *loader, int64_t count)
 {
-    const int64_t count = loader->set->count, left = count - loader->at.index;
+    const int64_t left = count - loader->at.index;
     const int32_t take = left < loader->batch ? (int32_t)(left > 0 ? left : 0) : loader->batch;
     int64_t *index = NULL;
     if (take == 0 || (loader->drop_last && take < loader->batch)) {
         loader->at.epoch++;
         loader->at.index = 0;
-        return false;
+        return NULL;
     }
     for (int32_t i = 0; i < take; i++) {
         const int64_t place = loader->at.index + i;
         stbds_arrput(index, loader->shuffle ? ex_permute(loader->seed, loader->at.epoch, count, place) : place);
     }
-    ex_batch_gather(batch, loader->set, index, take);
-    stbds_arrfree(index);
     loader->at.index += take;
+    return index;
+}
+
+/* The next batch of the epoch; false at its end, and the next call starts the next epoch. */
+EX_API bool ex_loader_next(ex_loader *loader, ex_batch *batch)
+{
+    int64_t *index = exi_loader_take(loader, loader->set->count);
+    if (index == NULL) return false;
+    ex_batch_gather(batch, loader->set, index, (int32_t)stbds_arrlenu(index));
+    stbds_arrfree(index);
     return true;
 }
 
