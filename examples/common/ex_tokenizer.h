@@ -162,6 +162,7 @@ typedef struct ex_tokenizer {
     ex_map merges;                    /* {left id, right id} -> index in rules */
     exi_tok_rule *rules;
     bool byte_level, fuse_unk, ignore_merges;
+    uint32_t boundary;                /* no merge crosses the place before this character, unless it follows itself; 0: none */
     /* Unigram */
     exi_tok_trie pieces;              /* value: id */
     double *scores;                   /* by id */

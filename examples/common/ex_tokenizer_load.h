@@ -176,6 +176,32 @@ EX_API bool exi_tok_merges(const exi_tok_loader *l, const ex_json_node *merges)
     return true;
 }
 
+/* May words be cut before `code`? It must be a token, so that nothing unknown goes on across it, and no product of a merge may
+   have it behind another character. */
+EX_API bool exi_tok_is_boundary(const ex_tokenizer *t, uint32_t code)
+{
+    char name[4];
+    const size_t length = ex_utf8_encode(code, name);
+    if (ex_map_find(&t->vocab, name, length) < 0) return false;
+    for (size_t i = 0; i < stbds_arrlenu(t->rules); i++) {
+        const ex_map_entry *entry = &t->names.entries[t->name_of[t->rules[i].id]];
+        const char *product = t->names.keys + entry->key;
+        for (size_t at = 0, behind = 0; at < entry->bytes;) {
+            uint32_t one;
+            at += ex_utf8_decode(product + at, entry->bytes - at, &one, NULL);
+            if (one == code && behind) return false;
+            behind = behind || one != code;
+        }
+    }
+    return true;
+}
+
+EX_API void exi_tok_find_boundary(ex_tokenizer *t)
+{
+    if (t->model != EXI_TOK_BPE || t->byte_level || t->ignore_merges) return;
+    t->boundary = exi_tok_is_boundary(t, 0x2581) ? 0x2581 : exi_tok_is_boundary(t, ' ') ? ' ' : 0;
+}
+
 /* The token of each byte: its letter, or its name ("<0x41>"). */
 EX_API void exi_tok_byte_ids(ex_tokenizer *t)
 {
@@ -769,6 +795,7 @@ EX_API ex_tokenizer *ex_tokenizer_load(const char *path, ex_error *error)
     exi_tok_find_paths(&paths, path);
     if (paths.config != NULL && ex_file_exists(paths.config)) fine = ex_json_read(&config, paths.config, error);
     fine = fine && exi_tok_load_found(&l, &paths, path, ex_json_root(&config));
+    if (fine) exi_tok_find_boundary(l.t);
     if (fine && !l.complete) {
         exi_tok_find_specials(l.t, ex_json_root(&config));
         exi_tok_build_tries(l.t);

@@ -269,6 +269,16 @@ EX_API void exi_tok_bpe(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token
     }
 }
 
+/* A text that is one word is cut where no merge can reach across, which changes nothing but the time it takes. */
+EX_API void exi_tok_bpe_parts(const ex_tokenizer *t, exi_tok_work *work, exi_tok_token **out, const exi_tok_char *word,
+                              size_t count)
+{
+    for (size_t start = 0, end; start < count; start = end) {
+        for (end = start + 1; end < count && (word[end].code != t->boundary || word[end - 1].code == t->boundary); end++) continue;
+        exi_tok_bpe(t, work, out, word + start, end - start);
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------ Unigram */
 
 /* A better way to cut the word up to character `to`, the last piece starting at `from`? Of equals the first one stays. */
@@ -350,6 +360,7 @@ EX_API void exi_tok_word(const ex_tokenizer *t, exi_tok_work *work, exi_tok_toke
 {
     if (t->model == EXI_TOK_WORDPIECE) exi_tok_wordpiece(t, work, out, word, count);
     else if (t->model == EXI_TOK_UNIGRAM) exi_tok_unigram(t, work, out, word, count);
+    else if (t->boundary != 0) exi_tok_bpe_parts(t, work, out, word, count);
     else exi_tok_bpe(t, work, out, word, count);
 }
 
