@@ -156,22 +156,6 @@ typedef struct ex_bleu {
     int64_t length, reference;        /* words of the texts, and of the references closest in length */
 } ex_bleu;
 
-EX_API void exi_text_swap(ex_text *text, const char *from, const char *to)
-{
-    const size_t length = strlen(from), with = strlen(to);
-    size_t out = 0, in = 0;
-    while (in < text->length) {                            /* no `to` is longer than its `from` */
-        if (text->length - in >= length && memcmp(text->at + in, from, length) == 0) {
-            memcpy(text->at + out, to, with);
-            in += length;
-            out += with;
-        } else {
-            text->at[out++] = text->at[in++];
-        }
-    }
-    text->length = out;
-}
-
 EX_API bool exi_digit(char c)
 {
     return c >= '0' && c <= '9';
@@ -212,31 +196,39 @@ EX_API void exi_bleu_pass(ex_text *out, const ex_text *text, int pass)
 EX_API size_t exi_bleu_end(const char *text, size_t bytes)
 {
     while (bytes > 0) {
-        size_t last = bytes - 1;
         uint32_t code;
-        while (last > 0 && ((unsigned char)text[last] & 0xc0) == 0x80) last--;
-        ex_utf8_decode(text + last, bytes - last, &code, NULL);
+        const size_t last = ex_utf8_last(text, bytes, &code);
         if (!exi_squad_space(code)) break;
         bytes = last;
     }
     return bytes;
 }
 
+/* What the 13a rules do before they look at single characters. */
+EX_API void exi_bleu_prepare(ex_text *text, ex_string string)
+{
+    static const char *const rules[][2] = {
+        {"<skipped>", ""}, {"-\n", ""}, {"\n", " "}, {"&quot;", "\""}, {"&amp;", "&"}, {"&lt;", "<"}, {"&gt;", ">"}
+    };
+    ex_utf8_add_repaired(text, string.at, string.bytes);
+    text->length = exi_bleu_end(text->at, text->length);
+    for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++) {
+        ex_text changed = {NULL, 0, 0};
+        ex_text_put(&changed, "");
+        ex_text_add_replaced(&changed, text->at, text->length, rules[i][0], rules[i][1]);
+        ex_text_free(text);
+        *text = changed;
+    }
+}
+
 /* The words of mteval-v13a. */
 EX_API void exi_bleu_words(exi_words *words, ex_map *known, ex_string string)
 {
-    ex_text text = {NULL, 0, 0}, other = {NULL, 0, 0};
+    ex_text text = {NULL, 0, 0}, inner = {NULL, 0, 0}, other = {NULL, 0, 0};
     size_t start = 0;
+    exi_bleu_prepare(&inner, string);
     ex_text_put(&text, " ");
-    ex_utf8_add_repaired(&text, string.at, string.bytes);
-    text.length = exi_bleu_end(text.at, text.length);
-    exi_text_swap(&text, "<skipped>", "");
-    exi_text_swap(&text, "-\n", "");
-    exi_text_swap(&text, "\n", " ");
-    exi_text_swap(&text, "&quot;", "\"");
-    exi_text_swap(&text, "&amp;", "&");
-    exi_text_swap(&text, "&lt;", "<");
-    exi_text_swap(&text, "&gt;", ">");
+    ex_text_add(&text, inner.at, inner.length);
     ex_text_put(&text, " ");
     for (int pass = 0; pass < 4; pass++) {
         const ex_text before = text;
@@ -254,6 +246,7 @@ EX_API void exi_bleu_words(exi_words *words, ex_map *known, ex_string string)
         at += step;
     }
     ex_text_free(&text);
+    ex_text_free(&inner);
     ex_text_free(&other);
 }
 

@@ -507,7 +507,7 @@ EX_API const char *ex_tokenizer_token(const ex_tokenizer *tokenizer, int32_t id)
     return ex_map_key(&tokenizer->names, (size_t)tokenizer->name_of[id]);
 }
 
-/* [CLS] or <s>, [SEP] or </s>, ...; -1: none. */
+/* [CLS] or <s>, [SEP] or </s>, ..., the begin and the end of a text; -1: none. */
 EX_API int32_t ex_tokenizer_special(const ex_tokenizer *tokenizer, ex_special which)
 {
     return tokenizer->special[which];

@@ -45,21 +45,6 @@ EX_API void ex_decoder_free(ex_decoder *decoder)
 
 /* ------------------------------------------------------------------------------------------------ single steps */
 
-EX_API bool exi_tok_starts(const char *text, size_t bytes, const char *with)
-{
-    const size_t length = strlen(with);
-    return bytes >= length && memcmp(text, with, length) == 0;
-}
-
-EX_API void exi_tok_replace(ex_text *out, const char *text, size_t bytes, const char *from, const char *to)
-{
-    for (size_t at = 0; at < bytes;) {
-        const bool here = exi_tok_starts(text + at, bytes - at, from);
-        ex_text_add(out, here ? to : text + at, here ? strlen(to) : 1);
-        at += here ? strlen(from) : 1;
-    }
-}
-
 /* Undoes spaces before punctuation and contractions, within one token as the reference does. */
 EX_API void exi_tok_cleanup(ex_text *token)
 {
@@ -71,7 +56,7 @@ EX_API void exi_tok_cleanup(ex_text *token)
     for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++) {
         ex_text changed = {NULL, 0, 0};
         ex_text_put(&changed, "");
-        exi_tok_replace(&changed, token->at, token->length, rules[i][0], rules[i][1]);
+        ex_text_add_replaced(&changed, token->at, token->length, rules[i][0], rules[i][1]);
         ex_text_free(token);
         *token = changed;
     }
@@ -79,7 +64,7 @@ EX_API void exi_tok_cleanup(ex_text *token)
 
 EX_API void exi_tok_decode_wordpiece(const exi_tok_decode_step *step, ex_text *out, const char *name, size_t bytes, bool first)
 {
-    const bool joins = !first && exi_tok_starts(name, bytes, step->from);
+    const bool joins = !first && exi_starts_with(name, bytes, step->from);
     if (!joins && !first) ex_text_put(out, " ");
     if (joins) ex_text_add(out, name + strlen(step->from), bytes - strlen(step->from));
     else ex_text_add(out, name, bytes);
@@ -206,13 +191,13 @@ EX_API void exi_tok_decode_strip(ex_decoder *d, int32_t k, const char *text, siz
     const exi_tok_decode_step *step = &d->tokenizer->decode[k];
     const size_t length = strlen(step->from);
     if (!goes_on) d->cut[k] = 0;
-    while (bytes > 0 && d->cut[k] >= 0 && d->cut[k] < step->start && exi_tok_starts(text, bytes, step->from)) {
+    while (bytes > 0 && d->cut[k] >= 0 && d->cut[k] < step->start && exi_starts_with(text, bytes, step->from)) {
         text += length;
         bytes -= length;
         d->cut[k]++;
     }
     if (bytes > 0) d->cut[k] = -1;
-    for (int64_t i = 0; i < step->stop && bytes >= length && exi_tok_starts(text + bytes - length, length, step->from); i++)
+    for (int64_t i = 0; i < step->stop && bytes >= length && exi_starts_with(text + bytes - length, length, step->from); i++)
         bytes -= length;
     exi_tok_decode_step_run(d, k + 1, text, bytes, goes_on);
 }
@@ -248,9 +233,9 @@ EX_API void exi_tok_decode_step_run(ex_decoder *d, int32_t k, const char *text, 
     first = d->seen[k] <= 1;
     ex_text_put(&changed, "");
     if (step->kind == EXI_TOK_DECODE_WORDPIECE) exi_tok_decode_wordpiece(step, &changed, text, bytes, first);
-    else if (step->kind == EXI_TOK_DECODE_REPLACE) exi_tok_replace(&changed, text, bytes, step->from, step->to);
+    else if (step->kind == EXI_TOK_DECODE_REPLACE) ex_text_add_replaced(&changed, text, bytes, step->from, step->to);
     else if (step->kind == EXI_TOK_DECODE_METASPACE)
-        exi_tok_replace(&changed, text, bytes, step->from, first && step->drop ? "" : " ");
+        ex_text_add_replaced(&changed, text, bytes, step->from, first && step->drop ? "" : " ");
     else ex_text_format(&changed, "%s", first ? "" : " ");
     if (step->kind == EXI_TOK_DECODE_JOIN) ex_text_add(&changed, text, bytes);
     exi_tok_decode_step_run(d, k + 1, changed.at, changed.length, goes_on);

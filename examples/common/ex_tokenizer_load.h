@@ -494,10 +494,8 @@ EX_API bool exi_tok_add_usual(const exi_tok_loader *l, const char *content, bool
 EX_API size_t exi_tok_trim_end(const char *line, size_t bytes)
 {
     while (bytes > 0) {
-        size_t start = bytes - 1;
         uint32_t code;
-        while (start > 0 && ((unsigned char)line[start] & 0xc0) == 0x80) start--;
-        ex_utf8_decode(line + start, bytes - start, &code, NULL);
+        const size_t start = ex_utf8_last(line, bytes, &code);
         if (!ex_is_space(code)) break;
         bytes = start;
     }
