@@ -198,9 +198,11 @@ static ex_tokenizer *make_fallback(void)
                 "\"\\u2581\":257,\"a\":258,\"b\":259,\"ab\":260,\"\\u2581ab\":261,\"\\u00e9\":262},\"merges\":[\"a b\","
                 "\"\\u2581 ab\"]},\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFC\"},"
                 "{\"type\":\"Prepend\",\"prepend\":\"\\u2581\"},"
-                "{\"type\":\"Replace\",\"pattern\":{\"String\":\" \"},\"content\":\"\\u2581\"}]},\"decoder\":{\"type\":\"Sequence\","
-                "\"decoders\":[{\"type\":\"Replace\",\"pattern\":{\"String\":\"\\u2581\"},\"content\":\" \"},"
-                "{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"},{\"type\":\"Strip\",\"content\":\" \",\"start\":1,\"stop\":0}]}}");
+                "{\"type\":\"Replace\",\"pattern\":{\"String\":\" \"},\"content\":\"\\u2581\"}]},"
+                "\"decoder\":{\"type\":\"Sequence\",\"decoders\":["
+                "{\"type\":\"Replace\",\"pattern\":{\"String\":\"\\u2581\"},\"content\":\" \"},"
+                "{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"},"
+                "{\"type\":\"Strip\",\"content\":\" \",\"start\":1,\"stop\":0}]}}");
     t = load(json.at, json.length, &error);
     fuzz_check(t != NULL);
     ex_text_free(&json);

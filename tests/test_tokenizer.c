@@ -606,6 +606,38 @@ static void test_one_long_word(void **state)
     test_remove(dir);
 }
 
+/* A whole text is cut before U+2581 where no merge reaches across it, and then has the same tokens as in one piece; where one
+   does, it is not cut. */
+static void test_boundary(void **state)
+{
+#define BOUNDARY(tokens, merges)                                                                                              \
+    "{\"model\":{\"type\":\"BPE\",\"unk_token\":\"?\",\"fuse_unk\":true,\"vocab\":{\"?\":0,\"\\u2581\":1,\"a\":2,\"b\":3,"            \
+    "\"\\u2581\\u2581\":4,\"\\u2581a\":5,\"ab\":6" tokens "},\"merges\":[\"a b\",\"\\u2581 \\u2581\",\"\\u2581 a\"" merges "]}}"
+    static const char *const files[] = {BOUNDARY("", ""), BOUNDARY(",\"b\\u2581\":7", ",\"b \\u2581\"")};
+    static const char text[] = "\xe2\x96\x81\xe2\x96\x81\xe2\x96\x81" "ab\xe2\x96\x81" "axy\xe2\x96\x81"
+                               "bz\xe2\x96\x81";
+    static const int32_t whole[] = {4, 1, 6, 5, 0, 1, 3, 0, 1};
+    char dir[512], path[600];
+    (void)state;
+    test_dir(dir, sizeof dir);
+    for (int i = 0; i < 2; i++) {
+        ex_encoding e = {0};
+        ex_tokenizer *t;
+        write_text(dir, "tokenizer.json", files[i], strlen(files[i]));
+        t = load(test_join(path, sizeof path, dir, "tokenizer.json"));
+        assert_int_equal(t->boundary, i == 0 ? 0x2581 : 0);
+        for (int cut = 0; i == 0 && cut < 2; cut++, t->boundary = 0) {
+            encode(t, text, NULL, &e);
+            assert_int_equal(e.first[1], sizeof whole / sizeof whole[0]);
+            assert_memory_equal(e.ids, whole, sizeof whole);
+            assert_int_equal(e.offsets[4].end - e.offsets[4].start, 2);   /* x and y are unknown together */
+        }
+        ex_encoding_free(&e);
+        ex_tokenizer_free(t);
+    }
+    test_remove(dir);
+}
+
 /* Token by token: a character comes when its last byte has come, the space before the first word never, and what can be no
    character becomes U+FFFD. */
 static void test_stream(void **state)
@@ -755,7 +787,7 @@ int main(void)
         cmocka_unit_test(test_shared_roberta), cmocka_unit_test(test_vocab_txt), cmocka_unit_test(test_vocab_and_merges),
         cmocka_unit_test(test_refusals), cmocka_unit_test(test_missing_files),
         cmocka_unit_test(test_truncation_errors), cmocka_unit_test(test_invalid_utf8), cmocka_unit_test(test_long_texts),
-        cmocka_unit_test(test_one_long_word), cmocka_unit_test(test_stream),
+        cmocka_unit_test(test_one_long_word), cmocka_unit_test(test_boundary), cmocka_unit_test(test_stream),
         cmocka_unit_test(test_llama2c_refused), cmocka_unit_test(test_names), cmocka_unit_test(test_classes),
         cmocka_unit_test(test_clusters)};
     return cmocka_run_group_tests(tests, NULL, NULL);

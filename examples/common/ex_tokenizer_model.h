@@ -274,7 +274,9 @@ EX_API void exi_tok_bpe_parts(const ex_tokenizer *t, exi_tok_work *work, exi_tok
                               size_t count)
 {
     for (size_t start = 0, end; start < count; start = end) {
-        for (end = start + 1; end < count && (word[end].code != t->boundary || word[end - 1].code == t->boundary); end++) continue;
+        for (end = start + 1; end < count; end++) {
+            if (word[end].code == t->boundary && word[end - 1].code != t->boundary) break;
+        }
         exi_tok_bpe(t, work, out, word + start, end - start);
     }
 }
