@@ -1,5 +1,5 @@
-/* Fuzz target: the example programs' data files. The first byte chooses TSV, JSONL, SQuAD or metrics.jsonl, the second the
-   options; the rest is the file. What is accepted becomes batches, answers or a report.
+/* Fuzz target: the example programs' data files. The first byte chooses TSV, JSONL, SQuAD, metrics.jsonl or pairs of texts (CSV,
+   TSV, JSONL, JSON), the second the options; the rest is the file. What is accepted becomes batches, answers, scores or a report.
    clang -g -O1 -DAPT_FUZZ -fsanitize=fuzzer,address,undefined fuzz_data.c -lutf8proc -lm -lpthread && ./a.out corpus/data */
 #define _POSIX_C_SOURCE 200809L
 #define STB_DS_IMPLEMENTATION
@@ -8,7 +8,9 @@
 #include "../examples/common/ex_data.h"
 #include "../examples/common/ex_log.h"
 #include "../examples/common/ex_metrics.h"
+#include "../examples/common/ex_pairs.h"
 #include "../examples/common/ex_report.h"
+#include "../examples/common/ex_token_rows.h"
 
 static void fuzz_one(const uint8_t *data, size_t size);
 #include "fuzz_examples.h"
@@ -126,6 +128,93 @@ static void squad(const ex_tokenizer *t, const char *path, uint8_t how)
     ex_squad_free(&read);
 }
 
+/* Rows hold every sequence once, none longer than asked for, and labels are tokens or ignored. */
+static void check_rows(const ex_token_rows *set, int32_t length)
+{
+    int64_t learned = 0;
+    fuzz_check(set->rows > 0 && set->first[0] == 0 && set->first[set->rows] == set->sequences && set->starts[0] == 0);
+    for (int64_t r = 0; r < set->rows; r++) {
+        fuzz_check(set->first[r + 1] > set->first[r]);
+        fuzz_check(length == 0 || set->starts[set->first[r + 1]] - set->starts[set->first[r]] <= length);
+    }
+    for (int64_t s = 0; s < set->sequences; s++) fuzz_check(set->starts[s + 1] > set->starts[s]);
+    for (int64_t i = 0; i < set->starts[set->sequences]; i++) {
+        fuzz_check(set->labels[i] == EX_IGNORED || set->labels[i] == set->tokens[i]);
+        learned += set->labels[i] != EX_IGNORED;
+    }
+    fuzz_check(learned == set->learned && learned > 0);
+}
+
+static void check_scores(const ex_pairs *pairs)
+{
+    ex_bleu bleu;
+    ex_groups groups;
+    memset(&bleu, 0, sizeof bleu);
+    ex_groups_make(&groups, pairs);
+    fuzz_check(groups.count > 0 && groups.first[groups.count] == pairs->count);
+    for (int64_t i = 0; i < pairs->count && i < 20; i++) {
+        const ex_pair *pair = &pairs->pair[i];
+        const ex_string a = {pair->source, pair->source_bytes}, b = {pair->target, pair->target_bytes};
+        ex_rouge rouge;
+        if (a.bytes > 1000 || b.bytes > 1000) continue;
+        ex_rouge_compare(&rouge, a, &b, 1);
+        fuzz_check(rouge.one.f >= 0 && rouge.one.f <= 1 && rouge.longest.f >= 0 && rouge.longest.f <= rouge.one.f);
+        ex_bleu_add(&bleu, a, &b, 1);
+    }
+    fuzz_check(ex_bleu_score(&bleu) >= 0 && ex_bleu_score(&bleu) <= 100.000001);
+    ex_groups_free(&groups);
+}
+
+static void pairs(const ex_tokenizer *t, const char *path, uint8_t how)
+{
+    ex_pairs read;
+    ex_pairs_desc desc;
+    ex_token_rows_desc rows_desc;
+    ex_token_rows set;
+    ex_error error = {""};
+    memset(&desc, 0, sizeof desc);
+    memset(&rows_desc, 0, sizeof rows_desc);
+    desc.no_header = (how & 1) != 0;
+    desc.no_target = (how & 2) != 0;
+    if (how & 4) desc.source = "#2", desc.target = "#1";
+    if (how & 8) desc.prefix = "a ";
+    desc.limit = how & 16 ? 3 : 0;
+    rows_desc.length = how >> 5 == 0 ? 0 : how >> 3;
+    rows_desc.pack = rows_desc.length > 0 && (how & 1);
+    if (!ex_pairs_read(&read, path, &desc, &error)) {
+        fuzz_check(error.text[0] != 0 && read.count == 0 && read.pair == NULL);
+        return;
+    }
+    for (int64_t i = 0; i < read.count; i++) {
+        const ex_pair *pair = &read.pair[i];
+        fuzz_check(strlen(pair->source) == pair->source_bytes && strlen(pair->target) == pair->target_bytes && pair->line > 0);
+        fuzz_check(ex_utf8_valid_prefix(pair->source, pair->source_bytes) == pair->source_bytes);
+        fuzz_check(ex_utf8_valid_prefix(pair->target, pair->target_bytes) == pair->target_bytes);
+    }
+    if (ex_token_rows_pairs(&set, &read, t, &rows_desc, &error)) {
+        check_rows(&set, rows_desc.length);
+        ex_token_rows_free(&set);
+    } else {
+        fuzz_check(error.text[0] != 0 && set.tokens == NULL);
+    }
+    check_scores(&read);
+    ex_pairs_free(&read);
+}
+
+/* Any file is a text. */
+static void blocks(const ex_tokenizer *t, const char *path, uint8_t how)
+{
+    ex_blocks_desc desc = {how % 50, (how & 64) != 0, (how & 128) != 0};
+    ex_token_rows set;
+    ex_error error = {""};
+    if (ex_token_rows_file(&set, path, t, &desc, NULL, &error)) {
+        check_rows(&set, desc.length);
+        ex_token_rows_free(&set);
+    } else {
+        fuzz_check(error.text[0] != 0 && set.tokens == NULL);
+    }
+}
+
 static void metrics(const char *path, uint8_t how)
 {
     ex_report *report = ex_report_create("fuzz");
@@ -145,14 +234,17 @@ static void metrics(const char *path, uint8_t how)
 
 static void fuzz_one(const uint8_t *data, size_t size)
 {
-    static const char *const endings[] = {"tsv", "jsonl", "json", "metrics"};
+    static const char *const endings[] = {"tsv", "jsonl", "json", "metrics", "csv", "tsv", "jsonl", "json"};
+    const int kind = size > 0 ? data[0] & 7 : 0;
     static ex_tokenizer *letters;                /* lives as long as the process */
     const char *path;
     if (letters == NULL) letters = make_letters();
     if (size < 2) return;
-    path = put(endings[data[0] & 3], data + 2, size - 2);
-    if ((data[0] & 3) < 2) rows(letters, path, data[1]);
-    else if ((data[0] & 3) == 2) squad(letters, path, data[1]);
-    else metrics(path, data[1]);
+    path = put(endings[kind], data + 2, size - 2);
+    if (kind < 2) rows(letters, path, data[1]);
+    else if (kind == 2) squad(letters, path, data[1]);
+    else if (kind == 3) metrics(path, data[1]);
+    else pairs(letters, path, data[1]);
+    if (kind == 5) blocks(letters, path, data[1]);
     remove(path);
 }

@@ -1,5 +1,5 @@
-/* Fuzz target: the example programs' tokenizer. The first byte chooses: the rest is a tokenizer.json, or a text (and, behind a
-   0 byte, its pair) for one of two small tokenizers. Whatever is accepted must keep its promises.
+/* Fuzz target: the example programs' tokenizer. The first byte chooses: the rest is a tokenizer.json, or a tokenizer of llama2.c,
+   or a text (and, behind a 0 byte, its pair) for one of four small tokenizers. Whatever is accepted must keep its promises.
    clang -g -O1 -DAPT_FUZZ -fsanitize=fuzzer,address,undefined fuzz_tokenizer.c -lutf8proc -lm && ./a.out corpus/tokenizer */
 #define _POSIX_C_SOURCE 200809L
 #define STB_DS_IMPLEMENTATION
@@ -33,6 +33,18 @@ static ex_tokenizer *load(const char *json, size_t bytes, ex_error *error)
     return NULL;
 }
 
+static ex_tokenizer *load_bin(const char *file, size_t bytes, ex_error *error)
+{
+    exi_tok_loader l;
+    memset(&l, 0, sizeof l);
+    l.error = error;
+    l.t = (ex_tokenizer *)ex_alloc(1, sizeof(ex_tokenizer));
+    l.t->unk_id = -1;
+    if (exi_tok_bin(&l, "fuzz", file, bytes)) return l.t;
+    ex_tokenizer_free(l.t);
+    return NULL;
+}
+
 /* Offsets lie in the text, tokens follow one another, each id has a name. */
 static void check_encoding(const ex_tokenizer *t, const ex_encode_desc *desc, const ex_encoding *e)
 {
@@ -57,12 +69,32 @@ static void check_encoding(const ex_tokenizer *t, const ex_encode_desc *desc, co
     }
 }
 
+/* Token by token: nothing that is no character, and all that decoding at once gives where it replaces nothing. */
+static void check_stream(const ex_tokenizer *t, const ex_encoding *e, bool skip, const char *text, size_t bytes)
+{
+    ex_text out = {NULL, 0, 0};
+    ex_decoder decoder;
+    bool replaced = false;
+    ex_text_put(&out, "");
+    ex_decoder_start(&decoder, t, skip);
+    for (int32_t i = 0; i < e->first[1]; i++) {
+        fuzz_check(ex_decoder_add(&decoder, e->ids[i], &out, NULL));
+        fuzz_check(ex_utf8_valid_prefix(out.at, out.length) == out.length);
+    }
+    ex_decoder_end(&decoder, &out);
+    for (size_t i = 0; i + 3 <= bytes; i++) replaced = replaced || memcmp(text + i, "\xef\xbf\xbd", 3) == 0;
+    fuzz_check(replaced || (out.length == bytes && memcmp(out.at, text, bytes) == 0));
+    ex_decoder_free(&decoder);
+    ex_text_free(&out);
+}
+
 static void check_decode(const ex_tokenizer *t, const ex_encoding *e)
 {
     for (int skip = 0; skip < 2; skip++) {
         size_t bytes = 0;
         char *text = ex_tokenizer_decode(t, e->ids, e->first[1], skip, &bytes, NULL);
         fuzz_check(text != NULL && ex_utf8_valid_prefix(text, bytes) == bytes && text[bytes] == 0);
+        check_stream(t, e, skip, text, bytes);
         free(text);
     }
 }
@@ -154,22 +186,70 @@ static ex_tokenizer *make_words(void)
     return t;
 }
 
+/* The 256 bytes, and a few tokens of several characters, one with U+2581 for a space. */
+static ex_tokenizer *make_fallback(void)
+{
+    ex_text json = {NULL, 0, 0};
+    ex_error error = {""};
+    ex_tokenizer *t;
+    ex_text_put(&json, "{\"model\":{\"type\":\"BPE\",\"byte_fallback\":true,\"unk_token\":\"<unk>\",\"vocab\":{\"<unk>\":256,");
+    for (int b = 0; b < 256; b++) ex_text_format(&json, "\"<0x%02X>\":%d,", (unsigned)b, b);
+    ex_text_put(&json,
+                "\"\\u2581\":257,\"a\":258,\"b\":259,\"ab\":260,\"\\u2581ab\":261,\"\\u00e9\":262},\"merges\":[\"a b\","
+                "\"\\u2581 ab\"]},\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFC\"},"
+                "{\"type\":\"Prepend\",\"prepend\":\"\\u2581\"},"
+                "{\"type\":\"Replace\",\"pattern\":{\"String\":\" \"},\"content\":\"\\u2581\"}]},"
+                "\"decoder\":{\"type\":\"Sequence\",\"decoders\":["
+                "{\"type\":\"Replace\",\"pattern\":{\"String\":\"\\u2581\"},\"content\":\" \"},"
+                "{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"},"
+                "{\"type\":\"Strip\",\"content\":\" \",\"start\":1,\"stop\":0}]}}");
+    t = load(json.at, json.length, &error);
+    fuzz_check(t != NULL);
+    ex_text_free(&json);
+    return t;
+}
+
+/* By its map "A" becomes a space, "B" nothing, and "e" with an acute accent one letter. */
+static ex_tokenizer *make_unigram(void)
+{
+    static const char json[] =
+        "{\"model\":{\"type\":\"Unigram\",\"unk_id\":0,\"vocab\":[[\"<unk>\",0],[\"\\u2581\",-2],[\"a\",-1],[\"ab\",-1.5],"
+        "[\"b\",-1],[\"aba\",-3],[\"\\u2581the\",-2],[\"\\u00e9\",-4],[\"fi\",-3]]},\"normalizer\":{\"type\":\"Sequence\","
+        "\"normalizers\":[{\"type\":\"Precompiled\",\"precompiled_charsmap\":"
+        "\"hAAAAAAUAQAAAACAAgAAgMwcAgBBFQAAgQ0AAAMAAIBCFQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+        "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAZbwDACAAAMOpAA==\"},"
+        "{\"type\":\"Strip\",\"strip_left\":true,\"strip_right\":true},"
+        "{\"type\":\"Replace\",\"pattern\":{\"Regex\":\" {2,}\"},\"content\":\"\\u2581\"}]},"
+        "\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"\\u2581\",\"prepend_scheme\":\"first\"},"
+        "\"decoder\":{\"type\":\"Metaspace\",\"replacement\":\"\\u2581\"},\"added_tokens\":[{\"id\":9,\"content\":\"the B\","
+        "\"lstrip\":true,\"rstrip\":true}]}";
+    ex_error error = {""};
+    ex_tokenizer *t = load(json, sizeof json - 1, &error);
+    fuzz_check(t != NULL);
+    return t;
+}
+
 static void fuzz_one(const uint8_t *data, size_t size)
 {
-    static ex_tokenizer *bytes, *words;          /* live as long as the process */
+    static ex_tokenizer *kinds[4];               /* live as long as the process */
     static const char text[] = "The ab the, abab! [MASK] b\0it's <e> \xc3\xa9";
     ex_error error = {""};
-    if (bytes == NULL) bytes = make_bytes();
-    if (words == NULL) words = make_words();
+    if (kinds[0] == NULL) {
+        kinds[0] = make_bytes();
+        kinds[1] = make_words();
+        kinds[2] = make_fallback();
+        kinds[3] = make_unigram();
+    }
     if (size < 2) return;
-    if (data[0] == '{') {                        /* a tokenizer.json as it is */
-        ex_tokenizer *t = load((const char *)data, size, &error);
+    if (data[0] == '{' || data[0] == 'B') {      /* a tokenizer.json as it is, or "B" and a tokenizer of llama2.c */
+        ex_tokenizer *t = data[0] == '{' ? load((const char *)data, size, &error)
+                                         : load_bin((const char *)data + 1, size - 1, &error);
         fuzz_check(t != NULL || error.text[0] != 0);
         for (int how = 0; t != NULL && how < 256; how += 37) encode(t, text, sizeof text - 1, (uint8_t)how);
         if (t != NULL) encode(t, (const char *)data, size < 200 ? size : 200, 0);
         ex_tokenizer_free(t);
         return;
     }
-    encode(data[0] & 1 ? words : bytes, (const char *)data + 2, size - 2, data[1]);
-    if (!(data[0] & 1)) round_trip(bytes, (const char *)data + 2, size - 2);
+    encode(kinds[data[0] & 3], (const char *)data + 2, size - 2, data[1]);
+    if ((data[0] & 3) == 0) round_trip(kinds[0], (const char *)data + 2, size - 2);
 }

@@ -13,38 +13,13 @@
 #include "../examples/common/ex_metrics.h"
 #include "../examples/common/ex_progress.h"
 #include "../examples/common/ex_report.h"
+#include "place.h"
 
 #define WORDPIECE "tests/golden/tokenizer/wordpiece.json"
 
 static void near(double got, double wanted, double tolerance)
 {
     if (!(fabs(got - wanted) <= tolerance)) fail_msg("got %.17g, wanted %.17g", got, wanted);
-}
-
-static void says(const ex_error *error, const char *needle)
-{
-    if (strstr(error->text, needle) == NULL) fail_msg("the message is \"%s\", expected \"%s\" in it", error->text, needle);
-}
-
-/* ---- a folder for files ---- */
-
-typedef struct place { char dir[512], path[640]; } place;
-
-static int place_setup(void **state)
-{
-    place *p = (place *)calloc(1, sizeof *p);
-    assert_non_null(p);
-    test_dir(p->dir, sizeof p->dir);
-    *state = p;
-    return 0;
-}
-
-static int place_teardown(void **state)
-{
-    place *p = (place *)*state;
-    test_remove(p->dir);
-    free(p);
-    return 0;
 }
 
 static const char *put(place *p, const char *name, const char *text, size_t bytes)

@@ -143,6 +143,22 @@ EX_PRINTF(2, 3) EX_API void ex_text_format(ex_text *text, const char *format, ..
     va_end(list);
 }
 
+EX_API bool exi_starts_with(const char *text, size_t bytes, const char *with)
+{
+    const size_t length = strlen(with);
+    return bytes >= length && memcmp(text, with, length) == 0;
+}
+
+/* Adds text with `to` in every place of `from`, which must not be empty. */
+EX_API void ex_text_add_replaced(ex_text *out, const char *text, size_t bytes, const char *from, const char *to)
+{
+    for (size_t at = 0; at < bytes;) {
+        const bool here = exi_starts_with(text + at, bytes - at, from);
+        ex_text_add(out, here ? to : text + at, here ? strlen(to) : 1);
+        at += here ? strlen(from) : 1;
+    }
+}
+
 EX_API void ex_text_free(ex_text *text)
 {
     free(text->at);
@@ -287,6 +303,15 @@ EX_API size_t ex_utf8_decode(const char *text, size_t bytes, uint32_t *code, boo
     if (valid != NULL) *valid = i == need;
     *code = i == need ? value : 0xfffd;
     return i;
+}
+
+/* Where the last character of a valid text (bytes > 0) starts, and its code point. */
+EX_API size_t ex_utf8_last(const char *text, size_t bytes, uint32_t *code)
+{
+    size_t last = bytes - 1;
+    while (last > 0 && ((unsigned char)text[last] & 0xc0) == 0x80) last--;
+    ex_utf8_decode(text + last, bytes - last, code, NULL);
+    return last;
 }
 
 /* Writes 1 to 4 bytes, returns how many. code must be a Unicode scalar value. */

@@ -16,6 +16,46 @@
 #include "ex_json.h"
 #include "ex_tokenizer.h"
 
+/* ------------------------------------------------------------------------------------------------ lines */
+
+/* The rest of a text: where its next line starts, and the number of the last line taken. */
+typedef struct exi_lines { char *at, *end; int64_t line; } exi_lines;
+
+/* Behind a byte order mark, if there is one. */
+EX_API void exi_lines_start(exi_lines *lines, char *text, size_t bytes)
+{
+    lines->at = text + (bytes >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0);
+    lines->end = text + bytes;
+    lines->line = 0;
+}
+
+/* The next line, cut off with NUL; *bytes without its end. NULL at the end of the text. */
+EX_API char *exi_lines_next(exi_lines *lines, size_t *bytes)
+{
+    char *line = lines->at, *end;
+    if (line >= lines->end) return NULL;
+    end = (char *)memchr(line, '\n', (size_t)(lines->end - line));
+    if (end == NULL) end = lines->end;
+    lines->at = end + 1;
+    lines->line++;
+    if (end > line && end[-1] == '\r') end--;
+    *end = 0;
+    *bytes = (size_t)(end - line);
+    return line;
+}
+
+/* Its number as a JSON reader takes it. */
+EX_API uint32_t exi_lines_number(const exi_lines *lines)
+{
+    return lines->line < UINT32_MAX ? (uint32_t)lines->line : UINT32_MAX;
+}
+
+EX_API bool exi_only_space(const char *at, const char *end)
+{
+    while (at < end && (*at == ' ' || *at == '\t' || *at == '\r' || *at == '\n' || *at == 0)) at++;
+    return at >= end;
+}
+
 /* ------------------------------------------------------------------------------------------------ labels */
 
 #define EX_MAX_LABELS 1000            /* more different labels: that column holds something else */
@@ -90,8 +130,7 @@ typedef struct exi_rows_reader {
     const ex_rows_desc *desc;
     const char *path;
     ex_error *error;
-    int64_t line;                     /* where the next line starts, and its number */
-    char *at, *end;
+    exi_lines lines;
     char **fields;                    /* TSV: of the present line */
     char **header;                    /* TSV: names; empty without a header line */
     int64_t columns[3];               /* TSV: text, pair, label; -1: none */
@@ -160,14 +199,14 @@ EX_API bool exi_rows_class_of(exi_rows_reader *r, ex_row *row, const char *label
         row->label = ex_labels_add(&r->rows->labels, label);
         if (row->label < EX_MAX_LABELS) return true;
         return ex_fail(r->error, "%s:%lld: more than %d different labels, the last is \"%.60s\"; is that the label column?",
-                       r->path, (long long)r->line, EX_MAX_LABELS, label);
+                       r->path, (long long)r->lines.line, EX_MAX_LABELS, label);
     }
     row->label = ex_labels_find(known, label);
     if (row->label >= 0) return true;
     ex_text_put(&list, "");
     for (int32_t i = 0; i < ex_labels_count(known) && i < 8; i++)
         ex_text_format(&list, "%s%s", i > 0 ? ", " : "", ex_labels_name(known, i));
-    ex_fail(r->error, "%s:%lld: label \"%.60s\" is none of the %d known ones (%s)", r->path, (long long)r->line, label,
+    ex_fail(r->error, "%s:%lld: label \"%.60s\" is none of the %d known ones (%s)", r->path, (long long)r->lines.line, label,
             (int)ex_labels_count(known), list.at);
     ex_text_free(&list);
     return false;
@@ -177,12 +216,13 @@ EX_API bool exi_rows_label(exi_rows_reader *r, ex_row *row, const char *label)
 {
     char *end;
     double score;
-    if (label[0] == 0) return ex_fail(r->error, "%s:%lld: expected a label, found nothing", r->path, (long long)r->line);
+    if (label[0] == 0) return ex_fail(r->error, "%s:%lld: expected a label, found nothing", r->path, (long long)r->lines.line);
     if (r->desc->kind == EX_LABEL_CLASS) return exi_rows_class_of(r, row, label);
     score = strtod(label, &end);
     /* the set of characters keeps out nan, inf and hexadecimal numbers, also under -ffast-math */
     if (end == label || *end != 0 || label[strspn(label, "+-.0123456789eE")] != 0 || score < -1e30 || score > 1e30) {
-        return ex_fail(r->error, "%s:%lld: expected a number as score, found \"%.60s\"", r->path, (long long)r->line, label);
+        return ex_fail(r->error, "%s:%lld: expected a number as score, found \"%.60s\"", r->path, (long long)r->lines.line,
+                       label);
     }
     row->score = (float)score;
     return true;
@@ -193,37 +233,16 @@ EX_API bool exi_rows_add(exi_rows_reader *r, char *text, size_t bytes, char *pai
     ex_row row;
     memset(&row, 0, sizeof(row));
     if (bytes > UINT32_MAX || pair_bytes > UINT32_MAX)
-        return ex_fail(r->error, "%s:%lld: a text of 4 GiB", r->path, (long long)r->line);
+        return ex_fail(r->error, "%s:%lld: a text of 4 GiB", r->path, (long long)r->lines.line);
     row.text = text;
     row.bytes = (uint32_t)bytes;
     row.pair = pair;
     row.pair_bytes = (uint32_t)pair_bytes;
-    row.line = r->line;
+    row.line = r->lines.line;
     if (r->desc->kind != EX_LABEL_NONE && !exi_rows_label(r, &row, label)) return false;
     if (pair != NULL) r->rows->has_pair = true;
     stbds_arrput(r->rows->row, row);
     return true;
-}
-
-/* The next line, cut off with NUL; *bytes without its end. NULL at the end of the file. */
-EX_API char *exi_rows_line(exi_rows_reader *r, size_t *bytes)
-{
-    char *line = r->at, *end;
-    if (line >= r->end) return NULL;
-    end = (char *)memchr(line, '\n', (size_t)(r->end - line));
-    if (end == NULL) end = r->end;
-    r->at = end + 1;
-    r->line++;
-    if (end > line && end[-1] == '\r') end--;
-    *end = 0;
-    *bytes = (size_t)(end - line);
-    return line;
-}
-
-EX_API bool exi_only_space(const char *at, const char *end)
-{
-    while (at < end && (*at == ' ' || *at == '\t' || *at == '\r' || *at == '\n' || *at == 0)) at++;
-    return at >= end;
 }
 
 /* ------------------------------------------------------------------------------------------------ TSV */
@@ -295,19 +314,19 @@ EX_API bool exi_tsv_row(exi_rows_reader *r, char *line, size_t bytes)
     char *text, *pair;
     for (int which = 0; which < 3; which++) need = r->columns[which] + 1 > need ? r->columns[which] + 1 : need;
     if (memchr(line, 0, bytes) != NULL)
-        return ex_fail(r->error, "%s:%lld: expected text, found a NUL byte", r->path, (long long)r->line);
+        return ex_fail(r->error, "%s:%lld: expected text, found a NUL byte", r->path, (long long)r->lines.line);
     if (bytes == 0)
-        return ex_fail(r->error, "%s:%lld: expected %lld column(s), found an empty line", r->path, (long long)r->line,
+        return ex_fail(r->error, "%s:%lld: expected %lld column(s), found an empty line", r->path, (long long)r->lines.line,
                        (long long)need);
     exi_tsv_split(line, &r->fields);
     if ((int64_t)stbds_arrlenu(r->fields) < need) {
-        return ex_fail(r->error, "%s:%lld: expected at least %lld columns, found %zu", r->path, (long long)r->line,
+        return ex_fail(r->error, "%s:%lld: expected at least %lld columns, found %zu", r->path, (long long)r->lines.line,
                        (long long)need, stbds_arrlenu(r->fields));
     }
     if (!r->desc->no_header && stbds_arrlenu(r->fields) > stbds_arrlenu(r->header)) {
         return ex_fail(r->error,
                        "%s:%lld: expected at most the %zu columns of the header line, found %zu; is there a tab inside a text?",
-                       r->path, (long long)r->line, stbds_arrlenu(r->header), stbds_arrlenu(r->fields));
+                       r->path, (long long)r->lines.line, stbds_arrlenu(r->header), stbds_arrlenu(r->fields));
     }
     text = r->fields[r->columns[0]];
     pair = r->columns[1] >= 0 ? r->fields[r->columns[1]] : NULL;
@@ -321,13 +340,13 @@ EX_API bool exi_tsv_read(exi_rows_reader *r)
     bool fine = true;
     char *line = NULL;
     if (!r->desc->no_header) {
-        line = exi_rows_line(r, &bytes);
+        line = exi_lines_next(&r->lines, &bytes);
         if (line != NULL) exi_tsv_split(line, &r->header);
     }
     fine = exi_tsv_find_columns(r);
-    while (fine && !exi_only_space(r->at, r->end) &&
+    while (fine && !exi_only_space(r->lines.at, r->lines.end) &&
            (r->desc->limit == 0 || (int64_t)stbds_arrlenu(r->rows->row) < r->desc->limit)) {
-        line = exi_rows_line(r, &bytes);
+        line = exi_lines_next(&r->lines, &bytes);
         fine = exi_tsv_row(r, line, bytes);
     }
     return fine;
@@ -348,7 +367,7 @@ EX_API bool exi_jsonl_find_names(exi_rows_reader *r, const ex_json *json)
         }
         if (r->names[which] == NULL && exi_rows_needs(r, which)) {
             return ex_fail(r->error, "%s:%lld: expected a name for the %s (such as \"%s\"), found none", r->path,
-                           (long long)r->line, exi_rows_what[which], usual[0]);
+                           (long long)r->lines.line, exi_rows_what[which], usual[0]);
         }
     }
     return true;
@@ -365,7 +384,7 @@ EX_API const char *exi_jsonl_label(exi_rows_reader *r, const ex_json *json)
     else if (ex_json_is(node, EX_JSON_TRUE) || ex_json_is(node, EX_JSON_FALSE))
         return node->type == EX_JSON_TRUE ? "true" : "false";
     else {
-        ex_fail(r->error, "%s:%lld: expected \"%s\" with a number or a string, found %s", r->path, (long long)r->line,
+        ex_fail(r->error, "%s:%lld: expected \"%s\" with a number or a string, found %s", r->path, (long long)r->lines.line,
                 r->names[2], node != NULL ? ex_json_type_name(node->type) : "nothing of that name");
         return NULL;
     }
@@ -377,9 +396,9 @@ EX_API bool exi_jsonl_row(exi_rows_reader *r, ex_json *json, char *line, size_t 
     const ex_json_node *text, *pair = NULL;
     union { const char *from; char *to; } shown[2];
     const char *label = NULL;
-    if (!ex_json_parse(json, r->path, r->line < UINT32_MAX ? (uint32_t)r->line : UINT32_MAX, line, bytes, r->error)) return false;
+    if (!ex_json_parse(json, r->path, exi_lines_number(&r->lines), line, bytes, r->error)) return false;
     if (ex_json_root(json)->type != EX_JSON_OBJECT) {
-        return ex_fail(r->error, "%s:%lld: expected an object, found %s", r->path, (long long)r->line,
+        return ex_fail(r->error, "%s:%lld: expected an object, found %s", r->path, (long long)r->lines.line,
                        ex_json_type_name(ex_json_root(json)->type));
     }
     if (r->names[0] == NULL && !exi_jsonl_find_names(r, json)) return false;
@@ -400,10 +419,10 @@ EX_API bool exi_jsonl_read(exi_rows_reader *r)
     ex_json json;
     bool fine = true;
     memset(&json, 0, sizeof(json));
-    while (fine && !exi_only_space(r->at, r->end) &&
+    while (fine && !exi_only_space(r->lines.at, r->lines.end) &&
            (r->desc->limit == 0 || (int64_t)stbds_arrlenu(r->rows->row) < r->desc->limit)) {
         size_t bytes = 0;
-        char *line = exi_rows_line(r, &bytes);
+        char *line = exi_lines_next(&r->lines, &bytes);
         if (!exi_only_space(line, line + bytes)) fine = exi_jsonl_row(r, &json, line, bytes);
     }
     r->rows->replaced += json.replaced;
@@ -463,9 +482,8 @@ EX_API bool ex_rows_read(ex_rows *rows, const char *path, const ex_rows_desc *de
     rows->buffer = ex_read_file(path, &bytes, error);
     if (rows->buffer == NULL) return false;
     rows->buffer = ex_utf8_repair(rows->buffer, &bytes, &rows->replaced);
-    r.at = rows->buffer + (bytes >= 3 && memcmp(rows->buffer, "\xef\xbb\xbf", 3) == 0 ? 3 : 0);
-    r.end = rows->buffer + bytes;
-    fine = !exi_only_space(r.at, r.end) || ex_fail(error, "%s: expected rows of text, found an empty file", path);
+    exi_lines_start(&r.lines, rows->buffer, bytes);
+    fine = !exi_only_space(r.lines.at, r.lines.end) || ex_fail(error, "%s: expected rows of text, found an empty file", path);
     fine = fine && (length > 6 && strcmp(path + length - 6, ".jsonl") == 0 ? exi_jsonl_read(&r) : exi_tsv_read(&r));
     rows->count = (int64_t)stbds_arrlenu(rows->row);
     if (fine && rows->count == 0) fine = ex_fail(error, "%s: expected rows after the header line, found none", path);
@@ -697,7 +715,7 @@ typedef struct ex_cursor { int64_t epoch, index; } ex_cursor;
 
 /* An endless, shuffled, reproducible stream of batches; its whole state is `at`. */
 typedef struct ex_feed {
-    const ex_dataset *set;
+    const ex_dataset *set;            /* not used by ex_token_rows_next, which has rows of its own */
     int32_t batch;                    /* sequences per batch */
     uint64_t seed;
     bool by_length;                   /* rows of similar length share a batch */
@@ -716,17 +734,27 @@ EX_API int exi_compare_keyed(const void *a, const void *b)
     return x->place < y->place ? -1 : x->place > y->place;
 }
 
-EX_API int32_t exi_length(const ex_dataset *set, int64_t row)
+/* The rows that a feed puts in order: how many, and the tokens of each. */
+typedef struct exi_rows { const void *set; int64_t count; int32_t (*length)(const void *set, int64_t row); } exi_rows;
+
+EX_API int32_t exi_dataset_length(const void *set, int64_t row)
 {
-    return (int32_t)(set->starts[row + 1] - set->starts[row]);
+    const int64_t *starts = ((const ex_dataset *)set)->starts;
+    return (int32_t)(starts[row + 1] - starts[row]);
+}
+
+EX_API exi_rows exi_dataset_rows(const ex_dataset *set)
+{
+    const exi_rows rows = {set, set->count, exi_dataset_length};
+    return rows;
 }
 
 /* Sorts order[0 .. count) by length; equal lengths keep their order. */
-EX_API void exi_sort_by_length(const ex_dataset *set, int64_t *order, int64_t count)
+EX_API void exi_sort_by_length(const exi_rows *rows, int64_t *order, int64_t count)
 {
     exi_keyed *keyed = (exi_keyed *)ex_alloc((size_t)count, sizeof(exi_keyed));
     for (int64_t i = 0; i < count; i++) {
-        keyed[i].key = exi_length(set, order[i]);
+        keyed[i].key = rows->length(rows->set, order[i]);
         keyed[i].place = i;
         keyed[i].row = order[i];
     }
@@ -736,13 +764,14 @@ EX_API void exi_sort_by_length(const ex_dataset *set, int64_t *order, int64_t co
 }
 
 /* Sorts windows of 50 batches by length, then shuffles the full batches (a short last one stays last). */
-EX_API void exi_feed_group(ex_feed *feed, int64_t *order, int64_t count)
+EX_API void exi_feed_group(ex_feed *feed, const exi_rows *rows)
 {
-    const int64_t window = 50 * (int64_t)feed->batch, full = count / feed->batch;
+    const int64_t count = rows->count, window = 50 * (int64_t)feed->batch, full = count / feed->batch;
+    int64_t *order = feed->order;
     int64_t *sorted = (int64_t *)ex_alloc((size_t)count, sizeof(int64_t));
     memcpy(sorted, order, (size_t)count * sizeof(int64_t));
     for (int64_t i = 0; i < count; i += window)
-        exi_sort_by_length(feed->set, sorted + i, count - i < window ? count - i : window);
+        exi_sort_by_length(rows, sorted + i, count - i < window ? count - i : window);
     for (int64_t b = 0; b < full; b++) {
         const int64_t from = ex_permute(feed->seed + 1, feed->at.epoch, full, b);
         memcpy(order + b * feed->batch, sorted + from * feed->batch, (size_t)feed->batch * sizeof(int64_t));
@@ -751,10 +780,10 @@ EX_API void exi_feed_group(ex_feed *feed, int64_t *order, int64_t count)
     free(sorted);
 }
 
-/* The next batch; the last one of an epoch may be smaller. Valid until the next call. */
-EX_API ex_batch *ex_feed_next(ex_feed *feed)
+/* The next feed->batch row numbers, fewer at the end of an epoch. Valid until the next call. */
+EX_API const int64_t *exi_feed_take(ex_feed *feed, const exi_rows *rows, int32_t *take)
 {
-    const int64_t count = feed->set->count;
+    const int64_t count = rows->count;
     if (feed->at.index >= count) {
         feed->at.index = 0;
         feed->at.epoch++;
@@ -762,12 +791,22 @@ EX_API ex_batch *ex_feed_next(ex_feed *feed)
     if (feed->ordered != feed->at.epoch + 1) {
         if (feed->order == NULL) feed->order = (int64_t *)ex_alloc((size_t)count, sizeof(int64_t));
         for (int64_t i = 0; i < count; i++) feed->order[i] = ex_permute(feed->seed, feed->at.epoch, count, i);
-        if (feed->by_length) exi_feed_group(feed, feed->order, count);
+        if (feed->by_length) exi_feed_group(feed, rows);
         feed->ordered = feed->at.epoch + 1;
     }
-    const int64_t left = count - feed->at.index, take = left < feed->batch ? left : feed->batch;
-    ex_batch_gather(&feed->rows, feed->set, feed->order + feed->at.index, (int32_t)take);
-    feed->at.index += take;
+    const int64_t *at = feed->order + feed->at.index, left = count - feed->at.index;
+    *take = left < feed->batch ? (int32_t)left : feed->batch;
+    feed->at.index += *take;
+    return at;
+}
+
+/* The next batch; the last one of an epoch may be smaller. Valid until the next call. */
+EX_API ex_batch *ex_feed_next(ex_feed *feed)
+{
+    const exi_rows rows = exi_dataset_rows(feed->set);
+    int32_t take;
+    const int64_t *at = exi_feed_take(feed, &rows, &take);
+    ex_batch_gather(&feed->rows, feed->set, at, take);
     return &feed->rows;
 }
 

@@ -17,7 +17,7 @@ typedef enum exi_word_list {
 } exi_word_list;
 
 /* All words; no list has more than twelve. */
-static const char *const exi_words[EXI_LISTS][13] = {
+static const char *const exi_word_lists[EXI_LISTS][13] = {
     {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"},
     {"the", "was", "who", ",", "so", "everyone", "it", "is", "false", "that", "and", "or"},
     {"cook", "clerk", "singer", "farmer", "teacher", "doctor", "sailor", "baker", "painter", "judge"},
@@ -60,8 +60,8 @@ EX_API void exi_say(ex_sentence *s, const char *words)
 EX_API void exi_say_one(ex_sentence *s, uint64_t *random, exi_word_list list)
 {
     uint32_t count = 0;
-    while (exi_words[list][count] != NULL) count++;
-    exi_say(s, exi_words[list][ex_below(random, count)]);
+    while (exi_word_lists[list][count] != NULL) count++;
+    exi_say(s, exi_word_lists[list][ex_below(random, count)]);
 }
 
 /* "[the old cook] [who met the rude baker] was [not] kind"; returns 1 when this is good news. */
@@ -119,7 +119,7 @@ EX_API bool ex_grammar_write_vocabulary(const char *dir, ex_error *error)
     char *path = ex_path(dir, "vocab.txt"), *config = ex_path(dir, "tokenizer_config.json");
     ex_text text = {NULL, 0, 0};
     for (int list = 0; list < EXI_LISTS; list++)
-        for (int i = 0; exi_words[list][i] != NULL; i++) ex_text_format(&text, "%s\n", exi_words[list][i]);
+        for (int i = 0; exi_word_lists[list][i] != NULL; i++) ex_text_format(&text, "%s\n", exi_word_lists[list][i]);
     const bool fine = ex_make_dirs(dir, error) && ex_write_file(path, text.at, text.length, error) &&
                       ex_write_file(config, settings, sizeof(settings) - 1, error);
     ex_text_free(&text);

@@ -1,4 +1,5 @@
-/* ex_metrics.h - accuracy, F1, Matthews and rank correlations as GLUE uses them, exact match and F1 as SQuAD does.
+/* ex_metrics.h - accuracy, F1, Matthews and rank correlations as GLUE uses them, exact match and F1 as SQuAD does; at its end
+   it includes ex_metrics_text.h: ROUGE, BLEU, exact match and perplexity of written text.
 
    Fractions in 0..1 (correlations in -1..1), SQuAD scores in percent like the official script. Where a value is not
    defined (no positive example, a constant column) the result is 0, never NaN. Labels below 0 are left out. */
@@ -334,5 +335,7 @@ EX_API bool ex_squad_score_all(ex_squad_score *score, const ex_squad *squad, con
     if (count[0] > 0) score->null_exact = 100 * sum[0][0] / (double)count[0];
     return squad->count > 0;
 }
+
+#include "ex_metrics_text.h"
 
 #endif /* EX_METRICS_H */

@@ -98,17 +98,18 @@ EX_API bool ex_score(apt_ctx *ctx, apt_model *model, const ex_dataset *set, ex_s
                      ex_error *error)
 {
     int64_t *order = (int64_t *)ex_alloc((size_t)set->count, sizeof(int64_t));
+    const exi_rows rows = exi_dataset_rows(set);
     apt_output output = APT_ZERO;
     ex_batch batch;
     bool fine = true;
     memset(&batch, 0, sizeof(batch));
     memset(info, 0, sizeof(*info));
     for (int64_t i = 0; i < set->count; i++) order[i] = i;
-    exi_sort_by_length(set, order, set->count);
+    exi_sort_by_length(&rows, order, set->count);
     for (int64_t i = 0; fine && i < set->count;) {
         int64_t take = 0, tokens = 0;
-        while (i + take < set->count && take < 64 && (take == 0 || tokens + exi_length(set, order[i + take]) <= 4096))
-            tokens += exi_length(set, order[i + take++]);
+        while (i + take < set->count && take < 64 && (take == 0 || tokens + exi_dataset_length(set, order[i + take]) <= 4096))
+            tokens += exi_dataset_length(set, order[i + take++]);
         ex_batch_gather(&batch, set, order + i, (int32_t)take);
         fine = exi_score_batch(ctx, model, &batch, &output, info, error);
         if (fine && sink != NULL) sink(user, &batch, &output);

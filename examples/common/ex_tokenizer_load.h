@@ -3,6 +3,7 @@
      tokenizer.json               everything stands in it
      vocab.txt                    BERT: one token per line; lower case or not from tokenizer_config.json
      vocab.json and merges.txt    GPT-2 and RoBERTa
+     tokenizer.bin                llama2.c
 
    What is not supported is refused by the name of the key and its value, never ignored. Of tokenizer.json the keys
    "truncation" and "padding" are left out on purpose: lengths are the caller's. */
@@ -10,12 +11,13 @@
 #define EX_TOKENIZER_LOAD_H
 
 #define EXI_TOK_MAX_ID 16777215       /* a wrong id must not become a table of gigabytes */
-#define EXI_TOK_MAX_ADDED 1024        /* bytes of an added token */
+#define EXI_TOK_MAX_ADDED 1024        /* bytes of an added token, of a pattern, of a token of llama2.c */
 
 typedef struct exi_tok_loader {
     ex_tokenizer *t;
     ex_json json;                     /* of the file that is being read */
     const ex_json_node *root;
+    bool complete;                    /* special tokens are known, and none is looked for in texts */
     ex_error *error;
 } exi_tok_loader;
 
@@ -24,20 +26,27 @@ EX_API void ex_tokenizer_free(ex_tokenizer *tokenizer)
     if (tokenizer == NULL) return;
     ex_map_free(&tokenizer->vocab);
     ex_map_free(&tokenizer->specials);
-    ex_map_free(&tokenizer->raw.children);
-    ex_map_free(&tokenizer->normalized.children);
+    exi_tok_trie_free(&tokenizer->raw);
+    exi_tok_trie_free(&tokenizer->normalized);
+    exi_tok_trie_free(&tokenizer->pieces);
     ex_map_free(&tokenizer->names);
     ex_map_free(&tokenizer->merges);
     for (size_t i = 0; i < stbds_arrlenu(tokenizer->added); i++) free(tokenizer->added[i].decoded);
     stbds_arrfree(tokenizer->added);
-    stbds_arrfree(tokenizer->raw.added);
-    stbds_arrfree(tokenizer->normalized.added);
     stbds_arrfree(tokenizer->name_of);
     stbds_arrfree(tokenizer->single);
     stbds_arrfree(tokenizer->pair);
-    stbds_arrfree(tokenizer->merged);
+    stbds_arrfree(tokenizer->rules);
+    stbds_arrfree(tokenizer->scores);
+    for (int32_t i = 0; i < EXI_TOK_STEPS; i++) {
+        stbds_arrfree(tokenizer->normal[i].from);
+        stbds_arrfree(tokenizer->normal[i].to);
+        free(tokenizer->decode[i].from);
+        free(tokenizer->decode[i].to);
+    }
+    free(tokenizer->charmap.units);
+    free(tokenizer->charmap.texts);
     free(tokenizer->prefix);
-    free(tokenizer->decode_prefix);
     free(tokenizer);
 }
 
@@ -104,6 +113,15 @@ EX_API bool exi_tok_vocab_object(const exi_tok_loader *l, const ex_json_node *vo
 
 /* ------------------------------------------------------------------------------------------------ merges */
 
+EX_API void exi_tok_add_rule(ex_tokenizer *t, const int32_t parts[2], int32_t product, int32_t rank)
+{
+    exi_tok_rule rule;
+    rule.id = product;
+    rule.rank = rank;
+    ex_map_put(&t->merges, parts, 2 * sizeof(int32_t), (int32_t)stbds_arrlenu(t->rules));
+    stbds_arrput(t->rules, rule);
+}
+
 /* Rank is the order. Both parts and their product must be tokens. */
 EX_API bool exi_tok_add_merge(const exi_tok_loader *l, const char *left, size_t left_bytes, const char *right, size_t right_bytes,
                               uint32_t line)
@@ -124,8 +142,7 @@ EX_API bool exi_tok_add_merge(const exi_tok_loader *l, const char *left, size_t 
                        : ids[1] < 0 ? "its right part"
                                     : "its product");
     }
-    ex_map_put(&t->merges, ids, sizeof(ids), (int32_t)stbds_arrlenu(t->merged));
-    stbds_arrput(t->merged, merged);
+    exi_tok_add_rule(t, ids, merged, (int32_t)stbds_arrlenu(t->rules));
     return true;
 }
 
@@ -159,33 +176,44 @@ EX_API bool exi_tok_merges(const exi_tok_loader *l, const ex_json_node *merges)
     return true;
 }
 
+/* May words be cut before `code`? It must be a token, so that nothing unknown goes on across it, and no product of a merge may
+   have it behind another character. */
+EX_API bool exi_tok_is_boundary(const ex_tokenizer *t, uint32_t code)
+{
+    char name[4];
+    const size_t length = ex_utf8_encode(code, name);
+    if (ex_map_find(&t->vocab, name, length) < 0) return false;
+    for (size_t i = 0; i < stbds_arrlenu(t->rules); i++) {
+        const ex_map_entry *entry = &t->names.entries[t->name_of[t->rules[i].id]];
+        const char *product = t->names.keys + entry->key;
+        for (size_t at = 0, behind = 0; at < entry->bytes;) {
+            uint32_t one;
+            at += ex_utf8_decode(product + at, entry->bytes - at, &one, NULL);
+            if (one == code && behind) return false;
+            behind = behind || one != code;
+        }
+    }
+    return true;
+}
+
+EX_API void exi_tok_find_boundary(ex_tokenizer *t)
+{
+    if (t->model != EXI_TOK_BPE || t->byte_level || t->ignore_merges) return;
+    t->boundary = exi_tok_is_boundary(t, 0x2581) ? 0x2581 : exi_tok_is_boundary(t, ' ') ? ' ' : 0;
+}
+
+/* The token of each byte: its letter, or its name ("<0x41>"). */
 EX_API void exi_tok_byte_ids(ex_tokenizer *t)
 {
     for (int b = 0; b < 256; b++) {
-        char letter[4];
-        t->byte_id[b] = ex_map_get(&t->vocab, letter, ex_utf8_encode(exi_tok_byte_letter((unsigned char)b), letter), -1);
+        char name[8];
+        const size_t length = t->byte_level ? ex_utf8_encode(exi_tok_byte_letter((unsigned char)b), name)
+                                            : (size_t)snprintf(name, sizeof(name), "<0x%02X>", (unsigned)b);
+        t->byte_id[b] = ex_map_get(&t->vocab, name, length, -1);
     }
 }
 
 /* ------------------------------------------------------------------------------------------------ added tokens */
-
-EX_API void exi_tok_trie_add(exi_tok_trie *trie, const exi_tok_char *chars, size_t count, int32_t added)
-{
-    int32_t node = 0;
-    if (trie->added == NULL) stbds_arrput(trie->added, -1);
-    trie->root[chars[0].code & 255] = true;
-    for (size_t i = 0; i < count; i++) {
-        const int32_t child = exi_tok_child(trie, node, chars[i].code);
-        uint32_t key[2];
-        key[0] = (uint32_t)node;
-        key[1] = chars[i].code;
-        node = child >= 0 ? child : (int32_t)stbds_arrlenu(trie->added);
-        if (child >= 0) continue;
-        ex_map_put(&trie->children, key, sizeof(key), node);
-        stbds_arrput(trie->added, -1);
-    }
-    trie->added[node] = added;
-}
 
 EX_API bool exi_tok_add_added(const exi_tok_loader *l, const char *content, size_t bytes, const exi_tok_added *added,
                               uint32_t line)
@@ -228,14 +256,9 @@ EX_API void exi_tok_build_tries(ex_tokenizer *t)
         const bool normalized = t->added[entry->value].normalized;
         exi_tok_char *chars;
         stbds_arrsetlen(work.raw, 0);
-        for (size_t at = 0; at < entry->bytes;) {
-            exi_tok_char one;
-            at += ex_utf8_decode(content + at, entry->bytes - at, &one.code, NULL);
-            one.start = one.end = 0;
-            stbds_arrput(work.raw, one);
-        }
+        exi_tok_characters(&work.raw, content, entry->bytes);
         if (normalized) exi_tok_normalise(t, &work, work.raw, stbds_arrlenu(work.raw));
-        if (normalized && t->bert_normalizer) t->added[entry->value].decoded = exi_tok_spell(work.normal);
+        if (normalized && t->normals > 0) t->added[entry->value].decoded = exi_tok_spell(work.normal);
         chars = normalized ? work.normal : work.raw;
         if (stbds_arrlenu(chars) == 0) continue;
         exi_tok_trie_add(normalized ? &t->normalized : &t->raw, chars, stbds_arrlenu(chars), entry->value);
@@ -243,7 +266,8 @@ EX_API void exi_tok_build_tries(ex_tokenizer *t)
     stbds_arrfree(work.raw);
     stbds_arrfree(work.normal);
     stbds_arrfree(work.parts);
-    stbds_arrfree(work.word);
+    stbds_arrfree(work.clean);
+    stbds_arrfree(work.marks);
 }
 
 EX_API void exi_tok_added_flags(const ex_json_node *object, exi_tok_added *added)
@@ -281,191 +305,9 @@ EX_API bool exi_tok_added_list(const exi_tok_loader *l)
     return true;
 }
 
-/* ------------------------------------------------------------------------------------------------ templates */
+#include "ex_tokenizer_parts.h"
 
-EX_API void exi_tok_add_piece(exi_tok_piece **form, int32_t id, int32_t type, int8_t sequence)
-{
-    exi_tok_piece piece;
-    piece.id = id;
-    piece.type = type;
-    piece.sequence = sequence;
-    stbds_arrput(*form, piece);
-}
-
-/* A alone; A of type 0 and B of type 1. */
-EX_API void exi_tok_plain_form(ex_tokenizer *t)
-{
-    stbds_arrsetlen(t->single, 0);
-    stbds_arrsetlen(t->pair, 0);
-    exi_tok_add_piece(&t->single, -1, 0, 0);
-    exi_tok_add_piece(&t->pair, -1, 0, 0);
-    exi_tok_add_piece(&t->pair, -1, 1, 1);
-}
-
-/* [CLS] A [SEP] and [CLS] A [SEP] B [SEP]; RoBERTa: <s> A </s> </s> B </s>, all of type 0. */
-EX_API void exi_tok_model_form(ex_tokenizer *t, int32_t cls, int32_t sep, bool roberta)
-{
-    const int32_t second = roberta ? 0 : 1;
-    stbds_arrsetlen(t->single, 0);
-    stbds_arrsetlen(t->pair, 0);
-    for (int i = 0; i < 2; i++) {
-        exi_tok_piece **form = i == 0 ? &t->single : &t->pair;
-        exi_tok_add_piece(form, cls, 0, 0);
-        exi_tok_add_piece(form, -1, 0, 0);
-        exi_tok_add_piece(form, sep, 0, 0);
-    }
-    if (roberta) exi_tok_add_piece(&t->pair, sep, 0, 0);
-    exi_tok_add_piece(&t->pair, -1, second, 1);
-    exi_tok_add_piece(&t->pair, sep, second, 0);
-}
-
-/* ["[SEP]", 102] under key */
-EX_API bool exi_tok_processor_token(const exi_tok_loader *l, const ex_json_node *processor, const char *key, int32_t *id)
-{
-    const ex_json_node *node = ex_json_need(&l->json, processor, key, EX_JSON_ARRAY, l->error);
-    int64_t value;
-    if (node == NULL) return false;
-    if (node->count != 2 || !ex_json_is(node + 1, EX_JSON_STRING) || !ex_json_int(node + 2, 0, EXI_TOK_MAX_ID, &value)) {
-        return ex_fail(l->error, "%s:%u: expected \"%s\" as [token, id]", l->json.name, node->line, key);
-    }
-    *id = (int32_t)value;
-    return true;
-}
-
-EX_API bool exi_tok_template_special(const exi_tok_loader *l, const ex_json_node *specials, const char *name, int32_t type,
-                                     exi_tok_piece **form)
-{
-    const ex_json_node *entry = ex_json_need(&l->json, specials, name, EX_JSON_OBJECT, l->error), *ids, *node;
-    if (entry == NULL) return false;
-    ids = ex_json_need(&l->json, entry, "ids", EX_JSON_ARRAY, l->error);
-    if (ids == NULL) return false;
-    node = ex_json_first(ids);
-    for (uint32_t i = 0; i < ids->count; i++, node = ex_json_next(node)) {
-        int64_t id;
-        if (!ex_json_int(node, 0, EXI_TOK_MAX_ID, &id))
-            return ex_fail(l->error, "%s:%u: expected ids of \"%s\"", l->json.name, ids->line, name);
-        exi_tok_add_piece(form, (int32_t)id, type, 0);
-    }
-    return true;
-}
-
-/* One place: {"Sequence": {"id": "A", "type_id": 0}} or {"SpecialToken": {...}} */
-EX_API bool exi_tok_template_piece(const exi_tok_loader *l, const ex_json_node *node, const ex_json_node *specials, bool pair,
-                                   exi_tok_piece **form)
-{
-    const ex_json_node *sequence = ex_json_get(node, "Sequence"), *special = ex_json_get(node, "SpecialToken");
-    const ex_json_node *which = sequence != NULL ? sequence : special, *id = ex_json_get(which != NULL ? which : node, "id");
-    int64_t type = 0;
-    if (which == NULL || !ex_json_is(id, EX_JSON_STRING) || !ex_json_int(ex_json_get(which, "type_id"), 0, 1, &type)) {
-        return ex_fail(l->error, "%s:%u: expected a \"Sequence\" or \"SpecialToken\" with an \"id\" and a \"type_id\" of 0 or 1",
-                       l->json.name, node->line);
-    }
-    if (sequence == NULL) return exi_tok_template_special(l, specials, id->as.text, (int32_t)type, form);
-    if (!ex_json_equals(id, "A") && !(pair && ex_json_equals(id, "B")))
-        return exi_tok_refuse(l, id, "sequence of the template", pair ? "A, B" : "A");
-    exi_tok_add_piece(form, -1, (int32_t)type, ex_json_equals(id, "B") ? 1 : 0);
-    return true;
-}
-
-EX_API bool exi_tok_template(const exi_tok_loader *l, const ex_json_node *processor, const char *key, exi_tok_piece **form)
-{
-    const ex_json_node *list = ex_json_need(&l->json, processor, key, EX_JSON_ARRAY, l->error), *node;
-    const ex_json_node *specials = ex_json_need(&l->json, processor, "special_tokens", EX_JSON_OBJECT, l->error);
-    if (list == NULL || specials == NULL) return false;
-    stbds_arrsetlen(*form, 0);
-    node = ex_json_first(list);
-    for (uint32_t i = 0; i < list->count; i++, node = ex_json_next(node)) {
-        if (!exi_tok_template_piece(l, node, specials, strcmp(key, "pair") == 0, form)) return false;
-    }
-    return true;
-}
-
-/* depth: a Sequence may hold the others, but no Sequence. */
-EX_API bool exi_tok_processor(const exi_tok_loader *l, const ex_json_node *processor, int depth)
-{
-    const ex_json_node *type = ex_json_get(processor, "type");
-    int32_t cls = -1, sep = -1;
-    if (ex_json_equals(type, "TemplateProcessing")) {
-        return exi_tok_template(l, processor, "single", &l->t->single) && exi_tok_template(l, processor, "pair", &l->t->pair);
-    }
-    if (ex_json_equals(type, "ByteLevel")) {
-        l->t->trim_offsets = ex_json_bool(processor, "trim_offsets", true);
-        return true;
-    }
-    if (ex_json_equals(type, "BertProcessing") || ex_json_equals(type, "RobertaProcessing")) {
-        const bool roberta = ex_json_equals(type, "RobertaProcessing");
-        if (!exi_tok_processor_token(l, processor, "cls", &cls) || !exi_tok_processor_token(l, processor, "sep", &sep))
-            return false;
-        if (roberta) l->t->trim_offsets = ex_json_bool(processor, "trim_offsets", true);
-        exi_tok_model_form(l->t, cls, sep, roberta);
-        return true;
-    }
-    if (ex_json_equals(type, "Sequence") && depth == 0) {
-        const ex_json_node *list = ex_json_need(&l->json, processor, "processors", EX_JSON_ARRAY, l->error), *node;
-        if (list == NULL) return false;
-        node = ex_json_first(list);
-        for (uint32_t i = 0; i < list->count; i++, node = ex_json_next(node)) {
-            if (!exi_tok_processor(l, node, 1)) return false;
-        }
-        return true;
-    }
-    return exi_tok_refuse(l, type != NULL ? type : processor, "\"type\" of \"post_processor\"",
-                          "TemplateProcessing, BertProcessing, RobertaProcessing, ByteLevel, a Sequence of these");
-}
-
-/* ------------------------------------------------------------------------------------------------ parts of tokenizer.json */
-
-EX_API bool exi_tok_normalizer(const exi_tok_loader *l)
-{
-    const ex_json_node *node, *type;
-    if (!exi_tok_optional(l, l->root, "normalizer", EX_JSON_OBJECT, &node)) return false;
-    if (node == NULL) return true;
-    type = ex_json_get(node, "type");
-    if (!ex_json_equals(type, "BertNormalizer"))
-        return exi_tok_refuse(l, type != NULL ? type : node, "\"type\" of \"normalizer\"", "BertNormalizer, null");
-    l->t->bert_normalizer = true;
-    l->t->clean_text = ex_json_bool(node, "clean_text", true);
-    l->t->chinese = ex_json_bool(node, "handle_chinese_chars", true);
-    l->t->lowercase = ex_json_bool(node, "lowercase", true);
-    l->t->strip_accents = ex_json_bool(node, "strip_accents", l->t->lowercase);
-    return true;
-}
-
-EX_API bool exi_tok_pre_tokenizer(const exi_tok_loader *l)
-{
-    const char *wanted = l->t->model == EXI_TOK_WORDPIECE ? "BertPreTokenizer" : "ByteLevel";
-    const ex_json_node *node = ex_json_get(l->root, "pre_tokenizer"), *type = ex_json_get(node, "type");
-    if (!ex_json_equals(type, wanted)) {
-        return exi_tok_refuse(l, type != NULL ? type : node,
-                              l->t->model == EXI_TOK_WORDPIECE ? "\"pre_tokenizer\" (of a WordPiece model)"
-                                                               : "\"pre_tokenizer\" (of a BPE model)",
-                              wanted);
-    }
-    if (l->t->model == EXI_TOK_BYTE_BPE) {
-        l->t->prefix_space = ex_json_bool(node, "add_prefix_space", true);
-        l->t->split_words = ex_json_bool(node, "use_regex", true);
-    }
-    return true;
-}
-
-EX_API bool exi_tok_decoder_part(const exi_tok_loader *l)
-{
-    const ex_json_node *node, *type;
-    if (!exi_tok_optional(l, l->root, "decoder", EX_JSON_OBJECT, &node)) return false;
-    if (node == NULL) return true;
-    type = ex_json_get(node, "type");
-    if (ex_json_equals(type, "ByteLevel")) {
-        l->t->decoder = EXI_TOK_DECODE_BYTES;
-        return true;
-    }
-    if (!ex_json_equals(type, "WordPiece"))
-        return exi_tok_refuse(l, type != NULL ? type : node, "\"type\" of \"decoder\"", "WordPiece, ByteLevel, null");
-    l->t->decoder = EXI_TOK_DECODE_WORDPIECE;
-    l->t->cleanup = ex_json_bool(node, "cleanup", true);
-    free(l->t->decode_prefix);
-    l->t->decode_prefix = ex_format("%s", ex_json_text(node, "prefix", "##"));
-    return true;
-}
+/* ------------------------------------------------------------------------------------------------ models of tokenizer.json */
 
 EX_API bool exi_tok_set_prefix(const exi_tok_loader *l, const char *prefix)
 {
@@ -508,15 +350,52 @@ EX_API bool exi_tok_bpe_model(const exi_tok_loader *l, const ex_json_node *model
         const ex_json_node *node = ex_json_get(model, empty[i]);
         if (ex_json_is(node, EX_JSON_STRING) && node->count > 0) return exi_tok_refuse(l, node, empty[i], "null, \"\"");
     }
-    if (ex_json_bool(model, "byte_fallback", false))
-        return exi_tok_refuse(l, ex_json_get(model, "byte_fallback"), "\"byte_fallback\" of \"model\"", "false");
     if (ex_json_is(dropout, EX_JSON_NUMBER) && dropout->as.number > 0)
         return exi_tok_refuse(l, dropout, "\"dropout\" of \"model\"", "null, 0");
     l->t->fuse_unk = ex_json_bool(model, "fuse_unk", false);
     l->t->ignore_merges = ex_json_bool(model, "ignore_merges", false);
+    l->t->byte_fallback = ex_json_bool(model, "byte_fallback", false);
     if (!exi_tok_vocab_object(l, vocab) || !exi_tok_merges(l, merges)) return false;
-    exi_tok_byte_ids(l->t);
     return unk == NULL || exi_tok_need_unk(l, unk->as.text);
+}
+
+/* [["token", score], ...]: the place is the id. */
+EX_API bool exi_tok_unigram_vocab(const exi_tok_loader *l, const ex_json_node *vocab)
+{
+    const ex_json_node *node = ex_json_first(vocab);
+    exi_tok_char *chars = NULL;
+    bool fine = true;
+    for (uint32_t i = 0; fine && i < vocab->count; i++, node = ex_json_next(node)) {
+        if (node->type != EX_JSON_ARRAY || node->count != 2 || node[1].type != EX_JSON_STRING || node[2].type != EX_JSON_NUMBER) {
+            fine = ex_fail(l->error, "%s:%u: expected a token as [text, score], found %s", l->json.name, node->line,
+                           ex_json_type_name(node->type));
+            break;
+        }
+        fine = exi_tok_add_vocab(l, node[1].as.text, node[1].count, i, node->line);
+        stbds_arrput(l->t->scores, node[2].as.number);
+        if (i == 0 || node[2].as.number < l->t->unk_score) l->t->unk_score = node[2].as.number;
+        stbds_arrsetlen(chars, 0);
+        exi_tok_characters(&chars, node[1].as.text, node[1].count);
+        if (stbds_arrlenu(chars) > 0) exi_tok_trie_add(&l->t->pieces, chars, stbds_arrlenu(chars), (int32_t)i);
+    }
+    l->t->unk_score -= 10;            /* as SentencePiece has it */
+    stbds_arrfree(chars);
+    return fine;
+}
+
+EX_API bool exi_tok_unigram_model(const exi_tok_loader *l, const ex_json_node *model)
+{
+    const ex_json_node *vocab = ex_json_need(&l->json, model, "vocab", EX_JSON_ARRAY, l->error), *unk;
+    int64_t id;
+    if (vocab == NULL) return false;
+    unk = ex_json_get(model, "unk_id");
+    if (!ex_json_int(unk, 0, (int64_t)vocab->count - 1, &id)) {
+        return ex_fail(l->error, "%s:%u: \"unk_id\" of \"model\" must be the id of one of its %u tokens", l->json.name,
+                       unk != NULL ? unk->line : model->line, vocab->count);
+    }
+    l->t->unk_id = (int32_t)id;
+    l->t->byte_fallback = ex_json_bool(model, "byte_fallback", false);
+    return exi_tok_unigram_vocab(l, vocab);
 }
 
 /* Older files do not name the type of the model. */
@@ -526,22 +405,29 @@ EX_API bool exi_tok_model_part(const exi_tok_loader *l)
     if (model == NULL) return false;
     type = ex_json_get(model, "type");
     if (type == NULL ? ex_json_get(model, "merges") != NULL : ex_json_equals(type, "BPE")) {
-        l->t->model = EXI_TOK_BYTE_BPE;
+        l->t->model = EXI_TOK_BPE;
         return exi_tok_bpe_model(l, model);
     }
     if (type == NULL ? ex_json_get(model, "max_input_chars_per_word") != NULL : ex_json_equals(type, "WordPiece")) {
         l->t->model = EXI_TOK_WORDPIECE;
         return exi_tok_wordpiece_model(l, model);
     }
-    return exi_tok_refuse(l, type != NULL ? type : model, "\"type\" of \"model\"", "WordPiece, BPE");
+    if (type == NULL ? ex_json_get(model, "unk_id") != NULL : ex_json_equals(type, "Unigram")) {
+        l->t->model = EXI_TOK_UNIGRAM;
+        return exi_tok_unigram_model(l, model);
+    }
+    return exi_tok_refuse(l, type != NULL ? type : model, "\"type\" of \"model\"", "WordPiece, BPE, Unigram");
 }
 
 EX_API bool exi_tok_read_tokenizer_json(exi_tok_loader *l)
 {
     const ex_json_node *processor;
     exi_tok_plain_form(l->t);
-    /* the splitting first: a SentencePiece file is then named by its kind, not by a detail of its model */
     if (!exi_tok_model_part(l) || !exi_tok_pre_tokenizer(l) || !exi_tok_normalizer(l) || !exi_tok_added_list(l)) return false;
+    if (l->t->byte_level && l->t->byte_fallback)
+        return ex_fail(l->error, "%s: \"byte_fallback\" of \"model\" is not supported with the pre-tokenizer ByteLevel",
+                       l->json.name);
+    exi_tok_byte_ids(l->t);
     if (!exi_tok_optional(l, l->root, "post_processor", EX_JSON_OBJECT, &processor)) return false;
     return (processor == NULL || exi_tok_processor(l, processor, 0)) && exi_tok_decoder_part(l);
 }
@@ -559,14 +445,16 @@ EX_API const char *exi_tok_config_token(const ex_json_node *config, const char *
 /* Ids of [CLS], [SEP], ...: by the configuration if there is one, else by the usual names. */
 EX_API void exi_tok_find_specials(ex_tokenizer *t, const ex_json_node *config)
 {
-    static const char *const keys[EX_SPECIALS] = {"cls_token", "sep_token", "pad_token", "mask_token", "unk_token"};
-    static const char *const usual[EX_SPECIALS][2] = {
-        {"[CLS]", "<s>"}, {"[SEP]", "</s>"}, {"[PAD]", "<pad>"}, {"[MASK]", "<mask>"}, {"[UNK]", "<unk>"}
+    static const char *const keys[EX_SPECIALS] = {"cls_token",  "sep_token", "pad_token", "mask_token",
+                                                  "unk_token", "bos_token", "eos_token"};
+    static const char *const usual[EX_SPECIALS][3] = {
+        {"[CLS]", "<s>", ""}, {"[SEP]", "</s>", ""}, {"[PAD]", "<pad>", ""}, {"[MASK]", "<mask>", ""}, {"[UNK]", "<unk>", ""},
+        {"<s>", "<|begin_of_text|>", ""}, {"</s>", "<|end_of_text|>", "<|endoftext|>"}
     };
     for (int i = 0; i < EX_SPECIALS; i++) {
         const char *name = exi_tok_config_token(config, keys[i]);
         t->special[i] = name != NULL ? ex_tokenizer_id(t, name) : -1;
-        for (int k = 0; k < 2 && t->special[i] < 0; k++) t->special[i] = ex_tokenizer_id(t, usual[i][k]);
+        for (int k = 0; k < 3 && t->special[i] < 0; k++) t->special[i] = ex_tokenizer_id(t, usual[i][k]);
     }
 }
 
@@ -606,10 +494,8 @@ EX_API bool exi_tok_add_usual(const exi_tok_loader *l, const char *content, bool
 EX_API size_t exi_tok_trim_end(const char *line, size_t bytes)
 {
     while (bytes > 0) {
-        size_t start = bytes - 1;
         uint32_t code;
-        while (start > 0 && ((unsigned char)line[start] & 0xc0) == 0x80) start--;
-        ex_utf8_decode(line + start, bytes - start, &code, NULL);
+        const size_t start = ex_utf8_last(line, bytes, &code);
         if (!ex_is_space(code)) break;
         bytes = start;
     }
@@ -657,13 +543,10 @@ EX_API bool exi_tok_read_vocab_txt(exi_tok_loader *l, const char *path, const ex
     if (!exi_tok_lines(l, path, exi_tok_vocab_line)) return false;
     t->model = EXI_TOK_WORDPIECE;
     t->max_word = 100;
-    t->bert_normalizer = t->clean_text = true;
-    t->chinese = ex_json_bool(config, "tokenize_chinese_chars", true);
-    t->lowercase = ex_json_bool(config, "do_lower_case", true);
-    t->strip_accents = ex_json_bool(config, "strip_accents", t->lowercase);
-    t->decoder = EXI_TOK_DECODE_WORDPIECE;
-    t->cleanup = true;
-    t->decode_prefix = ex_copy("##", 2);
+    exi_tok_bert_step(&t->normal[t->normals++], config, "tokenize_chinese_chars", "do_lower_case");
+    t->normal[0].clean_text = true;   /* a configuration cannot switch this off */
+    t->split[t->splits++].kind = EXI_TOK_SPLIT_BERT;
+    exi_tok_add_decode(t, EXI_TOK_DECODE_WORDPIECE, "##", NULL)->cleanup = true;
     if (!exi_tok_config_added(l, config)) return false;
     for (int i = 0; i < 5; i++) {
         const char *named = exi_tok_config_token(config, keys[i]);
@@ -692,10 +575,12 @@ EX_API bool exi_tok_read_vocab_json(exi_tok_loader *l, const char *merges, const
     static const char *const usual[] = {"<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>"};
     ex_tokenizer *t = l->t;
     int32_t cls = -1, sep = -1;
-    t->model = EXI_TOK_BYTE_BPE;
-    t->decoder = EXI_TOK_DECODE_BYTES;
-    t->trim_offsets = t->split_words = true;
-    t->prefix_space = ex_json_bool(config, "add_prefix_space", false);
+    t->model = EXI_TOK_BPE;
+    t->byte_level = t->trim_offsets = true;
+    t->split[0].kind = EXI_TOK_SPLIT_GPT2;
+    t->split[0].space = ' ';
+    t->split[t->splits++].prefix = ex_json_bool(config, "add_prefix_space", false) ? EXI_TOK_ALWAYS : EXI_TOK_NEVER;
+    exi_tok_add_decode(t, EXI_TOK_DECODE_BYTES, NULL, NULL);
     if (l->root->type != EX_JSON_OBJECT)
         return ex_fail(l->error, "%s:1: expected an object, found %s", l->json.name, ex_json_type_name(l->root->type));
     if (!exi_tok_vocab_object(l, l->root) || !exi_tok_lines(l, merges, exi_tok_merges_line)) return false;
@@ -711,6 +596,138 @@ EX_API bool exi_tok_read_vocab_json(exi_tok_loader *l, const char *merges, const
     return true;
 }
 
+/* ------------------------------------------------------------------------------------------------ llama2.c's tokenizer.bin */
+
+#define EXI_TOK_BIN_BYTES 3           /* id of the token of byte 0; before it stand unknown, begin and end */
+
+EX_API uint32_t exi_tok_u32(const char *at)
+{
+    const unsigned char *b = (const unsigned char *)at;
+    return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
+}
+
+/* int32 bytes of the longest token; then for each token: float32 score, int32 bytes, its text. The number of tokens is not
+   there: they end with the file. */
+EX_API bool exi_tok_bin_tokens(const exi_tok_loader *l, const char *path, const char *file, size_t bytes)
+{
+    size_t at = 4;
+    for (int64_t id = 0; at < bytes; id++) {
+        const uint32_t bits = bytes - at >= 8 ? exi_tok_u32(file + at) : 0;
+        const uint32_t length = bytes - at >= 8 ? exi_tok_u32(file + at + 4) : 0;
+        float score;
+        char *token;
+        bool fine;
+        memcpy(&score, &bits, sizeof(score));
+        if (bytes - at < 8 || length > bytes - at - 8 || length > exi_tok_u32(file) || !ex_finite((double)score)) {
+            return ex_fail(l->error, "%s: token %lld at byte %zu: expected a finite score and at most %u bytes, found %u of %zu",
+                           path, (long long)id, at, exi_tok_u32(file), length, bytes - at);
+        }
+        if (ex_utf8_valid_prefix(file + at + 8, length) != length)
+            return ex_fail(l->error, "%s: token %lld at byte %zu is no UTF-8", path, (long long)id, at);
+        token = ex_copy(file + at + 8, length);
+        fine = exi_tok_add_vocab(l, token, length, id, 0);
+        free(token);
+        if (!fine) return false;
+        stbds_arrput(l->t->scores, (double)score);
+        at += 8 + length;
+    }
+    return true;
+}
+
+typedef struct exi_tok_scored { double score; int32_t id; } exi_tok_scored;
+
+EX_API int exi_compare_scored(const void *a, const void *b)
+{
+    const exi_tok_scored *x = (const exi_tok_scored *)a, *y = (const exi_tok_scored *)b;
+    return x->score > y->score ? -1 : x->score < y->score ? 1 : x->id < y->id ? -1 : x->id > y->id;
+}
+
+/* Any two tokens that make a third are merged, those first whose product has the highest score; equal scores, equal rank. */
+EX_API void exi_tok_bin_merges(ex_tokenizer *t)
+{
+    const size_t count = stbds_arrlenu(t->scores);
+    exi_tok_scored *order = (exi_tok_scored *)ex_alloc(count, sizeof(exi_tok_scored));
+    int32_t rank = 0;
+    for (size_t i = 0; i < count; i++) {
+        order[i].score = t->scores[i];
+        order[i].id = (int32_t)i;
+    }
+    qsort(order, count, sizeof(exi_tok_scored), exi_compare_scored);
+    for (size_t i = 0; i < count; i++) {
+        const ex_map_entry *entry = &t->names.entries[t->name_of[order[i].id]];
+        rank += i > 0 && order[i].score < order[i - 1].score;
+        for (uint32_t cut = 1; cut < entry->bytes; cut++) {
+            const char *text = t->names.keys + entry->key;
+            int32_t parts[2];
+            parts[0] = ex_map_get(&t->vocab, text, cut, -1);
+            parts[1] = ex_map_get(&t->vocab, text + cut, entry->bytes - cut, -1);
+            if (parts[0] >= 0 && parts[1] >= 0) exi_tok_add_rule(t, parts, order[i].id, rank);
+        }
+    }
+    free(order);
+}
+
+/* The begin and the end of a text are left out of what is decoded; they are never found in a text. */
+EX_API void exi_tok_bin_specials(ex_tokenizer *t)
+{
+    for (int32_t id = 0; id < EXI_TOK_BIN_BYTES; id++) {
+        const ex_map_entry *entry = &t->names.entries[t->name_of[id]];
+        exi_tok_added added;
+        memset(&added, 0, sizeof(added));
+        added.id = id;
+        added.special = true;
+        ex_map_put(&t->specials, t->names.keys + entry->key, entry->bytes, (int32_t)stbds_arrlenu(t->added));
+        stbds_arrput(t->added, added);
+    }
+    for (int i = 0; i < EX_SPECIALS; i++) t->special[i] = -1;
+    t->special[EX_UNK] = 0;
+    t->special[EX_BOS] = 1;
+    t->special[EX_EOS] = 2;
+    for (int i = 0; i < 2; i++) {
+        exi_tok_piece **form = i == 0 ? &t->single : &t->pair;
+        for (int8_t sequence = 0; sequence <= i; sequence++) {
+            exi_tok_add_piece(form, 1, 0, 0);
+            exi_tok_add_piece(form, -1, 0, sequence);
+        }
+    }
+}
+
+EX_API bool exi_tok_bin(exi_tok_loader *l, const char *path, const char *file, size_t bytes)
+{
+    ex_tokenizer *t = l->t;
+    exi_tok_normal_step *prepend = &t->normal[t->normals++];
+    if (bytes < 4 || exi_tok_u32(file) > EXI_TOK_MAX_ADDED) {
+        return ex_fail(l->error, "%s: expected a tokenizer of llama2.c with tokens of at most %d bytes", path, EXI_TOK_MAX_ADDED);
+    }
+    if (!exi_tok_bin_tokens(l, path, file, bytes)) return false;
+    t->model = EXI_TOK_BPE;
+    t->byte_fallback = true;
+    exi_tok_byte_ids(t);
+    for (int b = 0; b < 256; b++) {
+        if (t->byte_id[b] != EXI_TOK_BIN_BYTES + b)
+            return ex_fail(l->error, "%s: expected token %d to be \"<0x%02X>\", %s", path, EXI_TOK_BIN_BYTES + b, (unsigned)b,
+                           t->byte_id[b] < 0 ? "but there is no such token" : "but it stands in another place");
+    }
+    exi_tok_bin_merges(t);
+    exi_tok_bin_specials(t);
+    l->complete = true;
+    prepend->kind = EXI_TOK_NORMAL_PREPEND;
+    prepend->to = exi_tok_codes(" ");
+    exi_tok_add_decode(t, EXI_TOK_DECODE_FALLBACK, NULL, NULL);
+    exi_tok_add_decode(t, EXI_TOK_DECODE_FUSE, NULL, NULL);
+    exi_tok_add_decode(t, EXI_TOK_DECODE_STRIP, " ", NULL)->start = 1;
+    return true;
+}
+
+EX_API bool exi_tok_read_bin(exi_tok_loader *l, const char *path)
+{
+    size_t bytes = 0;
+    char *file = ex_read_file(path, &bytes, l->error);
+    const bool fine = file != NULL && exi_tok_bin(l, path, file, bytes);
+    free(file);
+    return fine;
+}
+
 /* ------------------------------------------------------------------------------------------------ load */
 
 EX_API bool exi_tok_load_json(exi_tok_loader *l, const char *path)
@@ -722,7 +739,7 @@ EX_API bool exi_tok_load_json(exi_tok_loader *l, const char *path)
                : ex_fail(l->error, "%s:1: expected an object, found %s", path, ex_json_type_name(l->root->type));
 }
 
-typedef struct exi_tok_paths { char *json, *text, *vocab, *merges, *config; } exi_tok_paths;
+typedef struct exi_tok_paths { char *json, *text, *vocab, *merges, *binary, *config; } exi_tok_paths;
 
 /* Picks what there is. */
 EX_API bool exi_tok_load_found(exi_tok_loader *l, const exi_tok_paths *paths, const char *shown, const ex_json_node *config)
@@ -733,7 +750,10 @@ EX_API bool exi_tok_load_found(exi_tok_loader *l, const exi_tok_paths *paths, co
     if (paths->vocab != NULL && ex_file_exists(paths->vocab) && ex_file_exists(paths->merges)) {
         return exi_tok_load_json(l, paths->vocab) && exi_tok_read_vocab_json(l, paths->merges, config);
     }
-    return ex_fail(l->error, "%s: no tokenizer found; expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt",
+    if (paths->binary != NULL && ex_file_exists(paths->binary)) return exi_tok_read_bin(l, paths->binary);
+    return ex_fail(l->error,
+                   "%s: no tokenizer found; expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt, or "
+                   "tokenizer.bin",
                    shown);
 }
 
@@ -746,15 +766,19 @@ EX_API void exi_tok_find_paths(exi_tok_paths *paths, const char *path)
         paths->text = ex_path(path, "vocab.txt");
         paths->vocab = ex_path(path, "vocab.json");
         paths->merges = ex_path(path, "merges.txt");
+        paths->binary = ex_path(path, "tokenizer.bin");
         paths->config = ex_path(path, "tokenizer_config.json");
     } else if (length > 4 && strcmp(path + length - 4, ".txt") == 0) {
         paths->text = ex_copy(path, length);
+    } else if (length > 4 && strcmp(path + length - 4, ".bin") == 0) {
+        paths->binary = ex_copy(path, length);
     } else {
         paths->json = ex_copy(path, length);
     }
 }
 
-/* path: a model folder, a tokenizer.json or a vocab.txt. NULL on failure. Free with ex_tokenizer_free. */
+/* path: a model folder, a tokenizer.json, a vocab.txt, or a tokenizer of llama2.c (*.bin). NULL on failure. Free with
+   ex_tokenizer_free. */
 EX_API ex_tokenizer *ex_tokenizer_load(const char *path, ex_error *error)
 {
     exi_tok_loader l;
@@ -769,7 +793,8 @@ EX_API ex_tokenizer *ex_tokenizer_load(const char *path, ex_error *error)
     exi_tok_find_paths(&paths, path);
     if (paths.config != NULL && ex_file_exists(paths.config)) fine = ex_json_read(&config, paths.config, error);
     fine = fine && exi_tok_load_found(&l, &paths, path, ex_json_root(&config));
-    if (fine) {
+    if (fine) exi_tok_find_boundary(l.t);
+    if (fine && !l.complete) {
         exi_tok_find_specials(l.t, ex_json_root(&config));
         exi_tok_build_tries(l.t);
     }
@@ -779,6 +804,7 @@ EX_API ex_tokenizer *ex_tokenizer_load(const char *path, ex_error *error)
     free(paths.text);
     free(paths.vocab);
     free(paths.merges);
+    free(paths.binary);
     free(paths.config);
     if (fine) return l.t;
     ex_tokenizer_free(l.t);

@@ -2,8 +2,9 @@
 
    A tokenizer has to split a text exactly as it did when its model was trained. The reference (Hugging Face tokenizers)
    carries tables of several Unicode versions: punctuation, marks and format characters of its BERT parts are those of
-   Unicode 8, letters and numbers of its byte-level parts those of Unicode 16. The tables below hold the difference to
-   utf8proc. They were found by asking the reference about each of the 1,112,064 code points. */
+   Unicode 8, letters and numbers of its byte-level parts those of Unicode 16, the clusters of its character map those of
+   Unicode 17. The tables below hold the difference to utf8proc. They were found by asking the reference about each of the
+   1,112,064 code points. */
 #ifndef EX_UNICODE_H
 #define EX_UNICODE_H
 
@@ -91,6 +92,35 @@ static const exi_lower_rule exi_new_lower[] = {
     {0xa7da, 0xa7da, 1, 1}, {0xa7dc, 0xa7dc, 1, 0x19b - 0xa7dc}, {0x10d50, 0x10d65, 1, 32}, {0x16ea0, 0x16eb8, 1, 27}
 };
 
+/* Characters that continue a cluster and that utf8proc 2.8 does not know. */
+static const exi_range exi_new_joiners[] = {
+    {0x897, 0x897}, {0x1acf, 0x1add}, {0x1ae0, 0x1aeb}, {0x10d69, 0x10d6d}, {0x10efa, 0x10efc}, {0x113b8, 0x113c0},
+    {0x113c2, 0x113c2}, {0x113c5, 0x113c5}, {0x113c7, 0x113ca}, {0x113cc, 0x113d0}, {0x113d2, 0x113d2}, {0x113e1, 0x113e2},
+    {0x11b60, 0x11b67}, {0x11f5a, 0x11f5a}, {0x1611e, 0x1612f}, {0x1e5ee, 0x1e5ef}, {0x1e6e3, 0x1e6e3}, {0x1e6e6, 0x1e6e6},
+    {0x1e6ee, 0x1e6ef}, {0x1e6f5, 0x1e6f5}
+};
+
+/* Indic consonants of at most three bytes, which a linker joins into one cluster. (Longer ones do not matter: see
+   ex_grapheme.) */
+static const exi_range exi_consonants[] = {
+    {0x915, 0x939}, {0x958, 0x95f}, {0x978, 0x97f}, {0x995, 0x9a8}, {0x9aa, 0x9b0}, {0x9b2, 0x9b2}, {0x9b6, 0x9b9},
+    {0x9dc, 0x9dd}, {0x9df, 0x9df}, {0x9f0, 0x9f1}, {0xa95, 0xaa8}, {0xaaa, 0xab0}, {0xab2, 0xab3}, {0xab5, 0xab9},
+    {0xaf9, 0xaf9}, {0xb15, 0xb28}, {0xb2a, 0xb30}, {0xb32, 0xb33}, {0xb35, 0xb39}, {0xb5c, 0xb5d}, {0xb5f, 0xb5f},
+    {0xb71, 0xb71}, {0xc15, 0xc28}, {0xc2a, 0xc39}, {0xc58, 0xc5a}, {0xd15, 0xd3a}, {0x1000, 0x102a}, {0x103f, 0x103f},
+    {0x1050, 0x1055}, {0x105a, 0x105d}, {0x1061, 0x1061}, {0x1065, 0x1066}, {0x106e, 0x1070}, {0x1075, 0x1081},
+    {0x108e, 0x108e}, {0x1780, 0x17b3}, {0x1a20, 0x1a54}, {0x1b0b, 0x1b0c}, {0x1b13, 0x1b33}, {0x1b45, 0x1b4c},
+    {0x1b83, 0x1ba0}, {0x1bae, 0x1baf}, {0x1bbb, 0x1bbd}, {0xa989, 0xa98b}, {0xa98f, 0xa9b2}, {0xa9e0, 0xa9e4},
+    {0xa9e7, 0xa9ef}, {0xa9fa, 0xa9fe}, {0xaa60, 0xaa6f}, {0xaa71, 0xaa73}, {0xaa7a, 0xaa7a}, {0xaa7e, 0xaa7f},
+    {0xaae0, 0xaaea}, {0xabc0, 0xabda}
+};
+
+static const exi_range exi_linkers[] = {
+    {0x94d, 0x94d}, {0x9cd, 0x9cd}, {0xacd, 0xacd}, {0xb4d, 0xb4d}, {0xc4d, 0xc4d}, {0xd4d, 0xd4d}, {0x1039, 0x1039},
+    {0x17d2, 0x17d2}, {0x1a60, 0x1a60}, {0x1b44, 0x1b44}, {0x1bab, 0x1bab}, {0xa9c0, 0xa9c0}, {0xaaf6, 0xaaf6},
+    {0x10a3f, 0x10a3f}, {0x11133, 0x11133}, {0x113d0, 0x113d0}, {0x1193e, 0x1193e}, {0x11a47, 0x11a47}, {0x11a99, 0x11a99},
+    {0x11f42, 0x11f42}
+};
+
 EX_API bool exi_in_ranges(const exi_range *ranges, size_t count, uint32_t code)
 {
     size_t low = 0, high = count;
@@ -133,6 +163,12 @@ EX_API bool ex_is_number(uint32_t code)
     category = exi_category(code);
     return (category >= UTF8PROC_CATEGORY_ND && category <= UTF8PROC_CATEGORY_NO) ||
            (category == UTF8PROC_CATEGORY_CN && EXI_IN(exi_new_numbers, code));
+}
+
+/* The same with the numbers of Unicode 17, by which single digits are split off. */
+EX_API bool ex_is_numeric(uint32_t code)
+{
+    return ex_is_number(code) || (code >= 0x11de0 && code <= 0x11de9) || (code >= 0x16ff4 && code <= 0x16ff6);
 }
 
 /* \w: letters, marks, decimal digits, connectors, joiners, and what Unicode calls alphabetic besides. */
@@ -218,6 +254,89 @@ EX_API int ex_decompose(uint32_t code, uint32_t out[4])
     if (count < 1 || count > 4) return 1;
     for (utf8proc_ssize_t i = 0; i < count; i++) out[i] = (uint32_t)parts[i];
     return (int)count;
+}
+
+/* The one character that two make by canonical composition; 0: they make none. */
+EX_API uint32_t ex_compose(uint32_t first, uint32_t second)
+{
+    utf8proc_int32_t both[2];
+    if (second < 0x300) return 0;
+    both[0] = (utf8proc_int32_t)first;
+    both[1] = (utf8proc_int32_t)second;
+    if (utf8proc_normalize_utf32(both, 2, (utf8proc_option_t)(UTF8PROC_COMPOSE | UTF8PROC_STABLE)) != 1) return 0;
+    return EXI_IN(exi_late_composites, (uint32_t)both[0]) ? 0 : (uint32_t)both[0];
+}
+
+/* ------------------------------------------------------------------------------------------------ clusters */
+
+/* What a reader takes for one character: a letter with its accents, a flag, a family of emoji (Unicode Annex 29, extended
+   grapheme clusters). Zero-initialise at the first character. It serves the character map, for which clusters of six bytes or
+   more are all alike; so rules that could only tell such clusters apart need no tables here. */
+typedef struct ex_grapheme {
+    int before;                       /* class of the last character */
+    bool started;
+    bool odd_indicator;               /* the last character is the first half of a flag */
+    int emoji;                        /* 1: a pictograph and what extends it; 2: and a joiner behind */
+    int conjunct;                     /* 1: an Indic consonant and what extends it; 2: with a linker */
+} ex_grapheme;
+
+EX_API int exi_boundary_class(uint32_t code)
+{
+    if (code < 0x80) return code == '\r' ? UTF8PROC_BOUNDCLASS_CR : code == '\n' ? UTF8PROC_BOUNDCLASS_LF
+                            : code < 32 || code == 127                            ? UTF8PROC_BOUNDCLASS_CONTROL
+                                                                                  : UTF8PROC_BOUNDCLASS_OTHER;
+    if (code == 0x2065 || (code >= 0xfff0 && code <= 0xfff8)) return UTF8PROC_BOUNDCLASS_CONTROL;
+    if (code == 0x113d1) return UTF8PROC_BOUNDCLASS_PREPEND;
+    if (code == 0x11a3a) return UTF8PROC_BOUNDCLASS_OTHER;
+    if (EXI_IN(exi_new_joiners, code)) return UTF8PROC_BOUNDCLASS_EXTEND;
+    return (int)utf8proc_get_property((utf8proc_int32_t)code)->boundclass;
+}
+
+EX_API bool exi_hangul_joins(int before, int after)
+{
+    if (before == UTF8PROC_BOUNDCLASS_L)
+        return after == UTF8PROC_BOUNDCLASS_L || after == UTF8PROC_BOUNDCLASS_V || after == UTF8PROC_BOUNDCLASS_LV ||
+               after == UTF8PROC_BOUNDCLASS_LVT;
+    if (before == UTF8PROC_BOUNDCLASS_LV || before == UTF8PROC_BOUNDCLASS_V)
+        return after == UTF8PROC_BOUNDCLASS_V || after == UTF8PROC_BOUNDCLASS_T;
+    return (before == UTF8PROC_BOUNDCLASS_LVT || before == UTF8PROC_BOUNDCLASS_T) && after == UTF8PROC_BOUNDCLASS_T;
+}
+
+EX_API bool exi_stands_alone(int class)
+{
+    return class == UTF8PROC_BOUNDCLASS_CR || class == UTF8PROC_BOUNDCLASS_LF || class == UTF8PROC_BOUNDCLASS_CONTROL;
+}
+
+/* The rules GB3 to GB13 for what stands between the last character and this one. */
+EX_API bool exi_grapheme_rule(const ex_grapheme *state, int class, uint32_t code)
+{
+    const int before = state->before;
+    if (before == UTF8PROC_BOUNDCLASS_CR && class == UTF8PROC_BOUNDCLASS_LF) return true;
+    if (exi_stands_alone(before) || exi_stands_alone(class)) return false;
+    if (exi_hangul_joins(before, class)) return true;
+    if (class == UTF8PROC_BOUNDCLASS_EXTEND || class == UTF8PROC_BOUNDCLASS_ZWJ || class == UTF8PROC_BOUNDCLASS_SPACINGMARK)
+        return true;
+    if (before == UTF8PROC_BOUNDCLASS_PREPEND) return true;
+    if (state->conjunct == 2 && EXI_IN(exi_consonants, code)) return true;
+    if (state->emoji == 2 && class == UTF8PROC_BOUNDCLASS_EXTENDED_PICTOGRAPHIC) return true;
+    return class == UTF8PROC_BOUNDCLASS_REGIONAL_INDICATOR && state->odd_indicator;
+}
+
+/* Takes the next character; true when it belongs to the cluster of the one before. */
+EX_API bool ex_grapheme_joins(ex_grapheme *state, uint32_t code)
+{
+    const int class = exi_boundary_class(code);
+    const bool extends = class == UTF8PROC_BOUNDCLASS_EXTEND, zwj = class == UTF8PROC_BOUNDCLASS_ZWJ;
+    const bool joins = state->started && exi_grapheme_rule(state, class, code);
+    state->odd_indicator = class == UTF8PROC_BOUNDCLASS_REGIONAL_INDICATOR && !(joins && state->odd_indicator);
+    if (class == UTF8PROC_BOUNDCLASS_EXTENDED_PICTOGRAPHIC) state->emoji = 1;
+    else state->emoji = state->emoji == 1 && zwj ? 2 : state->emoji == 1 && extends ? 1 : 0;
+    if (code >= 0x900 && EXI_IN(exi_consonants, code)) state->conjunct = 1;
+    else if (state->conjunct > 0 && EXI_IN(exi_linkers, code)) state->conjunct = 2;
+    else if (!(extends || zwj) || code == 0x200c) state->conjunct = 0;
+    state->before = class;
+    state->started = true;
+    return joins;
 }
 
 #endif /* EX_UNICODE_H */
