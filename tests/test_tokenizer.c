@@ -611,8 +611,9 @@ static void test_one_long_word(void **state)
 static void test_boundary(void **state)
 {
 #define BOUNDARY(tokens, merges)                                                                                              \
-    "{\"model\":{\"type\":\"BPE\",\"unk_token\":\"?\",\"fuse_unk\":true,\"vocab\":{\"?\":0,\"\\u2581\":1,\"a\":2,\"b\":3,"            \
-    "\"\\u2581\\u2581\":4,\"\\u2581a\":5,\"ab\":6" tokens "},\"merges\":[\"a b\",\"\\u2581 \\u2581\",\"\\u2581 a\"" merges "]}}"
+    "{\"model\":{\"type\":\"BPE\",\"unk_token\":\"?\",\"fuse_unk\":true,\"vocab\":{\"?\":0,\"\\u2581\":1,\"a\":2,\"b\":3,"  \
+    "\"\\u2581\\u2581\":4,\"\\u2581a\":5,\"ab\":6" tokens "},"                                                                \
+    "\"merges\":[\"a b\",\"\\u2581 \\u2581\",\"\\u2581 a\"" merges "]}}"
     static const char *const files[] = {BOUNDARY("", ""), BOUNDARY(",\"b\\u2581\":7", ",\"b \\u2581\"")};
     static const char text[] = "\xe2\x96\x81\xe2\x96\x81\xe2\x96\x81" "ab\xe2\x96\x81" "axy\xe2\x96\x81"
                                "bz\xe2\x96\x81";
