@@ -5,7 +5,7 @@
    step, until a sparsity you chose is reached. One header, C11 or C++17, no dependencies beyond libc, libm and pthread.
 
    It implements APT (Zhao, Hajishirzi, Cao, "APT: Adaptive Pruning and Tuning Pretrained Language Models for Efficient Training
-   and Inference", ICML 2024, arXiv 2401.12200) for BERT and RoBERTa encoders.
+   and Inference", ICML 2024, arXiv 2401.12200) for BERT and RoBERTa encoders, T5 (v1.0, v1.1, Flan) and LLaMA (1, 2, 3; Qwen2).
 
    DO THIS in exactly one C or C++ file, and include the header plainly everywhere else:
 
@@ -23,7 +23,7 @@
        >>kernels       matrix products and vectors, one table per instruction set
        >>ops           forward and backward of every layer
        >>core          the method on raw arrays
-       >>model         parameters, one pass, compaction, merge
+       >>model         parameters, families, one pass, generation, compaction, merge
        >>train         optimizer, salience, decisions, distillation, a step
        >>files         JSON, safetensors, Hugging Face folders, checkpoints
        >>context       making and ending a context
@@ -119,14 +119,32 @@
    every array is gathered to the survivors, and the next step is faster and takes less memory.
 
    ON ADAPTERS
-   y = (W + s B A) x on query, value and the FFN up projection. W is frozen and packed for the kernels once; the adapter
-   rides inside the same product. At each decision the more important half of the adapters grows in rank within a budget; new
-   columns of B are 0, so growing changes no output.
+   y = (W + s B A) x on query, value and the FFN up projection (T5: of all three attentions, and wi or wi_0). W is frozen and
+   packed for the kernels once; the adapter rides inside the same product. At each decision the more important half of the
+   adapters grows in rank within a budget; new columns of B are 0, so growing changes no output.
 
    ON DISTILLATION
    When the first decision begins to fade units, the student's tuned parameters are snapshot: this teacher shares all frozen
    weights. The loss moves from the task to the teacher's predictions and hidden states while pruning goes on; behind
    distill_end (default: prune_end) the task loss stands alone and the teacher is freed.
+
+   ON DECODERS
+   T5 and LLaMA know one task, APT_TASK_LM: the next token. A LLaMA batch has labels[i] = the token that stands at i (or -100,
+   for a prompt); a T5 batch has sources in offsets and tokens, and target_offsets with labels for what is to be written. The
+   vocabulary's logits are never whole in memory: loss and gradient are taken in chunks of rows. Head units are KV heads with
+   their query heads, a neuron of a gated FFN is a row of both input maps, and a T5 decoder layer counts as two layers: its
+   self attention, then its cross attention with the FFN. The LM head is frozen unless the method is APT_METHOD_FULL.
+   apt_generate continues texts with a cache of keys and values in the shapes that pruning has left:
+
+       apt_generate_desc how = APT_ZERO;
+       int32_t tokens[64], length;
+       how.max_tokens = 64;
+       how.temperature = 0.8f;
+       how.top_p = 0.95f;
+       apt_generate(model, &batch, &how, tokens, &length);           // one sequence in batch: one row of 64 tokens
+
+   To prune LLaMA in one shot, as the paper does: apt_trainer_observe on calibration batches, then apt_trainer_prune_now. How
+   to add another family stands in the text: search for apti_design.
 
    ON MEMORY
    All memory comes from apt_desc.alloc (default malloc). apt_estimate tells the peak before anything is allocated;
@@ -270,18 +288,29 @@ APT_API int32_t apt_thread_count(const apt_ctx *ctx);
    Model
    ------------------------------------------------------------------------------------------------------------------ */
 
-typedef enum apt_family { APT_FAMILY_NONE = 0, APT_BERT, APT_ROBERTA } apt_family;
+typedef enum apt_family { APT_FAMILY_NONE = 0, APT_BERT, APT_ROBERTA, APT_T5, APT_LLAMA } apt_family;
 typedef enum apt_task_kind {
     APT_TASK_NONE = 0,                /* load: take the task from config.json's "architectures" */
     APT_TASK_CLASSIFY,                /* labels classes per sequence, cross-entropy */
     APT_TASK_REGRESS,                 /* one number per sequence, squared error */
     APT_TASK_SPAN,                    /* start and end token of an answer */
-    APT_TASK_MLM                      /* masked language modelling, decoder tied to the word embeddings */
+    APT_TASK_MLM,                     /* masked language modelling, decoder tied to the word embeddings */
+    APT_TASK_LM                       /* T5, LLaMA: each next token from the ones before it (T5: and from the source) */
 } apt_task_kind;
-typedef enum apt_activation { APT_GELU_ERF = 0, APT_GELU_TANH, APT_RELU } apt_activation;
+typedef enum apt_activation { APT_GELU_ERF = 0, APT_GELU_TANH, APT_RELU, APT_SILU } apt_activation;
 
-/* What is left of one transformer layer. heads or neurons may be 0 only where a whole sublayer was removed. */
+/* What is left of one transformer layer. heads or neurons may be 0 only where a whole sublayer was removed, and neurons in the
+   self attention of a T5 decoder (see apt_config.decoder_layers). */
 typedef struct apt_layer_shape { int32_t heads, kv_heads, neurons; } apt_layer_shape;
+
+/* Rotary positions: pair i of a head turns by position * theta^(-2i/head_dim). */
+typedef struct apt_rope {
+    float theta;                      /* 0: 10000 */
+    int32_t interleaved;              /* 1: the pairs of a head stand side by side (llama2.c's files); 0: half a head apart */
+    float factor;                     /* 0: as above; else LLaMA 3's scaling: frequencies whose wave is longer than */
+    float low_factor, high_factor;    /* original_positions / low_factor are divided by factor, those shorter than */
+    int32_t original_positions;       /* original_positions / high_factor stay, between them it is a mixture */
+} apt_rope;
 
 typedef struct apt_config {
     apt_family family;
@@ -295,6 +324,20 @@ typedef struct apt_config {
     apt_activation activation;
     float norm_eps, init_range;       /* 0: 1e-12 (BERT) / 1e-5 (RoBERTa); 0.02 */
     const apt_layer_shape *layer;     /* [layers], or NULL for equal layers; from apt_model_config owned by the model */
+    /* T5 and LLaMA only; zero is right for the others */
+    int32_t kv_heads;                 /* LLaMA: of every layer, when `layer` is NULL; 0: heads */
+    int32_t decoder_layers;           /* T5. A layer is an attention with the FFN behind it, so a decoder layer counts as two of
+                                         `layers`: its self attention (0 neurons), then its cross attention with the FFN. The
+                                         first layers - 2*decoder_layers are the encoder */
+    int32_t gated;                    /* T5: the FFN has two input maps (v1.1, Flan). LLaMA: always */
+    int32_t untied;                   /* the LM head has a matrix of its own, not the word embeddings */
+    int32_t scaled_head;              /* T5: hidden states times hidden_dense^-0.5 before the LM head (v1.0) */
+    int32_t qkv_bias;                 /* LLaMA block with biases on query, key and value, as Qwen2 has them */
+    int32_t start_id, end_id;         /* first token of a decoder (T5); the token that ends a text */
+    int32_t buckets, max_distance;    /* T5: relative positions; 0: 32 and 128 */
+    int32_t bias_heads;               /* T5: columns of the relative position tables, 0: heads */
+    const int32_t *bias_head;         /* T5: [layers * bias_heads] the column that each head of a layer reads; NULL: its number */
+    apt_rope rope;                    /* LLaMA */
 } apt_config;
 
 /* Packed sequences: no padding. tokens[offsets[s] .. offsets[s+1]) is sequence s. All arrays are the caller's. */
@@ -304,8 +347,13 @@ typedef struct apt_batch {
     const int32_t *tokens;            /* [offsets[sequences]] */
     const int32_t *types;             /* the same, or NULL: all 0 */
     const int32_t *labels;            /* CLASSIFY [sequences]; SPAN [2*sequences] (start, end inside the sequence, -1: ignored);
-                                         MLM one per token, -100: ignored; NULL when only a forward is wanted */
+                                         MLM one per token, -100: ignored; NULL when only a forward is wanted.
+                                         LM, LLaMA: one per token, what that token should be (normally `tokens` itself, -100
+                                         in a prompt); it is predicted from the tokens before it, so the first of a sequence
+                                         does not count. LM, T5: one per target token */
     const float *targets;             /* REGRESS [sequences] */
+    const int32_t *target_offsets;    /* T5: [sequences + 1], like offsets */
+    const int32_t *target_tokens;     /* T5: what the decoder reads; NULL: labels moved by one behind start_id, -100 as pad_id */
 } apt_batch;
 
 typedef struct apt_load_desc {
@@ -339,17 +387,41 @@ APT_API void apt_model_query(const apt_model *model, apt_model_info *info);
 
 typedef struct apt_output {
     float *logits;                    /* caller's, may be NULL. CLASSIFY sequences*labels, REGRESS sequences,
-                                         SPAN 2*tokens (start row, then end row), MLM labelled positions * vocab */
+                                         SPAN 2*tokens (start row, then end row), MLM labelled positions * vocab,
+                                         LM tokens (T5: target tokens) * vocab */
     int64_t logits_capacity;          /* floats in logits; APT_E_SCRATCH when too few */
-    float *hidden;                    /* caller's or NULL: last hidden state, tokens * hidden */
+    float *hidden;                    /* caller's or NULL: last hidden state, tokens (T5: target tokens) * hidden */
     int64_t hidden_capacity;
     int64_t logits_count;             /* out */
     double loss;                      /* out: mean loss when labels or targets are given, else 0 */
     int64_t loss_count;               /* out: how many terms the mean has */
-    int64_t correct;                  /* out: CLASSIFY and MLM argmax hits; SPAN exact start and end */
+    int64_t correct;                  /* out: CLASSIFY, MLM and LM argmax hits; SPAN exact start and end */
 } apt_output;
 /* Inference with the model's present weights, adapters and masks. Threads: one call per context at a time. */
 APT_API apt_result apt_model_forward(apt_model *model, const apt_batch *batch, apt_output *output);
+
+/* How apt_generate chooses. Zero: the most likely token each time (greedy). */
+typedef struct apt_generate_desc {
+    uint32_t start_canary;
+    int32_t max_tokens;               /* required: new tokens of a sequence, at most */
+    float temperature;                /* above 0: tokens are drawn from softmax(logits / temperature) */
+    int32_t top_k;                    /* drawn from the k most likely only; 0: all */
+    float top_p;                      /* and of those from the fewest that make up this share; 0: all */
+    uint64_t seed;                    /* the same seed draws the same tokens, whatever else is in the batch */
+    int32_t beams;                    /* above 1: beam search (not together with temperature) */
+    float length_penalty;             /* beams are compared by log probability / tokens^penalty; 0: by log probability */
+    int32_t ignore_end;               /* 1: goes on behind apt_config.end_id */
+    int32_t disable_cache;            /* 1: every step computes the whole text again. The same tokens, slowly */
+    /* Each token as it comes (the end token too), not with beams. Non-zero ends this sequence. */
+    int (*on_token)(int32_t sequence, int32_t token, void *user);
+    void *user;
+    uint32_t end_canary;
+} apt_generate_desc;
+/* T5 and LLaMA: continues each sequence of `batch` (LLaMA: offsets and tokens are the prompts; T5: the sources), until its end
+   token, which is kept, or max_tokens. tokens: [sequences * max_tokens] caller's, row s holds lengths[s] new ones. Keys and
+   values of what was read are kept in the shapes that pruning has left; masks and adapters act as in apt_model_forward. */
+APT_API apt_result apt_generate(apt_model *model, const apt_batch *batch, const apt_generate_desc *desc, int32_t *tokens,
+                                int32_t *lengths);
 
 /* Folds W + s*B*A into W for every adapter and removes them. *difference (may be NULL) receives the largest absolute
    logit difference on `probe` (NULL: not measured). */
@@ -363,7 +435,8 @@ APT_API apt_result apt_model_parameter(const apt_model *model, int32_t index, ap
 APT_API apt_result apt_model_get(const apt_model *model, const char *name, float *out, int64_t count);
 APT_API apt_result apt_model_set(apt_model *model, const char *name, const float *values, int64_t count);
 
-/* The units that can be pruned: for each layer its heads, then its neurons; then the hidden dimensions. */
+/* The units that can be pruned: for each layer its heads, then its neurons; then the hidden dimensions. With grouped queries a
+   head is a KV head and its query heads. */
 typedef struct apt_units { int32_t heads, neurons, hidden, total; } apt_units;  /* heads, neurons: over all layers */
 APT_API void apt_model_units(const apt_model *model, apt_units *units);
 /* Masks in that order, [total]; set with values in 0..1. */
@@ -383,8 +456,9 @@ enum {
     APT_ADAPT_KEY = 2,
     APT_ADAPT_VALUE = 4,
     APT_ADAPT_OUTPUT = 8,
-    APT_ADAPT_UP = 16,
-    APT_ADAPT_DOWN = 32
+    APT_ADAPT_UP = 16,                /* T5 wi or wi_0, LLaMA up_proj */
+    APT_ADAPT_DOWN = 32,
+    APT_ADAPT_GATE = 64               /* gated FFN: the other input map: T5 wi_1, LLaMA gate_proj */
 };
 enum { APT_PRUNE_HEADS = 1, APT_PRUNE_NEURONS = 2, APT_PRUNE_HIDDEN = 4 };
 
@@ -458,7 +532,7 @@ typedef struct apt_train_desc {
     int32_t disable_distill;
     int64_t distill_end;              /* step from which the task loss stands alone and the teacher is gone; 0: prune_end */
     float distill_temperature;        /* 2/3 */
-    float distill_pred, distill_layer;/* both 0: the task's default (1.0/0.9 classification, 0.1/0.9 span) */
+    float distill_pred, distill_layer;/* both 0: the task's default (1.0/0.9 classification, 0.1/0.9 span and T5; LLaMA: none) */
     /* running */
     int64_t evaluate_every;           /* steps; 0: never. Fires APT_EVENT_EVALUATE */
     int64_t checkpoint_every;         /* steps; 0: never. Fires APT_EVENT_CHECKPOINT */
@@ -511,6 +585,9 @@ typedef struct apt_estimate_info {
 /* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. */
 APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                 int64_t sequences, apt_estimate_info *info);
+/* The same for T5: at most `tokens` source and target_tokens target tokens (apt_estimate: as many of both; other families: 0). */
+APT_API apt_result apt_estimate_pair(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
+                                     int64_t target_tokens, int64_t sequences, apt_estimate_info *info);
 #endif /* APT_ONLY_CORE */
 
 
@@ -2306,6 +2383,7 @@ APTI_INLINE int64_t apti_ld(int64_t n)
 #define APTI_GELU_B 0.03567740813636141f
 /* exp(2 u) = 1e33 there: no infinity that a fast-math division would turn into NaN */
 #define APTI_GELU_TANH_LIMIT 9.5f
+#define APTI_SILU_LIMIT 76.0f                   /* the same bound on exp(x) */
 #define APTI_FLT_MAX 3.402823466e+38f
 #define APTI_NAN_BITS 0x7fc00000u
 
@@ -2355,24 +2433,30 @@ static void apti_thin_ref(const apti_tile *t)
 APTI_NOINLINE static float apti_act_one(float x, int32_t act)
 {
     if (apti_is_nan(x)) return x;
-    const float limit = act == APT_GELU_TANH ? APTI_GELU_TANH_LIMIT : 14.0f, t = fabsf(x) < limit ? fabsf(x) : limit;
+    const float limit = act == APT_GELU_TANH ? APTI_GELU_TANH_LIMIT : act == APT_SILU ? APTI_SILU_LIMIT : 14.0f;
+    const float t = fabsf(x) < limit ? fabsf(x) : limit;
     if (act == APT_GELU_ERF) return (x > 0.0f ? x : 0.0f) - t * 0.5f * erfcf(t * APTI_SQRT_HALF);
     if (act == APT_GELU_TANH) return (x > 0.0f ? x : 0.0f) - t / (1.0f + expf(2.0f * t * (APTI_GELU_A + APTI_GELU_B * t * t)));
+    if (act == APT_SILU) return (x > 0.0f ? x : 0.0f) - t / (1.0f + expf(t));
     if (act == APT_RELU) return x > 0.0f ? x : 0.0f;
     return x;
 }
 
-/* erf GELU: P(x) + x P'(x). tanh GELU = x s(2u), u = A x + B x^3: s + x s (1 - s) 2 u'. Both are 1 - f(-x) for x > 0. */
+/* erf GELU: P(x) + x P'(x). tanh GELU = x s(2u), u = A x + B x^3: s + x s (1 - s) 2 u'; SiLU the same with 2u = x. All are
+   1 - f(-x) for x > 0. */
 APTI_NOINLINE static float apti_act_slope(float x, int32_t act)
 {
     if (apti_is_nan(x)) return x;
-    const float t = fabsf(x) < 9.0f ? fabsf(x) : 9.0f;
+    const float limit = act == APT_SILU ? APTI_SILU_LIMIT : 9.0f, t = fabsf(x) < limit ? fabsf(x) : limit;
     float f = 0.0f;
     if (act == APT_GELU_ERF) {
         f = 0.5f * erfcf(t * APTI_SQRT_HALF) - t * APTI_INV_SQRT_2PI * expf(-0.5f * t * t);
     } else if (act == APT_GELU_TANH) {
         const float e = expf(2.0f * t * (APTI_GELU_A + APTI_GELU_B * t * t)), s = 1.0f / (1.0f + e);
         f = s - 2.0f * t * (s * e * s) * (APTI_GELU_A + 3.0f * APTI_GELU_B * t * t);
+    } else if (act == APT_SILU) {
+        const float e = expf(t), s = 1.0f / (1.0f + e);
+        f = s - t * (s * e * s);
     } else if (act != APT_RELU) {
         return 1.0f;
     }
@@ -2848,14 +2932,20 @@ APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vmills)(apti_v t, apti_v *density)
     return apti_vdiv(p, q);
 }
 
-/* 1 / (1 + exp(2 u)), u = A t + B t^3: tanh GELU is x times this at -x. *e receives the exponential. */
-APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vsigmoid_cubic)(apti_v t, apti_v *e)
+/* 1 / (1 + exp(u)): SiLU is x times this at -x. *e receives the exponential. */
+APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vsigmoid)(apti_v u, apti_v *e)
 {
-    const apti_v u = apti_vmul(t, apti_vfma(apti_vmul(t, t), apti_vset(2.0f * APTI_GELU_B), apti_vset(2.0f * APTI_GELU_A)));
     apti_vi n;
     const apti_v p = APTI_FN(vexpm1_reduced)(u, &n), power = apti_vfloat(apti_vishl23(apti_viadd(n, apti_viset(127))));
     *e = apti_vfma(p, power, power);
     return apti_vdiv(apti_vset(1.0f), apti_vadd(apti_vset(1.0f), *e));
+}
+
+/* 1 / (1 + exp(2 u)), u = A t + B t^3: the same for tanh GELU */
+APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vsigmoid_cubic)(apti_v t, apti_v *e)
+{
+    const apti_v cube = apti_vfma(apti_vmul(t, t), apti_vset(2.0f * APTI_GELU_B), apti_vset(2.0f * APTI_GELU_A));
+    return APTI_FN(vsigmoid)(apti_vmul(t, cube), e);
 }
 
 APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vact)(apti_v x, int32_t act)
@@ -2868,6 +2958,10 @@ APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vact)(apti_v x, int32_t act)
     if (act == APT_GELU_TANH) {
         const apti_v t = APTI_FN(vabs_limit)(x, APTI_GELU_TANH_LIMIT);
         return apti_vfnma(t, APTI_FN(vsigmoid_cubic)(t, &e), APTI_FN(vrelu)(x));
+    }
+    if (act == APT_SILU) {
+        const apti_v t = APTI_FN(vabs_limit)(x, APTI_SILU_LIMIT);
+        return apti_vfnma(t, APTI_FN(vsigmoid)(t, &e), APTI_FN(vrelu)(x));
     }
     return act == APT_RELU ? APTI_FN(vrelu)(x) : x;
 }
@@ -2883,6 +2977,9 @@ APTI_ISA_TARGET APTI_INLINE apti_v APTI_FN(vslope)(apti_v x, int32_t act)
         const apti_v t = APTI_FN(vabs_limit)(x, APTI_GELU_TANH_LIMIT), s = APTI_FN(vsigmoid_cubic)(t, &e);
         const apti_v du = apti_vfma(apti_vmul(t, t), apti_vset(6.0f * APTI_GELU_B), apti_vset(2.0f * APTI_GELU_A));
         f = apti_vfnma(apti_vmul(apti_vmul(t, du), apti_vmul(s, e)), s, s);
+    } else if (act == APT_SILU) {
+        const apti_v t = APTI_FN(vabs_limit)(x, APTI_SILU_LIMIT), s = APTI_FN(vsigmoid)(t, &e);
+        f = apti_vfnma(apti_vmul(t, apti_vmul(s, e)), s, s);
     } else if (act != APT_RELU) {
         return apti_vset(1.0f);
     }
@@ -4254,7 +4351,7 @@ static void apti_linear_backward(apt_ctx *ctx, const apti_linear_op *op, float *
     if (adapter && grad->a) apti_weight_grad(ctx, grad->a, op->rank, op->in, dya, op->rank, x, ldx, rows);
 }
 
-/* ---- layer norm -------------------------------------------------------------------------------------------------- */
+/* ---- layer norm, RMS norm ---------------------------------------------------------------------------------------- */
 
 typedef struct apti_norm_job {
     apt_ctx *ctx;
@@ -4268,6 +4365,7 @@ typedef struct apti_norm_job {
     float *partial;                   /* backward: sums for dgamma and dbeta, 2 x d for each task; NULL: not wanted */
     int64_t rows, d, chunk;
     float eps;
+    bool rms;                         /* no mean, no beta; the mask only chooses the columns: see apti_rmsnorm_forward */
 } apti_norm_job;
 
 /* Arrays of a task in its scratch, [d] each. The statistics of a masked row are taken from its alive columns, gathered into
@@ -4292,24 +4390,26 @@ static void apti_norm_begin(apti_norm_alive *alive, const apti_norm_job *job, in
     alive->x = scratch + 5 * d;
     alive->index = (int32_t *)(void *)(scratch + 6 * d);
     alive->gamma = job->mask ? gamma : job->gamma;
-    alive->beta = job->mask ? beta : job->beta;
+    alive->beta = job->mask || job->rms ? beta : job->beta;
     alive->dgamma = alive->dbeta = NULL;
     alive->n = job->mask ? 0 : job->d;
+    if (job->rms) memset(beta, 0, (size_t)job->d * sizeof(float));
     for (int64_t j = 0; job->mask && j < job->d; j++) {
-        gamma[j] = job->gamma[j] * job->mask[j];
-        beta[j] = job->beta ? job->beta[j] * job->mask[j] : 0.0f;
-        if (job->mask[j] != 0.0f) alive->index[alive->n++] = (int32_t)j;
+        const float m = job->rms && job->mask[j] != 0.0f ? 1.0f : job->mask[j];
+        gamma[j] = job->gamma[j] * m;
+        beta[j] = job->beta ? job->beta[j] * m : 0.0f;
+        if (m != 0.0f) alive->index[alive->n++] = (int32_t)j;
     }
     if (job->saved == NULL) return;   /* forward */
     memset(alive->zeros, 0, (size_t)job->d * sizeof(float));
     for (int64_t j = 0; j < job->d; j++) alive->keep[j] = job->mask && job->mask[j] == 0.0f ? 0.0f : 1.0f;
 }
 
-/* mean and 1/sqrt(variance + eps) in two passes; the row stays in the L1 cache between them */
-static void apti_norm_stats(const apti_kernels *kernels, const float *z, int64_t n, float eps, float *mean, float *rstd)
+/* mean (RMS: 0) and 1/sqrt(variance + eps) in two passes; the row stays in the L1 cache between them */
+static void apti_norm_stats(const apti_kernels *kernels, const float *z, int64_t n, float eps, bool rms, float *mean, float *rstd)
 {
     double variance;
-    *mean = n > 0 ? (float)(apti_ops_sum(kernels, z, n) / (double)n) : 0.0f;
+    *mean = n > 0 && !rms ? (float)(apti_ops_sum(kernels, z, n) / (double)n) : 0.0f;
     variance = n > 0 ? apti_ops_sq_dev(kernels, z, *mean, n) / (double)n + (double)eps : 0.0;
     *rstd = variance == 0.0 ? 0.0f : (float)(1.0 / sqrt(variance));
 }
@@ -4328,12 +4428,18 @@ static void apti_layernorm_forward_task(int64_t index, int32_t thread, void *arg
             for (int64_t j = 0; j < alive.n; j++) alive.row[j] = z[alive.index[j]];
             sample = alive.row;
         }
-        apti_norm_stats(kernels, sample, alive.n, job->eps, &mean, &rstd);
+        apti_norm_stats(kernels, sample, alive.n, job->eps, job->rms, &mean, &rstd);
         kernels->norm(job->y + i * job->ldy, z, alive.gamma, alive.beta, mean, rstd, job->d);
         if (!job->stats) continue;
         job->stats[2 * i] = mean;
         job->stats[2 * i + 1] = rstd;
     }
+}
+
+static void apti_norm_run(apti_norm_job *job)
+{
+    job->chunk = apti_ops_rows(job->d);
+    apti_parallel_for(job->ctx, apti_ceil_div(job->rows, job->chunk), apti_layernorm_forward_task, job);
 }
 
 /* y(rows, d) = mask * (gamma * (z - mean) * rstd + beta), mean and rstd of each row over the dimensions with mask != 0.
@@ -4354,14 +4460,13 @@ static void apti_layernorm_forward(apt_ctx *ctx, float *y, int64_t ldy, float *s
     job.rows = rows;
     job.d = d;
     job.eps = eps;
-    job.chunk = apti_ops_rows(d);
-    apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_layernorm_forward_task, &job);
+    apti_norm_run(&job);
 }
 
 /* One row: x = (z - mean) * rstd, g = dy * gamma * mask,  dz = rstd * (g - avg(g) - x * avg(g x)) with averages over the alive
-   columns and 0 in the others,  dgamma += dy x,  dbeta += dy. dz may be dy, or NULL. */
+   columns and 0 in the others,  dgamma += dy x,  dbeta += dy. dz may be dy, or NULL. RMS: there is no avg(g). */
 static void apti_layernorm_backward_row(const apti_kernels *kernels, const apti_norm_alive *alive, float *dz, const float *dy,
-                                        const float *z, float mean, float rstd, int64_t d)
+                                        const float *z, float mean, float rstd, int64_t d, bool rms)
 {
     kernels->norm(alive->x, z, alive->keep, alive->zeros, mean, rstd, d);
     if (alive->dgamma) {
@@ -4372,7 +4477,8 @@ static void apti_layernorm_backward_row(const apti_kernels *kernels, const apti_
     if (!dz) return;
     kernels->mul(dz, dy, alive->gamma, d);
     const double n = (double)apti_max_i64(1, alive->n);
-    const float average = (float)(apti_ops_sum(kernels, dz, d) / n), slope = (float)(apti_ops_dot(kernels, dz, alive->x, d) / n);
+    const float average = rms ? 0.0f : (float)(apti_ops_sum(kernels, dz, d) / n);
+    const float slope = (float)(apti_ops_dot(kernels, dz, alive->x, d) / n);
     kernels->axpy(dz, -slope, alive->x, d);
     kernels->norm(dz, dz, alive->keep, alive->zeros, average, rstd, d);
 }
@@ -4390,7 +4496,22 @@ static void apti_layernorm_backward_task(int64_t index, int32_t thread, void *ar
     }
     for (int64_t i = index * job->chunk; i < end; i++)
         apti_layernorm_backward_row(job->ctx->kernels, &alive, job->y ? job->y + i * job->ldy : NULL, job->dy + i * job->lddy,
-                                    job->z + i * job->ldz, job->saved[2 * i], job->saved[2 * i + 1], job->d);
+                                    job->z + i * job->ldz, job->saved[2 * i], job->saved[2 * i + 1], job->d, job->rms);
+}
+
+static void apti_norm_backward_run(apti_norm_job *job, float *dgamma, float *dbeta)
+{
+    const float *factor = job->rms ? NULL : job->mask;    /* of dgamma and dbeta: what the forward has put on gamma and beta */
+    job->chunk = apti_ops_rows(job->d);
+    if (job->rows == 0 || (!job->y && !dgamma && !dbeta)) return;
+    if (dgamma || dbeta) {
+        job->partial = apti_ops_partial(job->ctx);
+        job->chunk = apti_ops_chunk(job->ctx, job->rows, 2 * job->d, job->chunk);
+    }
+    const int64_t tasks = apti_ceil_div(job->rows, job->chunk);
+    apti_parallel_for(job->ctx, tasks, apti_layernorm_backward_task, job);
+    if (dgamma) apti_fold_run(job->ctx, dgamma, job->partial, 2 * job->d, tasks, job->d, factor);
+    if (dbeta) apti_fold_run(job->ctx, dbeta, job->partial + job->d, 2 * job->d, tasks, job->d, factor);
 }
 
 /* dz(rows, d) from dy(rows, d): NULL when not wanted, may be dy; dgamma, dbeta: NULL or +=. The rest as in the forward. */
@@ -4411,16 +4532,190 @@ static void apti_layernorm_backward(apt_ctx *ctx, float *dz, int64_t lddz, float
     job.mask = mask;
     job.rows = rows;
     job.d = d;
-    job.chunk = apti_ops_rows(d);
-    if (rows == 0 || (!dz && !dgamma && !dbeta)) return;
-    if (dgamma || dbeta) {
-        job.partial = apti_ops_partial(ctx);
-        job.chunk = apti_ops_chunk(ctx, rows, 2 * d, job.chunk);
+    apti_norm_backward_run(&job, dgamma, dbeta);
+}
+
+/* y(rows, d) = gamma * z * rstd, rstd = 1/sqrt(mean of z^2 + eps) over the dimensions with mask != 0; y is 0 in the others. Masks
+   between 0 and 1 are not factors here: in the models that have this norm, they act where the residual stream is written.
+   stats(rows, 2) = 0, rstd for the backward, or NULL. y may be z. */
+static void apti_rmsnorm_forward(apt_ctx *ctx, float *y, int64_t ldy, float *stats, const float *z, int64_t ldz,
+                                 const float *gamma, const float *mask, int64_t rows, int64_t d, float eps)
+{
+    apti_norm_job job = APT_ZERO;
+    job.ctx = ctx;
+    job.y = y;
+    job.ldy = ldy;
+    job.stats = stats;
+    job.z = z;
+    job.ldz = ldz;
+    job.gamma = gamma;
+    job.mask = mask;
+    job.rows = rows;
+    job.d = d;
+    job.eps = eps;
+    job.rms = true;
+    apti_norm_run(&job);
+}
+
+/* y = gamma x, x = z * rstd :  dz = rstd * (g - x * avg(g x)) with g = gamma dy,  dgamma += dy x. dz: NULL when not wanted,
+   may be dy; dgamma NULL or +=. */
+static void apti_rmsnorm_backward(apt_ctx *ctx, float *dz, int64_t lddz, float *dgamma, const float *dy, int64_t lddy,
+                                  const float *z, int64_t ldz, const float *stats, const float *gamma, const float *mask,
+                                  int64_t rows, int64_t d)
+{
+    apti_norm_job job = APT_ZERO;
+    job.ctx = ctx;
+    job.y = dz;
+    job.ldy = lddz;
+    job.dy = dy;
+    job.lddy = lddy;
+    job.z = z;
+    job.ldz = ldz;
+    job.saved = stats;
+    job.gamma = gamma;
+    job.mask = mask;
+    job.rows = rows;
+    job.d = d;
+    job.rms = true;
+    apti_norm_backward_run(&job, dgamma, NULL);
+}
+
+/* ---- rotary positions, relative position bias -------------------------------------------------------------------- */
+
+typedef struct apti_rotary_op {
+    int32_t heads, dim;               /* dim: of a head, even */
+    bool interleaved;                 /* pairs are (2i, 2i + 1), as llama2.c stores them; else (i, i + dim/2), as Hugging Face */
+    const float *table;               /* (rows, dim): the cosines of a row's angles, then the sines */
+} apti_rotary_op;
+
+typedef struct apti_rotary_job {
+    const apti_rotary_op *op;
+    float *x;
+    int64_t ldx, rows, chunk;
+    float direction;                  /* -1: the backward */
+    float *table;
+    const int32_t *positions;
+    const float *frequency;
+} apti_rotary_job;
+
+static void apti_rotary_table_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_rotary_job *job = (const apti_rotary_job *)arg;
+    const int64_t half = job->op->dim / 2, end = apti_min_i64(job->rows, (index + 1) * job->chunk);
+    (void)thread;
+    for (int64_t i = index * job->chunk; i < end; i++)
+        for (int64_t j = 0; j < half; j++) {
+            const float angle = (float)job->positions[i] * job->frequency[j];
+            job->table[2 * i * half + j] = cosf(angle);
+            job->table[(2 * i + 1) * half + j] = sinf(angle);
+        }
+}
+
+/* table(rows, dim) of the angles positions[row] * frequency[dim/2], rounded to float before the cosine as everywhere else */
+static void apti_rotary_table(apt_ctx *ctx, float *table, const int32_t *positions, const float *frequency, int64_t rows,
+                              int32_t dim)
+{
+    apti_rotary_op op = APT_ZERO;
+    apti_rotary_job job = APT_ZERO;
+    op.dim = dim;
+    job.op = &op;
+    job.table = table;
+    job.positions = positions;
+    job.frequency = frequency;
+    job.rows = rows;
+    job.chunk = 16;
+    apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_rotary_table_task, &job);
+}
+
+static void apti_rotary_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_rotary_job *job = (const apti_rotary_job *)arg;
+    const apti_rotary_op *op = job->op;
+    const int64_t dim = op->dim, half = dim / 2, end = apti_min_i64(job->rows, (index + 1) * job->chunk);
+    const int64_t step = op->interleaved ? 2 : 1, partner = op->interleaved ? 1 : half;
+    (void)thread;
+    for (int64_t i = index * job->chunk; i < end; i++) {
+        const float *cosine = op->table + i * dim, *sine = cosine + half;
+        for (int32_t h = 0; h < op->heads; h++) {
+            float *x = job->x + i * job->ldx + h * dim;
+            for (int64_t j = 0; j < half; j++) {
+                const float a = x[j * step], b = x[j * step + partner], s = job->direction * sine[j];
+                x[j * step] = a * cosine[j] - b * s;
+                x[j * step + partner] = b * cosine[j] + a * s;
+            }
+        }
     }
-    const int64_t tasks = apti_ceil_div(rows, job.chunk);
-    apti_parallel_for(ctx, tasks, apti_layernorm_backward_task, &job);
-    if (dgamma) apti_fold_run(ctx, dgamma, job.partial, 2 * d, tasks, d, mask);
-    if (dbeta) apti_fold_run(ctx, dbeta, job.partial + d, 2 * d, tasks, d, mask);
+}
+
+static void apti_rotary_run(apt_ctx *ctx, const apti_rotary_op *op, float *x, int64_t ldx, int64_t rows, float direction)
+{
+    apti_rotary_job job = APT_ZERO;
+    job.op = op;
+    job.x = x;
+    job.ldx = ldx;
+    job.rows = rows;
+    job.direction = direction;
+    job.chunk = apti_ops_rows((int64_t)op->heads * op->dim);
+    apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_rotary_task, &job);
+}
+
+/* In place: each pair (a, b) of x(rows, heads*dim) becomes (a cos - b sin, b cos + a sin). */
+static void apti_rotary_forward(apt_ctx *ctx, const apti_rotary_op *op, float *x, int64_t ldx, int64_t rows)
+{
+    apti_rotary_run(ctx, op, x, ldx, rows, 1.0f);
+}
+
+/* A rotation: the gradient turns back. In place as well. */
+static void apti_rotary_backward(apt_ctx *ctx, const apti_rotary_op *op, float *dx, int64_t lddx, int64_t rows)
+{
+    apti_rotary_run(ctx, op, dx, lddx, rows, -1.0f);
+}
+
+typedef struct apti_relative_op {
+    int32_t heads, table_heads;       /* of the layer; columns of the table */
+    const int32_t *column;            /* [heads] columns that the layer's heads have in the table, NULL: 0, 1, 2 ... */
+    int32_t buckets, max_distance;    /* buckets >= 4 (causal 2), max_distance > half of the exact ones */
+    int32_t span;                     /* distances -(span - 1) .. span - 1; max_distance + 1 loses nothing */
+    bool causal;
+} apti_relative_op;
+
+/* The bucket of distance = key - query. Near distances have buckets of their own, farther ones share them in steps that grow by
+   a constant factor up to max_distance. In float as in the original, so that the borders are the same. */
+static int32_t apti_relative_bucket(const apti_relative_op *op, int64_t distance)
+{
+    int32_t buckets = op->buckets, first = 0;
+    if (!op->causal) {
+        buckets /= 2;
+        if (distance > 0) first = buckets;
+        distance = distance < 0 ? -distance : distance;
+    } else {
+        distance = distance < 0 ? -distance : 0;
+    }
+    const int32_t exact = buckets / 2;
+    if (distance < exact) return first + (int32_t)distance;
+    const float share = logf((float)distance / (float)exact) / (float)log((double)op->max_distance / (double)exact);
+    return first + (int32_t)apti_min_i64(buckets - 1, exact + (int64_t)(share * (float)(buckets - exact)));
+}
+
+/* bias(heads, 2*span - 1), as apti_attention_op wants it, from table(buckets, table_heads):  bias[h][distance] =
+   table[bucket(distance)][column[h]] */
+static void apti_relative_forward(const apti_relative_op *op, float *bias, const float *table)
+{
+    const int64_t wide = 2 * (int64_t)op->span - 1;
+    for (int64_t u = 0; u < wide; u++) {
+        const float *row = table + (int64_t)apti_relative_bucket(op, u - (op->span - 1)) * op->table_heads;
+        for (int32_t h = 0; h < op->heads; h++) bias[h * wide + u] = row[op->column ? op->column[h] : h];
+    }
+}
+
+/* dtable += : each entry takes in all distances of its bucket */
+static void apti_relative_backward(const apti_relative_op *op, float *dtable, const float *dbias)
+{
+    const int64_t wide = 2 * (int64_t)op->span - 1;
+    for (int64_t u = 0; u < wide; u++) {
+        float *row = dtable + (int64_t)apti_relative_bucket(op, u - (op->span - 1)) * op->table_heads;
+        for (int32_t h = 0; h < op->heads; h++) row[op->column ? op->column[h] : h] += dbias[h * wide + u];
+    }
 }
 
 /* ---- attention ---------------------------------------------------------------------------------------------------
@@ -4438,6 +4733,7 @@ typedef struct apti_attention_op {
     bool causal;                              /* key j is visible to query i when j <= i + shift, shift = keys - queries */
     int32_t sequences;
     const int32_t *q_offsets, *k_offsets;     /* [sequences + 1], the same for self attention */
+    const int32_t *k_ends;                    /* [sequences] or NULL: k_offsets[1..]. A cache has room behind its keys */
     const float *bias;                        /* NULL or (heads, 2*bias_span - 1), indexed by j - i (- shift when causal) */
     int32_t bias_span;                        /* distances are clamped to -(bias_span - 1) .. bias_span - 1 */
     const float *head_mask;                   /* [heads] or NULL */
@@ -4522,7 +4818,7 @@ static void apti_attn_begin(apti_attn *t, const apti_attention_job *job, int32_t
     t->q_row = op->q_offsets[sequence];
     t->k_row = op->k_offsets[sequence];
     t->queries = op->q_offsets[sequence + 1] - t->q_row;
-    t->keys = op->k_offsets[sequence + 1] - t->k_row;
+    t->keys = (op->k_ends ? op->k_ends[sequence] : op->k_offsets[sequence + 1]) - t->k_row;
     t->shift = op->causal ? t->keys - t->queries : 0;
     t->lds = apti_ld(apti_min_i64(t->keys, APTI_ATTN_K));
     t->s = p;
@@ -4980,6 +5276,129 @@ static void apti_act_backward(apt_ctx *ctx, float *du, int64_t lddu, const float
     apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_act_backward_task, &job);
 }
 
+typedef struct apti_residual_job {
+    const apti_kernels *kernels;
+    float *y;
+    const float *x, *r, *mask;
+    int64_t ldy, ldx, ldr, rows, n, chunk;
+} apti_residual_job;
+
+static void apti_residual_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_residual_job *job = (const apti_residual_job *)arg;
+    const int64_t end = apti_min_i64(job->rows, (index + 1) * job->chunk);
+    (void)thread;
+    for (int64_t i = index * job->chunk; i < end; i++) {
+        float *y = job->y + i * job->ldy;
+        job->kernels->add(y, job->x + i * job->ldx, job->r + i * job->ldr, job->n);
+        if (job->mask) job->kernels->mul(y, y, job->mask, job->n);
+    }
+}
+
+/* y(rows, n) = mask * (x + r), mask NULL: ones; y may be x or r. A product does the same in its epilogue; this is for when the
+   sum's terms are needed apart. */
+static void apti_residual(apt_ctx *ctx, float *y, int64_t ldy, const float *x, int64_t ldx, const float *r, int64_t ldr,
+                          const float *mask, int64_t rows, int64_t n)
+{
+    apti_residual_job job = APT_ZERO;
+    job.kernels = ctx->kernels;
+    job.y = y;
+    job.ldy = ldy;
+    job.x = x;
+    job.ldx = ldx;
+    job.r = r;
+    job.ldr = ldr;
+    job.mask = mask;
+    job.rows = rows;
+    job.n = n;
+    job.chunk = apti_ops_rows(n);
+    apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_residual_task, &job);
+}
+
+typedef struct apti_gate_job {
+    apt_ctx *ctx;
+    float *h, *du, *dv;
+    const float *a, *u, *v, *mask, *dh;
+    int64_t ldh, lda, ldu, ldv, lddh, lddu, lddv, rows, n, chunk;
+    int32_t act;
+} apti_gate_job;
+
+static void apti_gate_forward_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_gate_job *job = (const apti_gate_job *)arg;
+    const apti_kernels *kernels = job->ctx->kernels;
+    const int64_t end = apti_min_i64(job->rows, (index + 1) * job->chunk);
+    (void)thread;
+    for (int64_t i = index * job->chunk; i < end; i++) {
+        float *h = job->h + i * job->ldh;
+        kernels->mul(h, job->a + i * job->lda, job->v + i * job->ldv, job->n);
+        if (job->mask) kernels->mul(h, h, job->mask, job->n);
+    }
+}
+
+/* h(rows, n) = mask * a * v, the value of a gated FFN: a = act(u) comes out of one product's epilogue, v out of the other
+   product. mask NULL: ones; h may be a or v. */
+static void apti_gate_forward(apt_ctx *ctx, float *h, int64_t ldh, const float *a, int64_t lda, const float *v, int64_t ldv,
+                              const float *mask, int64_t rows, int64_t n)
+{
+    apti_gate_job job = APT_ZERO;
+    job.ctx = ctx;
+    job.h = h;
+    job.ldh = ldh;
+    job.a = a;
+    job.lda = lda;
+    job.v = v;
+    job.ldv = ldv;
+    job.mask = mask;
+    job.rows = rows;
+    job.n = n;
+    job.chunk = apti_ops_rows(n);
+    apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_gate_forward_task, &job);
+}
+
+static void apti_gate_backward_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_gate_job *job = (const apti_gate_job *)arg;
+    const apti_kernels *kernels = job->ctx->kernels;
+    const int64_t end = apti_min_i64(job->rows, (index + 1) * job->chunk);
+    (void)thread;
+    for (int64_t i = index * job->chunk; i < end; i++) {
+        const float *dh = job->dh + i * job->lddh, *u = job->u + i * job->ldu;
+        float *du = job->du + i * job->lddu, *dv = job->dv + i * job->lddv;
+        kernels->act(dv, u, job->n, job->act);
+        kernels->mul(dv, dv, dh, job->n);
+        if (job->mask) kernels->mul(dv, dv, job->mask, job->n);
+        kernels->mul(du, dh, job->v + i * job->ldv, job->n);
+        if (job->mask) kernels->mul(du, du, job->mask, job->n);
+        kernels->act_grad(du, du, u, job->n, job->act);
+    }
+}
+
+/* h = mask * act(u) * v :  du = mask * dh * v * act'(u),  dv = mask * dh * act(u). du may be dh; dv is a buffer of its own. */
+static void apti_gate_backward(apt_ctx *ctx, float *du, int64_t lddu, float *dv, int64_t lddv, const float *dh, int64_t lddh,
+                               const float *u, int64_t ldu, const float *v, int64_t ldv, const float *mask, int64_t rows,
+                               int64_t n, int32_t act)
+{
+    apti_gate_job job = APT_ZERO;
+    job.ctx = ctx;
+    job.du = du;
+    job.lddu = lddu;
+    job.dv = dv;
+    job.lddv = lddv;
+    job.dh = dh;
+    job.lddh = lddh;
+    job.u = u;
+    job.ldu = ldu;
+    job.v = v;
+    job.ldv = ldv;
+    job.mask = mask;
+    job.rows = rows;
+    job.n = n;
+    job.act = act;
+    job.chunk = apti_ops_rows(n);
+    apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_gate_backward_task, &job);
+}
+
 typedef struct apti_tanh_job { const apti_kernels *kernels; float *out; const float *dy, *x; int64_t n; } apti_tanh_job;
 
 static void apti_tanh_forward_task(int64_t index, int32_t thread, void *arg)
@@ -5351,7 +5770,7 @@ static double apti_span_loss(apt_ctx *ctx, float *dlogits, const float *logits, 
     return sum[0] + sum[1];
 }
 
-/* ---- masked language modelling: decoder tied to the word embeddings ----------------------------------------------- */
+/* ---- language modelling heads ------------------------------------------------------------------------------------- */
 
 typedef struct apti_mlm_op {
     int64_t vocab, d;
@@ -5359,28 +5778,34 @@ typedef struct apti_mlm_op {
     const float *bias;                /* [vocab] or NULL */
 } apti_mlm_op;
 
-/* logits(rows, vocab) = h E^T + bias, h(rows, d) */
-static void apti_mlm_logits(apt_ctx *ctx, const apti_mlm_op *op, float *logits, int64_t ldl, const float *h, int64_t ldh,
-                            int64_t rows)
+/* logits(rows, vocab) = h E^T + bias, h(rows, d). packed: E in panels, which then takes the place of op->e; or NULL */
+static void apti_lm_logits(apt_ctx *ctx, const apti_mlm_op *op, const apti_packed *packed, float *logits, int64_t ldl,
+                           const float *h, int64_t ldh, int64_t rows)
 {
     apti_gemm g = apti_gemm_begin(logits, ldl, rows, op->vocab, false);
     if (rows == 0) return;
     apti_gemm_left(&g.part[0], h, ldh, op->d);
-    apti_gemm_right(&g.part[0], APTI_B_PLAIN_T, op->e, op->d);
+    if (packed) apti_gemm_packed(&g.part[0], APTI_B_PACKED, packed);
+    else apti_gemm_right(&g.part[0], APTI_B_PLAIN_T, op->e, op->d);
     g.bias = op->bias;
     apti_gemm_run(ctx, &g);
 }
 
-/* Backward of one chunk: dh = dlogits E, dE += dlogits^T h, dbias += column sums */
-static void apti_mlm_logits_backward(apt_ctx *ctx, const apti_mlm_op *op, float *dh, int64_t lddh, float *de, float *dbias,
-                                     const float *dlogits, int64_t ldd, const float *h, int64_t ldh, int64_t rows)
+/* dh(rows, d) (+)= dlogits E */
+static void apti_lm_input_grad(apt_ctx *ctx, const apti_mlm_op *op, const apti_packed *packed, float *dh, int64_t lddh,
+                               bool accumulate, const float *dlogits, int64_t ldd, int64_t rows)
 {
-    if (dh) {
-        apti_gemm g = apti_gemm_begin(dh, lddh, rows, op->d, false);
-        apti_gemm_left(&g.part[0], dlogits, ldd, op->vocab);
-        apti_gemm_right(&g.part[0], APTI_B_PLAIN, op->e, op->d);
-        apti_gemm_run(ctx, &g);
-    }
+    apti_gemm g = apti_gemm_begin(dh, lddh, rows, op->d, accumulate);
+    apti_gemm_left(&g.part[0], dlogits, ldd, op->vocab);
+    if (packed) apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, packed);
+    else apti_gemm_right(&g.part[0], APTI_B_PLAIN, op->e, op->d);
+    apti_gemm_run(ctx, &g);
+}
+
+/* dE += dlogits^T h, dbias += column sums; each may be NULL */
+static void apti_lm_weight_grad(apt_ctx *ctx, const apti_mlm_op *op, float *de, float *dbias, const float *dlogits, int64_t ldd,
+                                const float *h, int64_t ldh, int64_t rows)
+{
     if (de) apti_weight_grad(ctx, de, op->vocab, op->d, dlogits, ldd, h, ldh, rows);
     if (dbias) apti_column_sum(ctx, dbias, dlogits, ldd, rows, op->vocab);
 }
@@ -5388,18 +5813,17 @@ static void apti_mlm_logits_backward(apt_ctx *ctx, const apti_mlm_op *op, float 
 /* Cross entropy of h E^T + bias against labels[rows], `chunk` rows at a time, so that no more than chunk x vocab logits ever
    exist: work holds chunk * apti_ld(vocab) floats. dh(rows, d) is overwritten, de(vocab, d) and dbias(vocab) are added to;
    each may be NULL. Labels, gradient and counts as in apti_cross_entropy. */
-static double apti_mlm_loss(apt_ctx *ctx, const apti_mlm_op *op, float *dh, int64_t lddh, float *de, float *dbias, const float *h,
-                            int64_t ldh, const int32_t *labels, int64_t rows, int32_t ignore_label, float grad_scale, float *work,
-                            int64_t chunk, int64_t *count, int64_t *correct)
+static double apti_lm_loss(apt_ctx *ctx, const apti_mlm_op *op, const apti_packed *packed, float *dh, int64_t lddh, float *de,
+                           float *dbias, const float *h, int64_t ldh, const int32_t *labels, int64_t rows, int32_t ignore_label,
+                           float grad_scale, float *work, int64_t chunk, int64_t *count, int64_t *correct)
 {
     const int64_t ld = apti_ld(op->vocab);
-    const bool backward = dh || de || dbias;
     apti_loss_job job = APT_ZERO;
     double total = 0;
     *count = *correct = 0;
     for (int64_t i = 0; i < rows; i++) *count += apti_loss_counts(labels[i], op->vocab, ignore_label);
     job.ctx = ctx;
-    job.dlogits = backward ? work : NULL;
+    job.dlogits = dh || de || dbias ? work : NULL;
     job.logits = work;
     job.ldd = job.ldl = ld;
     job.classes = op->vocab;
@@ -5410,11 +5834,11 @@ static double apti_mlm_loss(apt_ctx *ctx, const apti_mlm_op *op, float *dh, int6
         int64_t hits;
         job.rows = apti_min_i64(chunk, rows - first);
         job.labels = labels + first;
-        apti_mlm_logits(ctx, op, work, ld, from, ldh, job.rows);
+        apti_lm_logits(ctx, op, packed, work, ld, from, ldh, job.rows);
         total += apti_loss_run(&job, apti_cross_entropy_task, &hits);
         *correct += hits;
-        if (backward)
-            apti_mlm_logits_backward(ctx, op, dh ? dh + first * lddh : NULL, lddh, de, dbias, work, ld, from, ldh, job.rows);
+        if (dh) apti_lm_input_grad(ctx, op, packed, dh + first * lddh, lddh, false, work, ld, job.rows);
+        apti_lm_weight_grad(ctx, op, de, dbias, work, ld, from, ldh, job.rows);
     }
     return total;
 }
@@ -6784,6 +7208,7 @@ typedef struct apti_param {
     int64_t rows, cols;
     apti_axis row_axis, col_axis;
     bool linear;                      /* multiplied from packed panels; `value` exists only while it is trained */
+    bool narrow;                      /* may be stored in fewer bits while frozen */
     bool optional_in_file;            /* task heads: seeded when a checkpoint lacks them */
     bool trainable;
     float init;                       /* 0 and 1: that constant; negative: N(0, -init) */
@@ -6802,10 +7227,21 @@ typedef enum apti_linear_id {
     APTI_OUTPUT,
     APTI_UP,
     APTI_DOWN,
+    APTI_GATE,                        /* gated FFN: the second input map */
     APTI_LINEARS
 } apti_linear_id;
 enum { APTI_NORM1_W = 2 * APTI_LINEARS, APTI_NORM1_B, APTI_NORM2_W, APTI_NORM2_B, APTI_LAYER_SLOTS };
-enum { APTI_WORD = 0, APTI_POSITION, APTI_TYPE, APTI_EMBED_NORM_W, APTI_EMBED_NORM_B, APTI_EMBED_SLOTS };
+/* What stands outside the layers and the task head; the last two are one per stack. */
+enum {
+    APTI_WORD = 0,
+    APTI_POSITION,
+    APTI_TYPE,
+    APTI_EMBED_NORM_W,
+    APTI_EMBED_NORM_B,
+    APTI_RELATIVE,
+    APTI_FINAL_NORM = APTI_RELATIVE + 2,
+    APTI_EMBED_SLOTS = APTI_FINAL_NORM + 2
+};
 enum {
     APTI_HEAD_DENSE_W = 0,
     APTI_HEAD_DENSE_B,
@@ -6817,23 +7253,28 @@ enum {
 };
 
 typedef struct apti_layer {
-    apti_param *slot[APTI_LAYER_SLOTS];
-    apti_param *lora_a[APTI_LINEARS], *lora_b[APTI_LINEARS];      /* rows (ranks) may be 0: no adapter */
+    apti_param *slot[APTI_LAYER_SLOTS];                           /* NULL: this layer has no such thing */
+    apti_param *lora_a[APTI_LINEARS], *lora_b[APTI_LINEARS];      /* never NULL; rows (ranks) may be 0: no adapter */
 } apti_layer;
+
+typedef struct apti_design apti_design;
 
 struct apt_model {
     apt_ctx *ctx;
     apt_model *next;                  /* in ctx->models */
     apt_trainer *trainer;             /* the trainer at work on it, or NULL */
-    apt_config config;                /* present shapes; config.layer == shape */
+    const apti_design *block;          /* of config.family */
+    apt_config config;                /* present shapes; config.layer == shape, config.bias_head == bias_head */
     apt_layer_shape *shape;           /* [layers] */
+    int32_t *bias_head;               /* [layers * bias_heads], relative positions only */
     int64_t prunable_dense;
     uint64_t structure;               /* counts structural changes: merge, compaction, growth */
     apt_dtype weights;                /* storage of frozen linear weights inside the layers */
     float scale;                      /* s of every adapter */
     apti_param *params;
     int32_t param_count;
-    apti_param *embed[APTI_EMBED_SLOTS], *head[APTI_HEAD_SLOTS];  /* head slots that the task lacks are NULL */
+    apti_param *none;                 /* 0 x 0, behind the counted ones: adapters of linear maps that a layer does not have */
+    apti_param *embed[APTI_EMBED_SLOTS], *head[APTI_HEAD_SLOTS];  /* slots that the family or the task lacks are NULL */
     apti_layer *layers;
     float *masks;                     /* [units], or NULL: all 1. Order: apt_units */
     apti_pass *pass;                  /* buffers of apt_model_forward, kept between calls */
@@ -6841,73 +7282,143 @@ struct apt_model {
 
 /* ------------------------------------------------------------------------------------------------ names and layout */
 
-/* One row per parameter of a layer: where it lives, how the file calls it, what its axes follow. */
+typedef enum apti_when { APTI_ALWAYS = 0, APTI_IF_GATED, APTI_IF_PLAIN, APTI_IF_BIAS, APTI_IF_UNTIED } apti_when;
+
+/* One row per parameter of a layer: where it lives, how the file calls it, what its axes follow, which models have it. */
 typedef struct apti_param_row {
     int32_t slot;
     const char *suffix;
     int32_t dims;
     apti_axis row_axis, col_axis;
     float init;
+    apti_when when;
 } apti_param_row;
 
-#define APTI_INIT_NORMAL (-1.0f)
-static const apti_param_row apti_encoder_layer_rows[] = {
-    {2 * APTI_QUERY, "attention.self.query.weight", 2, APTI_AXIS_HEAD, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL},
-    {2 * APTI_QUERY + 1, "attention.self.query.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HEAD, 0},
-    {2 * APTI_KEY, "attention.self.key.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL},
-    {2 * APTI_KEY + 1, "attention.self.key.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_KV, 0},
-    {2 * APTI_VALUE, "attention.self.value.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL},
-    {2 * APTI_VALUE + 1, "attention.self.value.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_KV, 0},
-    {2 * APTI_OUTPUT, "attention.output.dense.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HEAD, APTI_INIT_NORMAL},
-    {2 * APTI_OUTPUT + 1, "attention.output.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0},
-    {APTI_NORM1_W, "attention.output.LayerNorm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1},
-    {APTI_NORM1_B, "attention.output.LayerNorm.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0},
-    {2 * APTI_UP, "intermediate.dense.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL},
-    {2 * APTI_UP + 1, "intermediate.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_NEURON, 0},
-    {2 * APTI_DOWN, "output.dense.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_NEURON, APTI_INIT_NORMAL},
-    {2 * APTI_DOWN + 1, "output.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0},
-    {APTI_NORM2_W, "output.LayerNorm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1},
-    {APTI_NORM2_B, "output.LayerNorm.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0},
+#define APTI_INIT_NORMAL (-1.0f)      /* N(0, init_range) */
+#define APTI_INIT_FAN (-2.0f)         /* N(0, init_range / sqrt(inputs)), */
+#define APTI_INIT_QUERY (-3.0f)       /* the same with inputs * head size: T5 has no such factor in its attention */
+static const apti_param_row apti_encoder_attention_rows[] = {
+    {2 * APTI_QUERY, "attention.self.query.weight", 2, APTI_AXIS_HEAD, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {2 * APTI_QUERY + 1, "attention.self.query.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HEAD, 0, APTI_ALWAYS},
+    {2 * APTI_KEY, "attention.self.key.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {2 * APTI_KEY + 1, "attention.self.key.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_KV, 0, APTI_ALWAYS},
+    {2 * APTI_VALUE, "attention.self.value.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {2 * APTI_VALUE + 1, "attention.self.value.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_KV, 0, APTI_ALWAYS},
+    {2 * APTI_OUTPUT, "attention.output.dense.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HEAD, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {2 * APTI_OUTPUT + 1, "attention.output.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0, APTI_ALWAYS},
+    {APTI_NORM1_W, "attention.output.LayerNorm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+    {APTI_NORM1_B, "attention.output.LayerNorm.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0, APTI_ALWAYS},
+};
+static const apti_param_row apti_encoder_ffn_rows[] = {
+    {2 * APTI_UP, "intermediate.dense.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {2 * APTI_UP + 1, "intermediate.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_NEURON, 0, APTI_ALWAYS},
+    {2 * APTI_DOWN, "output.dense.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_NEURON, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {2 * APTI_DOWN + 1, "output.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0, APTI_ALWAYS},
+    {APTI_NORM2_W, "output.LayerNorm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+    {APTI_NORM2_B, "output.LayerNorm.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0, APTI_ALWAYS},
 };
 
 static const apti_param_row apti_encoder_embed_rows[] = {
-    {APTI_WORD, "embeddings.word_embeddings.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL},
-    {APTI_POSITION, "embeddings.position_embeddings.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL},
-    {APTI_TYPE, "embeddings.token_type_embeddings.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL},
-    {APTI_EMBED_NORM_W, "embeddings.LayerNorm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1},
-    {APTI_EMBED_NORM_B, "embeddings.LayerNorm.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0},
+    {APTI_WORD, "embeddings.word_embeddings.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_POSITION, "embeddings.position_embeddings.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_TYPE, "embeddings.token_type_embeddings.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_EMBED_NORM_W, "embeddings.LayerNorm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+    {APTI_EMBED_NORM_B, "embeddings.LayerNorm.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0, APTI_ALWAYS},
 };
 
 /* Task heads carry full names. The pooler's outputs are not prunable units (FIXED); the MLM transform feeds the tied decoder. */
 static const apti_param_row apti_bert_classify_rows[] = {
-    {APTI_HEAD_DENSE_W, "bert.pooler.dense.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL},
-    {APTI_HEAD_DENSE_B, "bert.pooler.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0},
-    {APTI_HEAD_OUT_W, "classifier.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_FIXED, APTI_INIT_NORMAL},
-    {APTI_HEAD_OUT_B, "classifier.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0},
+    {APTI_HEAD_DENSE_W, "bert.pooler.dense.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_HEAD_DENSE_B, "bert.pooler.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0, APTI_ALWAYS},
+    {APTI_HEAD_OUT_W, "classifier.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_FIXED, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_HEAD_OUT_B, "classifier.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0, APTI_ALWAYS},
 };
 static const apti_param_row apti_roberta_classify_rows[] = {
-    {APTI_HEAD_DENSE_W, "classifier.dense.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL},
-    {APTI_HEAD_DENSE_B, "classifier.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0},
-    {APTI_HEAD_OUT_W, "classifier.out_proj.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_FIXED, APTI_INIT_NORMAL},
-    {APTI_HEAD_OUT_B, "classifier.out_proj.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0},
+    {APTI_HEAD_DENSE_W, "classifier.dense.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_HEAD_DENSE_B, "classifier.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0, APTI_ALWAYS},
+    {APTI_HEAD_OUT_W, "classifier.out_proj.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_FIXED, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_HEAD_OUT_B, "classifier.out_proj.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0, APTI_ALWAYS},
 };
 static const apti_param_row apti_span_rows[] = {
-    {APTI_HEAD_OUT_W, "qa_outputs.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL},
-    {APTI_HEAD_OUT_B, "qa_outputs.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0},
+    {APTI_HEAD_OUT_W, "qa_outputs.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_HEAD_OUT_B, "qa_outputs.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0, APTI_ALWAYS},
 };
 static const apti_param_row apti_bert_mlm_rows[] = {
-    {APTI_HEAD_DENSE_W, "cls.predictions.transform.dense.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL},
-    {APTI_HEAD_DENSE_B, "cls.predictions.transform.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0},
-    {APTI_HEAD_NORM_W, "cls.predictions.transform.LayerNorm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1},
-    {APTI_HEAD_NORM_B, "cls.predictions.transform.LayerNorm.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0},
-    {APTI_HEAD_OUT_B, "cls.predictions.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0},
+    {APTI_HEAD_DENSE_W, "cls.predictions.transform.dense.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL,
+     APTI_ALWAYS},
+    {APTI_HEAD_DENSE_B, "cls.predictions.transform.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0, APTI_ALWAYS},
+    {APTI_HEAD_NORM_W, "cls.predictions.transform.LayerNorm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+    {APTI_HEAD_NORM_B, "cls.predictions.transform.LayerNorm.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0, APTI_ALWAYS},
+    {APTI_HEAD_OUT_B, "cls.predictions.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0, APTI_ALWAYS},
 };
 static const apti_param_row apti_roberta_mlm_rows[] = {
-    {APTI_HEAD_DENSE_W, "lm_head.dense.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL},
-    {APTI_HEAD_DENSE_B, "lm_head.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0},
-    {APTI_HEAD_NORM_W, "lm_head.layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1},
-    {APTI_HEAD_NORM_B, "lm_head.layer_norm.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0},
-    {APTI_HEAD_OUT_B, "lm_head.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0},
+    {APTI_HEAD_DENSE_W, "lm_head.dense.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_HEAD_DENSE_B, "lm_head.dense.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0, APTI_ALWAYS},
+    {APTI_HEAD_NORM_W, "lm_head.layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+    {APTI_HEAD_NORM_B, "lm_head.layer_norm.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 0, APTI_ALWAYS},
+    {APTI_HEAD_OUT_B, "lm_head.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_FIXED, 0, APTI_ALWAYS},
+};
+
+static const apti_param_row apti_t5_attention_rows[] = {
+    {2 * APTI_QUERY, "layer.0.SelfAttention.q.weight", 2, APTI_AXIS_HEAD, APTI_AXIS_HIDDEN, APTI_INIT_QUERY, APTI_ALWAYS},
+    {2 * APTI_KEY, "layer.0.SelfAttention.k.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_ALWAYS},
+    {2 * APTI_VALUE, "layer.0.SelfAttention.v.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_ALWAYS},
+    {2 * APTI_OUTPUT, "layer.0.SelfAttention.o.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HEAD, APTI_INIT_FAN, APTI_ALWAYS},
+    {APTI_NORM1_W, "layer.0.layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+};
+static const apti_param_row apti_t5_cross_rows[] = {
+    {2 * APTI_QUERY, "layer.1.EncDecAttention.q.weight", 2, APTI_AXIS_HEAD, APTI_AXIS_HIDDEN, APTI_INIT_QUERY, APTI_ALWAYS},
+    {2 * APTI_KEY, "layer.1.EncDecAttention.k.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_ALWAYS},
+    {2 * APTI_VALUE, "layer.1.EncDecAttention.v.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_ALWAYS},
+    {2 * APTI_OUTPUT, "layer.1.EncDecAttention.o.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HEAD, APTI_INIT_FAN, APTI_ALWAYS},
+    {APTI_NORM1_W, "layer.1.layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+};
+static const apti_param_row apti_t5_encoder_ffn_rows[] = {
+    {2 * APTI_UP, "layer.1.DenseReluDense.wi.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_PLAIN},
+    {2 * APTI_UP, "layer.1.DenseReluDense.wi_0.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_GATED},
+    {2 * APTI_GATE, "layer.1.DenseReluDense.wi_1.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_GATED},
+    {2 * APTI_DOWN, "layer.1.DenseReluDense.wo.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_NEURON, APTI_INIT_FAN, APTI_ALWAYS},
+    {APTI_NORM2_W, "layer.1.layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+};
+static const apti_param_row apti_t5_decoder_ffn_rows[] = {
+    {2 * APTI_UP, "layer.2.DenseReluDense.wi.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_PLAIN},
+    {2 * APTI_UP, "layer.2.DenseReluDense.wi_0.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_GATED},
+    {2 * APTI_GATE, "layer.2.DenseReluDense.wi_1.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_GATED},
+    {2 * APTI_DOWN, "layer.2.DenseReluDense.wo.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_NEURON, APTI_INIT_FAN, APTI_ALWAYS},
+    {APTI_NORM2_W, "layer.2.layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+};
+static const apti_param_row apti_t5_embed_rows[] = {
+    {APTI_WORD, "shared.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_RELATIVE, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", 2, APTI_AXIS_FIXED,
+     APTI_AXIS_FIXED, APTI_INIT_FAN, APTI_ALWAYS},
+    {APTI_RELATIVE + 1, "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", 2, APTI_AXIS_FIXED,
+     APTI_AXIS_FIXED, APTI_INIT_FAN, APTI_ALWAYS},
+    {APTI_FINAL_NORM, "encoder.final_layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+    {APTI_FINAL_NORM + 1, "decoder.final_layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+};
+
+static const apti_param_row apti_llama_attention_rows[] = {
+    {2 * APTI_QUERY, "self_attn.q_proj.weight", 2, APTI_AXIS_HEAD, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {2 * APTI_QUERY + 1, "self_attn.q_proj.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_HEAD, 0, APTI_IF_BIAS},
+    {2 * APTI_KEY, "self_attn.k_proj.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {2 * APTI_KEY + 1, "self_attn.k_proj.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_KV, 0, APTI_IF_BIAS},
+    {2 * APTI_VALUE, "self_attn.v_proj.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {2 * APTI_VALUE + 1, "self_attn.v_proj.bias", 1, APTI_AXIS_FIXED, APTI_AXIS_KV, 0, APTI_IF_BIAS},
+    {2 * APTI_OUTPUT, "self_attn.o_proj.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HEAD, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_NORM1_W, "input_layernorm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+};
+static const apti_param_row apti_llama_ffn_rows[] = {
+    {2 * APTI_GATE, "mlp.gate_proj.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {2 * APTI_UP, "mlp.up_proj.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {2 * APTI_DOWN, "mlp.down_proj.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_NEURON, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_NORM2_W, "post_attention_layernorm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+};
+static const apti_param_row apti_llama_embed_rows[] = {
+    {APTI_WORD, "embed_tokens.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
+    {APTI_FINAL_NORM, "norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+};
+static const apti_param_row apti_lm_rows[] = {
+    {APTI_HEAD_OUT_W, "lm_head.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_IF_UNTIED},
 };
 
 typedef struct apti_rows { const apti_param_row *row; int32_t count; } apti_rows;
@@ -6926,19 +7437,106 @@ static apti_rows apti_head_rows(const apt_config *c)
     } else if (c->task == APT_TASK_MLM) {
         r.row = bert ? apti_bert_mlm_rows : apti_roberta_mlm_rows;
         r.count = APTI_ROWS(apti_bert_mlm_rows);
+    } else if (c->task == APT_TASK_LM) {
+        r.row = apti_lm_rows;
+        r.count = APTI_ROWS(apti_lm_rows);
     }
     return r;
 }
 
-static const char *apti_family_prefix(apt_family family)
+/* ------------------------------------------------------------------------------------------------ families
+
+   A family is one row of apti_designs: what its block computes and how its files call the weights. Everything below reads
+   the row; nothing asks for a family by name except the file section, which reads each family's config.json, and the
+   defaults. To add a decoder family:
+
+   1. An enumerator of apt_family in front, and a row here. A block that differs from LLaMA's in names only needs a name
+      table (or shares LLaMA's: Mistral, Qwen2 do); one with biases on query, key and value sets apt_config.qkv_bias.
+   2. If it computes something new (another norm, say), a field of apti_design, the op with its backward in section ops,
+      and the one place in the sublayers below that reads the field.
+   3. In section files: its model_type in apti_config_family, its keys in a function like apti_config_llama (refuse every
+      key that would change the numbers and is not computed here), and the same keys in apti_config_put.
+   4. A golden case in tests/golden with its name in tests/test_model.c.
+
+   Pruning, adapters, distillation, merging, checkpoints and generation follow from the tables. */
+struct apti_design {
+    const char *prefix;                          /* of every name inside the base model */
+    const char *stem[2];                         /* of a layer's names up to its number: first stack, decoder behind an encoder */
+    apti_rows embed, attention, cross, ffn[2];
+    bool pre_norm;                               /* x + f(norm(x)) with a norm behind the stack; else norm(x + f(x)) */
+    bool rms;                                    /* RMSNorm, no shift */
+    bool rotary, relative;                       /* positions; neither: embedded ones */
+    bool causal;                                 /* the first stack (a decoder behind an encoder always is) */
+    bool unscaled;                               /* attention without 1/sqrt(head_dim) */
+    bool gate_acts;                              /* gated FFN: act(GATE) * UP; else act(UP) * GATE */
+};
+
+#define APTI_TABLE_ROWS(table) {table, APTI_ROWS(table)}
+#define APTI_NO_ROWS {NULL, 0}
+static const apti_design apti_designs[] = {
+    {"bert.", {"encoder.layer.", NULL}, APTI_TABLE_ROWS(apti_encoder_embed_rows), APTI_TABLE_ROWS(apti_encoder_attention_rows),
+     APTI_NO_ROWS, {APTI_TABLE_ROWS(apti_encoder_ffn_rows), APTI_NO_ROWS}, false, false, false, false, false, false, false},
+    {"roberta.", {"encoder.layer.", NULL}, APTI_TABLE_ROWS(apti_encoder_embed_rows),
+     APTI_TABLE_ROWS(apti_encoder_attention_rows), APTI_NO_ROWS, {APTI_TABLE_ROWS(apti_encoder_ffn_rows), APTI_NO_ROWS}, false,
+     false, false, false, false, false, false},
+    {"", {"encoder.block.", "decoder.block."}, APTI_TABLE_ROWS(apti_t5_embed_rows), APTI_TABLE_ROWS(apti_t5_attention_rows),
+     APTI_TABLE_ROWS(apti_t5_cross_rows), {APTI_TABLE_ROWS(apti_t5_encoder_ffn_rows), APTI_TABLE_ROWS(apti_t5_decoder_ffn_rows)},
+     true, true, false, true, false, true, false},
+    {"model.", {"layers.", NULL}, APTI_TABLE_ROWS(apti_llama_embed_rows), APTI_TABLE_ROWS(apti_llama_attention_rows),
+     APTI_NO_ROWS, {APTI_TABLE_ROWS(apti_llama_ffn_rows), APTI_NO_ROWS}, true, true, true, false, true, false, true},
+};
+
+/* An unknown family is refused by apti_config_check before anything reads its block. */
+static const apti_design *apti_design_of(apt_family family)
 {
-    return family == APT_BERT ? "bert." : "roberta.";
+    const bool known = family >= APT_BERT && family <= APT_LLAMA;
+    return &apti_designs[known ? family - APT_BERT : 0];
+}
+
+static bool apti_row_applies(const apti_param_row *row, const apt_config *c)
+{
+    switch (row->when) {
+    case APTI_IF_GATED: return c->gated != 0;
+    case APTI_IF_PLAIN: return c->gated == 0;
+    case APTI_IF_BIAS: return c->qkv_bias != 0;
+    case APTI_IF_UNTIED: return c->untied != 0;
+    case APTI_ALWAYS: default: return true;
+    }
+}
+
+/* Layers of the encoder when there is a decoder behind it, else all. */
+static int32_t apti_first_stack(const apt_config *c)
+{
+    const int64_t n = (int64_t)c->layers - 2 * (int64_t)c->decoder_layers;
+    return (int32_t)apti_max_i64(0, apti_min_i64(n, c->layers));
+}
+
+/* In a decoder behind an encoder self attention (no FFN) and cross attention take turns. */
+static bool apti_is_cross(const apt_config *c, int32_t l)
+{
+    return l >= apti_first_stack(c) && (l - apti_first_stack(c)) % 2 == 1;
+}
+
+static bool apti_has_ffn(const apt_config *c, int32_t l)
+{
+    return l < apti_first_stack(c) || apti_is_cross(c, l);
+}
+
+/* Input maps and the output map of an FFN. */
+static int64_t apti_ffn_matrices(const apt_config *c)
+{
+    return c->gated ? 3 : 2;
 }
 
 /* Output width of the task head. */
 static int64_t apti_head_width(const apt_config *c)
 {
-    return c->task == APT_TASK_CLASSIFY ? c->labels : c->task == APT_TASK_SPAN ? 2 : c->task == APT_TASK_MLM ? c->vocab : 1;
+    switch (c->task) {
+    case APT_TASK_CLASSIFY: return c->labels;
+    case APT_TASK_SPAN: return 2;
+    case APT_TASK_MLM: case APT_TASK_LM: return c->vocab;
+    case APT_TASK_REGRESS: case APT_TASK_NONE: default: return 1;
+    }
 }
 
 /* Length of an axis in the present shapes. FIXED has none: the caller knows it. */
@@ -6955,7 +7553,13 @@ static int64_t apti_axis_size(const apt_config *c, const apt_layer_shape *shape,
 
 static int64_t apti_fixed_embed_rows(const apt_config *c, int32_t slot)
 {
-    return slot == APTI_WORD ? c->vocab : slot == APTI_POSITION ? c->positions : slot == APTI_TYPE ? c->types : 1;
+    switch (slot) {
+    case APTI_WORD: return c->vocab;
+    case APTI_POSITION: return c->positions;
+    case APTI_TYPE: return c->types;
+    case APTI_RELATIVE: case APTI_RELATIVE + 1: return c->buckets;
+    default: return 1;
+    }
 }
 
 /* FIXED lengths inside task heads: the dense layer keeps the dense hidden size, the output its width. */
@@ -6982,22 +7586,38 @@ static apti_param *apti_param_add(apt_model *model, const apti_param_row *row, i
     p->rows = row->row_axis == APTI_AXIS_FIXED ? fixed_rows : apti_axis_size(&model->config, shape, row->row_axis);
     p->cols = row->col_axis == APTI_AXIS_FIXED ? fixed_cols : apti_axis_size(&model->config, shape, row->col_axis);
     p->init = row->init < 0 ? -model->config.init_range : row->init;
+    if (row->init == APTI_INIT_QUERY) p->init /= sqrtf((float)(p->cols * model->config.head_dim));
+    if (row->init == APTI_INIT_FAN) p->init /= sqrtf((float)(row->row_axis == APTI_AXIS_FIXED ? model->config.hidden : p->cols));
     return p;
+}
+
+static void apti_layout_rows(apt_model *model, int32_t l, const apti_rows *rows)
+{
+    const apt_config *c = &model->config;
+    const int32_t first = apti_first_stack(c), stack = l >= first, number = stack ? (l - first) / 2 : l;
+    for (int32_t i = 0; i < rows->count; i++) {
+        const apti_param_row *row = &rows->row[i];
+        if (!apti_row_applies(row, c)) continue;
+        apti_param *p = apti_param_add(model, row, l, 1, 1);
+        p->linear = p->narrow = row->dims == 2;
+        snprintf(p->name, sizeof(p->name), "%s%s%d.%s", model->block->prefix, model->block->stem[stack], (int)number,
+                 row->suffix);
+        model->layers[l].slot[row->slot] = p;
+    }
 }
 
 static void apti_layout_layer(apt_model *model, int32_t l)
 {
-    const char *prefix = apti_family_prefix(model->config.family);
-    for (int32_t i = 0; i < APTI_ROWS(apti_encoder_layer_rows); i++) {
-        const apti_param_row *row = &apti_encoder_layer_rows[i];
-        apti_param *p = apti_param_add(model, row, l, 1, 1);
-        p->linear = row->dims == 2;
-        snprintf(p->name, sizeof(p->name), "%sencoder.layer.%d.%s", prefix, (int)l, row->suffix);
-        model->layers[l].slot[row->slot] = p;
-    }
+    const apt_config *c = &model->config;
+    const apti_design *block = model->block;
+    apti_layout_rows(model, l, apti_is_cross(c, l) ? &block->cross : &block->attention);
+    if (apti_has_ffn(c, l)) apti_layout_rows(model, l, &block->ffn[l >= apti_first_stack(c)]);
     for (int32_t i = 0; i < APTI_LINEARS; i++) {                      /* adapters start with rank 0 */
         const apti_param *w = model->layers[l].slot[2 * i];
-        const apti_param_row a = {0, NULL, 2, APTI_AXIS_RANK, w->col_axis, 0}, b = {0, NULL, 2, w->row_axis, APTI_AXIS_RANK, 0};
+        model->layers[l].lora_a[i] = model->layers[l].lora_b[i] = model->none;
+        if (w == NULL) continue;
+        const apti_param_row a = {0, NULL, 2, APTI_AXIS_RANK, w->col_axis, 0, APTI_ALWAYS},
+                             b = {0, NULL, 2, w->row_axis, APTI_AXIS_RANK, 0, APTI_ALWAYS};
         const int stem = (int)(strlen(w->name) - strlen(".weight"));
         apti_param *pa = apti_param_add(model, &a, l, 0, 0), *pb = apti_param_add(model, &b, l, 0, 0);
         snprintf(pa->name, sizeof(pa->name), "lora_A.%.*s", stem, w->name);
@@ -7012,19 +7632,23 @@ static void apti_layout(apt_model *model)
 {
     const apt_config *c = &model->config;
     const apti_rows head = apti_head_rows(c);
-    for (int32_t i = 0; i < APTI_ROWS(apti_encoder_embed_rows); i++) {
-        const apti_param_row *row = &apti_encoder_embed_rows[i];
-        apti_param *p = apti_param_add(model, row, -1, apti_fixed_embed_rows(c, row->slot), 1);
-        snprintf(p->name, sizeof(p->name), "%s%s", apti_family_prefix(c->family), row->suffix);
+    for (int32_t i = 0; i < model->block->embed.count; i++) {
+        const apti_param_row *row = &model->block->embed.row[i];
+        apti_param *p = apti_param_add(model, row, -1, apti_fixed_embed_rows(c, row->slot),
+                                       row->slot >= APTI_RELATIVE && row->slot < APTI_FINAL_NORM ? c->bias_heads : 1);
+        p->linear = p->narrow = row->slot == APTI_WORD && c->task == APT_TASK_LM && !c->untied;   /* it is the LM head too */
+        snprintf(p->name, sizeof(p->name), "%s%s", model->block->prefix, row->suffix);
         model->embed[row->slot] = p;
     }
     for (int32_t l = 0; l < c->layers; l++) apti_layout_layer(model, l);
     for (int32_t i = 0; i < head.count; i++) {
         const apti_param_row *row = &head.row[i];
+        if (!apti_row_applies(row, c)) continue;
         apti_param *p =
             apti_param_add(model, row, -1, apti_fixed_head_size(c, row->slot, true), apti_fixed_head_size(c, row->slot, false));
         p->linear = row->dims == 2;
-        p->optional_in_file = true;
+        p->narrow = c->task == APT_TASK_LM;
+        p->optional_in_file = c->task != APT_TASK_LM;
         snprintf(p->name, sizeof(p->name), "%s", row->suffix);
         model->head[row->slot] = p;
     }
@@ -7067,10 +7691,10 @@ static bool apti_packed_reserve(apt_ctx *ctx, apti_packed *packed, int64_t n, in
     return packed->data != NULL;
 }
 
-/* Only frozen matrices inside the layers may be narrowed; task heads are trained. */
+/* Only frozen matrices inside the layers and LM heads may be narrowed; other task heads are trained. */
 static apt_dtype apti_param_type(const apt_model *model, const apti_param *p)
 {
-    return p->layer >= 0 && !p->trainable ? model->weights : APT_F32;
+    return p->narrow && !p->trainable ? model->weights : APT_F32;
 }
 
 /* Gives `p` the memory its role asks for: panels for linear maps, plain values for the rest and for what is trained. */
@@ -7128,12 +7752,65 @@ static void apti_param_init(float *values, const apti_param *p, uint64_t seed, u
 
 /* ------------------------------------------------------------------------------------------------ making and freeing */
 
+/* Numbers that only T5 and LLaMA have. */
+static apt_result apti_config_check_decoder(apt_ctx *ctx, const apt_config *c)
+{
+    const apt_rope *rope = &c->rope;
+    if (c->task != APT_TASK_LM)
+        return apti_fail(ctx, APT_E_UNSUPPORTED, "config: T5 and LLaMA know APT_TASK_LM only; task is %d", (int)c->task);
+    if (c->decoder_layers < 0 || (c->family == APT_T5) != (c->decoder_layers > 0) || apti_first_stack(c) < 1)
+        return apti_fail(ctx, APT_E_RANGE, "config: %d layers with %d decoder layers, which count twice (T5 only)",
+                         (int)c->layers, (int)c->decoder_layers);
+    if (c->start_id < 0 || c->start_id >= c->vocab || c->pad_id < 0 || c->pad_id >= c->vocab)
+        return apti_fail(ctx, APT_E_RANGE, "config: start_id %d and pad_id %d must be in 0..%d", (int)c->start_id, (int)c->pad_id,
+                         (int)c->vocab - 1);
+    if (c->family == APT_T5 && (c->buckets < 4 || c->buckets > 4096 || c->max_distance <= c->buckets / 2 ||
+                                c->max_distance > 65536 || c->bias_heads < 1 || c->bias_heads > 4096))
+        return apti_fail(ctx, APT_E_RANGE, "config: %d relative position buckets up to distance %d, %d heads: expected 4..4096 "
+                         "buckets, a distance above half of them, 1..4096 heads", (int)c->buckets, (int)c->max_distance,
+                         (int)c->bias_heads);
+    if (c->family != APT_LLAMA) return APT_OK;
+    if (c->head_dim % 2 != 0) return apti_fail(ctx, APT_E_RANGE, "config: head size %d must be even", (int)c->head_dim);
+    if (!apti_finite(rope->theta) || !(rope->theta > 0 && rope->theta <= 1e12f) || !apti_finite(rope->factor) || rope->factor < 0)
+        return apti_fail(ctx, APT_E_RANGE, "config: rope theta %g, factor %g", (double)rope->theta, (double)rope->factor);
+    if (rope->factor > 0 && (!apti_finite(rope->low_factor) || !apti_finite(rope->high_factor) || rope->low_factor <= 0 ||
+                             rope->high_factor <= rope->low_factor || rope->original_positions < 1))
+        return apti_fail(ctx, APT_E_RANGE, "config: rope scaling with low factor %g, high factor %g, %d positions",
+                         (double)rope->low_factor, (double)rope->high_factor, (int)rope->original_positions);
+    return APT_OK;
+}
+
+static apt_result apti_config_check_layer(apt_ctx *ctx, const apt_config *c, int32_t l)
+{
+    const apt_layer_shape *s = &c->layer[l];
+    if (s->heads < 0 || s->heads > 4096 || s->kv_heads < 0 || s->neurons < 0 || s->neurons > 1048576 ||
+        (s->kv_heads == 0) != (s->heads == 0) || (s->kv_heads > 0 && s->heads % s->kv_heads != 0))
+        return apti_fail(ctx, APT_E_RANGE, "config: layer %d: heads %d, KV heads %d, neurons %d do not make a layer", (int)l,
+                         (int)s->heads, (int)s->kv_heads, (int)s->neurons);
+    if (s->neurons > 0 && !apti_has_ffn(c, l))
+        return apti_fail(ctx, APT_E_RANGE, "config: layer %d is the self attention of a decoder; it has %d neurons, expected 0",
+                         (int)l, (int)s->neurons);
+    if (c->family != APT_T5) return APT_OK;
+    if (s->heads != s->kv_heads || s->heads > c->bias_heads)
+        return apti_fail(ctx, APT_E_RANGE, "config: layer %d: heads %d, KV heads %d, but %d heads have a relative position bias",
+                         (int)l, (int)s->heads, (int)s->kv_heads, (int)c->bias_heads);
+    for (int32_t h = 0; h < s->heads && c->bias_head != NULL; h++) {
+        const int32_t column = c->bias_head[(int64_t)l * c->bias_heads + h];
+        if (column < 0 || column >= c->bias_heads)
+            return apti_fail(ctx, APT_E_RANGE, "config: layer %d: head %d reads column %d of %d", (int)l, (int)h, (int)column,
+                             (int)c->bias_heads);
+    }
+    return APT_OK;
+}
+
 static apt_result apti_config_check(apt_ctx *ctx, const apt_config *c)
 {
     const int64_t cap = (int64_t)1 << 24;
-    if (c->family != APT_BERT && c->family != APT_ROBERTA)
-        return apti_fail(ctx, APT_E_UNSUPPORTED, "config: family %d is not known; expected BERT or RoBERTa", (int)c->family);
-    if (c->task < APT_TASK_CLASSIFY || c->task > APT_TASK_MLM)
+    const bool decoder = c->family == APT_T5 || c->family == APT_LLAMA;
+    if (c->family < APT_BERT || c->family > APT_LLAMA)
+        return apti_fail(ctx, APT_E_UNSUPPORTED, "config: family %d is not known; expected BERT, RoBERTa, T5 or LLaMA",
+                         (int)c->family);
+    if (c->task < APT_TASK_CLASSIFY || c->task > APT_TASK_LM || (c->task == APT_TASK_LM && !decoder))
         return apti_fail(ctx, APT_E_ARGUMENT, "config: task %d is not known", (int)c->task);
     if (c->vocab < 1 || c->vocab > cap || c->positions < 1 || c->positions > cap || c->types < 1 || c->types > cap)
         return apti_fail(ctx, APT_E_RANGE, "config: vocab %d, positions %d, types %d: each must be in 1..%d", (int)c->vocab,
@@ -7148,34 +7825,41 @@ static apt_result apti_config_check(apt_ctx *ctx, const apt_config *c)
         return apti_fail(ctx, APT_E_RANGE, "config: labels %d must be in 1..65536", (int)c->labels);
     if (c->family == APT_ROBERTA && (c->pad_id < 0 || c->pad_id >= c->positions - 1))
         return apti_fail(ctx, APT_E_RANGE, "config: pad_token_id %d leaves no position of %d", (int)c->pad_id, (int)c->positions);
-    if (c->activation < APT_GELU_ERF || c->activation > APT_RELU)
+    if (c->activation < APT_GELU_ERF || c->activation > APT_SILU)
         return apti_fail(ctx, APT_E_UNSUPPORTED, "config: activation %d is not known", (int)c->activation);
     if (!apti_finite(c->norm_eps) || c->norm_eps > 1 || !apti_finite(c->init_range))
         return apti_fail(ctx, APT_E_RANGE, "config: norm_eps %g must be in 0..1, init_range %g finite", (double)c->norm_eps,
                          (double)c->init_range);
-    for (int32_t l = 0; l < c->layers; l++) {
-        const apt_layer_shape *s = &c->layer[l];
-        if (s->heads < 0 || s->heads > 4096 || s->kv_heads < 0 || s->neurons < 0 || s->neurons > 1048576 ||
-            (s->kv_heads == 0) != (s->heads == 0) || (s->kv_heads > 0 && s->heads % s->kv_heads != 0))
-            return apti_fail(ctx, APT_E_RANGE, "config: layer %d: heads %d, KV heads %d, neurons %d do not make a layer", (int)l,
-                             (int)s->heads, (int)s->kv_heads, (int)s->neurons);
-    }
-    return APT_OK;
+    apt_result r = decoder ? apti_config_check_decoder(ctx, c) : APT_OK;
+    if (!decoder && (c->gated || c->decoder_layers || c->qkv_bias || c->untied))
+        r = apti_fail(ctx, APT_E_ARGUMENT, "config: an encoder with fields of T5 or LLaMA");
+    for (int32_t l = 0; l < c->layers && r == APT_OK; l++) r = apti_config_check_layer(ctx, c, l);
+    return r;
 }
 
 static void apti_config_defaults(apt_config *c)
 {
-    if (c->norm_eps <= 0) c->norm_eps = c->family == APT_ROBERTA ? 1e-5f : 1e-12f;
-    if (c->init_range <= 0) c->init_range = 0.02f;
+    const bool t5 = c->family == APT_T5, llama = c->family == APT_LLAMA;
+    if (c->norm_eps <= 0) c->norm_eps = t5 || llama ? 1e-6f : c->family == APT_ROBERTA ? 1e-5f : 1e-12f;
+    if (c->init_range <= 0) c->init_range = t5 ? 1.0f : 0.02f;
     if (c->hidden_dense == 0) c->hidden_dense = c->hidden;
     if (c->types == 0) c->types = 1;
+    if (llama) c->gated = 1;
+    if ((t5 || llama) && c->activation == APT_GELU_ERF) c->activation = llama ? APT_SILU : c->gated ? APT_GELU_TANH : APT_RELU;
+    if (c->rope.theta == 0) c->rope.theta = 10000.0f;
+    if (!t5) return;
+    c->positions = 1 << 24;           /* relative ones have no end */
+    if (c->buckets == 0) c->buckets = 32;
+    if (c->max_distance == 0) c->max_distance = 128;
+    if (c->bias_heads == 0) c->bias_heads = c->layer != NULL ? c->layer[0].heads : c->heads;
 }
 
 static int64_t apti_prunable(const apt_config *c)
 {
     int64_t sum = 0;
     for (int32_t l = 0; l < c->layers; l++)
-        sum += (int64_t)c->head_dim * 2 * (c->layer[l].heads + c->layer[l].kv_heads) + 2 * (int64_t)c->layer[l].neurons;
+        sum += (int64_t)c->head_dim * 2 * (c->layer[l].heads + c->layer[l].kv_heads) +
+               apti_ffn_matrices(c) * (int64_t)c->layer[l].neurons;
     return sum * c->hidden;
 }
 
@@ -7187,8 +7871,34 @@ static void apti_model_free(apt_model *model)
     apti_free(ctx, model->params);
     apti_free(ctx, model->layers);
     apti_free(ctx, model->shape);
+    apti_free(ctx, model->bias_head);
     apti_free(ctx, model->masks);
     apti_free(ctx, model);
+}
+
+/* Entries of the parameter table: at most so many, and one that is always empty. */
+static int64_t apti_param_capacity(int64_t layers)
+{
+    return APTI_EMBED_SLOTS + APTI_HEAD_SLOTS + layers * (APTI_LAYER_SLOTS + 2 * APTI_LINEARS) + 1;
+}
+
+/* The shape of layer l when all layers are equal. */
+static apt_layer_shape apti_equal_shape(const apt_config *c, int32_t l)
+{
+    apt_layer_shape shape;
+    shape.heads = c->heads;
+    shape.kv_heads = c->kv_heads > 0 ? c->kv_heads : c->heads;
+    shape.neurons = apti_has_ffn(c, l) ? c->neurons : 0;
+    return shape;
+}
+
+/* Which column of the relative position table each head reads. */
+static void apti_bias_heads_copy(apt_model *model, const int32_t *given)
+{
+    const int32_t n = model->config.bias_heads;
+    for (int64_t i = 0; i < (int64_t)model->config.layers * n; i++)
+        model->bias_head[i] = given != NULL ? given[i] : (int32_t)(i % n);
+    model->config.bias_head = model->bias_head;
 }
 
 /* The frame of a model: shapes and the parameter table without memory for values. */
@@ -7201,19 +7911,23 @@ static apt_result apti_model_frame(apt_ctx *ctx, const apt_config *given, apt_dt
     model->scale = 2.0f;
     model->config = *given;
     apti_config_defaults(&model->config);
-    const int64_t layers = given->layers > 0 && given->layers <= 1024 ? given->layers : 0;
-    const int64_t count = APTI_EMBED_SLOTS + APTI_HEAD_SLOTS + layers * (APTI_LAYER_SLOTS + 2 * APTI_LINEARS);
+    model->block = apti_design_of(given->family);
+    const int64_t layers = given->layers > 0 && given->layers <= 1024 ? given->layers : 0, count = apti_param_capacity(layers);
+    const int64_t columns = model->block->relative && model->config.bias_heads > 0 && model->config.bias_heads <= 4096
+                                ? model->config.bias_heads : 0;
     model->shape = (apt_layer_shape *)apti_calloc(ctx, layers, (int64_t)sizeof(apt_layer_shape));
     model->layers = (apti_layer *)apti_calloc(ctx, layers, (int64_t)sizeof(apti_layer));
     model->params = (apti_param *)apti_calloc(ctx, count, (int64_t)sizeof(apti_param));
-    if (model->shape == NULL || model->layers == NULL || model->params == NULL) {
+    if (columns > 0) model->bias_head = (int32_t *)apti_calloc(ctx, layers * columns, (int64_t)sizeof(int32_t));
+    if (model->shape == NULL || model->layers == NULL || model->params == NULL || (columns > 0 && model->bias_head == NULL)) {
         apti_model_free(model);
         return apti_fail(ctx, APT_E_MEMORY, "model: no memory for %lld parameter entries", (long long)count);
     }
-    for (int64_t l = 0; l < layers; l++) {
-        const apt_layer_shape equal = {given->heads, given->heads, given->neurons};
-        model->shape[l] = given->layer != NULL ? given->layer[l] : equal;
-    }
+    model->none = &model->params[count - 1];
+    for (int32_t l = 0; l < layers; l++)
+        model->shape[l] = given->layer != NULL ? given->layer[l] : apti_equal_shape(&model->config, l);
+    model->config.bias_head = NULL;
+    if (columns > 0 && layers > 0) apti_bias_heads_copy(model, given->bias_head);
     model->config.layer = model->shape;
     const apt_result r = apti_config_check(ctx, &model->config);
     if (r != APT_OK) {
@@ -7232,6 +7946,16 @@ static int64_t apti_largest_linear(const apt_model *model)
     int64_t most = 1;
     for (int32_t i = 0; i < model->param_count; i++)
         if (model->params[i].linear) most = apti_max_i64(most, apti_param_count(&model->params[i]));
+    return most;
+}
+
+/* The same inside the layers: what decisions and merging unpack. */
+static int64_t apti_largest_layer(const apt_model *model)
+{
+    int64_t most = 1;
+    for (int32_t i = 0; i < model->param_count; i++)
+        if (model->params[i].linear && model->params[i].layer >= 0)
+            most = apti_max_i64(most, apti_param_count(&model->params[i]));
     return most;
 }
 
@@ -7492,21 +8216,46 @@ enum {
     APTI_PASS_ALL_ROWS = 4            /* the last layer runs on all rows though the head reads only first tokens */
 };
 
-/* Activations of one layer. In inference all layers share the first one's buffers. rows_q: query rows (see apti_lean). */
+/* Activations of one layer. In inference all layers share the first one's buffers. rows_q: query rows (see apti_lean).
+   Post-norm: z1 = x + Attention(x), y1 = norm(z1), z2 = y1 + FFN(y1), y2 = norm(z2), and in1 = xq, in2 = y1.
+   Pre-norm: in1 = norm(x), y1 = z1 = x + Attention(in1), in2 = norm(y1), y2 = z2 = y1 + FFN(in2).
+   Cross attention takes keys and values from `memory`, the output of the first stack. */
 typedef struct apti_acts {
     float *x, *xq;                    /* input; rows of it that are queried (== x unless lean) */
+    float *in1, *in2;                 /* what attention and FFN read */
+    const float *memory;              /* rows that keys and values are made from */
     float *q, *k, *v, *lse, *ctx, *z1, *stats1, *y1, *pre, *act, *z2, *stats2, *y2;
+    float *other;                     /* gated FFN: the factor beside the activation */
     float *xa[APTI_LINEARS];          /* s x A^T of each adapter */
-    int64_t rows_q;
+    int64_t rows_q, rows_k;
+    int32_t stack;
 } apti_acts;
 
-/* Sums of |activation| and |gradient| per feature: for each layer its context features, then its neurons; then (2L + 1)
-   rows of hidden features (attention input and FFN input of each layer, final output). method.md, "Salience". */
+/* Layers that work on the same rows: all of an encoder or of a decoder alone; an encoder-decoder has two. */
+typedef struct apti_stack {
+    int32_t first, end;               /* layers first .. end - 1 */
+    int64_t rows;
+    const int32_t *offsets, *tokens;  /* of the batch */
+    int32_t *positions;
+    float *rope;                      /* (rows, head_dim): cosines and sines, rotary positions only */
+    float *out, *stats;               /* pre-norm: the norm behind the last layer */
+} apti_stack;
+
+/* Sums of |activation| and |gradient| per feature: for each layer its context features, then its neurons; then the hidden
+   features at several points, apti_probe_points rows of them. method.md, "Salience". */
 typedef struct apti_probe {
     float *act, *grad;                /* [apti_probe_count] */
     float *sum;                       /* the same; used for context features only: sum of the signed activation */
     int64_t rows;                     /* rows seen */
 } apti_probe;
+
+/* Keys and values that generation keeps of the last stack: those of its own text, a region per sequence, and those of the source.
+   All arrays are the generator's. start, end: of a sequence's region, with what this pass adds; before: keys it had already. */
+typedef struct apti_cache {
+    bool fill;                        /* this pass reads whole prompts and the source */
+    float **k, **v;                   /* [layers] */
+    int32_t *start, *end, *source_start, *source_end, *before;
+} apti_cache;
 
 struct apti_pass {
     apt_model *model;
@@ -7518,16 +8267,22 @@ struct apti_pass {
     apti_acts *acts;                  /* [layers] */
     /* the batch */
     const apt_batch *batch;
-    int64_t rows, labelled;           /* tokens; MLM: labelled tokens */
-    int32_t *positions, *first, *one_each, *mlm_index, *mlm_labels;
+    int64_t rows, labelled;           /* tokens of all stacks; MLM and LM: labelled tokens */
+    int64_t most_rows;                /* of a stack */
+    int32_t stacks;
+    apti_stack stack[2];
+    int32_t *first, *one_each, *mlm_index, *mlm_labels, *target_tokens;
     bool lean;
     /* embeddings and head */
     float *embed_z, *embed_stats;
-    float *head_in, *head_pre, *head_out, *head_stats, *head_norm, *logits, *dlogits, *dhead, *dhead_in, *mlm_work;
+    float *head_in, *head_pre, *head_out, *head_stats, *head_norm, *logits, *dlogits, *dhead, *dhead_in, *mlm_work, *kl_work;
     int64_t mlm_chunk;
     /* shared by all layers */
     float *head_mask;                 /* grouped queries: the mask of each query head of the layer at work */
-    float *ctx, *act, *g, *t, *dq, *dk, *dv, *dctx, *dact, *dya;
+    float *bias, *dbias;              /* relative positions of the layer at work, as apti_attention_op wants them */
+    float frequency[APTI_HEAD_MAX / 2];                                 /* rotary positions */
+    float *ctx, *act, *g, *t, *dq, *dk, *dv, *dctx, *dact, *dother, *dmemory, *dya;
+    apti_cache *cache;                /* NULL: no generation */
     /* hooks of the trainer */
     apti_probe *probe;                /* NULL: no salience */
     float **capture;                  /* [layers] or NULL: copies of chosen layer outputs, ld = hidden */
@@ -7590,51 +8345,76 @@ static bool apti_lean(const apt_model *model, uint32_t mode)
     return (task == APT_TASK_CLASSIFY || task == APT_TASK_REGRESS) && (mode & APTI_PASS_ALL_ROWS) == 0;
 }
 
+/* Where keys and values of layer l come from. */
+static void apti_plan_memory(apti_pass *pass, int32_t l)
+{
+    apti_acts *a = &pass->acts[l];
+    const bool cross = apti_is_cross(&pass->model->config, l);
+    a->rows_k = pass->stack[cross ? 0 : a->stack].rows;
+    a->memory = cross ? pass->stack[0].out : pass->model->block->pre_norm ? a->in1 : a->x;
+}
+
 /* Buffers of layer l for a training pass: everything that its backward reads. */
-static void apti_plan_kept_layer(apti_bump *b, apti_pass *pass, int32_t l, int64_t rows, int64_t rows_q, bool full)
+static void apti_plan_kept_layer(apti_bump *b, apti_pass *pass, int32_t l, int64_t rows_q, bool full)
 {
     const apt_model *m = pass->model;
     const int64_t d = m->config.hidden, f = m->shape[l].neurons, hq = apti_query_width(m, l), hk = apti_kv_width(m, l);
+    const bool pre = m->block->pre_norm, ffn = apti_has_ffn(&m->config, l);
     apti_acts *a = &pass->acts[l];
+    const int64_t rows = pass->stack[a->stack].rows;
     a->rows_q = rows_q;
     a->xq = rows_q == rows ? a->x : apti_bump_matrix(b, rows_q, d);
+    a->in1 = pre ? apti_bump_matrix(b, rows, d) : a->xq;
+    apti_plan_memory(pass, l);
     a->q = apti_bump_matrix(b, rows_q, hq);
-    a->k = apti_bump_matrix(b, rows, hk);
-    a->v = apti_bump_matrix(b, rows, hk);
+    a->k = apti_bump_matrix(b, a->rows_k, hk);
+    a->v = apti_bump_matrix(b, a->rows_k, hk);
     a->lse = (float *)apti_bump_take(b, rows_q * m->shape[l].heads, (int64_t)sizeof(float));
     a->ctx = full || apti_rank(m, l, APTI_OUTPUT) > 0 ? apti_bump_matrix(b, rows_q, hq) : NULL;
     a->z1 = apti_bump_matrix(b, rows_q, d);
     a->stats1 = (float *)apti_bump_take(b, rows_q * 2, (int64_t)sizeof(float));
-    a->y1 = apti_bump_matrix(b, rows_q, d);
+    a->y1 = pre ? a->z1 : apti_bump_matrix(b, rows_q, d);
+    a->in2 = pre && ffn ? apti_bump_matrix(b, rows_q, d) : a->y1;
     a->pre = apti_bump_matrix(b, rows_q, f);
+    a->other = m->config.gated ? apti_bump_matrix(b, rows_q, f) : NULL;
     a->act = full || apti_rank(m, l, APTI_DOWN) > 0 ? apti_bump_matrix(b, rows_q, f) : NULL;
-    a->z2 = apti_bump_matrix(b, rows_q, d);
+    a->z2 = ffn ? apti_bump_matrix(b, rows_q, d) : a->y1;
     a->stats2 = (float *)apti_bump_take(b, rows_q * 2, (int64_t)sizeof(float));
-    a->y2 = apti_bump_matrix(b, rows_q, d);
+    a->y2 = pre ? a->z2 : apti_bump_matrix(b, rows_q, d);
     for (int32_t i = 0; i < APTI_LINEARS; i++)
-        a->xa[i] = (float *)apti_bump_take(b, (i == APTI_KEY || i == APTI_VALUE ? rows : rows_q) * apti_rank(m, l, i),
+        a->xa[i] = (float *)apti_bump_take(b, (i == APTI_KEY || i == APTI_VALUE ? a->rows_k : rows_q) * apti_rank(m, l, i),
                                            (int64_t)sizeof(float));
-    if (l + 1 < pass->layers) pass->acts[l + 1].x = a->y2;
+    if (l + 1 < pass->stack[a->stack].end) pass->acts[l + 1].x = a->y2;
 }
 
 /* Inference: one set of buffers; a layer's output takes the place of its input. */
-static void apti_plan_shared_layers(apti_bump *b, apti_pass *pass, int64_t rows, int64_t sequences, const apti_widths *w)
+static void apti_plan_shared_layers(apti_bump *b, apti_pass *pass, int64_t sequences, const apti_widths *w)
 {
-    const int64_t d = pass->model->config.hidden;
+    const int64_t d = pass->model->config.hidden, rows = pass->most_rows;
+    const bool pre = pass->model->block->pre_norm;
     apti_acts s = APT_ZERO;
-    s.x = pass->acts[0].x;
     float *xa = (float *)apti_bump_take(b, rows * w->rank, (int64_t)sizeof(float));
     s.q = apti_bump_matrix(b, rows, w->query);
     s.k = apti_bump_matrix(b, rows, w->kv);
     s.v = apti_bump_matrix(b, rows, w->kv);
-    s.z1 = s.y1 = apti_bump_matrix(b, rows, d);
-    s.z2 = s.y2 = s.xq = s.x;
-    s.rows_q = rows;
+    float *inner = apti_bump_matrix(b, rows, d);
+    s.other = pass->model->config.gated ? apti_bump_matrix(b, rows, w->neurons) : NULL;
     for (int32_t i = 0; i < APTI_LINEARS; i++) s.xa[i] = xa;
-    for (int32_t l = 0; l < pass->layers; l++) pass->acts[l] = s;
+    for (int32_t l = 0; l < pass->layers; l++) {
+        const int32_t stack = pass->acts[l].stack;
+        float *x = pass->acts[pass->stack[stack].first].x;
+        s.x = s.xq = s.z2 = s.y2 = x;
+        s.z1 = s.y1 = pre ? x : inner;
+        s.in1 = pre ? inner : x;
+        s.in2 = inner;
+        s.stack = stack;
+        s.rows_q = pass->stack[stack].rows;
+        pass->acts[l] = s;
+        apti_plan_memory(pass, l);
+    }
     if (pass->lean) {
         apti_acts *last = &pass->acts[pass->layers - 1];
-        last->xq = last->z2 = last->y2 = apti_bump_matrix(b, sequences, d);
+        last->xq = last->in1 = last->z2 = last->y2 = apti_bump_matrix(b, sequences, d);
         last->rows_q = sequences;
     }
 }
@@ -7643,18 +8423,19 @@ static void apti_plan_head(apti_bump *b, apti_pass *pass, int64_t rows, int64_t 
 {
     const apt_config *c = &pass->model->config;
     const int64_t width = apti_head_width(c), d = c->hidden, f = (int64_t)sizeof(float);
-    const bool mlm = c->task == APT_TASK_MLM, span = c->task == APT_TASK_SPAN;
+    const bool lm = c->task == APT_TASK_LM, mlm = c->task == APT_TASK_MLM || lm, span = c->task == APT_TASK_SPAN;
     const int64_t n = mlm ? rows : sequences, dense = mlm ? d : c->hidden_dense;
-    if (!span) {
-        pass->head_in = apti_bump_matrix(b, n, d);
+    if (!span) pass->head_in = apti_bump_matrix(b, n, d);
+    if (!span && !lm) {
         pass->head_pre = apti_bump_matrix(b, n, dense);
         pass->head_out = apti_bump_matrix(b, n, dense);
     }
     if (mlm) {
-        pass->head_stats = (float *)apti_bump_take(b, 2 * n, f);
-        pass->head_norm = apti_bump_matrix(b, n, d);
+        pass->head_stats = (float *)apti_bump_take(b, lm ? 0 : 2 * n, f);
+        pass->head_norm = lm ? pass->head_in : apti_bump_matrix(b, n, d);       /* what the decoder reads */
         pass->mlm_chunk = apti_max_i64(1, apti_min_i64(n, ((int64_t)1 << 21) / apti_ld(width)));
         pass->mlm_work = apti_bump_matrix(b, pass->mlm_chunk, width);
+        pass->kl_work = kept && lm ? apti_bump_matrix(b, pass->mlm_chunk, width) : NULL;
     } else {
         pass->logits = (float *)apti_bump_take(b, (span ? rows : sequences) * width, f);
     }
@@ -7662,42 +8443,91 @@ static void apti_plan_head(apti_bump *b, apti_pass *pass, int64_t rows, int64_t 
     if (!mlm) pass->dlogits = (float *)apti_bump_take(b, (span ? rows : sequences) * width, f);
     if (!span) {
         pass->dhead = apti_bump_matrix(b, n, dense);
-        pass->dhead_in = apti_bump_matrix(b, n, d);
+        pass->dhead_in = lm ? pass->dhead : apti_bump_matrix(b, n, d);
     }
 }
 
-/* Lays out all buffers for `rows` tokens in `sequences` sequences; with block NULL it only counts. */
-static int64_t apti_plan(apti_pass *pass, char *block, int64_t rows, int64_t sequences)
+/* Rows of both stacks, and which layers belong to them. */
+static void apti_plan_stacks(apti_pass *pass, int64_t rows, int64_t target_rows)
+{
+    const apt_config *c = &pass->model->config;
+    const int32_t first = apti_first_stack(c);
+    pass->stacks = c->decoder_layers > 0 ? 2 : 1;
+    pass->stack[0].first = 0;
+    pass->stack[0].end = pass->stack[1].first = first;
+    pass->stack[1].end = c->layers;
+    pass->stack[0].rows = rows;
+    pass->stack[1].rows = pass->stacks > 1 ? target_rows : 0;
+    pass->most_rows = apti_max_i64(rows, pass->stack[1].rows);
+    pass->rows = rows + pass->stack[1].rows;
+    for (int32_t l = 0; l < pass->layers; l++) pass->acts[l].stack = l >= first;
+}
+
+/* Embeddings and the final norm of each stack. */
+static void apti_plan_stack_buffers(apti_bump *b, apti_pass *pass, bool full)
+{
+    const apt_model *m = pass->model;
+    const int64_t d = m->config.hidden, f = (int64_t)sizeof(float);
+    for (int32_t i = 0; i < pass->stacks; i++) {
+        apti_stack *stack = &pass->stack[i];
+        stack->positions = (int32_t *)apti_bump_take(b, stack->rows, (int64_t)sizeof(int32_t));
+        stack->rope = m->block->rotary ? (float *)apti_bump_take(b, stack->rows * m->config.head_dim, f) : NULL;
+        pass->acts[stack->first].x = apti_bump_matrix(b, stack->rows, d);
+        if (!m->block->pre_norm) continue;
+        stack->out = apti_bump_matrix(b, stack->rows, d);
+        stack->stats = (float *)apti_bump_take(b, 2 * stack->rows, f);
+    }
+    if (m->block->pre_norm) return;
+    pass->embed_z = full ? apti_bump_matrix(b, pass->most_rows, d) : pass->acts[0].x;
+    pass->embed_stats = (float *)apti_bump_take(b, 2 * pass->most_rows, f);
+}
+
+/* What the backward of every layer uses in turn. */
+static void apti_plan_backward(apti_bump *b, apti_pass *pass, const apti_widths *w)
+{
+    const apt_config *c = &pass->model->config;
+    const int64_t rows = pass->most_rows;
+    pass->g = apti_bump_matrix(b, rows, c->hidden);
+    pass->t = apti_bump_matrix(b, rows, c->hidden);
+    pass->dq = apti_bump_matrix(b, rows, w->query);
+    pass->dk = apti_bump_matrix(b, rows, w->kv);
+    pass->dv = apti_bump_matrix(b, rows, w->kv);
+    pass->dctx = pass->ctx;           /* forward scratch is free again when the backward comes */
+    pass->dact = pass->act;
+    pass->dother = c->gated ? apti_bump_matrix(b, rows, w->neurons) : NULL;
+    pass->dmemory = pass->stacks > 1 ? apti_bump_matrix(b, pass->stack[0].rows, c->hidden) : NULL;
+    pass->dya = (float *)apti_bump_take(b, rows * w->rank, (int64_t)sizeof(float));
+}
+
+/* Lays out all buffers for `rows` tokens (T5: and target_rows) in `sequences` sequences; with block NULL it only counts. */
+static int64_t apti_plan(apti_pass *pass, char *block, int64_t rows, int64_t target_rows, int64_t sequences)
 {
     apt_model *m = pass->model;
     const apti_widths w = apti_widest(m);
-    const int64_t d = m->config.hidden, f = (int64_t)sizeof(float), i = (int64_t)sizeof(int32_t);
+    const int64_t f = (int64_t)sizeof(float), i = (int64_t)sizeof(int32_t);
     const bool kept = (pass->mode & APTI_PASS_KEEP) != 0, full = (pass->mode & APTI_PASS_FULL) != 0;
     apti_bump b = {block, 0};
-    pass->positions = (int32_t *)apti_bump_take(&b, rows, i);
+    apti_plan_stacks(pass, rows, target_rows);
+    const int64_t last_rows = pass->stack[pass->stacks - 1].rows;
+    const int64_t labels = m->config.task == APT_TASK_MLM || m->config.task == APT_TASK_LM ? last_rows : 0;
     pass->first = (int32_t *)apti_bump_take(&b, sequences, i);
     pass->one_each = (int32_t *)apti_bump_take(&b, sequences + 1, i);
-    pass->mlm_index = (int32_t *)apti_bump_take(&b, m->config.task == APT_TASK_MLM ? rows : 0, i);
-    pass->mlm_labels = (int32_t *)apti_bump_take(&b, m->config.task == APT_TASK_MLM ? rows : 0, i);
+    pass->mlm_index = (int32_t *)apti_bump_take(&b, labels, i);
+    pass->mlm_labels = (int32_t *)apti_bump_take(&b, labels, i);
+    pass->target_tokens = (int32_t *)apti_bump_take(&b, pass->stack[1].rows, i);
     pass->head_mask = (float *)apti_bump_take(&b, w.query / m->config.head_dim + 1, f);
-    pass->acts[0].x = apti_bump_matrix(&b, rows, d);
-    pass->embed_z = full ? apti_bump_matrix(&b, rows, d) : pass->acts[0].x;
-    pass->embed_stats = (float *)apti_bump_take(&b, 2 * rows, f);
+    const int64_t bias = m->block->relative ? (int64_t)m->config.bias_heads * (2 * (int64_t)m->config.max_distance + 1) : 0;
+    pass->bias = (float *)apti_bump_take(&b, bias, f);
+    pass->dbias = (float *)apti_bump_take(&b, full ? bias : 0, f);
+    apti_plan_stack_buffers(&b, pass, full);
     for (int32_t l = 0; l < pass->layers && kept; l++)
-        apti_plan_kept_layer(&b, pass, l, rows, pass->lean && l == pass->layers - 1 ? sequences : rows, full);
-    if (!kept) apti_plan_shared_layers(&b, pass, rows, sequences, &w);
-    apti_plan_head(&b, pass, rows, sequences, kept);
-    pass->ctx = apti_bump_matrix(&b, rows, w.query);
-    pass->act = apti_bump_matrix(&b, rows, w.neurons);
-    if (!kept) return b.used;
-    pass->g = apti_bump_matrix(&b, rows, d);
-    pass->t = apti_bump_matrix(&b, rows, d);
-    pass->dq = apti_bump_matrix(&b, rows, w.query);
-    pass->dk = apti_bump_matrix(&b, rows, w.kv);
-    pass->dv = apti_bump_matrix(&b, rows, w.kv);
-    pass->dctx = pass->ctx;           /* forward scratch is free again when the backward comes */
-    pass->dact = pass->act;
-    pass->dya = (float *)apti_bump_take(&b, rows * w.rank, f);
+        apti_plan_kept_layer(&b, pass, l, pass->lean && l == pass->layers - 1 ? sequences : pass->stack[pass->acts[l].stack].rows,
+                             full);
+    if (!kept) apti_plan_shared_layers(&b, pass, sequences, &w);
+    apti_plan_head(&b, pass, last_rows, sequences, kept);
+    pass->ctx = apti_bump_matrix(&b, pass->most_rows, w.query);
+    pass->act = apti_bump_matrix(&b, pass->most_rows, w.neurons);
+    if (kept) apti_plan_backward(&b, pass, &w);
     return b.used;
 }
 
@@ -7737,20 +8567,20 @@ static apt_result apti_pass_prepare(apti_pass *pass, const apt_batch *batch, uin
 {
     apt_ctx *ctx = pass->model->ctx;
     const int64_t rows = batch->offsets[batch->sequences];
+    const int64_t target_rows = pass->model->config.decoder_layers > 0 ? batch->target_offsets[batch->sequences] : 0;
     pass->mode = mode;
     pass->lean = apti_lean(pass->model, mode);
     pass->batch = batch;
-    pass->rows = rows;
-    const int64_t bytes = apti_plan(pass, NULL, rows, batch->sequences);
+    const int64_t bytes = apti_plan(pass, NULL, rows, target_rows, batch->sequences);
     if (bytes > pass->block_bytes) {
         apti_pass_shrink(pass);
         pass->block = (char *)apti_alloc(ctx, bytes, 1);
         if (pass->block == NULL)
-            return apti_fail(ctx, APT_E_MEMORY, "no memory for the activations of %lld tokens: %lld bytes", (long long)rows,
-                             (long long)bytes);
+            return apti_fail(ctx, APT_E_MEMORY, "no memory for the activations of %lld tokens: %lld bytes",
+                             (long long)(rows + target_rows), (long long)bytes);
         pass->block_bytes = bytes;
     }
-    (void)apti_plan(pass, pass->block, rows, batch->sequences);
+    (void)apti_plan(pass, pass->block, rows, target_rows, batch->sequences);
     return APT_OK;
 }
 
@@ -7780,8 +8610,9 @@ static apt_result apti_check_tokens(const apt_model *model, const apt_batch *b)
 static apt_result apti_check_labels(const apt_model *model, const apt_batch *b)
 {
     const apt_config *c = &model->config;
-    const int64_t rows = b->offsets[b->sequences];
-    const int64_t n = c->task == APT_TASK_MLM ? rows : c->task == APT_TASK_SPAN ? 2 * (int64_t)b->sequences : b->sequences;
+    const int64_t rows = (c->decoder_layers > 0 ? b->target_offsets : b->offsets)[b->sequences];
+    const bool each = c->task == APT_TASK_MLM || c->task == APT_TASK_LM;
+    const int64_t n = each ? rows : c->task == APT_TASK_SPAN ? 2 * (int64_t)b->sequences : b->sequences;
     if (c->task == APT_TASK_REGRESS) {
         if (b->targets != NULL && !apti_finite_all(b->targets, b->sequences))
             return apti_fail(model->ctx, APT_E_NONFINITE, "batch: a target is NaN or infinite");
@@ -7798,6 +8629,25 @@ static apt_result apti_check_labels(const apt_model *model, const apt_batch *b)
     return APT_OK;
 }
 
+/* What a decoder behind an encoder reads. */
+static apt_result apti_check_target(const apt_model *model, const apt_batch *b)
+{
+    const apt_config *c = &model->config;
+    if (b->target_offsets == NULL || (b->target_tokens == NULL && b->labels == NULL))
+        return apti_fail(model->ctx, APT_E_ARGUMENT, "batch: needs target_offsets, and labels or target_tokens");
+    if (b->target_offsets[0] != 0)
+        return apti_fail(model->ctx, APT_E_RANGE, "batch: target_offsets[0] is %d; expected 0", (int)b->target_offsets[0]);
+    for (int32_t s = 0; s < b->sequences; s++)
+        if (b->target_offsets[s + 1] <= b->target_offsets[s])
+            return apti_fail(model->ctx, APT_E_RANGE, "batch: target_offsets[%d] is %d, not above %d", (int)s + 1,
+                             (int)b->target_offsets[s + 1], (int)b->target_offsets[s]);
+    for (int32_t i = 0; b->target_tokens != NULL && i < b->target_offsets[b->sequences]; i++)
+        if (b->target_tokens[i] < 0 || b->target_tokens[i] >= c->vocab)
+            return apti_fail(model->ctx, APT_E_RANGE, "batch: target token %d is id %d; expected 0..%d", (int)i,
+                             (int)b->target_tokens[i], (int)c->vocab - 1);
+    return APT_OK;
+}
+
 static apt_result apti_check_batch(const apt_model *model, const apt_batch *b, bool training)
 {
     if (b == NULL || b->offsets == NULL || b->tokens == NULL || b->sequences < 1)
@@ -7809,7 +8659,8 @@ static apt_result apti_check_batch(const apt_model *model, const apt_batch *b, b
                              (int)b->offsets[s + 1], (int)b->offsets[s]);
     if (training && (model->config.task == APT_TASK_REGRESS ? (const void *)b->targets : (const void *)b->labels) == NULL)
         return apti_fail(model->ctx, APT_E_ARGUMENT, "batch: training needs labels (targets for regression)");
-    const apt_result r = apti_check_tokens(model, b);
+    apt_result r = apti_check_tokens(model, b);
+    if (r == APT_OK && model->config.decoder_layers > 0) r = apti_check_target(model, b);
     return r != APT_OK ? r : apti_check_labels(model, b);
 }
 
@@ -7863,7 +8714,13 @@ static int64_t apti_probe_neuron(const apt_model *model, int32_t layer)
     return apti_probe_head(model, layer) + apti_query_width(model, layer);
 }
 
-/* point 2l: input of layer l; 2l + 1: input of its FFN; 2L: output of the last layer. */
+/* Post-norm: point 2l is the input of layer l, 2l + 1 the input of its FFN, 2L the output of the last layer. Pre-norm: 2l is what
+   the attention of layer l adds to the residual stream, 2l + 1 what its FFN adds. */
+static int32_t apti_probe_points(const apt_model *model)
+{
+    return 2 * model->config.layers + (model->block->pre_norm ? 0 : 1);
+}
+
 static int64_t apti_probe_hidden(const apt_model *model, int32_t point)
 {
     return apti_probe_head(model, model->config.layers) + (int64_t)point * model->config.hidden;
@@ -7871,7 +8728,7 @@ static int64_t apti_probe_hidden(const apt_model *model, int32_t point)
 
 static int64_t apti_probe_count(const apt_model *model)
 {
-    return apti_probe_hidden(model, 2 * model->config.layers + 1);
+    return apti_probe_hidden(model, apti_probe_points(model));
 }
 
 static void apti_probe_act(const apti_pass *p, int64_t at, const float *x, int64_t ld, int64_t rows, int64_t n)
@@ -7884,17 +8741,54 @@ static void apti_probe_grad(const apti_pass *p, int64_t at, const float *x, int6
     if (p->probe != NULL) apti_column_abs_sum(p->model->ctx, p->probe->grad + at, x, ld, rows, n);
 }
 
+/* Relative positions belong to self attention; all layers of a stack read the table of its first one. */
+static apti_relative_op apti_relative_of(const apt_model *m, int32_t l)
+{
+    apti_relative_op op = APT_ZERO;
+    op.heads = m->shape[l].heads;
+    op.table_heads = m->config.bias_heads;
+    op.column = m->bias_head + (int64_t)l * m->config.bias_heads;
+    op.buckets = m->config.buckets;
+    op.max_distance = m->config.max_distance;
+    op.span = m->config.max_distance + 1;
+    op.causal = l >= apti_first_stack(&m->config);
+    return op;
+}
+
+static apti_rotary_op apti_rotary_of(const apti_pass *p, int32_t l, int32_t heads)
+{
+    apti_rotary_op op = APT_ZERO;
+    op.heads = heads;
+    op.dim = p->model->config.head_dim;
+    op.interleaved = p->model->config.rope.interleaved != 0;
+    op.table = p->stack[p->acts[l].stack].rope;
+    return op;
+}
+
 static apti_attention_op apti_attention_of(const apti_pass *p, int32_t l)
 {
     const apt_model *m = p->model;
+    const apti_acts *a = &p->acts[l];
+    const bool cross = apti_is_cross(&m->config, l);
     apti_attention_op op = APT_ZERO;
     op.heads = m->shape[l].heads;
     op.kv_heads = m->shape[l].kv_heads;
     op.head_dim = m->config.head_dim;
-    op.scale = 1.0f / sqrtf((float)m->config.head_dim);
+    op.scale = m->block->unscaled ? 1.0f : 1.0f / sqrtf((float)m->config.head_dim);
+    op.causal = (m->block->causal || a->stack > 0) && !cross;
     op.sequences = p->batch->sequences;
-    op.q_offsets = p->acts[l].rows_q == p->rows ? p->batch->offsets : p->one_each;
-    op.k_offsets = p->batch->offsets;
+    op.q_offsets = a->rows_q == p->stack[a->stack].rows ? p->stack[a->stack].offsets : p->one_each;
+    op.k_offsets = p->stack[cross ? 0 : a->stack].offsets;
+    if (p->cache != NULL && a->stack == p->stacks - 1) {
+        op.k_offsets = cross ? p->cache->source_start : p->cache->start;
+        op.k_ends = cross ? p->cache->source_end : p->cache->end;
+    }
+    if (m->block->relative && !cross && op.heads > 0) {
+        const apti_relative_op relative = apti_relative_of(m, l);
+        apti_relative_forward(&relative, p->bias, m->embed[APTI_RELATIVE + a->stack]->value);
+        op.bias = p->bias;
+        op.bias_span = relative.span;
+    }
     op.head_mask = apti_masks_of(m, l).head;
     if (op.head_mask == NULL || op.heads == op.kv_heads) return op;
     for (int32_t h = 0; h < op.heads; h++) p->head_mask[h] = op.head_mask[h / (op.heads / op.kv_heads)];
@@ -7902,103 +8796,272 @@ static apti_attention_op apti_attention_of(const apti_pass *p, int32_t l)
     return op;
 }
 
-/* z1 = mask (x + Attention(x)); y1 = mask LN(z1) */
+/* The norm of a block; w and b: its parameters, b NULL for RMS. */
+static void apti_norm(const apti_pass *p, float *y, float *stats, const float *z, const apti_param *w, const apti_param *b,
+                      int64_t rows)
+{
+    const apt_model *m = p->model;
+    const int64_t d = m->config.hidden, ld = apti_ld(d);
+    const float *mask = apti_masks_of(m, -1).hidden;
+    if (m->block->rms) apti_rmsnorm_forward(m->ctx, y, ld, stats, z, ld, w->value, mask, rows, d, m->config.norm_eps);
+    else apti_layernorm_forward(m->ctx, y, ld, stats, z, ld, w->value, b->value, mask, rows, d, m->config.norm_eps);
+}
+
+/* z = mask (x + W in): the end of a sublayer. Pre-norm models are probed at what the sublayer adds. */
+static void apti_residual_write(apti_pass *p, int32_t l, int32_t linear, float *z, const float *x, const float *in, int64_t ldin,
+                                int32_t point)
+{
+    const apt_model *m = p->model;
+    const apti_acts *a = &p->acts[l];
+    const int64_t d = m->config.hidden, ld = apti_ld(d);
+    const float *mask = apti_masks_of(m, l).hidden;
+    const apti_linear_op op = apti_layer_view(m, l, linear);
+    const apti_epilogue out = {-1, NULL, 0, x, ld, mask};
+    if (p->probe == NULL || !m->block->pre_norm) {
+        apti_linear_forward(m->ctx, &op, z, ld, in, ldin, a->rows_q, a->xa[linear], &out);
+        return;
+    }
+    apti_linear_forward(m->ctx, &op, p->t, ld, in, ldin, a->rows_q, a->xa[linear], NULL);
+    apti_probe_act(p, apti_probe_hidden(m, point), p->t, ld, a->rows_q, d);
+    apti_residual(m->ctx, z, ld, p->t, ld, x, ld, mask, a->rows_q, d);
+}
+
+/* Adds the new keys and values of layer l to its cache; ldk: of both. */
+static void apti_cache_store(const apti_pass *p, int32_t l, int64_t ldk)
+{
+    const apti_acts *a = &p->acts[l];
+    const apti_cache *cache = p->cache;
+    const size_t row = (size_t)ldk * sizeof(float);
+    if (apti_is_cross(&p->model->config, l)) {
+        memcpy(cache->k[l], a->k, (size_t)a->rows_k * row);
+        memcpy(cache->v[l], a->v, (size_t)a->rows_k * row);
+        return;
+    }
+    const int32_t *offsets = p->stack[a->stack].offsets;
+    for (int32_t s = 0; s < p->batch->sequences; s++) {
+        const size_t n = (size_t)(offsets[s + 1] - offsets[s]);
+        const int64_t to = (cache->start[s] + cache->before[s]) * ldk, from = offsets[s] * ldk;
+        memcpy(cache->k[l] + to, a->k + from, n * row);
+        memcpy(cache->v[l] + to, a->v + from, n * row);
+    }
+}
+
+/* Query, key and value of layer l, turned by their positions. A source that the cache has is not read again. */
+static void apti_qkv_forward(apti_pass *p, int32_t l)
+{
+    const apt_model *m = p->model;
+    apt_ctx *ctx = m->ctx;
+    const apti_acts *a = &p->acts[l];
+    const int64_t ld = apti_ld(m->config.hidden), ldq = apti_ld(apti_query_width(m, l)), ldk = apti_ld(apti_kv_width(m, l));
+    const bool cached = p->cache != NULL && a->stack == p->stacks - 1;
+    apti_linear_op op = apti_layer_view(m, l, APTI_QUERY);
+    apti_linear_forward(ctx, &op, a->q, ldq, a->in1, ld, a->rows_q, a->xa[APTI_QUERY], NULL);
+    if (cached && !p->cache->fill && apti_is_cross(&m->config, l)) return;
+    op = apti_layer_view(m, l, APTI_KEY);
+    apti_linear_forward(ctx, &op, a->k, ldk, a->memory, ld, a->rows_k, a->xa[APTI_KEY], NULL);
+    op = apti_layer_view(m, l, APTI_VALUE);
+    apti_linear_forward(ctx, &op, a->v, ldk, a->memory, ld, a->rows_k, a->xa[APTI_VALUE], NULL);
+    if (m->block->rotary) {
+        const apti_rotary_op q = apti_rotary_of(p, l, m->shape[l].heads), k = apti_rotary_of(p, l, m->shape[l].kv_heads);
+        apti_rotary_forward(ctx, &q, a->q, ldq, a->rows_q);
+        apti_rotary_forward(ctx, &k, a->k, ldk, a->rows_k);
+    }
+    if (cached) apti_cache_store(p, l, ldk);
+}
+
+/* x -> y1, see apti_acts */
 static void apti_attention_sublayer(apti_pass *p, int32_t l)
 {
     apt_model *m = p->model;
     apt_ctx *ctx = m->ctx;
     apti_acts *a = &p->acts[l];
-    const int64_t d = m->config.hidden, ld = apti_ld(d), hq = apti_query_width(m, l), hk = apti_kv_width(m, l);
-    const apti_layer_masks mask = apti_masks_of(m, l);
+    apti_param *const *slot = m->layers[l].slot;
+    const int64_t d = m->config.hidden, ld = apti_ld(d), hq = apti_query_width(m, l), ldk = apti_ld(apti_kv_width(m, l));
     float *o = a->ctx != NULL ? a->ctx : p->ctx;
-    apti_linear_op op = apti_layer_view(m, l, APTI_QUERY);
     const apti_attention_op at = apti_attention_of(p, l);
-    apti_epilogue out = {-1, NULL, 0, a->xq, ld, mask.hidden};
-    if (a->xq != a->x) apti_gather_rows(ctx, a->xq, ld, a->x, ld, p->first, a->rows_q, d);
-    apti_linear_forward(ctx, &op, a->q, apti_ld(hq), a->xq, ld, a->rows_q, a->xa[APTI_QUERY], NULL);
-    op = apti_layer_view(m, l, APTI_KEY);
-    apti_linear_forward(ctx, &op, a->k, apti_ld(hk), a->x, ld, p->rows, a->xa[APTI_KEY], NULL);
-    op = apti_layer_view(m, l, APTI_VALUE);
-    apti_linear_forward(ctx, &op, a->v, apti_ld(hk), a->x, ld, p->rows, a->xa[APTI_VALUE], NULL);
-    apti_attention_forward(ctx, &at, o, apti_ld(hq), a->lse, a->q, apti_ld(hq), a->k, apti_ld(hk), a->v, apti_ld(hk));
+    if (m->block->pre_norm) apti_norm(p, a->in1, a->stats1, a->x, slot[APTI_NORM1_W], slot[APTI_NORM1_B], a->rows_q);
+    else if (a->xq != a->x) apti_gather_rows(ctx, a->xq, ld, a->x, ld, p->first, a->rows_q, d);
+    apti_qkv_forward(p, l);
+    const bool cached = p->cache != NULL && a->stack == p->stacks - 1;
+    apti_attention_forward(ctx, &at, o, apti_ld(hq), a->lse, a->q, apti_ld(hq), cached ? p->cache->k[l] : a->k, ldk,
+                           cached ? p->cache->v[l] : a->v, ldk);
     apti_probe_act(p, apti_probe_head(m, l), o, apti_ld(hq), a->rows_q, hq);
     if (p->probe != NULL) apti_column_sum(ctx, p->probe->sum + apti_probe_head(m, l), o, apti_ld(hq), a->rows_q, hq);
-    op = apti_layer_view(m, l, APTI_OUTPUT);
-    apti_linear_forward(ctx, &op, a->z1, ld, o, apti_ld(hq), a->rows_q, a->xa[APTI_OUTPUT], &out);
-    apti_layernorm_forward(ctx, a->y1, ld, a->stats1, a->z1, ld, m->layers[l].slot[APTI_NORM1_W]->value,
-                           m->layers[l].slot[APTI_NORM1_B]->value, mask.hidden, a->rows_q, d, m->config.norm_eps);
+    apti_residual_write(p, l, APTI_OUTPUT, a->z1, a->xq, o, apti_ld(hq), 2 * l);
+    if (!m->block->pre_norm) apti_norm(p, a->y1, a->stats1, a->z1, slot[APTI_NORM1_W], slot[APTI_NORM1_B], a->rows_q);
 }
 
-/* z2 = mask (y1 + FFN(y1)); y2 = mask LN(z2) */
+/* Which input map of a gated FFN goes through the activation; the other one is the factor. */
+static int32_t apti_acting(const apt_model *m)
+{
+    return m->block->gate_acts ? APTI_GATE : APTI_UP;
+}
+
+static int32_t apti_factor(const apt_model *m)
+{
+    return m->block->gate_acts ? APTI_UP : APTI_GATE;
+}
+
+/* y1 -> y2, see apti_acts */
 static void apti_ffn_sublayer(apti_pass *p, int32_t l)
 {
     apt_model *m = p->model;
     apt_ctx *ctx = m->ctx;
     apti_acts *a = &p->acts[l];
-    const int64_t d = m->config.hidden, ld = apti_ld(d), f = m->shape[l].neurons, ldf = apti_ld(f);
+    apti_param *const *slot = m->layers[l].slot;
+    const bool gated = m->config.gated != 0;
+    const int64_t ld = apti_ld(m->config.hidden), f = m->shape[l].neurons, ldf = apti_ld(f);
     const apti_layer_masks mask = apti_masks_of(m, l);
+    const int32_t acting = gated ? apti_acting(m) : APTI_UP;
     float *act = a->act != NULL ? a->act : p->act;
-    const apti_epilogue up = {(int32_t)m->config.activation, a->pre, ldf, NULL, 0, mask.neuron};
-    const apti_epilogue down = {-1, NULL, 0, a->y1, ld, mask.hidden};
-    apti_linear_op op = apti_layer_view(m, l, APTI_UP);
-    apti_linear_forward(ctx, &op, act, ldf, a->y1, ld, a->rows_q, a->xa[APTI_UP], &up);
+    const apti_epilogue up = {(int32_t)m->config.activation, a->pre, ldf, NULL, 0, gated ? NULL : mask.neuron};
+    if (m->block->pre_norm) apti_norm(p, a->in2, a->stats2, a->y1, slot[APTI_NORM2_W], slot[APTI_NORM2_B], a->rows_q);
+    apti_linear_op op = apti_layer_view(m, l, acting);
+    apti_linear_forward(ctx, &op, act, ldf, a->in2, ld, a->rows_q, a->xa[acting], &up);
+    if (gated) {
+        const int32_t factor = apti_factor(m);
+        op = apti_layer_view(m, l, factor);
+        apti_linear_forward(ctx, &op, a->other, ldf, a->in2, ld, a->rows_q, a->xa[factor], NULL);
+        apti_gate_forward(ctx, act, ldf, act, ldf, a->other, ldf, mask.neuron, a->rows_q, f);
+    }
     apti_probe_act(p, apti_probe_neuron(m, l), act, ldf, a->rows_q, f);
-    op = apti_layer_view(m, l, APTI_DOWN);
-    apti_linear_forward(ctx, &op, a->z2, ld, act, ldf, a->rows_q, a->xa[APTI_DOWN], &down);
-    apti_layernorm_forward(ctx, a->y2, ld, a->stats2, a->z2, ld, m->layers[l].slot[APTI_NORM2_W]->value,
-                           m->layers[l].slot[APTI_NORM2_B]->value, mask.hidden, a->rows_q, d, m->config.norm_eps);
+    apti_residual_write(p, l, APTI_DOWN, a->z2, a->y1, act, ldf, 2 * l + 1);
+    if (!m->block->pre_norm) apti_norm(p, a->y2, a->stats2, a->z2, slot[APTI_NORM2_W], slot[APTI_NORM2_B], a->rows_q);
+}
+
+/* Angles per position of each pair of a head; LLaMA 3 slows those down whose wave is long against the text it was trained on. */
+static void apti_rotary_frequencies(float *frequency, const apt_rope *rope, int32_t dim)
+{
+    for (int32_t i = 0; i < dim / 2; i++) {
+        double f = 1.0 / pow((double)rope->theta, 2.0 * i / dim);
+        if (rope->factor > 0) {
+            const double waves = (double)rope->original_positions * f / 6.283185307179586, low = rope->low_factor,
+                         high = rope->high_factor;
+            const double share = (waves - low) / (high - low), smooth = share < 0 ? 0 : share > 1 ? 1 : share;
+            f = (1 - smooth) * f / (double)rope->factor + smooth * f;
+        }
+        frequency[i] = (float)f;
+    }
+}
+
+/* What the decoder reads: the target, or the labels moved by one. */
+static void apti_index_target(apti_pass *p)
+{
+    const apt_batch *b = p->batch;
+    const apt_config *c = &p->model->config;
+    for (int32_t s = 0; s < b->sequences; s++)
+        for (int32_t i = b->target_offsets[s]; i < b->target_offsets[s + 1]; i++) {
+            const int32_t before = b->target_tokens != NULL ? b->target_tokens[i]
+                                   : i == b->target_offsets[s] ? c->start_id
+                                                               : b->labels[i - 1];
+            p->target_tokens[i] = before == -100 ? c->pad_id : before;
+        }
+    p->stack[1].offsets = b->target_offsets;
+    p->stack[1].tokens = p->target_tokens;
+}
+
+/* MLM: labels stand at their tokens; LM behind an encoder too; a decoder alone predicts a token from the row before it. */
+static void apti_index_labels(apti_pass *p)
+{
+    const apt_batch *b = p->batch;
+    const apt_config *c = &p->model->config;
+    const apti_stack *stack = &p->stack[p->stacks - 1];
+    const bool next = c->task == APT_TASK_LM && p->stacks == 1;
+    p->labelled = 0;
+    if (b->labels == NULL || (c->task != APT_TASK_MLM && c->task != APT_TASK_LM)) return;
+    for (int32_t s = 0; s < b->sequences; s++)
+        for (int32_t i = stack->offsets[s] + next; i < stack->offsets[s + 1]; i++) {
+            if (b->labels[i] == -100) continue;
+            p->mlm_index[p->labelled] = i - next;
+            p->mlm_labels[p->labelled++] = b->labels[i];
+        }
 }
 
 /* Positions, first rows, labelled rows. */
 static void apti_index_batch(apti_pass *p)
 {
     const apt_batch *b = p->batch;
-    const apt_config *c = &p->model->config;
+    const apt_model *m = p->model;
+    const apt_config *c = &m->config;
     const int32_t base = c->family == APT_ROBERTA ? c->pad_id + 1 : 0;
+    p->stack[0].offsets = b->offsets;
+    p->stack[0].tokens = b->tokens;
+    if (p->stacks > 1) apti_index_target(p);
     for (int32_t s = 0; s < b->sequences; s++) {
         p->first[s] = b->offsets[s];
         p->one_each[s] = s;
-        for (int32_t i = b->offsets[s]; i < b->offsets[s + 1]; i++) p->positions[i] = base + i - b->offsets[s];
+        for (int32_t k = 0; k < p->stacks; k++)
+            for (int32_t i = p->stack[k].offsets[s]; i < p->stack[k].offsets[s + 1]; i++)
+                p->stack[k].positions[i] =
+                    base + i - p->stack[k].offsets[s] + (p->cache != NULL && k == p->stacks - 1 ? p->cache->before[s] : 0);
     }
     p->one_each[b->sequences] = b->sequences;
-    p->labelled = 0;
-    for (int32_t i = 0; i < p->rows && c->task == APT_TASK_MLM && b->labels != NULL; i++) {
-        if (b->labels[i] == -100) continue;
-        p->mlm_index[p->labelled] = i;
-        p->mlm_labels[p->labelled++] = b->labels[i];
-    }
+    apti_index_labels(p);
+    if (!m->block->rotary) return;
+    apti_rotary_frequencies(p->frequency, &c->rope, c->head_dim);
+    for (int32_t k = 0; k < p->stacks; k++)
+        apti_rotary_table(m->ctx, p->stack[k].rope, p->stack[k].positions, p->frequency, p->stack[k].rows, c->head_dim);
 }
 
 /* The same sum as apti_embed_forward from tables of which this model reads some columns only. */
+typedef struct apti_embed_job { const apti_pass *p; const apti_stack *stack; float *x; } apti_embed_job;
+
 static void apti_embed_columns_task(int64_t index, int32_t thread, void *arg)
 {
-    const apti_pass *p = (const apti_pass *)arg;
-    const apt_batch *b = p->batch;
-    const int64_t d = p->model->config.hidden, ld = apti_ld(d), end = apti_min_i64(p->rows, (index + 1) * 64);
+    const apti_embed_job *job = (const apti_embed_job *)arg;
+    const apt_model *m = job->p->model;
+    const apti_stack *stack = job->stack;
+    const int32_t *types = job->p->batch->types;
+    const int64_t d = m->config.hidden, ld = apti_ld(d), end = apti_min_i64(stack->rows, (index + 1) * 64);
     (void)thread;
     for (int64_t i = index * 64; i < end; i++) {
-        const int32_t id[] = {b->tokens[i], p->positions[i], b->types != NULL ? b->types[i] : 0};
-        float *x = p->embed_z + i * ld;
+        const int32_t id[] = {stack->tokens[i], stack->positions[i], types != NULL ? types[i] : 0};
+        float *x = job->x + i * ld;
         for (int32_t k = 0; k < 3; k++) {             /* APTI_WORD, APTI_POSITION, APTI_TYPE */
-            const apti_param *e = p->model->embed[k];
+            const apti_param *e = m->embed[k];
+            if (e == NULL) continue;
             const float *row = e->value + id[k] * (e->columns != NULL ? e->stride : d);
             for (int64_t j = 0; j < d; j++) x[j] = (k > 0 ? x[j] : 0.0f) + row[e->columns != NULL ? e->columns[j] : j];
         }
     }
 }
 
-static void apti_embed(apti_pass *p)
+/* Rows of a table that exists as panels only, because it is the LM head as well. */
+static void apti_embed_panels_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_embed_job *job = (const apti_embed_job *)arg;
+    const apti_packed *e = &job->p->model->embed[APTI_WORD]->packed;
+    const int64_t d = e->k, ld = apti_ld(d), end = apti_min_i64(job->stack->rows, (index + 1) * 64);
+    (void)thread;
+    for (int64_t i = index * 64; i < end; i++) {
+        const int64_t token = job->stack->tokens[i], at = token / e->nr * d * e->nr + token % e->nr;
+        float *x = job->x + i * ld;
+        if (e->type == APT_BF16)
+            for (int64_t j = 0; j < d; j++) x[j] = apti_bf16_to_f32(((const uint16_t *)e->data)[at + j * e->nr]);
+        else
+            for (int64_t j = 0; j < d; j++) x[j] = ((const float *)e->data)[at + j * e->nr];
+    }
+}
+
+/* Post-norm: x = norm(word + position + type). Pre-norm: x = mask word */
+static void apti_embed(apti_pass *p, const apti_stack *stack)
 {
     apt_model *m = p->model;
     apti_param *const *e = m->embed;
     const int64_t d = m->config.hidden, ld = apti_ld(d);
-    if (e[APTI_WORD]->columns != NULL || e[APTI_POSITION]->columns != NULL || e[APTI_TYPE]->columns != NULL)
-        apti_parallel_for(m->ctx, apti_ceil_div(p->rows, 64), apti_embed_columns_task, p);
+    const float *mask = apti_masks_of(m, -1).hidden;
+    float *first = p->acts[stack->first].x;
+    apti_embed_job job = {p, stack, m->block->pre_norm ? first : p->embed_z};
+    bool columns = false;
+    for (int32_t k = 0; k < 3; k++) columns = columns || (e[k] != NULL && e[k]->columns != NULL);
+    if (columns) apti_parallel_for(m->ctx, apti_ceil_div(stack->rows, 64), apti_embed_columns_task, &job);
+    else if (e[APTI_WORD]->value == NULL) apti_parallel_for(m->ctx, apti_ceil_div(stack->rows, 64), apti_embed_panels_task, &job);
     else
-        apti_embed_forward(m->ctx, p->embed_z, ld, e[APTI_WORD]->value, e[APTI_POSITION]->value, e[APTI_TYPE]->value,
-                           p->batch->tokens, p->positions, p->batch->types, p->rows, d);
-    apti_layernorm_forward(m->ctx, p->acts[0].x, ld, p->embed_stats, p->embed_z, ld, e[APTI_EMBED_NORM_W]->value,
-                           e[APTI_EMBED_NORM_B]->value, apti_masks_of(m, -1).hidden, p->rows, d, m->config.norm_eps);
+        apti_embed_forward(m->ctx, job.x, ld, e[APTI_WORD]->value, e[APTI_POSITION] != NULL ? e[APTI_POSITION]->value : NULL,
+                           e[APTI_TYPE] != NULL ? e[APTI_TYPE]->value : NULL, stack->tokens, stack->positions, p->batch->types,
+                           stack->rows, d);
+    if (!m->block->pre_norm) apti_norm(p, first, p->embed_stats, job.x, e[APTI_EMBED_NORM_W], e[APTI_EMBED_NORM_B], stack->rows);
+    else if (mask != NULL) apti_act_backward(m->ctx, first, ld, first, ld, NULL, 0, mask, stack->rows, d, -1);
 }
 
 /* CLASSIFY, REGRESS: logits = W_out tanh(W_dense h_first + b) + b; SPAN: logits = W_out h + b */
@@ -8035,29 +9098,75 @@ static void apti_mlm_forward(apti_pass *p)
                            m->head[APTI_HEAD_NORM_B]->value, apti_masks_of(m, -1).hidden, p->labelled, d, m->config.norm_eps);
 }
 
-/* The whole stack up to the logits (MLM: up to the decoder's input). */
-static apt_result apti_forward(apti_pass *pass, const apt_batch *batch, uint32_t mode)
+/* T5 v1.0 divides by sqrt(d) in front of the LM head: the d of the dense model, whatever is pruned. */
+static void apti_head_scale(const apti_pass *p, float *x, int64_t rows)
+{
+    const apt_model *m = p->model;
+    const int64_t d = m->config.hidden, ld = apti_ld(d);
+    const float s = 1.0f / sqrtf((float)m->config.hidden_dense);
+    for (int64_t i = 0; m->config.scaled_head && i < rows; i++) m->ctx->kernels->scale(x + i * ld, x + i * ld, s, d);
+}
+
+/* LM: the labelled rows of the last norm; the head is a product with E, see apti_lm_loss. */
+static void apti_lm_forward(apti_pass *p)
+{
+    const apt_model *m = p->model;
+    const int64_t d = m->config.hidden, ld = apti_ld(d);
+    apti_gather_rows(m->ctx, p->head_in, ld, p->stack[p->stacks - 1].out, ld, p->mlm_index, p->labelled, d);
+    apti_head_scale(p, p->head_in, p->labelled);
+}
+
+/* One stack from its embeddings to its last norm. */
+static void apti_stack_forward(apti_pass *pass, int32_t which)
 {
     apt_model *m = pass->model;
+    const apti_stack *stack = &pass->stack[which];
     const int64_t d = m->config.hidden, ld = apti_ld(d);
-    const apt_result r = apti_pass_prepare(pass, batch, mode);
-    if (r != APT_OK) return r;
-    apti_index_batch(pass);
-    apti_embed(pass);
-    for (int32_t l = 0; l < pass->layers; l++) {
+    const bool post = !m->block->pre_norm;
+    apti_embed(pass, stack);
+    for (int32_t l = stack->first; l < stack->end; l++) {
         const apti_acts *a = &pass->acts[l];
-        apti_probe_act(pass, apti_probe_hidden(m, 2 * l), a->x, ld, pass->rows, d);
+        if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * l), a->x, ld, stack->rows, d);
         apti_attention_sublayer(pass, l);
-        apti_probe_act(pass, apti_probe_hidden(m, 2 * l + 1), a->y1, ld, a->rows_q, d);
-        apti_ffn_sublayer(pass, l);
+        if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * l + 1), a->y1, ld, a->rows_q, d);
+        if (apti_has_ffn(&m->config, l)) apti_ffn_sublayer(pass, l);
         if (pass->capture != NULL && pass->capture[l] != NULL)
             for (int64_t i = 0; i < a->rows_q; i++) memcpy(pass->capture[l] + i * d, a->y2 + i * ld, (size_t)d * sizeof(float));
     }
-    const apti_acts *last = &pass->acts[pass->layers - 1];
-    apti_probe_act(pass, apti_probe_hidden(m, 2 * pass->layers), last->y2, ld, last->rows_q, d);
-    if (m->config.task == APT_TASK_MLM) apti_mlm_forward(pass);
+    const apti_acts *last = &pass->acts[stack->end - 1];
+    if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * pass->layers), last->y2, ld, last->rows_q, d);
+    else apti_norm(pass, stack->out, stack->stats, last->y2, m->embed[APTI_FINAL_NORM + which], NULL, stack->rows);
+}
+
+/* All stacks up to the logits (MLM and LM: up to the decoder's input). */
+static apt_result apti_forward(apti_pass *pass, const apt_batch *batch, uint32_t mode)
+{
+    const apt_result r = apti_pass_prepare(pass, batch, mode);
+    if (r != APT_OK) return r;
+    apti_index_batch(pass);
+    const bool later = pass->cache != NULL && !pass->cache->fill;     /* the source has been read */
+    for (int32_t k = later ? pass->stacks - 1 : 0; k < pass->stacks; k++) apti_stack_forward(pass, k);
+    if (pass->model->config.task == APT_TASK_LM) apti_lm_forward(pass);
+    else if (pass->model->config.task == APT_TASK_MLM) apti_mlm_forward(pass);
     else apti_head_forward(pass);
     return APT_OK;
+}
+
+/* The matrix of the decoder, with its bias where MLM has one. */
+typedef struct apti_decoder { apti_mlm_op op; const apti_packed *packed; apti_param *e, *bias; } apti_decoder;
+
+static apti_decoder apti_decoder_of(const apt_model *m)
+{
+    apti_decoder x;
+    const bool own = m->config.task == APT_TASK_LM && m->config.untied;
+    x.e = own ? m->head[APTI_HEAD_OUT_W] : m->embed[APTI_WORD];
+    x.bias = m->head[APTI_HEAD_OUT_B];
+    x.packed = x.e->linear ? &x.e->packed : NULL;
+    x.op.vocab = m->config.vocab;
+    x.op.d = m->config.hidden;
+    x.op.e = x.e->value;
+    x.op.bias = x.bias != NULL ? x.bias->value : NULL;
+    return x;
 }
 
 /* ------------------------------------------------------------------------------------------------ losses
@@ -8085,12 +9194,11 @@ static void apti_task_loss(apti_pass *p, bool grad, float grad_scale)
         p->loss_sum = apti_span_loss(m->ctx, dlogits, p->logits, 2, b->labels, b->offsets, b->sequences, grad_scale,
                                      &p->loss_count, &p->correct);
     } else {
-        apti_param *e = m->embed[APTI_WORD], *bias = m->head[APTI_HEAD_OUT_B];
-        const apti_mlm_op op = {width, m->config.hidden, e->value, bias->value};
+        const apti_decoder x = apti_decoder_of(m);
         const int64_t ld = apti_ld(m->config.hidden);
-        p->loss_sum = apti_mlm_loss(m->ctx, &op, grad ? p->dhead : NULL, ld, grad ? e->grad : NULL, grad ? bias->grad : NULL,
-                                    p->head_norm, ld, p->mlm_labels, p->labelled, -100, grad_scale, p->mlm_work, p->mlm_chunk,
-                                    &p->loss_count, &p->correct);
+        p->loss_sum = apti_lm_loss(m->ctx, &x.op, x.packed, grad ? p->dhead : NULL, ld, grad ? x.e->grad : NULL,
+                                   grad && x.bias != NULL ? x.bias->grad : NULL, p->head_norm, ld, p->mlm_labels, p->labelled,
+                                   -100, grad_scale, p->mlm_work, p->mlm_chunk, &p->loss_count, &p->correct);
     }
 }
 
@@ -8122,7 +9230,7 @@ static int32_t apti_lowest_trainable(const apt_model *model)
 {
     int32_t lowest = model->config.layers;
     for (int32_t i = 0; i < APTI_EMBED_SLOTS; i++)
-        if (model->embed[i]->trainable) return -1;
+        if (model->embed[i] != NULL && model->embed[i]->trainable) return -1;
     for (int32_t i = 0; i < model->param_count; i++) {
         const apti_param *p = &model->params[i];
         if (p->trainable && p->layer >= 0 && apti_param_count(p) > 0 && p->layer < lowest) lowest = p->layer;
@@ -8167,58 +9275,119 @@ static void apti_mlm_backward(apti_pass *p)
     apti_scatter_rows(m->ctx, p->g, ld, p->dhead_in, ld, p->mlm_index, p->labelled, d, p->rows);
 }
 
-/* Through y = mask LN(z), z = mask (...): g(y) -> out(before the mask on z). Masks in (0,1) act twice, as they did forward. */
-static void apti_norm_backward(apti_pass *p, int32_t l, int32_t slot, float *out, const float *g, const float *z,
-                               const float *stats)
+static void apti_lm_backward(apti_pass *p)
+{
+    apt_model *m = p->model;
+    const int64_t d = m->config.hidden, ld = apti_ld(d);
+    apti_head_scale(p, p->dhead, p->labelled);
+    apti_scatter_rows(m->ctx, p->g, ld, p->dhead, ld, p->mlm_index, p->labelled, d, p->stack[p->stacks - 1].rows);
+}
+
+/* out: gradient of z from g, that of y = norm(z); out may be g */
+static void apti_norm_grad(const apti_pass *p, float *out, const float *g, const float *z, const float *stats, apti_param *w,
+                           apti_param *b, int64_t rows)
+{
+    const apt_model *m = p->model;
+    const int64_t d = m->config.hidden, ld = apti_ld(d);
+    const float *mask = apti_masks_of(m, -1).hidden;
+    if (m->block->rms) apti_rmsnorm_backward(m->ctx, out, ld, w->grad, g, ld, z, ld, stats, w->value, mask, rows, d);
+    else apti_layernorm_backward(m->ctx, out, ld, w->grad, b->grad, g, ld, z, ld, stats, w->value, mask, rows, d);
+}
+
+static void apti_mask_grad(const apti_pass *p, float *g, int64_t rows)
+{
+    const apt_model *m = p->model;
+    const int64_t d = m->config.hidden, ld = apti_ld(d);
+    const float *mask = apti_masks_of(m, -1).hidden;
+    if (mask != NULL) apti_act_backward(m->ctx, g, ld, g, ld, NULL, 0, mask, rows, d, -1);
+}
+
+/* Post-norm, y = mask LN(z), z = mask (...): g(y) -> out, before the mask on z. Masks in (0,1) act twice, as they did forward.
+   Pre-norm, y = z: the mask in place; what comes out is the gradient of both terms of the sum. */
+static void apti_residual_grad(apti_pass *p, int32_t l, int32_t slot, float *out, const float *g, const float *z,
+                               const float *stats, int32_t point)
+{
+    apt_model *m = p->model;
+    const int64_t rows = p->acts[l].rows_q;
+    const apti_layer *layer = &m->layers[l];
+    if (!m->block->pre_norm) apti_norm_grad(p, out, g, z, stats, layer->slot[slot], layer->slot[slot + 1], rows);
+    apti_mask_grad(p, out, rows);
+    if (m->block->pre_norm)
+        apti_probe_grad(p, apti_probe_hidden(m, point), out, apti_ld(m->config.hidden), rows, m->config.hidden);
+}
+
+/* Pre-norm: t, the gradient of norm(x), goes through the norm and joins g, that of the sum behind it. */
+static void apti_join_norm(apti_pass *p, int32_t l, int32_t slot, const float *x, const float *stats)
 {
     apt_model *m = p->model;
     const int64_t d = m->config.hidden, ld = apti_ld(d), rows = p->acts[l].rows_q;
-    const float *mask = apti_masks_of(m, l).hidden;
-    const apti_layer *layer = &m->layers[l];
-    apti_layernorm_backward(m->ctx, out, ld, layer->slot[slot]->grad, layer->slot[slot + 1]->grad, g, ld, z, ld, stats,
-                            layer->slot[slot]->value, mask, rows, d);
-    if (mask != NULL) apti_act_backward(m->ctx, out, ld, out, ld, NULL, 0, mask, rows, d, -1);
+    apti_norm_grad(p, p->t, p->t, x, stats, m->layers[l].slot[slot], m->layers[l].slot[slot + 1], rows);
+    apti_residual(m->ctx, p->g, ld, p->g, ld, p->t, ld, NULL, rows, d);
 }
 
-/* g: gradient of y2 -> t: gradient of y1 */
-static void apti_ffn_backward(apti_pass *p, int32_t l)
+/* The input maps: dact, the gradient of the value that the down projection reads -> t, that of in2, added where post-norm has the
+   residual's part there already. */
+static void apti_ffn_inputs_backward(apti_pass *p, int32_t l)
 {
     apt_model *m = p->model;
     apt_ctx *ctx = m->ctx;
     const apti_acts *a = &p->acts[l];
     const int64_t ld = apti_ld(m->config.hidden), f = m->shape[l].neurons, ldf = apti_ld(f);
-    apti_linear_op op = apti_layer_view(m, l, APTI_DOWN);
-    apti_linear_grad grad = apti_layer_grads(m, l, APTI_DOWN);
-    apti_norm_backward(p, l, APTI_NORM2_W, p->t, p->g, a->z2, a->stats2);
-    apti_linear_backward(ctx, &op, p->dact, ldf, false, p->t, ld, a->act, ldf, a->xa[APTI_DOWN], p->dya, a->rows_q, &grad);
-    apti_probe_grad(p, apti_probe_neuron(m, l), p->dact, ldf, a->rows_q, f);
-    apti_act_backward(ctx, p->dact, ldf, p->dact, ldf, a->pre, ldf, apti_masks_of(m, l).neuron, a->rows_q, f,
-                      (int32_t)m->config.activation);
-    op = apti_layer_view(m, l, APTI_UP);
-    grad = apti_layer_grads(m, l, APTI_UP);
-    apti_linear_backward(ctx, &op, p->t, ld, true, p->dact, ldf, a->y1, ld, a->xa[APTI_UP], p->dya, a->rows_q, &grad);
+    const float *mask = apti_masks_of(m, l).neuron;
+    const bool gated = m->config.gated != 0;
+    const int32_t acting = gated ? apti_acting(m) : APTI_UP, kind = (int32_t)m->config.activation;
+    if (gated)
+        apti_gate_backward(ctx, p->dact, ldf, p->dother, ldf, p->dact, ldf, a->pre, ldf, a->other, ldf, mask, a->rows_q, f, kind);
+    else apti_act_backward(ctx, p->dact, ldf, p->dact, ldf, a->pre, ldf, mask, a->rows_q, f, kind);
+    apti_linear_op op = apti_layer_view(m, l, acting);
+    apti_linear_grad grad = apti_layer_grads(m, l, acting);
+    apti_linear_backward(ctx, &op, p->t, ld, !m->block->pre_norm, p->dact, ldf, a->in2, ld, a->xa[acting], p->dya, a->rows_q,
+                         &grad);
+    if (!gated) return;
+    const int32_t factor = apti_factor(m);
+    op = apti_layer_view(m, l, factor);
+    grad = apti_layer_grads(m, l, factor);
+    apti_linear_backward(ctx, &op, p->t, ld, true, p->dother, ldf, a->in2, ld, a->xa[factor], p->dya, a->rows_q, &grad);
 }
 
-/* The three input projections: dq, dk, dv -> their adapters and, when wanted, g: gradient of x (g holds the residual's part). */
-static void apti_qkv_backward(apti_pass *p, int32_t l, bool want_dx)
+/* g: gradient of y2 -> gradient of y1, post-norm in t, pre-norm in g */
+static void apti_ffn_backward(apti_pass *p, int32_t l)
+{
+    apt_model *m = p->model;
+    const apti_acts *a = &p->acts[l];
+    const int64_t ld = apti_ld(m->config.hidden), f = m->shape[l].neurons, ldf = apti_ld(f);
+    float *sum = m->block->pre_norm ? p->g : p->t;
+    const apti_linear_op op = apti_layer_view(m, l, APTI_DOWN);
+    const apti_linear_grad grad = apti_layer_grads(m, l, APTI_DOWN);
+    apti_residual_grad(p, l, APTI_NORM2_W, sum, p->g, a->z2, a->stats2, 2 * l + 1);
+    apti_linear_backward(m->ctx, &op, p->dact, ldf, false, sum, ld, a->act, ldf, a->xa[APTI_DOWN], p->dya, a->rows_q, &grad);
+    apti_probe_grad(p, apti_probe_neuron(m, l), p->dact, ldf, a->rows_q, f);
+    apti_ffn_inputs_backward(p, l);
+    if (m->block->pre_norm) apti_join_norm(p, l, APTI_NORM2_W, a->y1, a->stats2);
+}
+
+/* The three input projections: dq, dk, dv -> their adapters and, when wanted, the gradient of what they read. Post-norm: g, which
+   holds the residual's part. Pre-norm: t; cross attention: what keys and values read is the first stack's. */
+static void apti_qkv_backward(apti_pass *p, int32_t l, bool want_dx, bool want_memory)
 {
     apt_model *m = p->model;
     apt_ctx *ctx = m->ctx;
     const apti_acts *a = &p->acts[l];
     const int64_t d = m->config.hidden, ld = apti_ld(d), ldq = apti_ld(apti_query_width(m, l)),
                   ldk = apti_ld(apti_kv_width(m, l));
-    const bool lean = a->xq != a->x;
+    const bool pre = m->block->pre_norm, lean = a->xq != a->x, cross = apti_is_cross(&m->config, l);
     apti_linear_op op = apti_layer_view(m, l, APTI_QUERY);
     apti_linear_grad grad = apti_layer_grads(m, l, APTI_QUERY);
-    apti_linear_backward(ctx, &op, want_dx ? p->g : NULL, ld, true, p->dq, ldq, a->xq, ld, a->xa[APTI_QUERY], p->dya, a->rows_q,
-                         &grad);
-    float *dx = !want_dx ? NULL : lean ? p->t : p->g;
+    apti_linear_backward(ctx, &op, !want_dx ? NULL : pre ? p->t : p->g, ld, !pre, p->dq, ldq, a->in1, ld, a->xa[APTI_QUERY],
+                         p->dya, a->rows_q, &grad);
+    float *dx = !want_dx ? NULL : lean || pre ? p->t : p->g;
+    if (cross) dx = want_memory ? p->dmemory : NULL;
     op = apti_layer_view(m, l, APTI_KEY);
     grad = apti_layer_grads(m, l, APTI_KEY);
-    apti_linear_backward(ctx, &op, dx, ld, !lean, p->dk, ldk, a->x, ld, a->xa[APTI_KEY], p->dya, p->rows, &grad);
+    apti_linear_backward(ctx, &op, dx, ld, !lean, p->dk, ldk, a->memory, ld, a->xa[APTI_KEY], p->dya, a->rows_k, &grad);
     op = apti_layer_view(m, l, APTI_VALUE);
     grad = apti_layer_grads(m, l, APTI_VALUE);
-    apti_linear_backward(ctx, &op, dx, ld, true, p->dv, ldk, a->x, ld, a->xa[APTI_VALUE], p->dya, p->rows, &grad);
+    apti_linear_backward(ctx, &op, dx, ld, true, p->dv, ldk, a->memory, ld, a->xa[APTI_VALUE], p->dya, a->rows_k, &grad);
     if (!lean || !want_dx) return;
     apti_scatter_rows(ctx, p->t, ld, p->g, ld, p->first, a->rows_q, d, 0);   /* queried rows join the others */
     float *swap = p->g;
@@ -8226,33 +9395,82 @@ static void apti_qkv_backward(apti_pass *p, int32_t l, bool want_dx)
     p->t = swap;
 }
 
-/* t: gradient of y1 -> g: gradient of x */
-static void apti_attention_sublayer_backward(apti_pass *p, int32_t l, bool want_dx)
+/* Scores and context of layer l: dctx -> dq, dk, dv before the positions turned them, and the gradient of the relative bias */
+static void apti_attention_grads(apti_pass *p, int32_t l)
 {
     apt_model *m = p->model;
     const apti_acts *a = &p->acts[l];
-    const int64_t ld = apti_ld(m->config.hidden), hq = apti_query_width(m, l), ldq = apti_ld(hq),
-                  ldk = apti_ld(apti_kv_width(m, l));
-    const apti_linear_op op = apti_layer_view(m, l, APTI_OUTPUT);
-    const apti_linear_grad grad = apti_layer_grads(m, l, APTI_OUTPUT);
+    const int64_t ldq = apti_ld(apti_query_width(m, l)), ldk = apti_ld(apti_kv_width(m, l));
     const apti_attention_op at = apti_attention_of(p, l);
-    apti_norm_backward(p, l, APTI_NORM1_W, p->g, p->t, a->z1, a->stats1);
-    apti_linear_backward(m->ctx, &op, p->dctx, ldq, false, p->g, ld, a->ctx, ldq, a->xa[APTI_OUTPUT], p->dya, a->rows_q, &grad);
-    apti_probe_grad(p, apti_probe_head(m, l), p->dctx, ldq, a->rows_q, hq);
-    apti_attention_backward(m->ctx, &at, p->dq, ldq, p->dk, ldk, p->dv, ldk, NULL, p->dctx, ldq, a->ctx, ldq, a->lse, a->q, ldq,
+    apti_param *table = at.bias != NULL ? m->embed[APTI_RELATIVE + a->stack] : NULL;
+    float *dbias = table != NULL && table->grad != NULL ? p->dbias : NULL;
+    if (dbias != NULL) memset(dbias, 0, (size_t)(at.heads * (2 * (int64_t)at.bias_span - 1)) * sizeof(float));
+    apti_attention_backward(m->ctx, &at, p->dq, ldq, p->dk, ldk, p->dv, ldk, dbias, p->dctx, ldq, a->ctx, ldq, a->lse, a->q, ldq,
                             a->k, ldk, a->v, ldk);
-    apti_qkv_backward(p, l, want_dx);
+    if (dbias != NULL) {
+        const apti_relative_op relative = apti_relative_of(m, l);
+        apti_relative_backward(&relative, table->grad, dbias);
+    }
+    if (!m->block->rotary) return;
+    const apti_rotary_op q = apti_rotary_of(p, l, m->shape[l].heads), k = apti_rotary_of(p, l, m->shape[l].kv_heads);
+    apti_rotary_backward(m->ctx, &q, p->dq, ldq, a->rows_q);
+    apti_rotary_backward(m->ctx, &k, p->dk, ldk, a->rows_k);
 }
 
-static void apti_embed_backward_pass(apti_pass *p)
+/* Gradient of y1 (post-norm: t, pre-norm: g) -> g: gradient of x */
+static void apti_attention_sublayer_backward(apti_pass *p, int32_t l, bool want_dx, bool want_memory)
+{
+    apt_model *m = p->model;
+    const apti_acts *a = &p->acts[l];
+    const int64_t ld = apti_ld(m->config.hidden), hq = apti_query_width(m, l), ldq = apti_ld(hq);
+    const apti_linear_op op = apti_layer_view(m, l, APTI_OUTPUT);
+    const apti_linear_grad grad = apti_layer_grads(m, l, APTI_OUTPUT);
+    apti_residual_grad(p, l, APTI_NORM1_W, p->g, p->t, a->z1, a->stats1, 2 * l);
+    apti_linear_backward(m->ctx, &op, p->dctx, ldq, false, p->g, ld, a->ctx, ldq, a->xa[APTI_OUTPUT], p->dya, a->rows_q, &grad);
+    apti_probe_grad(p, apti_probe_head(m, l), p->dctx, ldq, a->rows_q, hq);
+    apti_attention_grads(p, l);
+    apti_qkv_backward(p, l, want_dx, want_memory);
+    if (m->block->pre_norm && want_dx) apti_join_norm(p, l, APTI_NORM1_W, a->x, a->stats1);
+}
+
+static void apti_embed_backward_pass(apti_pass *p, const apti_stack *stack)
 {
     apt_model *m = p->model;
     apti_param *const *e = m->embed;
     const int64_t d = m->config.hidden, ld = apti_ld(d);
-    apti_layernorm_backward(m->ctx, p->t, ld, e[APTI_EMBED_NORM_W]->grad, e[APTI_EMBED_NORM_B]->grad, p->g, ld, p->embed_z, ld,
-                            p->embed_stats, e[APTI_EMBED_NORM_W]->value, apti_masks_of(m, -1).hidden, p->rows, d);
-    apti_embed_backward(m->ctx, e[APTI_WORD]->grad, e[APTI_POSITION]->grad, e[APTI_TYPE]->grad, p->t, ld, p->batch->tokens,
-                        p->positions, p->batch->types, p->rows, d);
+    float *dx = p->g;
+    if (!m->block->pre_norm) {
+        dx = p->t;
+        apti_norm_grad(p, dx, p->g, p->embed_z, p->embed_stats, e[APTI_EMBED_NORM_W], e[APTI_EMBED_NORM_B], stack->rows);
+    } else {
+        apti_mask_grad(p, dx, stack->rows);
+    }
+    apti_embed_backward(m->ctx, e[APTI_WORD]->grad, e[APTI_POSITION] != NULL ? e[APTI_POSITION]->grad : NULL,
+                        e[APTI_TYPE] != NULL ? e[APTI_TYPE]->grad : NULL, dx, ld, stack->tokens, stack->positions,
+                        p->batch->types, stack->rows, d);
+}
+
+/* One stack, from g, the gradient of its output, down to `lowest` (-1: through the embeddings). */
+static void apti_stack_backward(apti_pass *p, int32_t which, int32_t lowest)
+{
+    apt_model *m = p->model;
+    const apti_stack *stack = &p->stack[which];
+    const int64_t d = m->config.hidden, ld = apti_ld(d);
+    const bool post = !m->block->pre_norm, memory = lowest < p->stack[0].end;
+    if (!post)
+        apti_norm_grad(p, p->g, p->g, p->acts[stack->end - 1].y2, stack->stats, m->embed[APTI_FINAL_NORM + which], NULL,
+                       stack->rows);
+    for (int32_t l = stack->end - 1; l >= stack->first && l >= lowest; l--) {
+        const apti_acts *a = &p->acts[l];
+        const bool bottom = l == (lowest > stack->first ? lowest : stack->first);
+        if (p->inject != NULL) p->inject(p->inject_user, l, p->g, ld);
+        if (post && l == p->layers - 1) apti_probe_grad(p, apti_probe_hidden(m, 2 * p->layers), p->g, ld, a->rows_q, d);
+        if (apti_has_ffn(&m->config, l)) apti_ffn_backward(p, l);
+        if (post) apti_probe_grad(p, apti_probe_hidden(m, 2 * l + 1), p->t, ld, a->rows_q, d);
+        apti_attention_sublayer_backward(p, l, !bottom || lowest < 0 || (post && p->probe != NULL), memory);
+        if (post) apti_probe_grad(p, apti_probe_hidden(m, 2 * l), p->g, ld, stack->rows, d);
+    }
+    if (lowest < 0) apti_embed_backward_pass(p, stack);
 }
 
 /* From dlogits down to the lowest place that wants a gradient; with a probe down to the first layer's input. Gradients are +=. */
@@ -8261,18 +9479,15 @@ static void apti_backward(apti_pass *p)
     apt_model *m = p->model;
     const int64_t d = m->config.hidden, ld = apti_ld(d);
     const int32_t trained = apti_lowest_trainable(m), lowest = p->probe != NULL && trained > 0 ? 0 : trained;
-    if (m->config.task == APT_TASK_MLM) apti_mlm_backward(p);
+    if (m->config.task == APT_TASK_LM) apti_lm_backward(p);
+    else if (m->config.task == APT_TASK_MLM) apti_mlm_backward(p);
     else apti_head_backward(p);
-    for (int32_t l = p->layers - 1; l >= 0 && l >= lowest; l--) {
-        const apti_acts *a = &p->acts[l];
-        if (p->inject != NULL) p->inject(p->inject_user, l, p->g, ld);
-        if (l == p->layers - 1) apti_probe_grad(p, apti_probe_hidden(m, 2 * p->layers), p->g, ld, a->rows_q, d);
-        apti_ffn_backward(p, l);
-        apti_probe_grad(p, apti_probe_hidden(m, 2 * l + 1), p->t, ld, a->rows_q, d);
-        apti_attention_sublayer_backward(p, l, l > lowest || p->probe != NULL);
-        apti_probe_grad(p, apti_probe_hidden(m, 2 * l), p->g, ld, p->rows, d);
+    if (p->stacks > 1) {
+        memset(p->dmemory, 0, (size_t)(p->stack[0].rows * ld) * sizeof(float));
+        apti_stack_backward(p, 1, lowest);
+        for (int64_t i = 0; i < p->stack[0].rows; i++) memcpy(p->g + i * ld, p->dmemory + i * ld, (size_t)d * sizeof(float));
     }
-    if (lowest < 0) apti_embed_backward_pass(p);
+    apti_stack_backward(p, 0, lowest);
 }
 
 /* ------------------------------------------------------------------------------------------------ inference */
@@ -8280,17 +9495,20 @@ static void apti_backward(apti_pass *p)
 static apt_result apti_output_logits(apti_pass *p, apt_output *out)
 {
     const apt_config *c = &p->model->config;
-    const int64_t width = apti_head_width(c), n = c->task == APT_TASK_SPAN  ? p->rows
-                                                  : c->task == APT_TASK_MLM ? p->labelled
-                                                                            : p->batch->sequences;
+    const apti_stack *last = &p->stack[p->stacks - 1];
+    const bool lm = c->task == APT_TASK_LM;
+    const int64_t width = apti_head_width(c), n = c->task == APT_TASK_SPAN || lm ? last->rows
+                                                  : c->task == APT_TASK_MLM      ? p->labelled
+                                                                                 : p->batch->sequences;
     out->logits_count = n * width;
     if (out->logits == NULL) return APT_OK;
     if (out->logits_capacity < n * width)
         return apti_fail(p->model->ctx, APT_E_SCRATCH, "output: %lld logits, room for %lld", (long long)(n * width),
                          (long long)out->logits_capacity);
-    if (c->task == APT_TASK_MLM) {
-        const apti_mlm_op op = {width, c->hidden, p->model->embed[APTI_WORD]->value, p->model->head[APTI_HEAD_OUT_B]->value};
-        apti_mlm_logits(p->model->ctx, &op, out->logits, width, p->head_norm, apti_ld(c->hidden), n);
+    if (c->task == APT_TASK_MLM || lm) {
+        const apti_decoder x = apti_decoder_of(p->model);
+        if (lm) apti_head_scale(p, last->out, n);                     /* nobody reads it after this */
+        apti_lm_logits(p->model->ctx, &x.op, x.packed, out->logits, width, lm ? last->out : p->head_norm, apti_ld(c->hidden), n);
     } else if (c->task == APT_TASK_SPAN) {
         for (int64_t i = 0; i < n; i++) {
             out->logits[i] = p->logits[2 * i];
@@ -8308,21 +9526,516 @@ APT_API apt_result apt_model_forward(apt_model *model, const apt_batch *batch, a
     if (output == NULL) return apti_fail(model->ctx, APT_E_ARGUMENT, "apt_model_forward: output is NULL");
     apt_result r = apti_check_batch(model, batch, false);
     if (r == APT_OK && model->pass == NULL) r = apti_pass_create(model, &model->pass);
+    if (r != APT_OK) return r;
     const int64_t d = model->config.hidden, ld = apti_ld(d);
-    if (r == APT_OK && output->hidden != NULL && output->hidden_capacity < batch->offsets[batch->sequences] * d)
-        r = apti_fail(model->ctx, APT_E_SCRATCH, "output: hidden states need %lld floats",
-                      (long long)(batch->offsets[batch->sequences] * d));
-    if (r == APT_OK) r = apti_forward(model->pass, batch, output->hidden != NULL ? APTI_PASS_ALL_ROWS : 0);
+    const int64_t rows = (model->config.decoder_layers > 0 ? batch->target_offsets : batch->offsets)[batch->sequences];
+    if (output->hidden != NULL && output->hidden_capacity < rows * d)
+        return apti_fail(model->ctx, APT_E_SCRATCH, "output: hidden states need %lld floats", (long long)(rows * d));
+    r = apti_forward(model->pass, batch, output->hidden != NULL ? APTI_PASS_ALL_ROWS : 0);
     if (r != APT_OK) return r;
     apti_pass *p = model->pass;
-    for (int64_t i = 0; i < p->rows && output->hidden != NULL; i++)
-        memcpy(output->hidden + i * d, p->acts[p->layers - 1].y2 + i * ld, (size_t)d * sizeof(float));
+    const float *last = model->block->pre_norm ? p->stack[p->stacks - 1].out : p->acts[p->layers - 1].y2;
+    for (int64_t i = 0; i < rows && output->hidden != NULL; i++)
+        memcpy(output->hidden + i * d, last + i * ld, (size_t)d * sizeof(float));
     apti_task_loss(p, false, 1.0f);
     output->loss = apti_mean_loss(p);
     output->loss_count = p->loss_count;
     output->correct = p->correct;
     return apti_output_logits(p, output);
 }
+/* ------------------------------------------------------------------------------------------------ generation
+
+   A lane is one text that grows: a sequence, or with beams one of its candidates. Every step reads the last token of each lane
+   that is not finished; what came before lives in the cache. Without a cache a step reads everything again. */
+
+/* A text that ended: beams only. */
+typedef struct apti_ended { double score; int32_t length; } apti_ended;
+
+typedef struct apti_candidate { double score; int32_t beam, token; } apti_candidate;
+
+typedef struct apti_generator {
+    apt_model *model;
+    apti_pass *pass;
+    const apt_batch *given;
+    const apt_generate_desc *desc;
+    apti_cache cache;
+    apt_batch batch;                  /* of the step at hand */
+    int32_t lanes, beams, room, active;
+    int32_t longest;                  /* source of a sequence */
+    float *bank[2];                   /* beams: keys and values, and where reordered ones go; else only the first */
+    int32_t *lane;                    /* [lanes] of each sequence of the step */
+    int32_t *count;                   /* [lanes] new tokens */
+    int32_t *text, *other_text;       /* [lanes * max_tokens] new tokens */
+    int32_t *offsets, *tokens, *last, *order, *source_offsets, *source_tokens;
+    float *logits;                    /* (lanes, vocab) */
+    double *score, *next_score;       /* beams: [lanes] log probability, and after the step */
+    int32_t *parent;                  /* beams: [lanes] the lane whose text each goes on with */
+    apti_candidate *candidate;        /* beams: 2 * beams for each beam, then the best of a sequence */
+    apti_ended *ended;                /* beams: [sequences * beams] best texts that ended, best first */
+    int32_t *ended_text, *ended_count;
+    bool *done;                       /* [sequences] */
+} apti_generator;
+
+static bool apti_keeps(const apti_generator *g, int32_t l)
+{
+    return l >= g->pass->stack[g->pass->stacks - 1].first;
+}
+
+/* Length of lane's prompt: the start token of a decoder behind an encoder. */
+static int32_t apti_prompt(const apti_generator *g, int32_t lane)
+{
+    const int32_t s = lane / g->beams;
+    return g->pass->stacks > 1 ? 1 : g->given->offsets[s + 1] - g->given->offsets[s];
+}
+
+/* Keys and values of every layer inside a bank: layer after layer, each with the regions of all lanes. */
+static void apti_generator_views(apti_generator *g, float *bank)
+{
+    const apt_model *m = g->model;
+    for (int32_t l = 0; l < m->config.layers; l++) {
+        if (!apti_keeps(g, l) || apti_is_cross(&m->config, l)) continue;
+        const int64_t floats = (int64_t)g->lanes * g->room * apti_ld(apti_kv_width(m, l));
+        g->cache.k[l] = bank;
+        g->cache.v[l] = bank + floats;
+        bank += 2 * floats;
+    }
+}
+
+static void apti_generator_plan_cache(apti_generator *g, apti_bump *b)
+{
+    const apt_model *m = g->model;
+    const int64_t f = (int64_t)sizeof(float), source = g->given->offsets[g->given->sequences];
+    int64_t floats = 0;
+    g->cache.k = (float **)apti_bump_take(b, m->config.layers, (int64_t)sizeof(float *));
+    g->cache.v = (float **)apti_bump_take(b, m->config.layers, (int64_t)sizeof(float *));
+    if (g->desc->disable_cache) return;
+    for (int32_t l = 0; l < m->config.layers; l++) {
+        const int64_t ldk = apti_ld(apti_kv_width(m, l));
+        if (!apti_keeps(g, l)) continue;
+        if (!apti_is_cross(&m->config, l)) {
+            floats += 2 * (int64_t)g->lanes * g->room * ldk;
+            continue;
+        }
+        float *k = (float *)apti_bump_take(b, source * ldk, f), *v = (float *)apti_bump_take(b, source * ldk, f);
+        if (b->base == NULL) continue;
+        g->cache.k[l] = k;
+        g->cache.v[l] = v;
+    }
+    for (int32_t i = 0; i < (g->beams > 1 ? 2 : 1); i++) g->bank[i] = (float *)apti_bump_take(b, floats, f);
+}
+
+static int64_t apti_generator_plan(apti_generator *g, char *base)
+{
+    const int64_t i = (int64_t)sizeof(int32_t), n = g->lanes, vocab = g->model->config.vocab;
+    const int64_t new_tokens = n * g->desc->max_tokens;
+    const bool beams = g->beams > 1;
+    apti_bump b = {base, 0};
+    apti_generator_plan_cache(g, &b);
+    g->cache.start = (int32_t *)apti_bump_take(&b, n, i);
+    g->cache.end = (int32_t *)apti_bump_take(&b, n, i);
+    g->cache.source_start = (int32_t *)apti_bump_take(&b, n, i);
+    g->cache.source_end = (int32_t *)apti_bump_take(&b, n, i);
+    g->cache.before = (int32_t *)apti_bump_take(&b, n, i);
+    g->lane = (int32_t *)apti_bump_take(&b, n, i);
+    g->count = (int32_t *)apti_bump_take(&b, n, i);
+    g->text = (int32_t *)apti_bump_take(&b, new_tokens, i);
+    g->other_text = (int32_t *)apti_bump_take(&b, beams ? new_tokens : 0, i);
+    g->offsets = (int32_t *)apti_bump_take(&b, n + 1, i);
+    g->tokens = (int32_t *)apti_bump_take(&b, n * g->room, i);
+    g->last = (int32_t *)apti_bump_take(&b, n, i);
+    g->order = (int32_t *)apti_bump_take(&b, vocab, i);
+    g->logits = (float *)apti_bump_take(&b, n * vocab, (int64_t)sizeof(float));
+    g->source_offsets = (int32_t *)apti_bump_take(&b, n + 1, i);
+    g->source_tokens = (int32_t *)apti_bump_take(&b, n * g->longest, i);
+    g->score = (double *)apti_bump_take(&b, n, (int64_t)sizeof(double));
+    g->next_score = (double *)apti_bump_take(&b, n, (int64_t)sizeof(double));
+    g->parent = (int32_t *)apti_bump_take(&b, n, i);
+    g->candidate = (apti_candidate *)apti_bump_take(&b, beams ? 2 * (int64_t)g->beams * (g->beams + 1) : 0,
+                                                    (int64_t)sizeof(apti_candidate));
+    g->ended = (apti_ended *)apti_bump_take(&b, beams ? n : 0, (int64_t)sizeof(apti_ended));
+    g->ended_text = (int32_t *)apti_bump_take(&b, beams ? new_tokens : 0, i);
+    g->ended_count = (int32_t *)apti_bump_take(&b, g->given->sequences, i);
+    g->done = (bool *)apti_bump_take(&b, g->given->sequences, (int64_t)sizeof(bool));
+    return b.used;
+}
+
+/* The text of lane i of the step: all of it when nothing is cached, else its last token. Returns the tokens so far. */
+static int32_t apti_generator_text(apti_generator *g, int32_t i, bool whole, int32_t n)
+{
+    const apt_batch *given = g->given;
+    const int32_t lane = g->lane[i], s = lane / g->beams, prompt = apti_prompt(g, lane), made = g->count[lane];
+    const int32_t *text = g->text + (int64_t)lane * g->desc->max_tokens;
+    g->cache.start[i] = lane * g->room;
+    g->cache.before[i] = whole ? 0 : prompt + made - 1;
+    g->cache.end[i] = lane * g->room + prompt + made;
+    g->cache.source_start[i] = given->offsets[s];
+    g->cache.source_end[i] = given->offsets[s + 1];
+    g->offsets[i] = n;
+    for (int32_t k = 0; whole && k < prompt; k++)
+        g->tokens[n++] = g->pass->stacks > 1 ? g->model->config.start_id : given->tokens[given->offsets[s] + k];
+    for (int32_t k = whole ? 0 : made - 1; k < made; k++) g->tokens[n++] = text[k];
+    g->last[i] = n - 1;
+    return n;
+}
+
+/* The batch of a step. `first`: prompts, and the source. */
+static void apti_generator_batch(apti_generator *g, bool first)
+{
+    const apt_batch *given = g->given;
+    const bool two = g->pass->stacks > 1, whole = first || g->desc->disable_cache != 0;
+    int32_t n = 0, source = 0;
+    for (int32_t i = 0; i < g->active; i++) {
+        const int32_t s = g->lane[i] / g->beams, length = given->offsets[s + 1] - given->offsets[s];
+        n = apti_generator_text(g, i, whole, n);
+        g->source_offsets[i] = source;
+        if (!two || !whole) continue;
+        memcpy(g->source_tokens + source, given->tokens + given->offsets[s], (size_t)length * sizeof(int32_t));
+        source += length;
+    }
+    g->offsets[g->active] = n;
+    g->source_offsets[g->active] = source;            /* a source that is cached has no rows */
+    memset(&g->batch, 0, sizeof(g->batch));
+    g->batch.sequences = g->active;
+    g->batch.offsets = two ? g->source_offsets : g->offsets;
+    g->batch.tokens = two ? g->source_tokens : g->tokens;
+    g->batch.target_offsets = two ? g->offsets : NULL;
+    g->batch.target_tokens = two ? g->tokens : NULL;
+}
+
+/* One pass over the lanes of the step; logits(active, vocab) of what comes next. */
+static apt_result apti_generator_step(apti_generator *g, bool first)
+{
+    apt_model *m = g->model;
+    apti_pass *p = g->pass;
+    const int64_t d = m->config.hidden, ld = apti_ld(d), vocab = m->config.vocab;
+    const bool cached = g->desc->disable_cache == 0;
+    apti_generator_batch(g, first);
+    g->cache.fill = first;
+    p->cache = cached ? &g->cache : NULL;
+    const apt_result r = apti_forward(p, &g->batch, 0);
+    p->cache = NULL;
+    if (r != APT_OK) return r;
+    const apti_decoder x = apti_decoder_of(m);
+    apti_gather_rows(m->ctx, p->head_in, ld, p->stack[p->stacks - 1].out, ld, g->last, g->active, d);
+    apti_head_scale(p, p->head_in, g->active);
+    apti_lm_logits(m->ctx, &x.op, x.packed, g->logits, vocab, p->head_in, ld, g->active);
+    for (int32_t i = 0; i < g->active; i++)
+        if (!apti_finite_all(g->logits + i * vocab, vocab))
+            return apti_fail(m->ctx, APT_E_NONFINITE, "apt_generate: sequence %d has a logit that is NaN or infinite",
+                             (int)(g->lane[i] / g->beams));
+    return APT_OK;
+}
+
+/* ---- choosing one token ---- */
+
+static bool apti_above(const float *x, int32_t a, int32_t b)
+{
+    return x[a] > x[b] || (x[a] == x[b] && a < b);
+}
+
+static void apti_top_sift(const float *x, int32_t *heap, int32_t n, int32_t at)
+{
+    for (int32_t child; (child = 2 * at + 1) < n; at = child) {
+        if (child + 1 < n && apti_above(x, heap[child + 1], heap[child])) child++;
+        if (apti_above(x, heap[at], heap[child])) return;
+        const int32_t swap = heap[at];
+        heap[at] = heap[child];
+        heap[child] = swap;
+    }
+}
+
+static void apti_top_begin(const float *x, int32_t *heap, int32_t n)
+{
+    for (int32_t i = 0; i < n; i++) heap[i] = i;
+    for (int32_t i = n / 2 - 1; i >= 0; i--) apti_top_sift(x, heap, n, i);
+}
+
+/* Takes the largest of the first n of a heap and puts it behind them: equal ones by the lower index first. */
+static int32_t apti_top_next(const float *x, int32_t *heap, int32_t n)
+{
+    const int32_t top = heap[0];
+    heap[0] = heap[n - 1];
+    heap[n - 1] = top;
+    apti_top_sift(x, heap, n - 1, 0);
+    return top;
+}
+
+static int32_t apti_choose_likeliest(const float *x, int32_t vocab)
+{
+    int32_t best = 0;
+    for (int32_t i = 1; i < vocab; i++)
+        if (x[i] > x[best]) best = i;
+    return best;
+}
+
+/* Tokens in falling order until top_k or the share top_p is reached; then one of them by its weight. */
+static int32_t apti_choose_drawn(const apti_generator *g, const float *x, apt_rng *rng)
+{
+    const apt_generate_desc *d = g->desc;
+    const int32_t vocab = g->model->config.vocab, most = d->top_k > 0 && d->top_k < vocab ? d->top_k : vocab;
+    const double scale = 1.0 / (double)d->temperature, share = d->top_p > 0 && d->top_p < 1 ? (double)d->top_p : 1.0;
+    const double u = apt_rng_uniform(rng);
+    double all = 0, kept = 0, sum = 0;
+    int32_t n = 0;
+    apti_top_begin(x, g->order, vocab);
+    const double max = (double)x[g->order[0]];
+    for (; most < vocab && n < most; n++) all += exp(((double)x[apti_top_next(x, g->order, vocab - n)] - max) * scale);
+    for (int32_t i = 0; most == vocab && i < vocab; i++) all += exp(((double)x[i] - max) * scale);
+    if (n > 0) apti_top_begin(x, g->order, vocab);
+    n = 0;
+    while (n < most && (n == 0 || kept < share * all)) {
+        kept += exp(((double)x[apti_top_next(x, g->order, vocab - n)] - max) * scale);
+        n++;
+    }
+    for (int32_t i = 0; i < n; i++) {
+        sum += exp(((double)x[g->order[vocab - 1 - i]] - max) * scale);
+        if (u * kept < sum) return g->order[vocab - 1 - i];
+    }
+    return g->order[vocab - n];
+}
+
+static apt_result apti_generate_plain(apti_generator *g)
+{
+    const apt_generate_desc *d = g->desc;
+    const apt_config *c = &g->model->config;
+    for (int32_t step = 0; step < d->max_tokens && g->active > 0; step++) {
+        const apt_result r = apti_generator_step(g, step == 0);
+        if (r != APT_OK) return r;
+        int32_t left = 0;
+        for (int32_t i = 0; i < g->active; i++) {
+            const int32_t s = g->lane[i];
+            const float *x = g->logits + (int64_t)i * c->vocab;
+            apt_rng rng = apt_rng_make(d->seed, (uint64_t)s << 32 | (uint32_t)step);
+            const int32_t token = d->temperature > 0 ? apti_choose_drawn(g, x, &rng) : apti_choose_likeliest(x, c->vocab);
+            g->text[(int64_t)s * d->max_tokens + g->count[s]++] = token;
+            const bool stop = d->on_token != NULL && d->on_token(s, token, d->user) != 0;
+            if (!stop && (token != c->end_id || d->ignore_end)) g->lane[left++] = s;
+        }
+        g->active = left;
+    }
+    return APT_OK;
+}
+
+/* ---- beam search ---- */
+
+static double apti_beam_value(const apti_generator *g, double score, int32_t length)
+{
+    return g->desc->length_penalty != 0 ? score / pow((double)length, (double)g->desc->length_penalty) : score;
+}
+
+/* Keeps a text of sequence s that ended (token >= 0: with that one behind it) if it is among its best `beams`. */
+static void apti_beam_end(apti_generator *g, int32_t s, int32_t lane, int32_t token, double score)
+{
+    const int64_t most = g->desc->max_tokens;
+    apti_ended *ended = g->ended + (int64_t)s * g->beams;
+    int32_t *text = g->ended_text + (int64_t)s * g->beams * most;
+    const int32_t length = g->count[lane] + (token >= 0);
+    const double value = apti_beam_value(g, score, length);
+    int32_t at = 0;
+    while (at < g->ended_count[s] && ended[at].score >= value) at++;
+    if (at >= g->beams) return;
+    if (g->ended_count[s] < g->beams) g->ended_count[s]++;
+    for (int32_t k = g->ended_count[s] - 1; k > at; k--) {
+        ended[k] = ended[k - 1];
+        memcpy(text + k * most, text + (k - 1) * most, (size_t)most * sizeof(int32_t));
+    }
+    ended[at].score = value;
+    ended[at].length = length;
+    memcpy(text + at * most, g->text + lane * most, (size_t)g->count[lane] * sizeof(int32_t));
+    if (token >= 0) text[at * most + length - 1] = token;
+}
+
+/* The 2 * beams best continuations of the lanes from .. to - 1 of the step, best first; equal ones by lane, then by token. */
+static int32_t apti_beam_candidates(apti_generator *g, int32_t from, int32_t to)
+{
+    const int32_t vocab = g->model->config.vocab, each = 2 * g->beams < vocab ? 2 * g->beams : vocab;
+    apti_candidate *best = g->candidate;
+    int32_t n = 0;
+    for (int32_t i = from; i < to; i++) {
+        const float *x = g->logits + (int64_t)i * vocab;
+        double sum = 0;
+        apti_top_begin(x, g->order, vocab);
+        const double max = (double)x[g->order[0]];
+        for (int32_t k = 0; k < vocab; k++) sum += exp((double)x[k] - max);
+        for (int32_t k = 0; k < each; k++) {
+            const int32_t token = apti_top_next(x, g->order, vocab - k);
+            const apti_candidate c = {g->score[g->lane[i]] + (double)x[token] - max - log(sum), g->lane[i], token};
+            int32_t at = n;
+            while (at > 0 && best[at - 1].score < c.score) at--;
+            if (at >= 2 * g->beams) break;            /* nor is any later token of this lane better */
+            n = n < 2 * g->beams ? n + 1 : n;
+            memmove(best + at + 1, best + at, (size_t)(n - 1 - at) * sizeof(apti_candidate));
+            best[at] = c;
+        }
+    }
+    return n;
+}
+
+/* Chooses the next beams of sequence s: parent and next_score of its lanes, their texts in other_text. Returns how many. */
+static int32_t apti_beam_next(apti_generator *g, int32_t s, int32_t from, int32_t to)
+{
+    const apt_generate_desc *d = g->desc;
+    const int64_t most = d->max_tokens;
+    const int32_t n = apti_beam_candidates(g, from, to), made = g->count[g->lane[from]];
+    int32_t kept = 0;
+    for (int32_t k = 0; k < n && kept < g->beams; k++) {
+        const apti_candidate *c = &g->candidate[k];
+        if (c->token == g->model->config.end_id && !d->ignore_end) {
+            if (k < g->beams) apti_beam_end(g, s, c->beam, c->token, c->score);
+            continue;
+        }
+        const int32_t lane = s * g->beams + kept++;
+        g->parent[lane] = c->beam;
+        g->next_score[lane] = c->score;
+        memcpy(g->other_text + lane * most, g->text + c->beam * most, (size_t)made * sizeof(int32_t));
+        g->other_text[lane * most + made] = c->token;
+    }
+    /* done when no beam can overtake what has ended: scores only fall */
+    g->done[s] = g->ended_count[s] == g->beams &&
+                 (kept == 0 || g->ended[(int64_t)s * g->beams + g->beams - 1].score >=
+                                   apti_beam_value(g, g->next_score[s * g->beams], made + 1));
+    return kept;
+}
+
+/* The caches of the new beams: each goes on behind its parent's keys. */
+static void apti_beam_reorder(apti_generator *g)
+{
+    const apt_model *m = g->model;
+    bool moved = false;
+    for (int32_t i = 0; i < g->active; i++) moved = moved || g->parent[g->lane[i]] != g->lane[i];
+    if (!moved || g->desc->disable_cache) return;
+    for (int32_t l = 0; l < m->config.layers; l++) {
+        if (!apti_keeps(g, l) || apti_is_cross(&m->config, l)) continue;
+        const int64_t ldk = apti_ld(apti_kv_width(m, l)), region = g->room * ldk;
+        float *k = g->bank[1] + (g->cache.k[l] - g->bank[0]), *v = g->bank[1] + (g->cache.v[l] - g->bank[0]);
+        for (int32_t i = 0; i < g->active; i++) {
+            const int32_t lane = g->lane[i], rows = apti_prompt(g, lane) + g->count[lane] - 1;
+            const size_t bytes = (size_t)(rows * ldk) * sizeof(float);
+            memcpy(k + lane * region, g->cache.k[l] + g->parent[lane] * region, bytes);
+            memcpy(v + lane * region, g->cache.v[l] + g->parent[lane] * region, bytes);
+        }
+    }
+    float *bank = g->bank[0];
+    g->bank[0] = g->bank[1];
+    g->bank[1] = bank;
+    apti_generator_views(g, g->bank[0]);
+}
+
+/* The lanes of the next step from what apti_beam_next chose. */
+static void apti_beam_commit(apti_generator *g, const int32_t *kept)
+{
+    const int32_t step = g->count[g->lane[0]] + 1;
+    int32_t *text = g->text;
+    g->text = g->other_text;
+    g->other_text = text;
+    g->active = 0;
+    for (int32_t s = 0; s < g->given->sequences; s++)
+        for (int32_t k = 0; k < kept[s] && !g->done[s]; k++) {
+            const int32_t lane = s * g->beams + k;
+            g->count[lane] = step;
+            g->score[lane] = g->next_score[lane];
+            g->lane[g->active++] = lane;
+        }
+    apti_beam_reorder(g);
+}
+
+static apt_result apti_generate_beams(apti_generator *g)
+{
+    int32_t *kept = g->last;                          /* free between two steps */
+    for (int32_t i = 0; i < g->active; i++) g->lane[i] = i * g->beams;
+    for (int32_t step = 0; step < g->desc->max_tokens && g->active > 0; step++) {
+        const apt_result r = apti_generator_step(g, step == 0);
+        if (r != APT_OK) return r;
+        for (int32_t s = 0; s < g->given->sequences; s++) kept[s] = 0;
+        for (int32_t from = 0, to; from < g->active; from = to) {
+            const int32_t s = g->lane[from] / g->beams;
+            for (to = from + 1; to < g->active && g->lane[to] / g->beams == s; to++) {}
+            kept[s] = apti_beam_next(g, s, from, to);
+        }
+        apti_beam_commit(g, kept);
+    }
+    for (int32_t i = 0; i < g->active; i++)           /* cut off by max_tokens */
+        apti_beam_end(g, g->lane[i] / g->beams, g->lane[i], -1, g->score[g->lane[i]]);
+    return APT_OK;
+}
+
+/* ---- the call ---- */
+
+static void apti_generator_output(const apti_generator *g, int32_t *tokens, int32_t *lengths)
+{
+    const int64_t most = g->desc->max_tokens;
+    for (int32_t s = 0; s < g->given->sequences; s++) {
+        const bool beams = g->beams > 1;
+        const int32_t *text = beams ? g->ended_text + (int64_t)s * g->beams * most : g->text + s * most;
+        lengths[s] = !beams ? g->count[s] : g->ended_count[s] > 0 ? g->ended[(int64_t)s * g->beams].length : 0;
+        memcpy(tokens + s * most, text, (size_t)lengths[s] * sizeof(int32_t));
+    }
+}
+
+static apt_result apti_generate_check(const apt_model *model, const apt_batch *batch, const apt_generate_desc *d)
+{
+    apt_ctx *ctx = model->ctx;
+    if (model->config.task != APT_TASK_LM)
+        return apti_fail(ctx, APT_E_STATE, "apt_generate: the model is no language model (T5, LLaMA)");
+    if (d->start_canary != 0 || d->end_canary != 0)
+        return apti_fail(ctx, APT_E_ARGUMENT, "apt_generate_desc is not initialised: use apt_generate_desc desc = APT_ZERO");
+    const double field[][3] = {{(double)d->max_tokens, 1, 1 << 24}, {(double)d->temperature, 0, 1e6},
+                               {(double)d->top_k, 0, 1 << 24},      {(double)d->top_p, 0, 1},
+                               {(double)d->beams, 0, 1024},         {(double)d->length_penalty, -100, 100}};
+    static const char *const names[] = {"max_tokens", "temperature", "top_k", "top_p", "beams", "length_penalty"};
+    for (int32_t i = 0; i < 6; i++)
+        if (!apti_finite_f64(field[i][0]) || !(field[i][0] >= field[i][1] && field[i][0] <= field[i][2]))
+            return apti_fail(ctx, APT_E_RANGE, "apt_generate_desc.%s is %g; expected %g..%g", names[i], field[i][0], field[i][1],
+                             field[i][2]);
+    if (d->beams > 1 && (d->temperature > 0 || d->on_token != NULL))
+        return apti_fail(ctx, APT_E_ARGUMENT, "apt_generate: beams go neither with temperature nor with on_token");
+    if (batch == NULL || batch->offsets == NULL || batch->tokens == NULL || batch->sequences < 1 || batch->offsets[0] != 0)
+        return apti_fail(ctx, APT_E_ARGUMENT, "batch: needs at least one sequence, offsets from 0 and tokens");
+    for (int32_t s = 0; s < batch->sequences; s++)
+        if (batch->offsets[s + 1] <= batch->offsets[s])
+            return apti_fail(ctx, APT_E_RANGE, "batch: offsets[%d] is %d, not above %d", (int)s + 1, (int)batch->offsets[s + 1],
+                             (int)batch->offsets[s]);
+    return apti_check_tokens(model, batch);
+}
+
+APT_API apt_result apt_generate(apt_model *model, const apt_batch *batch, const apt_generate_desc *desc, int32_t *tokens,
+                                int32_t *lengths)
+{
+    if (model == NULL) return APT_E_ARGUMENT;
+    apt_ctx *ctx = model->ctx;
+    if (desc == NULL || tokens == NULL || lengths == NULL)
+        return apti_fail(ctx, APT_E_ARGUMENT, "apt_generate: desc, tokens or lengths is NULL");
+    apt_result r = apti_generate_check(model, batch, desc);
+    if (r == APT_OK && model->pass == NULL) r = apti_pass_create(model, &model->pass);
+    if (r != APT_OK) return r;
+    apti_generator g = APT_ZERO;
+    g.model = model;
+    g.pass = model->pass;
+    g.given = batch;
+    g.desc = desc;
+    g.beams = desc->beams > 1 ? desc->beams : 1;
+    g.active = batch->sequences;
+    g.longest = (int32_t)apti_attention_longest(batch->offsets, batch->sequences);
+    apti_plan_stacks(g.pass, 1, 1);                   /* how many there are */
+    const int64_t room = (int64_t)(g.pass->stacks > 1 ? 1 : g.longest) + desc->max_tokens;
+    const int64_t lanes = (int64_t)g.beams * batch->sequences;
+    if (room > model->config.positions || lanes * room > INT32_MAX)
+        return apti_fail(ctx, APT_E_RANGE, "apt_generate: %lld texts of up to %lld tokens; the model has %d positions",
+                         (long long)lanes, (long long)room, (int)model->config.positions);
+    g.room = (int32_t)room;
+    g.lanes = (int32_t)lanes;
+    const int64_t bytes = apti_generator_plan(&g, NULL);
+    char *block = (char *)apti_calloc(ctx, bytes, 1);
+    if (block == NULL) return apti_fail(ctx, APT_E_MEMORY, "apt_generate: no memory for its cache: %lld bytes", (long long)bytes);
+    (void)apti_generator_plan(&g, block);
+    if (!desc->disable_cache) apti_generator_views(&g, g.bank[0]);
+    for (int32_t i = 0; i < batch->sequences; i++) g.lane[i] = i;
+    r = g.beams > 1 ? apti_generate_beams(&g) : apti_generate_plain(&g);
+    if (r == APT_OK) apti_generator_output(&g, tokens, lengths);
+    apti_free(ctx, block);
+    return r;
+}
+
 /* ------------------------------------------------------------------------------------------------ compaction
 
    Every buffer of every parameter is gathered to the surviving units. What a teacher has too gets new buffers first: only
@@ -8418,7 +10131,7 @@ static bool apti_param_columns(apt_model *model, apti_param *out, const apti_par
 
 static bool apti_is_embedding(const apt_model *model, const apti_param *p)
 {
-    return model->config.task != APT_TASK_MLM &&
+    return model->config.task != APT_TASK_MLM && !p->linear &&
            (p == model->embed[APTI_WORD] || p == model->embed[APTI_POSITION] || p == model->embed[APTI_TYPE]);
 }
 
@@ -8504,6 +10217,9 @@ static void apti_compact_commit(apt_model *model, const apti_param *fresh, const
     for (int32_t l = 0; l < model->config.layers; l++) {
         apt_layer_shape *shape = &model->shape[l];
         const int32_t group = shape->kv_heads > 0 ? shape->heads / shape->kv_heads : 1;
+        int32_t *column = model->bias_head != NULL ? model->bias_head + (int64_t)l * model->config.bias_heads : NULL;
+        for (int32_t i = 0; column != NULL && s->kv[l].index != NULL && i < s->kv[l].kept; i++)
+            column[i] = column[s->kv[l].index[i]];    /* its row of the relative bias goes with a head */
         shape->kv_heads = s->kv[l].kept;
         shape->heads = s->kv[l].kept * group;
         shape->neurons = s->neuron[l].kept;
@@ -8699,7 +10415,7 @@ APT_API apt_result apt_model_merge(apt_model *model, const apt_batch *probe, flo
     if (model == NULL) return APT_E_ARGUMENT;
     apt_result r = APT_OK;
     apt_output before = APT_ZERO;
-    float *values = (float *)apti_alloc(model->ctx, apti_largest_linear(model), (int64_t)sizeof(float));
+    float *values = (float *)apti_alloc(model->ctx, apti_largest_layer(model), (int64_t)sizeof(float));
     if (values == NULL) r = apti_fail(model->ctx, APT_E_MEMORY, "merge: no memory for one matrix");
     if (r == APT_OK && probe != NULL && difference != NULL) r = apti_probe_logits(model, probe, &before);
     for (int32_t l = 0; l < model->config.layers && r == APT_OK; l++)
@@ -8873,8 +10589,9 @@ static void apti_desc_resolve(apt_train_desc *d, const apt_config *c)
     apti_default_f(&d->growth, 4.0f);
     apti_default_f(&d->distill_temperature, 2.0f / 3.0f);
     if (apti_finite(d->distill_pred) && d->distill_pred == 0 && apti_finite(d->distill_layer) && d->distill_layer == 0) {
-        d->distill_pred = c->task == APT_TASK_SPAN ? 0.1f : c->task == APT_TASK_MLM ? 0.0f : 1.0f;
+        d->distill_pred = c->task == APT_TASK_SPAN || c->task == APT_TASK_LM ? 0.1f : c->task == APT_TASK_MLM ? 0.0f : 1.0f;
         d->distill_layer = 0.9f;
+        if (c->task == APT_TASK_LM && c->decoder_layers == 0) d->disable_distill = 1;
     }
     apti_desc_prune_defaults(d, c);
     if (d->method != APT_METHOD_APT || d->target_sparsity == 0) d->disable_distill = 1;
@@ -8913,7 +10630,7 @@ static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_
     apti_field_put(&f, "rank", d->rank, 1, 4096);
     apti_field_put(&f, "max_rank", d->max_rank, d->rank, 4096);
     apti_field_put(&f, "scale", d->scale, 1e-6, 1e6);
-    apti_field_put(&f, "adapt", d->adapt, 1, 63);
+    apti_field_put(&f, "adapt", d->adapt, 1, c->gated ? 127 : 63);
     apti_field_put(&f, "disable_growth", d->disable_growth, 0, 1);
     apti_field_put(&f, "growth", d->growth, 1, 4096);
     apti_field_put(&f, "target_sparsity", d->target_sparsity, 0, 0.999999);
@@ -9027,7 +10744,7 @@ static apt_result apti_trainer_attach(apt_trainer *t)
     apt_result r = APT_OK;
     m->scale = t->desc.scale;
     for (int32_t i = 0; i < APTI_HEAD_SLOTS && r == APT_OK; i++)
-        if (m->head[i] != NULL) r = apti_param_train(m, m->head[i]);
+        if (m->head[i] != NULL && apti_trains(t, m->head[i])) r = apti_param_train(m, m->head[i]);
     for (int32_t i = 0; i < m->param_count && r == APT_OK && t->desc.method == APT_METHOD_FULL; i++)
         r = apti_param_train(m, &m->params[i]);
     for (int32_t l = 0; l < m->config.layers && r == APT_OK; l++)
@@ -9272,7 +10989,8 @@ static void apti_teacher_drop(apt_trainer *t)
     if (t->teacher != NULL) {
         apti_model_free(t->teacher);
         for (int32_t i = 0; i < APTI_EMBED_SLOTS; i++)                /* the whole tables are no longer needed */
-            if (!apti_is_shared(t->model->embed[i])) (void)apti_param_own(t->model, t->model->embed[i]);
+            if (t->model->embed[i] != NULL && !apti_is_shared(t->model->embed[i]))
+                (void)apti_param_own(t->model, t->model->embed[i]);
     }
     apti_pass_free(t->ctx, t->teacher_pass);
     apti_free(t->ctx, t->distill_block);
@@ -9381,22 +11099,50 @@ static apti_distill_buffers apti_distill_plan(const apt_trainer *t, char *base, 
     return b;
 }
 
-/* Draws the layer pairs of this micro-batch; layers that lost both sublayers are not matched. */
+/* What counts as a layer here is a whole one: for a decoder with cross attention, both of its halves. */
+static int32_t apti_distill_layers(const apt_config *c)
+{
+    return c->layers - c->decoder_layers;
+}
+
+/* The layer whose output is that of whole layer i. */
+static int32_t apti_distill_end(const apt_config *c, int32_t i)
+{
+    const int32_t first = apti_first_stack(c);
+    return i < first ? i : first + 2 * (i - first) + 1;
+}
+
+/* Draws the layer pairs of this micro-batch; layers that lost both sublayers are not matched, and a pair stays in its stack. */
 static apt_result apti_distill_draw(apt_trainer *t)
 {
     apt_rng rng = apti_trainer_rng(t, APTI_STREAM_LAYERS);
+    const apt_config *c = &t->model->config;
+    const int32_t first = apti_first_stack(c), layers = apti_distill_layers(c);
     uint8_t whole[1024];
-    for (int32_t l = 0; l < t->model->config.layers; l++)
-        whole[l] = t->model->shape[l].heads == 0 && t->model->shape[l].neurons == 0;
+    for (int32_t i = 0; i < layers; i++) {
+        const int32_t l = apti_distill_end(c, i);
+        whole[i] = t->model->shape[l].heads == 0 && t->model->shape[l].neurons == 0;
+        if (i >= first) whole[i] = whole[i] && t->model->shape[l - 1].heads == 0;
+    }
     t->map.pairs = 0;
-    return t->desc.distill_layer > 0 ? apt_distill_match(&t->map, whole, t->model->config.layers, &rng) : APT_OK;
+    const apt_result r = t->desc.distill_layer > 0 ? apt_distill_match(&t->map, whole, layers, &rng) : APT_OK;
+    int32_t pairs = 0;
+    for (int32_t i = 0; i < t->map.pairs && r == APT_OK; i++) {
+        const int32_t teacher = t->map.teacher[i], student = t->map.student[i];
+        if ((teacher < first) != (student < first)) continue;
+        t->map.teacher[pairs] = apti_distill_end(c, teacher);
+        t->map.student[pairs++] = apti_distill_end(c, student);
+    }
+    t->map.pairs = pairs;
+    return r;
 }
 
 /* The teacher's logits and chosen hidden states for this batch; it keeps nothing for a backward. */
 static apt_result apti_teacher_forward(apt_trainer *t, const apt_batch *batch)
 {
     const double start = apti_seconds();
-    const int64_t rows = batch->offsets[batch->sequences];
+    const bool two = t->teacher->config.decoder_layers > 0;
+    const int64_t rows = apti_max_i64(batch->offsets[batch->sequences], two ? batch->target_offsets[batch->sequences] : 0);
     const int32_t layers = t->teacher->config.layers;
     bool last = false;
     apt_result r = apti_distill_draw(t);
@@ -9447,6 +11193,47 @@ static double apti_distill_span(apt_trainer *t, double scale)
     return sum;
 }
 
+typedef struct apti_kl_job {
+    float *grad;
+    const float *student, *teacher;
+    double *row_loss;
+    int64_t ld, vocab;
+    float temperature, scale;
+} apti_kl_job;
+
+static void apti_kl_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_kl_job *j = (const apti_kl_job *)arg;
+    const int64_t at = index * j->ld;
+    (void)thread;
+    memset(j->grad + at, 0, (size_t)j->vocab * sizeof(float));
+    (void)apt_distill_kl(&j->row_loss[index], j->grad + at, j->ld, j->student + at, j->ld, j->teacher + at, j->ld, NULL, 1,
+                         j->vocab, j->temperature, j->scale);
+}
+
+/* LM: mean KL over the vocabulary at the labelled rows, a chunk of logits of both models at a time; dhead += its gradient. */
+static double apti_distill_lm(apt_trainer *t, double scale)
+{
+    apti_pass *s = t->pass, *teacher = t->teacher_pass;
+    const apti_decoder x = apti_decoder_of(s->model), y = apti_decoder_of(teacher->model);
+    const int64_t ld = apti_ld(x.op.vocab), ldx = apti_ld(x.op.d), ldy = apti_ld(y.op.d), rows = s->labelled;
+    const double each = rows > 0 ? 1.0 / (double)rows : 0;
+    double *row_loss = apti_distill_plan(t, (char *)t->distill_block, s->most_rows).row_sum, total = 0;
+    apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, x.op.vocab, t->desc.distill_temperature,
+                       (float)(scale * each)};
+    for (int64_t first = 0; first < rows; first += s->mlm_chunk) {
+        const int64_t n = apti_min_i64(s->mlm_chunk, rows - first);
+        const float *h = s->head_in + first * ldx;
+        apti_lm_logits(t->ctx, &x.op, x.packed, s->mlm_work, ld, h, ldx, n);
+        apti_lm_logits(t->ctx, &y.op, y.packed, teacher->mlm_work, ld, teacher->head_in + first * ldy, ldy, n);
+        apti_parallel_for(t->ctx, n, apti_kl_task, &job);
+        for (int64_t i = 0; i < n; i++) total += row_loss[i] * each;
+        apti_lm_input_grad(t->ctx, &x.op, x.packed, s->dhead + first * ldx, ldx, true, s->kl_work, ld, n);
+        apti_lm_weight_grad(t->ctx, &x.op, x.e->grad, NULL, s->kl_work, ld, h, ldx, n);
+    }
+    return total;
+}
+
 static double apti_distill_pred(apt_trainer *t, double scale)
 {
     apti_pass *s = t->pass;
@@ -9462,6 +11249,7 @@ static double apti_distill_pred(apt_trainer *t, double scale)
         (void)apt_distill_mse(&loss, s->dlogits, 1, s->logits, 1, teacher, 1, NULL, n, 1, (float)scale);
         return loss;
     case APT_TASK_SPAN: return apti_distill_span(t, scale);
+    case APT_TASK_LM: return t->desc.distill_pred > 0 ? apti_distill_lm(t, scale) : 0;
     case APT_TASK_MLM: case APT_TASK_NONE: default: return 0;      /* the vocabulary's logits are never whole */
     }
 }
@@ -9527,9 +11315,9 @@ static void apti_distill_inject(void *user, int32_t layer, float *dy, int64_t ld
     apt_trainer *t = (apt_trainer *)user;
     apti_transform *tr = &t->transform;
     apt_ctx *ctx = t->ctx;
-    const int64_t rows = t->pass->rows, d = t->model->config.hidden, dt = t->teacher->config.hidden, ldm = apti_ld(dt),
-                  k = APTI_TRANSFORM_RANK;
-    const apti_distill_buffers b = apti_distill_plan(t, (char *)t->distill_block, rows);
+    const int64_t rows = t->pass->acts[layer].rows_q, d = t->model->config.hidden, dt = t->teacher->config.hidden,
+                  ldm = apti_ld(dt), k = APTI_TRANSFORM_RANK;
+    const apti_distill_buffers b = apti_distill_plan(t, (char *)t->distill_block, t->pass->most_rows);
     const float *h = t->pass->acts[layer].y2;
     for (int32_t i = 0; i < t->map.pairs; i++) {
         if (t->map.student[i] != layer) continue;
@@ -9567,7 +11355,7 @@ static apt_result apti_salience_now(const apt_trainer *t, float *now, float *poi
     }
     float *hidden = now + apti_unit_hidden(m);
     memset(hidden, 0, (size_t)d * sizeof(float));
-    for (int32_t i = 0; i <= 2 * m->config.layers && r == APT_OK; i++) {
+    for (int32_t i = 0; i < apti_probe_points(m) && r == APT_OK; i++) {
         const int64_t at = apti_probe_hidden(m, i);
         r = apt_salience_finish(point, p->act + at, p->grad + at, d, 1);
         for (int64_t j = 0; j < d && r == APT_OK; j++) hidden[j] += point[j];
@@ -9713,7 +11501,7 @@ static void apti_probe_cut(const apt_trainer *t, float *sum, const apti_survivor
 /* apti_probe_count of the model that the survivors make. */
 static int64_t apti_probe_survivors(const apt_model *m, const apti_survivors *s)
 {
-    int64_t n = (2 * (int64_t)m->config.layers + 1) * s->hidden.kept;
+    int64_t n = (int64_t)apti_probe_points(m) * s->hidden.kept;
     for (int32_t l = 0; l < m->config.layers; l++) n += (int64_t)s->head[l].kept * s->head[l].width + s->neuron[l].kept;
     return n;
 }
@@ -9811,7 +11599,7 @@ static apt_result apti_outliers(const apt_trainer *t, float *kurtosis, float *va
 {
     const apt_model *m = t->model;
     const int64_t d = m->config.hidden, dh = m->config.head_dim;
-    const int32_t readers[] = {APTI_QUERY, APTI_KEY, APTI_VALUE, APTI_UP};
+    const int32_t readers[] = {APTI_QUERY, APTI_KEY, APTI_VALUE, APTI_UP, APTI_GATE};
     apt_result r = APT_OK;
     memset(moments, 0, (size_t)d * sizeof(apt_moments));
     for (int32_t l = 0; l < m->config.layers && r == APT_OK; l++) {
@@ -9821,10 +11609,12 @@ static apt_result apti_outliers(const apt_trainer *t, float *kurtosis, float *va
         apti_param_get(m, o, values);
         r = apt_unit_kurtosis(kurtosis + apti_unit_head(m, l), t->probe.sum + apti_probe_head(m, l), values, o->cols, d,
                               s->kv_heads, width);
-        apti_param_get(m, down, values);
-        if (r == APT_OK) r = apt_unit_kurtosis(kurtosis + apti_unit_neuron(m, l), NULL, values, down->cols, d, s->neurons, 1);
-        for (int32_t i = 0; i < 4 && r == APT_OK; i++) {
+        if (down != NULL) apti_param_get(m, down, values);
+        if (r == APT_OK && down != NULL)
+            r = apt_unit_kurtosis(kurtosis + apti_unit_neuron(m, l), NULL, values, down->cols, d, s->neurons, 1);
+        for (int32_t i = 0; i < 5 && r == APT_OK; i++) {
             const apti_param *w = m->layers[l].slot[2 * readers[i]];
+            if (w == NULL) continue;
             apti_param_get(m, w, values);
             r = apt_unit_moments(moments, NULL, values, d, w->rows, d, 1);
         }
@@ -9832,10 +11622,12 @@ static apt_result apti_outliers(const apt_trainer *t, float *kurtosis, float *va
     return r == APT_OK ? apt_moments_kurtosis(kurtosis + apti_unit_hidden(m), moments, d) : r;
 }
 
+/* Cross attention has layers of its own here (apt_config.decoder_layers), which cost what any attention costs. */
 static apt_transformer apti_transformer_of(const apt_model *m)
 {
     apt_transformer shape = APT_ZERO;
     shape.layers = m->config.layers;
+    shape.gated = m->config.gated;
     shape.head_dim = m->config.head_dim;
     shape.query_heads = 1;
     for (int32_t l = 0; l < m->config.layers; l++)
@@ -9859,7 +11651,7 @@ static int64_t apti_decision_plan(const apt_model *m, apti_decision *d, char *ba
     apti_bump b = {base, 0};
     d->salience = (float *)apti_bump_take(&b, units, f);
     d->kurtosis = (float *)apti_bump_take(&b, units, f);
-    d->values = (float *)apti_bump_take(&b, apti_largest_linear(m), f);
+    d->values = (float *)apti_bump_take(&b, apti_largest_layer(m), f);
     d->moments = (apt_moments *)apti_bump_take(&b, m->config.hidden, (int64_t)sizeof(apt_moments));
     d->group = (int32_t *)apti_bump_take(&b, units, i);
     d->kind = (int32_t *)apti_bump_take(&b, units, i);
@@ -10255,7 +12047,7 @@ typedef struct apti_rehearsal {
     uint8_t *shared;                  /* [params] a buffer that the teacher holds as well */
     apt_trainer t;                    /* the resolved desc and what plans read */
     int64_t now[APTI_USES], most[APTI_USES];                 /* held; held at the peak */
-    int64_t tokens, sequences, pass, teacher_pass, masks, adapter_budget;
+    int64_t tokens, target_tokens, sequences, pass, teacher_pass, masks, adapter_budget;
     apti_growth growth;
 } apti_rehearsal;
 
@@ -10285,10 +12077,11 @@ static void apti_note_brief(apti_rehearsal *r, int32_t use, int64_t bytes)
 
 static int64_t apti_frame_cost(const apt_model *m)
 {
-    const int64_t layers = m->config.layers,
-                  entries = APTI_EMBED_SLOTS + APTI_HEAD_SLOTS + layers * (APTI_LAYER_SLOTS + 2 * APTI_LINEARS);
+    const int64_t layers = m->config.layers, columns = m->bias_head != NULL ? m->config.bias_heads : 0;
     return apti_cost((int64_t)sizeof(apt_model)) + apti_cost(layers * (int64_t)sizeof(apt_layer_shape)) +
-           apti_cost(layers * (int64_t)sizeof(apti_layer)) + apti_cost(entries * (int64_t)sizeof(apti_param));
+           apti_cost(layers * (int64_t)sizeof(apti_layer)) +
+           apti_cost(apti_param_capacity(layers) * (int64_t)sizeof(apti_param)) +
+           (columns > 0 ? apti_cost(layers * columns * (int64_t)sizeof(int32_t)) : 0);
 }
 
 static int64_t apti_pass_frame_cost(const apt_model *m)
@@ -10327,7 +12120,7 @@ static int64_t apti_plan_cost(const apti_rehearsal *r, uint32_t mode)
     pass.layers = r->m->config.layers;
     pass.mode = mode;
     pass.lean = apti_lean(r->m, mode);
-    return apti_cost(apti_plan(&pass, NULL, r->tokens, r->sequences));
+    return apti_cost(apti_plan(&pass, NULL, r->tokens, r->target_tokens, r->sequences));
 }
 
 /* Grows the block of a pass when the plan needs more; the old one goes first. */
@@ -10404,8 +12197,8 @@ static void apti_rehearse_teacher(apti_rehearsal *r)
     apti_note(r, APTI_USE_TEACHER, bytes);
     r->teacher_pass = apti_plan_cost(r, APTI_PASS_ALL_ROWS);
     r->t.teacher = r->m;                              /* for the next line only */
-    r->t.map.pairs = m->config.layers < 4 ? m->config.layers : 4;
-    r->teacher_pass += apti_cost(apti_distill_plan(&r->t, NULL, r->tokens).bytes);
+    r->t.map.pairs = (int32_t)apti_min_i64(4, apti_distill_layers(&m->config));
+    r->teacher_pass += apti_cost(apti_distill_plan(&r->t, NULL, apti_max_i64(r->tokens, r->target_tokens)).bytes);
     r->t.teacher = NULL;
 }
 
@@ -10414,10 +12207,11 @@ static void apti_rehearse_shapes(apti_rehearsal *r, double left)
 {
     apt_config *c = &r->m->config;
     const int32_t prune = r->t.desc.prune;
+    const double matrices = (double)apti_ffn_matrices(c);
     double attention = 0, ffn = 0, kept = 0;
     for (int32_t l = 0; l < c->layers; l++) {
         attention += 2.0 * c->head_dim * (r->dense[l].heads + r->dense[l].kv_heads);
-        ffn += 2.0 * r->dense[l].neurons;
+        ffn += matrices * r->dense[l].neurons;
     }
     const double all = attention + ffn,
                  free = ((prune & APT_PRUNE_HEADS) != 0 ? attention : 0) + ((prune & APT_PRUNE_NEURONS) != 0 ? ffn : 0);
@@ -10431,7 +12225,7 @@ static void apti_rehearse_shapes(apti_rehearsal *r, double left)
         }
         if ((prune & APT_PRUNE_NEURONS) != 0 && full->neurons > 0)
             s->neurons = (int32_t)apti_max_i64(1, (int64_t)(full->neurons * x + 0.5));
-        kept += 2.0 * c->head_dim * (s->heads + s->kv_heads) + 2.0 * s->neurons;
+        kept += 2.0 * c->head_dim * (s->heads + s->kv_heads) + matrices * s->neurons;
     }
     const double y = kept > 0 ? left * all / kept : 1;
     if ((prune & APT_PRUNE_HIDDEN) != 0 && y < 0.95)
@@ -10585,11 +12379,21 @@ static void apti_estimate_report(const apti_rehearsal *r, apt_estimate_info *inf
 APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                 int64_t sequences, apt_estimate_info *info)
 {
+    const bool two = config != NULL && config->decoder_layers > 0;
+    return apt_estimate_pair(ctx, config, desc, tokens, two ? tokens : 0, sequences, info);
+}
+
+APT_API apt_result apt_estimate_pair(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
+                                     int64_t target_tokens, int64_t sequences, apt_estimate_info *info)
+{
     apti_rehearsal r = APT_ZERO;
     if (ctx == NULL) return APT_E_ARGUMENT;
     if (config == NULL || info == NULL) return apti_fail(ctx, APT_E_ARGUMENT, "apt_estimate: config or info is NULL");
     if (sequences < 1 || tokens < sequences || tokens > (int64_t)1 << 31)
         return apti_fail(ctx, APT_E_RANGE, "apt_estimate: %lld tokens in %lld sequences", (long long)tokens,
+                         (long long)sequences);
+    if (config->decoder_layers > 0 ? target_tokens < sequences || target_tokens > (int64_t)1 << 31 : target_tokens != 0)
+        return apti_fail(ctx, APT_E_RANGE, "apt_estimate: %lld target tokens in %lld sequences", (long long)target_tokens,
                          (long long)sequences);
     apt_config c = *config;
     if (c.layer == NULL && c.head_dim == 0 && c.heads > 0) c.head_dim = c.hidden / c.heads;
@@ -10597,6 +12401,7 @@ APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const ap
     if (result != APT_OK) return result;
     r.ctx = ctx;
     r.tokens = tokens;
+    r.target_tokens = target_tokens;
     r.sequences = sequences;
     r.acts = (apti_acts *)apti_calloc(ctx, r.m->config.layers, (int64_t)sizeof(apti_acts));
     r.dense = (apt_layer_shape *)apti_alloc(ctx, r.m->config.layers, (int64_t)sizeof(apt_layer_shape));
@@ -12440,6 +14245,7 @@ static apt_result apti_ckpt_find(const apti_ckpt_reader *r, const char *name, ap
    config.json. Keys that change what a model computes are read or refused; keys that only concern training elsewhere
    (dropout, caches, label names) are ignored. null counts as absent. A pruned model carries one object more:
    "apt": {"version": 1, "head_dim": 32, "hidden_size_dense": 384, "layers": [{"heads": 5, "neurons": 300}, ...]}
+   T5 has "bias_heads" beside them and "bias_head" in each layer: the relative position bias of every head that is left.
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum { APTI_CONFIG_BYTES = 1 << 24 };
@@ -12457,6 +14263,8 @@ typedef struct apti_model_file {
     int32_t labels;                              /* 0: the file does not say */
     apti_problem problem;
     bool untied;                                 /* tie_word_embeddings is false */
+    bool either;                                 /* T5: untied if the files hold an lm_head */
+    int32_t *bias_head;                          /* a block, or NULL; config.bias_head is the same */
 } apti_model_file;
 
 typedef struct apti_config_reader {
@@ -12534,28 +14342,141 @@ static int32_t apti_config_choice(apti_config_reader *r, const char *key, const 
     return -1;
 }
 
+static void apti_config_refuse_true(apti_config_reader *r, const char *key)
+{
+    if (apti_config_bool(r, key, false)) apti_config_refuse(r, APT_E_UNSUPPORTED, key, apti_config_find(r, key), "false");
+}
+
 /* The family, and what would make the file mean something else than what this library computes. */
 static apt_family apti_config_family(apti_config_reader *r)
 {
-    const int32_t family = apti_config_choice(r, "model_type", "bert|roberta");
-    if (family < 0) apti_config_refuse(r, APT_E_MISSING, "model_type", -1, "bert|roberta");
+    static const apt_family families[] = {APT_BERT, APT_ROBERTA, APT_T5, APT_LLAMA, APT_LLAMA};
+    const char *names = "bert|roberta|t5|llama|qwen2";
+    const int32_t family = apti_config_choice(r, "model_type", names);
+    if (family < 0) apti_config_refuse(r, APT_E_MISSING, "model_type", -1, names);
     (void)apti_config_choice(r, "position_embedding_type", "absolute");
     (void)apti_config_choice(r, "torch_dtype", "float32|float16|bfloat16|float64");
     (void)apti_config_choice(r, "dtype", "float32|float16|bfloat16|float64");
-    if (apti_config_bool(r, "is_decoder", false))
-        apti_config_refuse(r, APT_E_UNSUPPORTED, "is_decoder", apti_config_find(r, "is_decoder"), "false");
-    if (apti_config_bool(r, "is_encoder_decoder", false))
-        apti_config_refuse(r, APT_E_UNSUPPORTED, "is_encoder_decoder", apti_config_find(r, "is_encoder_decoder"), "false");
-    if (apti_config_bool(r, "add_cross_attention", false))
-        apti_config_refuse(r, APT_E_UNSUPPORTED, "add_cross_attention", apti_config_find(r, "add_cross_attention"), "false");
+    apti_config_refuse_true(r, "is_decoder");
+    if (family >= 0 && families[family] != APT_T5) apti_config_refuse_true(r, "is_encoder_decoder");
+    apti_config_refuse_true(r, "add_cross_attention");
     int32_t node = apti_config_find(r, "quantization_config");
     if (node >= 0) apti_config_refuse(r, APT_E_UNSUPPORTED, "quantization_config", node, "plain weights");
     node = apti_config_find(r, "pruned_heads");
     if (node >= 0 && r->json->nodes[node].count > 0) apti_config_refuse(r, APT_E_UNSUPPORTED, "pruned_heads", node, "none");
-    return family == 0 ? APT_BERT : APT_ROBERTA;
+    return family < 0 ? APT_BERT : families[family];
 }
 
-static void apti_config_sizes(apti_config_reader *r, apt_config *c)
+/* T5: a decoder layer counts as two (apt_config.decoder_layers). */
+static void apti_config_t5(apti_config_reader *r, apti_model_file *file)
+{
+    static const apt_activation kinds[] = {APT_RELU, APT_GELU_TANH, APT_GELU_TANH, APT_SILU, APT_RELU};
+    apt_config *c = &file->config;
+    const int32_t table = 1 << 24;
+    const int32_t ffn = apti_config_choice(r, "feed_forward_proj", "relu|gated-gelu|gated-gelu_new|gated-silu|gated-relu");
+    c->activation = kinds[ffn < 0 ? 0 : ffn];
+    c->gated = ffn > 0;
+    c->vocab = apti_config_int(r, "vocab_size", 1, table, -1);
+    c->hidden = c->hidden_dense = apti_config_int(r, "d_model", 1, 65536, -1);
+    c->head_dim = apti_config_int(r, "d_kv", 1, 256, -1);
+    c->heads = apti_config_int(r, "num_heads", 1, 4096, -1);
+    c->neurons = apti_config_int(r, "d_ff", 1, 1048576, -1);
+    const int32_t encoder = apti_config_int(r, "num_layers", 1, 340, -1);
+    c->decoder_layers = apti_config_int(r, "num_decoder_layers", 1, 340, encoder > 0 ? encoder : 1);
+    c->layers = encoder + 2 * c->decoder_layers;
+    c->buckets = apti_config_int(r, "relative_attention_num_buckets", 4, 4096, 32);
+    c->max_distance = apti_config_int(r, "relative_attention_max_distance", 1, 65536, 128);
+    if (c->max_distance <= c->buckets / 2)
+        apti_config_refuse(r, APT_E_RANGE, "relative_attention_max_distance",
+                           apti_config_find(r, "relative_attention_max_distance"), "more than half of the buckets");
+    c->pad_id = apti_config_int(r, "pad_token_id", 0, table, 0);
+    c->start_id = apti_config_int(r, "decoder_start_token_id", 0, table, c->pad_id);
+    c->end_id = apti_config_int(r, "eos_token_id", 0, table, 1);
+    c->norm_eps = apti_config_float(r, "layer_norm_epsilon", 1e-30, 1.0, 1e-6f);
+    c->init_range = apti_config_float(r, "initializer_factor", 0.0, 100.0, 1.0f);
+    const bool tied = apti_config_bool(r, "tie_word_embeddings", true);
+    c->untied = !tied;
+    c->scaled_head = apti_config_bool(r, "scale_decoder_outputs", tied);
+    file->either = tied && !c->scaled_head;      /* newer files say "tied" of the two stacks' embeddings */
+    c->bias_heads = c->heads;
+    c->types = 1;
+    c->positions = table;
+}
+
+/* rope_theta and rope_scaling, or both inside rope_parameters. */
+static void apti_config_rope(apti_config_reader *r, apt_rope *rope, int32_t positions)
+{
+    const int32_t root = r->object, newer = apti_config_find(r, "rope_parameters"), older = apti_config_find(r, "rope_scaling");
+    const int32_t node = newer >= 0 ? newer : older;
+    rope->theta = apti_config_float(r, "rope_theta", 1e-3, 1e12, 10000.0f);
+    if (node < 0) return;
+    if (r->json->nodes[node].kind != APTI_JSON_OBJECT)
+        apti_config_refuse(r, APT_E_FORMAT, newer >= 0 ? "rope_parameters" : "rope_scaling", node, "an object");
+    if (r->result != APT_OK) return;
+    r->object = node;
+    (void)snprintf(r->scope, sizeof r->scope, "%s.", newer >= 0 ? "rope_parameters" : "rope_scaling");
+    rope->theta = apti_config_float(r, "rope_theta", 1e-3, 1e12, rope->theta);
+    const int32_t kind = apti_config_choice(r, "rope_type", "default|llama3");
+    const int32_t old = apti_config_choice(r, "type", "default|llama3");
+    if (kind == 1 || (kind < 0 && old == 1)) {
+        rope->factor = apti_config_float(r, "factor", 1e-3, 1e6, 8.0f);
+        rope->low_factor = apti_config_float(r, "low_freq_factor", 1e-3, 1e6, 1.0f);
+        rope->high_factor = apti_config_float(r, "high_freq_factor", 1e-3, 1e6, 4.0f);
+        rope->original_positions = apti_config_int(r, "original_max_position_embeddings", 1, 1 << 24, positions);
+        if (rope->high_factor <= rope->low_factor)
+            apti_config_refuse(r, APT_E_RANGE, "high_freq_factor", apti_config_find(r, "high_freq_factor"),
+                               "more than low_freq_factor");
+    }
+    r->object = root;
+    r->scope[0] = 0;
+}
+
+/* The token that ends a text; newer files list several, of which the first is meant. */
+static int32_t apti_config_end(apti_config_reader *r, int32_t top)
+{
+    int64_t value = 2;
+    const int32_t node = apti_config_find(r, "eos_token_id");
+    if (node < 0 || r->json->nodes[node].kind != APTI_JSON_ARRAY) return apti_config_int(r, "eos_token_id", 0, top, 2);
+    if (r->json->nodes[node].count < 1 || !apti_json_int(r->json, node + 1, &value) || value < 0 || value > top)
+        apti_config_refuse(r, APT_E_FORMAT, "eos_token_id", node, "token ids");
+    return r->result == APT_OK ? (int32_t)value : 2;
+}
+
+/* LLaMA 1, 2, 3, and Qwen2, which is the same with biases on query, key and value. */
+static void apti_config_llama(apti_config_reader *r, apti_model_file *file)
+{
+    apt_config *c = &file->config;
+    const int32_t table = 1 << 24;
+    const bool qwen = apti_json_is(r->json, apti_config_find(r, "model_type"), "qwen2");
+    if (qwen) apti_config_refuse_true(r, "use_sliding_window");
+    const int32_t window = apti_config_find(r, "sliding_window");
+    if (window >= 0 && !qwen) apti_config_refuse(r, APT_E_UNSUPPORTED, "sliding_window", window, "null");
+    (void)apti_config_choice(r, "hidden_act", "silu");
+    apti_config_refuse_true(r, "attention_bias");
+    apti_config_refuse_true(r, "mlp_bias");
+    c->activation = APT_SILU;
+    c->gated = 1;
+    c->qkv_bias = qwen;
+    c->vocab = apti_config_int(r, "vocab_size", 1, table, -1);
+    c->positions = apti_config_int(r, "max_position_embeddings", 1, table, 2048);
+    c->types = 1;
+    c->hidden = c->hidden_dense = apti_config_int(r, "hidden_size", 1, 65536, -1);
+    c->layers = apti_config_int(r, "num_hidden_layers", 1, 1024, -1);
+    c->heads = apti_config_int(r, "num_attention_heads", 1, 4096, -1);
+    c->kv_heads = apti_config_int(r, "num_key_value_heads", 1, 4096, c->heads > 0 ? c->heads : 1);
+    c->head_dim = apti_config_find(r, "head_dim") >= 0 ? apti_config_int(r, "head_dim", 1, 256, -1) : 0;
+    c->neurons = apti_config_int(r, "intermediate_size", 1, 1048576, -1);
+    c->norm_eps = apti_config_float(r, "rms_norm_eps", 1e-30, 1.0, 1e-6f);
+    c->init_range = apti_config_float(r, "initializer_range", 0.0, 100.0, 0.02f);
+    c->end_id = apti_config_end(r, table);
+    c->untied = !apti_config_bool(r, "tie_word_embeddings", false);
+    apti_config_rope(r, &c->rope, c->positions);
+    if (r->result == APT_OK && c->heads % c->kv_heads != 0)
+        apti_config_refuse(r, APT_E_SHAPE, "num_key_value_heads", apti_config_find(r, "num_key_value_heads"),
+                           "a divisor of num_attention_heads");
+}
+
+static void apti_config_encoder(apti_config_reader *r, apt_config *c)
 {
     const int32_t table = 1 << 24;
     const int32_t activation = apti_config_choice(r, "hidden_act", "gelu|gelu_new|gelu_pytorch_tanh|relu");
@@ -12611,6 +14532,34 @@ static void apti_config_task(apti_config_reader *r, apti_model_file *file)
     if (apti_ends_with(name, "ForSequenceClassification")) file->config.task = APT_TASK_CLASSIFY;
     if (apti_ends_with(name, "ForQuestionAnswering")) file->config.task = APT_TASK_SPAN;
     if (apti_ends_with(name, "ForMaskedLM")) file->config.task = APT_TASK_MLM;
+    if (apti_ends_with(name, "ForCausalLM") || apti_ends_with(name, "ForConditionalGeneration")) file->config.task = APT_TASK_LM;
+}
+
+/* "bias_heads": columns of the relative position tables; in every layer "bias_head": those that its heads read. */
+static void apti_config_bias_heads(apti_config_reader *r, apti_model_file *file)
+{
+    apt_config *c = &file->config;
+    const int32_t apt = r->object;
+    c->bias_heads = apti_config_int(r, "bias_heads", 1, 4096, -1);
+    if (r->result != APT_OK) return;
+    file->bias_head = (int32_t *)apti_calloc(r->ctx, (int64_t)c->layers * c->bias_heads, (int64_t)sizeof(int32_t));
+    if (file->bias_head == NULL) r->result = apti_fail(r->ctx, APT_E_MEMORY, "'%.600s': no memory for its heads", r->path);
+    int32_t node = apti_config_find(r, "layers") + 1;
+    for (int32_t l = 0; l < c->layers && r->result == APT_OK; l++, node = r->json->nodes[node].next) {
+        (void)snprintf(r->scope, sizeof r->scope, "apt.layers[%d].", (int)l);
+        r->object = node;
+        const int32_t list = apti_config_find(r, "bias_head"), n = file->layer[l].heads;
+        const bool fits = list >= 0 && r->json->nodes[list].kind == APTI_JSON_ARRAY && r->json->nodes[list].count == n;
+        if (!fits || n > c->bias_heads) apti_config_refuse(r, APT_E_FORMAT, "bias_head", list, "one number for each head");
+        for (int32_t h = 0, item = list + 1; h < n && r->result == APT_OK; h++, item = r->json->nodes[item].next) {
+            int64_t value = 0;
+            if (!apti_json_int(r->json, item, &value) || value < 0 || value >= c->bias_heads)
+                apti_config_refuse(r, APT_E_RANGE, "bias_head", list, "numbers below bias_heads");
+            else file->bias_head[(int64_t)l * c->bias_heads + h] = (int32_t)value;
+        }
+    }
+    c->bias_head = file->bias_head;
+    r->object = apt;
 }
 
 static void apti_config_layers(apti_config_reader *r, apti_model_file *file)
@@ -12620,8 +14569,11 @@ static void apti_config_layers(apti_config_reader *r, apti_model_file *file)
         apti_config_refuse(r, APT_E_FORMAT, "layers", list, "a list of objects");
     else if (r->json->nodes[list].count != file->config.layers) {
         if (r->result == APT_OK)
-            r->result = apti_fail(r->ctx, APT_E_SHAPE, "'%.600s': \"apt.layers\" has %d entries, \"num_hidden_layers\" is %d",
-                                  r->path, (int)r->json->nodes[list].count, (int)file->config.layers);
+            r->result = apti_fail(r->ctx, APT_E_SHAPE, "'%.600s': \"apt.layers\" has %d entries, %s is %d", r->path,
+                                  (int)r->json->nodes[list].count,
+                                  file->config.family == APT_T5 ? "\"num_layers\" + 2 * \"num_decoder_layers\""
+                                                                : "\"num_hidden_layers\"",
+                                  (int)file->config.layers);
     }
     if (r->result != APT_OK) return;
     file->layer = (apt_layer_shape *)apti_calloc(r->ctx, file->config.layers, (int64_t)sizeof(apt_layer_shape));
@@ -12636,6 +14588,8 @@ static void apti_config_layers(apti_config_reader *r, apti_model_file *file)
     }
     file->config.layer = file->layer;
     r->object = apt;
+    r->scope[4] = 0;                                                  /* "apt." */
+    if (file->config.family == APT_T5) apti_config_bias_heads(r, file);
 }
 
 /* Shapes of a pruned model. */
@@ -12647,13 +14601,14 @@ static void apti_config_pruned(apti_config_reader *r, int32_t apt, apti_model_fi
     const int32_t version = apti_config_int(r, "version", 1, INT32_MAX, -1);
     if (version > 1) apti_config_refuse(r, APT_E_UNSUPPORTED, "version", apti_config_find(r, "version"), "1");
     file->config.head_dim = apti_config_int(r, "head_dim", 1, 256, -1);
+    file->config.rope.interleaved = apti_config_bool(r, "rope_interleaved", false);
     file->config.hidden_dense = apti_config_int(r, "hidden_size_dense", (int32_t)apti_max_i64(file->config.hidden, 1), 65536, -1);
     apti_config_layers(r, file);
 }
 
 static void apti_config_dense(apti_config_reader *r, apt_config *c)
 {
-    if (r->result != APT_OK) return;
+    if (r->result != APT_OK || c->head_dim > 0) return;
     c->head_dim = c->hidden / c->heads;
     if (c->hidden % c->heads != 0)
         r->result = apti_fail(r->ctx, APT_E_SHAPE,
@@ -12667,8 +14622,11 @@ static void apti_config_dense(apti_config_reader *r, apt_config *c)
 static void apti_model_file_free(apt_ctx *ctx, apti_model_file *file)
 {
     apti_free(ctx, file->layer);
+    apti_free(ctx, file->bias_head);
     file->layer = NULL;
+    file->bias_head = NULL;
     file->config.layer = NULL;
+    file->config.bias_head = NULL;
 }
 
 /* On failure there is nothing to free. */
@@ -12686,7 +14644,9 @@ static apt_result apti_config_parse(apt_ctx *ctx, const char *path, const void *
     if (json.nodes[0].kind != APTI_JSON_OBJECT)
         r.result = apti_fail(ctx, APT_E_FORMAT, "'%.600s': byte 0: expected an object", path);
     file->config.family = apti_config_family(&r);
-    apti_config_sizes(&r, &file->config);
+    if (file->config.family == APT_T5) apti_config_t5(&r, file);
+    else if (file->config.family == APT_LLAMA) apti_config_llama(&r, file);
+    else apti_config_encoder(&r, &file->config);
     apti_config_labels(&r, file);
     apti_config_task(&r, file);
     const apt_config *c = &file->config;
@@ -12715,6 +14675,11 @@ static apt_result apti_config_resolve(apt_ctx *ctx, const char *path, apti_model
     if (task == APT_TASK_NONE && regression && file->labels > 1)
         return apti_fail(ctx, APT_E_UNSUPPORTED, "'%.600s': regression with %d labels, expected 1", path, (int)file->labels);
     c->task = task != APT_TASK_NONE ? task : regression ? APT_TASK_REGRESS : c->task;
+    const bool decoder = c->family == APT_T5 || c->family == APT_LLAMA;
+    if (decoder && c->task == APT_TASK_NONE) c->task = APT_TASK_LM;
+    if (c->task != APT_TASK_NONE && decoder != (c->task == APT_TASK_LM))
+        return apti_fail(ctx, APT_E_UNSUPPORTED, "'%.600s': task %d; T5 and LLaMA have APT_TASK_LM only, encoders the others",
+                         path, (int)c->task);
     if (c->task == APT_TASK_NONE)
         return apti_fail(ctx, APT_E_ARGUMENT,
                          "'%.600s': \"architectures\" names no task, and apt_load_desc.task neither", path);
@@ -12729,10 +14694,15 @@ static apt_result apti_config_resolve(apt_ctx *ctx, const char *path, apti_model
 /* A model that plain Hugging Face code can read: equal layers, nothing pruned from the hidden size. */
 static bool apti_config_is_dense(const apt_config *c)
 {
-    bool dense = c->hidden == c->hidden_dense && (int64_t)c->layer[0].heads * c->head_dim == c->hidden && c->layer[0].neurons > 0;
+    const apt_layer_shape *first = &c->layer[0];
+    const bool encoder = c->family == APT_BERT || c->family == APT_ROBERTA;
+    bool dense = c->hidden == c->hidden_dense && first->heads > 0 && first->neurons > 0;
+    if (encoder) dense = dense && (int64_t)first->heads * c->head_dim == c->hidden && first->kv_heads == first->heads;
+    if (c->family == APT_T5) dense = dense && first->heads == c->bias_heads;
+    if (c->rope.interleaved) dense = false;                          /* Hugging Face has no word for it */
     for (int32_t l = 0; l < c->layers; l++)
-        dense = dense && c->layer[l].heads == c->layer[0].heads && c->layer[l].kv_heads == c->layer[0].heads &&
-                c->layer[l].neurons == c->layer[0].neurons;
+        dense = dense && c->layer[l].heads == first->heads && c->layer[l].kv_heads == first->kv_heads &&
+                c->layer[l].neurons == (apti_has_ffn(c, l) ? first->neurons : 0);
     return dense;
 }
 
@@ -12748,6 +14718,18 @@ static void apti_config_put_string(apti_json_out *out, const char *key, const ch
     apti_json_put_string(out, value);
 }
 
+static void apti_config_put_float(apti_json_out *out, const char *key, float value)
+{
+    apti_json_key(out, key);
+    apti_json_put_float(out, value);
+}
+
+static void apti_config_put_bool(apti_json_out *out, const char *key, bool value)
+{
+    apti_json_key(out, key);
+    apti_json_put_bool(out, value);
+}
+
 static void apti_config_put_apt(apti_json_out *out, const apt_config *c)
 {
     apti_json_key(out, "apt");
@@ -12755,6 +14737,8 @@ static void apti_config_put_apt(apti_json_out *out, const apt_config *c)
     apti_config_put_int(out, "version", 1);
     apti_config_put_int(out, "head_dim", c->head_dim);
     apti_config_put_int(out, "hidden_size_dense", c->hidden_dense);
+    if (c->family == APT_T5) apti_config_put_int(out, "bias_heads", c->bias_heads);
+    if (c->rope.interleaved) apti_config_put_bool(out, "rope_interleaved", true);
     apti_json_key(out, "layers");
     apti_json_open(out, '[');
     for (int32_t l = 0; l < c->layers; l++) {
@@ -12762,6 +14746,12 @@ static void apti_config_put_apt(apti_json_out *out, const apt_config *c)
         apti_config_put_int(out, "heads", c->layer[l].heads);
         if (c->layer[l].kv_heads != c->layer[l].heads) apti_config_put_int(out, "kv_heads", c->layer[l].kv_heads);
         apti_config_put_int(out, "neurons", c->layer[l].neurons);
+        if (c->family == APT_T5) {
+            apti_json_key(out, "bias_head");
+            apti_json_open(out, '[');
+            for (int32_t h = 0; h < c->layer[l].heads; h++) apti_json_put_int(out, c->bias_head[(int64_t)l * c->bias_heads + h]);
+            apti_json_close(out);
+        }
         apti_json_close(out);
     }
     apti_json_close(out);
@@ -12786,51 +14776,121 @@ static void apti_config_put_labels(apti_json_out *out, int32_t labels)
 }
 
 /* For a pruned model the sizes that stand outside "apt" are those of its largest layer. */
-static void apti_config_put_sizes(apti_json_out *out, const apt_config *c)
+static apt_layer_shape apti_config_largest(const apt_config *c)
 {
-    int64_t heads = 1, neurons = 1;
+    apt_layer_shape most = {1, 1, 1};
     for (int32_t l = 0; l < c->layers; l++) {
-        heads = apti_max_i64(heads, c->layer[l].heads);
-        neurons = apti_max_i64(neurons, c->layer[l].neurons);
+        if (c->layer[l].heads > most.heads) most.heads = c->layer[l].heads;
+        if (c->layer[l].kv_heads > most.kv_heads) most.kv_heads = c->layer[l].kv_heads;
+        if (c->layer[l].neurons > most.neurons) most.neurons = c->layer[l].neurons;
     }
+    return most;
+}
+
+static void apti_config_put_encoder(apti_json_out *out, const apt_config *c)
+{
+    const apt_layer_shape most = apti_config_largest(c);
+    const bool classifier = c->task == APT_TASK_CLASSIFY || c->task == APT_TASK_REGRESS;
+    if (classifier) apti_config_put_labels(out, c->task == APT_TASK_CLASSIFY ? c->labels : 1);
     apti_config_put_string(out, "hidden_act",
                            c->activation == APT_RELU        ? "relu"
                            : c->activation == APT_GELU_TANH ? "gelu_new"
                                                             : "gelu");
     apti_config_put_int(out, "hidden_size", c->hidden);
-    apti_json_key(out, "initializer_range");
-    apti_json_put_float(out, c->init_range);
-    apti_config_put_int(out, "intermediate_size", neurons);
-    apti_json_key(out, "layer_norm_eps");
-    apti_json_put_float(out, c->norm_eps);
+    apti_config_put_float(out, "initializer_range", c->init_range);
+    apti_config_put_int(out, "intermediate_size", most.neurons);
+    apti_config_put_float(out, "layer_norm_eps", c->norm_eps);
     apti_config_put_int(out, "max_position_embeddings", c->positions);
     apti_config_put_string(out, "model_type", c->family == APT_BERT ? "bert" : "roberta");
-    apti_config_put_int(out, "num_attention_heads", heads);
+    apti_config_put_int(out, "num_attention_heads", most.heads);
     apti_config_put_int(out, "num_hidden_layers", c->layers);
     apti_config_put_int(out, "pad_token_id", c->pad_id);
     apti_config_put_string(out, "position_embedding_type", "absolute");
+    if (classifier)
+        apti_config_put_string(out, "problem_type", c->task == APT_TASK_CLASSIFY ? "single_label_classification" : "regression");
+    apti_config_put_bool(out, "tie_word_embeddings", true);
+    apti_config_put_string(out, "torch_dtype", "float32");
+    apti_config_put_int(out, "type_vocab_size", c->types);
+}
+
+static void apti_config_put_t5(apti_json_out *out, const apt_config *c)
+{
+    const apt_layer_shape most = apti_config_largest(c);
+    apti_config_put_int(out, "d_ff", most.neurons);
+    apti_config_put_int(out, "d_kv", c->head_dim);
+    apti_config_put_int(out, "d_model", c->hidden);
+    apti_config_put_int(out, "decoder_start_token_id", c->start_id);
+    apti_config_put_int(out, "eos_token_id", c->end_id);
+    apti_config_put_string(out, "feed_forward_proj",
+                           c->activation == APT_RELU        ? c->gated ? "gated-relu" : "relu"
+                           : c->activation == APT_GELU_TANH ? "gated-gelu"
+                                                            : "gated-silu");
+    apti_config_put_float(out, "initializer_factor", c->init_range);
+    apti_config_put_bool(out, "is_encoder_decoder", true);
+    apti_config_put_float(out, "layer_norm_epsilon", c->norm_eps);
+    apti_config_put_string(out, "model_type", "t5");
+    apti_config_put_int(out, "num_decoder_layers", c->decoder_layers);
+    apti_config_put_int(out, "num_heads", most.heads);
+    apti_config_put_int(out, "num_layers", apti_first_stack(c));
+    apti_config_put_int(out, "pad_token_id", c->pad_id);
+    apti_config_put_int(out, "relative_attention_max_distance", c->max_distance);
+    apti_config_put_int(out, "relative_attention_num_buckets", c->buckets);
+    apti_config_put_bool(out, "scale_decoder_outputs", c->scaled_head != 0);
+    apti_config_put_bool(out, "tie_word_embeddings", c->untied == 0);
+    apti_config_put_string(out, "torch_dtype", "float32");
+}
+
+static void apti_config_put_llama(apti_json_out *out, const apt_config *c)
+{
+    const apt_layer_shape most = apti_config_largest(c);
+    apti_config_put_int(out, "eos_token_id", c->end_id);
+    apti_config_put_int(out, "head_dim", c->head_dim);
+    apti_config_put_string(out, "hidden_act", "silu");
+    apti_config_put_int(out, "hidden_size", c->hidden);
+    apti_config_put_float(out, "initializer_range", c->init_range);
+    apti_config_put_int(out, "intermediate_size", most.neurons);
+    apti_config_put_int(out, "max_position_embeddings", c->positions);
+    apti_config_put_string(out, "model_type", c->qkv_bias ? "qwen2" : "llama");
+    apti_config_put_int(out, "num_attention_heads", most.heads);
+    apti_config_put_int(out, "num_hidden_layers", c->layers);
+    apti_config_put_int(out, "num_key_value_heads", most.kv_heads);
+    apti_config_put_float(out, "rms_norm_eps", c->norm_eps);
+    if (c->rope.factor > 0) {
+        apti_json_key(out, "rope_scaling");
+        apti_json_open(out, '{');
+        apti_config_put_float(out, "factor", c->rope.factor);
+        apti_config_put_float(out, "high_freq_factor", c->rope.high_factor);
+        apti_config_put_float(out, "low_freq_factor", c->rope.low_factor);
+        apti_config_put_int(out, "original_max_position_embeddings", c->rope.original_positions);
+        apti_config_put_string(out, "rope_type", "llama3");
+        apti_json_close(out);
+    }
+    apti_config_put_float(out, "rope_theta", c->rope.theta);
+    apti_config_put_bool(out, "tie_word_embeddings", c->untied == 0);
+    apti_config_put_string(out, "torch_dtype", "float32");
+}
+
+static const char *apti_config_architecture(const apt_config *c)
+{
+    const bool bert = c->family == APT_BERT;
+    if (c->family == APT_T5) return "T5ForConditionalGeneration";
+    if (c->family == APT_LLAMA) return c->qkv_bias ? "Qwen2ForCausalLM" : "LlamaForCausalLM";
+    if (c->task == APT_TASK_SPAN) return bert ? "BertForQuestionAnswering" : "RobertaForQuestionAnswering";
+    if (c->task == APT_TASK_MLM) return bert ? "BertForMaskedLM" : "RobertaForMaskedLM";
+    return bert ? "BertForSequenceClassification" : "RobertaForSequenceClassification";
 }
 
 static void apti_config_put(apti_json_out *out, const apt_config *c)
 {
-    const bool classifier = c->task == APT_TASK_CLASSIFY || c->task == APT_TASK_REGRESS;
-    char name[64];
-    (void)snprintf(name, sizeof name, "%sFor%s", c->family == APT_BERT ? "Bert" : "Roberta",
-                   classifier ? "SequenceClassification" : c->task == APT_TASK_SPAN ? "QuestionAnswering" : "MaskedLM");
     apti_json_open(out, '{');
     if (!apti_config_is_dense(c)) apti_config_put_apt(out, c);
     apti_json_key(out, "architectures");
     apti_json_open(out, '[');
-    apti_json_put_string(out, name);
+    apti_json_put_string(out, apti_config_architecture(c));
     apti_json_close(out);
-    if (classifier) apti_config_put_labels(out, c->task == APT_TASK_CLASSIFY ? c->labels : 1);
-    apti_config_put_sizes(out, c);
-    if (classifier)
-        apti_config_put_string(out, "problem_type", c->task == APT_TASK_CLASSIFY ? "single_label_classification" : "regression");
-    apti_json_key(out, "tie_word_embeddings");
-    apti_json_put_bool(out, true);
-    apti_config_put_string(out, "torch_dtype", "float32");
-    apti_config_put_int(out, "type_vocab_size", c->types);
+    if (c->family == APT_T5) apti_config_put_t5(out, c);
+    else if (c->family == APT_LLAMA) apti_config_put_llama(out, c);
+    else apti_config_put_encoder(out, c);
     apti_config_put_int(out, "vocab_size", c->vocab);
     apti_json_close(out);
     apti_json_raw(out, "\n", 1);
@@ -12872,14 +14932,22 @@ static void apti_name_list_log(apt_ctx *ctx, const apti_name_list *list, const c
 }
 
 /* One file name with the other spellings that checkpoints use: without the family's prefix, norms as gamma and beta, the
-   decoder's bias under the decoder. `variant` counts 0..7; false: this one does not apply. */
+   decoder's bias under the decoder; T5's embeddings under one of its stacks. `variant` counts 0..APTI_SPELLINGS - 1; false: this
+   one does not apply. */
+enum { APTI_SPELLINGS = 10 };
+
 static bool apti_spelling(const apti_param *p, const char *prefix, int32_t variant, char out[128])
 {
     const char *name = p->name, *suffix = "";
     const size_t n = strlen(prefix);
     size_t stem = strlen(name);
+    if (variant >= 8) {
+        if (strcmp(name, "shared.weight") != 0) return false;
+        (void)snprintf(out, 128, "%s.embed_tokens.weight", variant == 8 ? "encoder" : "decoder");
+        return true;
+    }
     if (variant & 1) {
-        if (strncmp(name, prefix, n) != 0) return false;
+        if (n == 0 || strncmp(name, prefix, n) != 0) return false;
         name += n;
         stem -= n;
     }
@@ -12900,9 +14968,9 @@ static bool apti_spelling(const apti_param *p, const char *prefix, int32_t varia
 
 static const apti_tensor_view *apti_loader_find(apti_loader *l, const apti_param *p)
 {
-    const char *prefix = apti_family_prefix(l->model->config.family);
+    const char *prefix = l->model->block->prefix;
     char name[128];
-    for (int32_t variant = 0; variant < 8; variant++) {
+    for (int32_t variant = 0; variant < APTI_SPELLINGS; variant++) {
         if (!apti_spelling(p, prefix, variant, name)) continue;
         const apti_tensor_view *view = apti_tensors_find(l->set, name);
         if (view == NULL) continue;
@@ -13006,7 +15074,7 @@ static apt_result apti_load_check(apt_ctx *ctx, const apt_load_desc *desc)
 {
     if (desc->start_canary != 0 || desc->end_canary != 0)
         return apti_fail(ctx, APT_E_ARGUMENT, "apt_load_desc is not initialised: use apt_load_desc desc = APT_ZERO");
-    if (desc->task < APT_TASK_NONE || desc->task > APT_TASK_MLM)
+    if (desc->task < APT_TASK_NONE || desc->task > APT_TASK_LM)
         return apti_fail(ctx, APT_E_ARGUMENT, "apt_load_desc.task is %d", (int)desc->task);
     if (desc->labels < 0 || desc->labels > 65536)
         return apti_fail(ctx, APT_E_RANGE, "apt_load_desc.labels is %d, expected 0..65536", (int)desc->labels);
@@ -13028,6 +15096,7 @@ APT_API apt_result apt_model_load(apt_ctx *ctx, const char *dir, const apt_load_
     apt_result result = apti_load_check(ctx, l.desc);
     if (result == APT_OK) result = apti_loader_config(&l, dir);
     if (result == APT_OK) result = apti_tensors_open(ctx, dir, &l.set);
+    if (result == APT_OK && l.file.either && apti_tensors_find(l.set, "lm_head.weight") != NULL) l.file.config.untied = 1;
     if (result == APT_OK) result = apti_model_frame(ctx, &l.file.config, l.desc->weights, &l.model);
     if (result == APT_OK) result = apti_loader_match(&l);
     if (result == APT_OK) result = apti_loader_fill(&l);
@@ -13215,7 +15284,7 @@ APT_API apt_result apt_model_save(apt_model *model, const char *dir)
 
 /* Counters and flags as two arrays. The first APTI_CKPT_FIXED integers must agree with the model at hand. */
 enum {
-    APTI_CKPT_FIXED = 14,
+    APTI_CKPT_FIXED = 22,
     APTI_CKPT_HIDDEN = APTI_CKPT_FIXED,
     APTI_CKPT_STEP,
     APTI_CKPT_MICRO,
@@ -13251,6 +15320,10 @@ static void apti_ckpt_pack(const apt_trainer *t, int64_t *i, double *x)
                             c->labels,         c->pad_id,
                             c->activation,     t->model->prunable_dense,
                             t->model->weights, (int64_t)t->desc.seed,
+                            c->decoder_layers, c->gated,
+                            c->untied,         c->scaled_head,
+                            c->qkv_bias,       c->buckets,
+                            c->max_distance,   c->bias_heads,
                             c->hidden,         t->step,
                             t->micro,          t->adam_steps,
                             t->moving,         t->observed,
@@ -13268,7 +15341,8 @@ static apt_result apti_ckpt_compare_model(const apt_trainer *t, const char *path
     static const char *const names[APTI_CKPT_FIXED] = {
         "family",         "task",   "vocab",  "positions", "types",      "dense hidden size",
         "head size",      "layers", "labels", "pad_id",    "activation", "dense prunable parameters",
-        "weight storage", "seed"};
+        "weight storage", "seed",   "decoder layers", "gated FFN", "untied head", "scaled head", "query, key, value biases",
+        "relative position buckets", "relative position distance", "relative position heads"};
     int64_t mine[APTI_CKPT_INTS];
     double reals[APTI_CKPT_REALS];
     apti_ckpt_pack(t, mine, reals);
@@ -13335,6 +15409,8 @@ static void apti_ckpt_put_model(apti_ckpt_writer *w, const char *part, apt_model
     const int64_t hidden = m->config.hidden;
     (void)apti_ckpt_put_copy(w, apti_ckpt_key(part, "hidden").text, APT_I64, 1, one, &hidden);
     (void)apti_ckpt_put(w, apti_ckpt_key(part, "shapes").text, APT_I32, 2, shapes, m->shape);
+    const int64_t columns[2] = {m->config.layers, m->config.bias_heads};
+    if (m->bias_head != NULL) (void)apti_ckpt_put(w, apti_ckpt_key(part, "bias_head").text, APT_I32, 2, columns, m->bias_head);
     for (int32_t l = 0; l < m->config.layers; l++) {
         char name[32];
         snprintf(name, sizeof(name), "ranks.%d", (int)l);
@@ -13437,10 +15513,13 @@ static bool apti_ckpt_has_key(apti_ckpt_reader *r, const char *part, const char 
 static apt_result apti_ckpt_frame(apt_trainer *t, apti_ckpt_reader *r, const char *part, apt_model **out)
 {
     apt_config c = t->model->config;
-    const void *hidden = NULL, *shapes = NULL, *ranks = NULL;
+    const void *hidden = NULL, *shapes = NULL, *ranks = NULL, *columns = NULL;
     apt_result result = apti_ckpt_find(r, apti_ckpt_key(part, "hidden").text, APT_I64, 1, &hidden, NULL);
     if (result == APT_OK)
         result = apti_ckpt_find(r, apti_ckpt_key(part, "shapes").text, APT_I32, 3 * (int64_t)c.layers, &shapes, NULL);
+    if (result == APT_OK && t->model->bias_head != NULL)
+        result = apti_ckpt_find(r, apti_ckpt_key(part, "bias_head").text, APT_I32, (int64_t)c.layers * c.bias_heads, &columns,
+                                NULL);
     if (result != APT_OK) return result;
     int64_t size = 0;
     memcpy(&size, hidden, sizeof(size));
@@ -13449,6 +15528,7 @@ static apt_result apti_ckpt_frame(apt_trainer *t, apti_ckpt_reader *r, const cha
                          (int)c.hidden_dense);
     c.hidden = (int32_t)size;
     c.layer = (const apt_layer_shape *)shapes;
+    c.bias_head = (const int32_t *)columns;
     result = apti_model_frame(t->ctx, &c, t->model->weights, out);
     for (int32_t l = 0; l < c.layers && result == APT_OK; l++) {
         char name[32];
@@ -13458,9 +15538,10 @@ static apt_result apti_ckpt_frame(apt_trainer *t, apti_ckpt_reader *r, const cha
         if (result != APT_OK) break;
         memcpy(rank, ranks, sizeof(rank));
         for (int32_t i = 0; i < APTI_LINEARS && result == APT_OK; i++) {
-            if (rank[i] < 0 || rank[i] > 65536)
+            const bool none = (*out)->layers[l].lora_a[i] == (*out)->none;
+            if (rank[i] < 0 || rank[i] > (none ? 0 : 65536))
                 result = apti_fail(t->ctx, APT_E_RANGE, "checkpoint: rank %d in layer %d", (int)rank[i], (int)l);
-            (*out)->layers[l].lora_a[i]->rows = (*out)->layers[l].lora_b[i]->cols = rank[i];
+            if (!none) (*out)->layers[l].lora_a[i]->rows = (*out)->layers[l].lora_b[i]->cols = rank[i];
         }
     }
     if (result != APT_OK && *out != NULL) {

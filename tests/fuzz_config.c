@@ -36,7 +36,7 @@ static void write_again(apt_ctx *ctx, const apt_model *model)
 
 static void fuzz_one(apt_ctx *ctx, const uint8_t *data, size_t size)
 {
-    for (int task = APT_TASK_NONE; task <= APT_TASK_MLM; task++) {
+    for (int task = APT_TASK_NONE; task <= APT_TASK_LM; task++) {
         apti_model_file file;
         apt_model *model = NULL;
         if (apti_config_parse(ctx, "fuzz", data, (int64_t)size, &file) != APT_OK) {

@@ -25,6 +25,38 @@ static inline apt_config test_config(apt_family family, apt_task_kind task)
     return c;
 }
 
+/* Small models of the other families: T5 v1.0 and v1.1, LLaMA with and without its own head, a block with biases. */
+enum { TEST_DECODERS = 5 };
+static inline apt_config test_decoder(int32_t which)
+{
+    apt_config c = test_config(which < 2 ? APT_T5 : APT_LLAMA, APT_TASK_LM);
+    c.types = 0;
+    c.labels = 0;
+    if (which < 2) {                                                  /* two encoder layers, two decoder layers */
+        c.layers = 2 + 2 * 2;
+        c.decoder_layers = 2;
+        c.buckets = 8;
+        c.max_distance = 6;
+        c.gated = which;
+        c.untied = which;
+        c.scaled_head = !which;
+        c.start_id = 3;
+        return c;
+    }
+    c.kv_heads = which == 3 ? 0 : 2;
+    c.untied = which == 2;
+    c.qkv_bias = which == 4;
+    if (which == 4) c.head_dim = 6;                                   /* heads * head_dim is not hidden */
+    if (which != 3) return c;
+    c.rope.interleaved = 1;
+    c.rope.theta = 100;
+    c.rope.factor = 4;
+    c.rope.low_factor = 1;
+    c.rope.high_factor = 4;
+    c.rope.original_positions = 24;
+    return c;
+}
+
 /* Every value random, so that no bias, norm or adapter is invisible. */
 static inline void test_randomise(apt_model *model, uint64_t seed)
 {
@@ -48,8 +80,28 @@ static inline void test_randomise(apt_model *model, uint64_t seed)
 typedef struct test_batch {
     apt_batch b;
     int32_t offsets[TEST_SEQUENCES + 1], tokens[TEST_TOKENS], types[TEST_TOKENS], labels[TEST_TOKENS];
+    int32_t target_offsets[TEST_SEQUENCES + 1];
     float targets[TEST_SEQUENCES];
 } test_batch;
+
+/* A decoder alone learns its own text but for a prompt of one or two tokens; behind an encoder it learns to copy the source in
+   reverse, with a length of its own. */
+static inline void test_batch_lm(test_batch *t, const apt_config *c, apt_rng *rng)
+{
+    int32_t n = 0;
+    if (c->decoder_layers == 0) {
+        for (int32_t s = 0; s < t->b.sequences; s++)
+            for (int32_t i = t->offsets[s]; i < t->offsets[s + 1]; i++) t->labels[i] = i < t->offsets[s] + 1 + s % 2 ? -100 : t->tokens[i];
+        return;
+    }
+    t->target_offsets[0] = 0;
+    for (int32_t s = 0; s < t->b.sequences; s++) {
+        const int32_t length = t->offsets[s + 1] - t->offsets[s], target = 1 + (int32_t)apt_rng_below(rng, (uint32_t)length + 2);
+        for (int32_t i = 0; i < target; i++, n++) t->labels[n] = i == 2 ? -100 : t->tokens[t->offsets[s + 1] - 1 - i % length];
+        t->target_offsets[s + 1] = n;
+    }
+    t->b.target_offsets = t->target_offsets;
+}
 
 /* Random tokens with labels that can be learned: CLASSIFY counts small ids, REGRESS is their share, SPAN marks the largest id. */
 static inline void test_batch_fill(test_batch *t, const apt_config *c, apt_rng *rng, int32_t sequences, int32_t shortest, int32_t longest)
@@ -82,6 +134,9 @@ static inline void test_batch_fill(test_batch *t, const apt_config *c, apt_rng *
     t->b.types = t->types;
     if (c->task == APT_TASK_REGRESS) t->b.targets = t->targets;
     else t->b.labels = t->labels;
+    if (c->task != APT_TASK_LM) return;
+    t->b.types = NULL;
+    test_batch_lm(t, c, rng);
 }
 
 /* Batch number `index` of a stream: the same for the same (seed, index). */

@@ -3,6 +3,7 @@
 #define APT_IMPLEMENTATION
 #include "../apt.h"
 #include "apt_test.h"
+#include "model_test.h"
 
 #include <locale.h>
 #include <signal.h>
@@ -848,13 +849,111 @@ static void test_config_tasks(void **state)
     }
 }
 
+#define CONFIG_LLAMA                                                                                                       \
+    "\"model_type\":\"llama\",\"vocab_size\":32000,\"hidden_size\":64,\"num_hidden_layers\":2,\"num_attention_heads\":4," \
+    "\"intermediate_size\":172,\"hidden_act\":\"silu\",\"max_position_embeddings\":256"
+#define CONFIG_T5                                                                                                          \
+    "\"model_type\":\"t5\",\"vocab_size\":100,\"d_model\":64,\"d_kv\":8,\"d_ff\":128,\"num_layers\":3,\"num_heads\":8,"    \
+    "\"is_encoder_decoder\":true"
+
+/* Both spellings of rotary positions and of the element type; what a key's absence means. */
+static void test_config_llama(void **state)
+{
+    file_test *t = (file_test *)*state;
+    apti_model_file f;
+    const apt_config *c = &f.config;
+    assert_ok(t->ctx, config_try(t->ctx, "{" CONFIG_LLAMA "}", APT_TASK_NONE, 0, &f));
+    assert_true(c->family == APT_LLAMA && c->task == APT_TASK_LM && c->layers == 2 && c->heads == 4 && c->kv_heads == 4 &&
+                c->head_dim == 16 && c->neurons == 172 && c->activation == APT_SILU && c->gated && c->untied && !c->qkv_bias);
+    assert_true(c->rope.theta == 10000.0f && c->rope.factor == 0 && c->norm_eps == 1e-6f && c->end_id == 2);
+    static const char *const scaled[2] = {
+        "\"rope_theta\":500000.0,\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8.0,\"low_freq_factor\":1.0,"
+        "\"high_freq_factor\":4.0,\"original_max_position_embeddings\":8192},\"torch_dtype\":\"bfloat16\"",
+        "\"rope_parameters\":{\"rope_theta\":500000.0,\"rope_type\":\"llama3\",\"factor\":8.0,\"low_freq_factor\":1.0,"
+        "\"high_freq_factor\":4.0,\"original_max_position_embeddings\":8192},\"dtype\":\"bfloat16\""};
+    for (int i = 0; i < 2; i++) {
+        char text[1024];
+        snprintf(text, sizeof text, "{" CONFIG_LLAMA ",\"num_key_value_heads\":2,\"head_dim\":24,\"tie_word_embeddings\":true,"
+                 "\"rms_norm_eps\":1e-05,\"eos_token_id\":[7,8],%s}", scaled[i]);
+        assert_ok(t->ctx, config_try(t->ctx, text, APT_TASK_LM, 0, &f));
+        assert_true(c->rope.theta == 500000.0f && c->rope.factor == 8.0f && c->rope.low_factor == 1.0f && c->rope.high_factor == 4.0f &&
+                    c->rope.original_positions == 8192);
+        assert_true(c->kv_heads == 2 && c->head_dim == 24 && !c->untied && c->norm_eps == 1e-5f && c->end_id == 7);
+    }
+    assert_ok(t->ctx, config_try(t->ctx, "{\"model_type\":\"qwen2\",\"vocab_size\":99,\"hidden_size\":64,\"num_hidden_layers\":2,"
+                                 "\"num_attention_heads\":4,\"intermediate_size\":172,\"use_sliding_window\":false,\"sliding_window\":4096}",
+                                 APT_TASK_NONE, 0, &f));
+    assert_true(c->family == APT_LLAMA && c->qkv_bias);
+}
+
+static void test_config_t5(void **state)
+{
+    file_test *t = (file_test *)*state;
+    apti_model_file f;
+    const apt_config *c = &f.config;
+    assert_ok(t->ctx, config_try(t->ctx, "{" CONFIG_T5 "}", APT_TASK_NONE, 0, &f));
+    assert_true(c->family == APT_T5 && c->task == APT_TASK_LM && c->layers == 9 && c->decoder_layers == 3 && c->head_dim == 8 &&
+                c->buckets == 32 && c->max_distance == 128 && c->bias_heads == 8);
+    assert_true(c->activation == APT_RELU && !c->gated && !c->untied && c->scaled_head && !f.either && c->start_id == 0 && c->end_id == 1);
+    assert_ok(t->ctx, config_try(t->ctx, "{" CONFIG_T5 ",\"feed_forward_proj\":\"gated-gelu\",\"tie_word_embeddings\":false,"
+                                 "\"num_decoder_layers\":1,\"relative_attention_num_buckets\":8,\"relative_attention_max_distance\":20,"
+                                 "\"decoder_start_token_id\":4}", APT_TASK_LM, 0, &f));
+    assert_true(c->layers == 5 && c->decoder_layers == 1 && c->gated && c->activation == APT_GELU_TANH && c->untied && !c->scaled_head);
+    assert_true(c->buckets == 8 && c->max_distance == 20 && c->start_id == 4);
+    assert_ok(t->ctx, config_try(t->ctx, "{" CONFIG_T5 ",\"tie_word_embeddings\":true,\"scale_decoder_outputs\":false}", APT_TASK_LM, 0, &f));
+    assert_true(!c->untied && !c->scaled_head && f.either);           /* newer spelling: the files say which */
+}
+
+/* What would change the numbers and is not computed here is refused by its key. */
+static void test_config_decoders_refused(void **state)
+{
+    file_test *t = (file_test *)*state;
+    const struct { const char *text; apt_result result; const char *message; } cases[] = {
+        {"{\"model_type\":\"llama\",\"hidden_act\":\"gelu\"}", APT_E_UNSUPPORTED, "\"hidden_act\" is gelu, expected silu"},
+        {"{" CONFIG_LLAMA ",\"attention_bias\":true}", APT_E_UNSUPPORTED, "\"attention_bias\" is true, expected false"},
+        {"{" CONFIG_LLAMA ",\"mlp_bias\":true}", APT_E_UNSUPPORTED, "\"mlp_bias\" is true, expected false"},
+        {"{" CONFIG_LLAMA ",\"sliding_window\":4096}", APT_E_UNSUPPORTED, "\"sliding_window\" is 4096, expected null"},
+        {"{" CONFIG_LLAMA ",\"num_key_value_heads\":3}", APT_E_SHAPE, "\"num_key_value_heads\" is 3, expected a divisor"},
+        {"{" CONFIG_LLAMA ",\"rope_scaling\":{\"type\":\"linear\",\"factor\":2.0}}", APT_E_UNSUPPORTED,
+         "\"rope_scaling.type\" is linear, expected default|llama3"},
+        {"{" CONFIG_LLAMA ",\"rope_parameters\":{\"rope_type\":\"yarn\"}}", APT_E_UNSUPPORTED, "\"rope_parameters.rope_type\" is yarn"},
+        {"{" CONFIG_LLAMA ",\"rope_scaling\":{\"rope_type\":\"llama3\",\"low_freq_factor\":4,\"high_freq_factor\":1}}", APT_E_RANGE,
+         "\"rope_scaling.high_freq_factor\" is 1, expected more than low_freq_factor"},
+        {"{" CONFIG_LLAMA ",\"rope_theta\":-1}", APT_E_RANGE, "\"rope_theta\" is -1"},
+        {"{" CONFIG_LLAMA ",\"quantization_config\":{\"bits\":4}}", APT_E_UNSUPPORTED, "\"quantization_config\""},
+        {"{" CONFIG_LLAMA ",\"eos_token_id\":[]}", APT_E_FORMAT, "\"eos_token_id\""},
+        {"{" CONFIG_LLAMA ",\"is_encoder_decoder\":true}", APT_E_UNSUPPORTED, "\"is_encoder_decoder\" is true"},
+        {"{" CONFIG_LLAMA ",\"dtype\":\"int8\"}", APT_E_UNSUPPORTED, "\"dtype\" is int8"},
+        {"{\"model_type\":\"qwen2\",\"use_sliding_window\":true}", APT_E_UNSUPPORTED, "\"use_sliding_window\" is true, expected false"},
+        {"{" CONFIG_T5 ",\"feed_forward_proj\":\"gelu\"}", APT_E_UNSUPPORTED, "\"feed_forward_proj\" is gelu"},
+        {"{" CONFIG_T5 ",\"num_decoder_layers\":0}", APT_E_RANGE, "\"num_decoder_layers\" is 0"},
+        {"{" CONFIG_T5 ",\"relative_attention_max_distance\":16}", APT_E_RANGE, "\"relative_attention_max_distance\" is 16"},
+        {"{" CONFIG_T5 ",\"apt\":{\"version\":1,\"head_dim\":8,\"hidden_size_dense\":64,\"bias_heads\":8,\"layers\":[]}}", APT_E_SHAPE,
+         "\"apt.layers\" has 0 entries, \"num_layers\" + 2 * \"num_decoder_layers\" is 9"},
+        {"{\"model_type\":\"t5\",\"vocab_size\":9,\"d_model\":8,\"d_kv\":4,\"d_ff\":8,\"num_layers\":1,\"num_heads\":2,\"apt\":{\"version\":1,"
+         "\"head_dim\":4,\"hidden_size_dense\":8,\"bias_heads\":2,\"layers\":[{\"heads\":1,\"neurons\":3,\"bias_head\":[2]},"
+         "{\"heads\":1,\"neurons\":0,\"bias_head\":[0]},{\"heads\":1,\"neurons\":2,\"bias_head\":[0]}]}}", APT_E_RANGE,
+         "\"apt.layers[0].bias_head\""},
+        {"{\"model_type\":\"t5\",\"vocab_size\":9,\"d_model\":8,\"d_kv\":4,\"d_ff\":8,\"num_layers\":1,\"num_heads\":2,\"apt\":{\"version\":1,"
+         "\"head_dim\":4,\"hidden_size_dense\":8,\"bias_heads\":2,\"layers\":[{\"heads\":1,\"neurons\":3,\"bias_head\":[0,1]},"
+         "{\"heads\":1,\"neurons\":0},{\"heads\":1,\"neurons\":2}]}}", APT_E_FORMAT, "\"apt.layers[0].bias_head\""},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        apti_model_file f;
+        expect(t->ctx, config_try(t->ctx, cases[i].text, APT_TASK_LM, 0, &f), cases[i].result, cases[i].message);
+    }
+    apti_model_file f;
+    expect(t->ctx, config_try(t->ctx, "{" CONFIG_T5 "}", APT_TASK_CLASSIFY, 0, &f), APT_E_UNSUPPORTED, "APT_TASK_LM only");
+    expect(t->ctx, config_try(t->ctx, "{" CONFIG_BERT "}", APT_TASK_LM, 0, &f), APT_E_UNSUPPORTED, "APT_TASK_LM only");
+}
+
 static void test_config_refuses(void **state)
 {
     file_test *t = (file_test *)*state;
     const struct { const char *text; apt_result result; const char *message; } cases[] = {
         {"", APT_E_FORMAT, "byte 0"},
         {"[]", APT_E_FORMAT, "expected an object"},
-        {"{}", APT_E_MISSING, "\"model_type\" is missing, expected bert|roberta"},
+        {"{}", APT_E_MISSING, "\"model_type\" is missing, expected bert|roberta|t5|llama|qwen2"},
         {"{\"model_type\":\"gpt2\"}", APT_E_UNSUPPORTED, "\"model_type\" is gpt2, expected bert|roberta"},
         {"{\"model_type\":7}", APT_E_FORMAT, "\"model_type\" is 7"},
         {"{\"model_type\":\"bert\"}", APT_E_MISSING, "\"vocab_size\" is missing, expected an integer in 1..16777216"},
@@ -1047,6 +1146,86 @@ static void test_save_and_load(void **state)
             }
 }
 
+/* The decoder families, dense and with pruned layers; T5 heads remember which relative position bias is theirs. */
+static void test_save_decoders(void **state)
+{
+    file_test *t = (file_test *)*state;
+    for (int32_t i = 0; i < 2 * TEST_DECODERS; i++) {
+        apt_config c = test_decoder(i % TEST_DECODERS), found = APT_ZERO, kept = APT_ZERO;
+        apt_model *model = make_model(t->ctx, &c), *back = NULL;
+        test_randomise(model, 5);
+        apt_units u;
+        apt_model_units(model, &u);
+        float *mask = (float *)test_memory_block((size_t)u.total * sizeof(float));
+        for (int32_t k = 0; k < u.total; k++) mask[k] = i >= TEST_DECODERS && (k % 3 == 1) ? 0.0f : 1.0f;
+        assert_ok(t->ctx, apt_model_set_masks(model, mask, u.total));
+        assert_ok(t->ctx, apt_model_compact(model));
+        assert_ok(t->ctx, apt_model_save(model, t->dir));
+        assert_ok(t->ctx, apt_model_load(t->ctx, t->dir, NULL, &back));
+        compare_configs(model, back);
+        compare_models(model, back);
+        apt_model_config(model, &kept);
+        apt_model_config(back, &found);
+        assert_true(kept.decoder_layers == found.decoder_layers && kept.gated == found.gated && kept.untied == found.untied &&
+                    kept.scaled_head == found.scaled_head && kept.qkv_bias == found.qkv_bias && kept.start_id == found.start_id &&
+                    kept.end_id == found.end_id && kept.buckets == found.buckets && kept.max_distance == found.max_distance);
+        assert_memory_equal(&kept.rope, &found.rope, sizeof kept.rope);
+        for (int32_t l = 0; l < kept.layers && kept.bias_head != NULL; l++)
+            assert_memory_equal(kept.bias_head + l * kept.bias_heads, found.bias_head + l * found.bias_heads,
+                                (size_t)kept.layer[l].heads * sizeof(int32_t));
+        if (i >= TEST_DECODERS && kept.bias_head != NULL) assert_true(kept.bias_head[1] == 2 || kept.bias_head[0] != 0);
+        test_batch b;
+        test_batch_at(&b, &c, 1, 0, 4);
+        int64_t n = 0, n2 = 0;
+        float *x = test_logits(model, &b.b, &n, NULL, 0), *y = test_logits(back, &b.b, &n2, NULL, 0);
+        assert_true(n == n2);
+        assert_memory_equal(x, y, (size_t)n * sizeof(float));
+        free(x);
+        free(y);
+        free(mask);
+        apt_model_destroy(back);
+        apt_model_destroy(model);
+    }
+}
+
+/* Names that other writers use: the body without its prefix, T5's embeddings under a stack, a head that newer files keep. */
+static void test_load_spellings_of_decoders(void **state)
+{
+    file_test *t = (file_test *)*state;
+    static const char *const from[3] = {"shared.weight", "shared.weight", "model.norm.weight"};
+    static const char *const to[3] = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "norm.weight"};
+    char path[700];
+    test_join(path, sizeof path, t->dir, "model.safetensors");
+    for (int32_t i = 0; i < 3; i++) {
+        apt_config c = test_decoder(i < 2 ? i : 2);
+        apt_model *model = make_model(t->ctx, &c), *back = NULL;
+        apti_tensor_item item[256];
+        apti_tensor_job job = APT_ZERO;
+        memset(item, 0, sizeof item);
+        assert_ok(t->ctx, apt_model_save(model, t->dir));
+        for (int32_t k = 0; k < apt_model_parameters(model); k++) {
+            apt_parameter p;
+            assert_int_equal(apt_model_parameter(model, k, &p), APT_OK);
+            float *v = test_parameter(model, p.name, NULL);
+            item[k].name = strcmp(p.name, from[i]) == 0 ? to[i] : p.name;
+            item[k].dtype = APT_F32;
+            item[k].dims = p.dims;
+            item[k].shape[0] = p.dims == 1 ? p.cols : p.rows;
+            item[k].shape[1] = p.dims == 1 ? 0 : p.cols;
+            item[k].data = v;
+        }
+        job.path = path;
+        job.items = item;
+        job.count = apt_model_parameters(model);
+        assert_ok(t->ctx, apti_tensors_write(t->ctx, &job));
+        assert_ok(t->ctx, apt_model_load(t->ctx, t->dir, NULL, &back));
+        compare_models(model, back);
+        for (int32_t k = 0; k < job.count; k++) free((void *)(uintptr_t)item[k].data);
+        apt_model_destroy(back);
+        apt_model_destroy(model);
+    }
+}
+
 static void test_save_pruned(void **state)
 {
     file_test *t = (file_test *)*state;
@@ -1132,8 +1311,8 @@ static void test_load_arguments(void **state)
     desc.end_canary = 1;
     expect(t->ctx, load_drop(t->ctx, t->dir, &desc), APT_E_ARGUMENT, "APT_ZERO");
     desc.end_canary = 0;
-    desc.task = (apt_task_kind)5;
-    expect(t->ctx, load_drop(t->ctx, t->dir, &desc), APT_E_ARGUMENT, "task is 5");
+    desc.task = (apt_task_kind)6;
+    expect(t->ctx, load_drop(t->ctx, t->dir, &desc), APT_E_ARGUMENT, "task is 6");
     desc.task = APT_TASK_NONE;
     desc.labels = -1;
     expect(t->ctx, load_drop(t->ctx, t->dir, &desc), APT_E_RANGE, "labels is -1");
@@ -1609,9 +1788,11 @@ static void test_mutations(void **state)
 static void test_golden_models(void **state)
 {
     file_test *t = (file_test *)*state;
-    const char *names[] = {"bert", "roberta", "roberta-qa", "roberta-regression"};
-    const apt_task_kind tasks[] = {APT_TASK_CLASSIFY, APT_TASK_CLASSIFY, APT_TASK_SPAN, APT_TASK_REGRESS};
-    for (int i = 0; i < 4; i++) {
+    const char *names[] = {"bert", "roberta", "roberta-qa", "roberta-regression", "t5-relu-tied", "t5-gated-untied", "llama",
+                           "llama-gqa-tied"};
+    const apt_task_kind tasks[] = {APT_TASK_CLASSIFY, APT_TASK_CLASSIFY, APT_TASK_SPAN, APT_TASK_REGRESS, APT_TASK_LM, APT_TASK_LM,
+                                   APT_TASK_LM, APT_TASK_LM};
+    for (int i = 0; i < 8; i++) {
         char path[1024], inner[1100], out[700];
         size_t a = 0, b = 0;
         apt_model *model = NULL;
@@ -1635,11 +1816,6 @@ static void test_golden_models(void **state)
         apt_model_destroy(model);
     }
     assert_int_equal(t->log.infos, 0);
-    char path[1024];
-    expect(t->ctx, load_drop(t->ctx, test_shared(path, sizeof path, "golden/llama"), NULL), APT_E_UNSUPPORTED,
-           "\"model_type\" is llama");
-    expect(t->ctx, load_drop(t->ctx, test_shared(path, sizeof path, "golden/t5-relu-tied"), NULL), APT_E_UNSUPPORTED,
-           "\"model_type\" is t5");
 }
 
 static void test_real_model(void **state)
@@ -1917,7 +2093,8 @@ int main(void)
         FILE_TEST(test_tensors_write_refuses), FILE_TEST(test_shards), FILE_TEST(test_shards_refuse),
             FILE_TEST(test_shards_too_many),
         FILE_TEST(test_config_defaults), FILE_TEST(test_config_tasks), FILE_TEST(test_config_pruned),
-            FILE_TEST(test_config_refuses),
+            FILE_TEST(test_config_refuses), FILE_TEST(test_config_llama), FILE_TEST(test_config_t5),
+        FILE_TEST(test_config_decoders_refused), FILE_TEST(test_save_decoders), FILE_TEST(test_load_spellings_of_decoders),
         FILE_TEST(test_save_and_load), FILE_TEST(test_save_pruned), FILE_TEST(test_load_weights_and_seed),
         FILE_TEST(test_load_arguments),
         FILE_TEST(test_load_names), FILE_TEST(test_load_refuses), FILE_TEST(test_load_huge_config), FILE_TEST(test_load_shards),

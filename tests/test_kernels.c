@@ -157,6 +157,7 @@ static double act_true(double x, int32_t act)
 {
     if (act == APT_GELU_ERF) return x < -38 ? 0 : x * normal_cdf(x);
     if (act == APT_RELU) return x > 0 ? x : 0;
+    if (act == APT_SILU) return x < -700 ? 0 : x / (1 + exp(-x));
     const double u = 0.79788456080286535588 * (x + 0.044715 * x * x * x);
     return x < -38 ? 0 : x > 38 ? x : x / (1 + exp(-2 * u));
 }
@@ -164,6 +165,8 @@ static double act_true(double x, int32_t act)
 static double slope_true(double x, int32_t act)
 {
     if (act == APT_RELU) return x > 0;
+    if (act == APT_SILU && x < -700) return 0;
+    if (act == APT_SILU) return (1 + x / (1 + exp(x))) / (1 + exp(-x));
     if (x < -38) return 0;
     if (x > 38) return 1;
     if (act == APT_GELU_ERF) return normal_cdf(x) + x * 0.39894228040143267794 * exp(-0.5 * x * x);
@@ -224,7 +227,7 @@ static void check_elementwise(const apti_kernels *k, int64_t n, int64_t shift)
     CASE("exp_scaled", k->exp_scaled(a, n, v.s, 0.25f), 0, exp(s * x - 0.25), 3e-7);
     CASE("tanh", k->tanh(b, a, n), 1, tanh(x), 3e-7);
     CASE("norm", k->norm(a, a, b, c, 0.25f, v.s, n), 0, (x - 0.25) * s * y + z, 3e-7);
-    for (int32_t act = APT_GELU_ERF; act <= APT_RELU; act++) {
+    for (int32_t act = APT_GELU_ERF; act <= APT_SILU; act++) {
         CASE("act", k->act(b, a, n, act), 1, act_true(x, act), 2e-7);
         CASE("act in place", k->act(a, a, n, act), 0, act_true(x, act), 2e-7);
         CASE("act_grad", k->act_grad(c, b, a, n, act), 2, y * slope_true(x, act), 2e-7);
@@ -394,15 +397,15 @@ static void test_position(void **state)
         const apti_kernels *k = g_table[t];
         float x[LONGEST], y[LONGEST], one[LONGEST];
         for (int64_t i = 0; i < LONGEST; i++) x[i] = (float)uniform() * 4.0f, one[i] = 1.0f;
-        for (int32_t f = 0; f < 8; f++) {
+        for (int32_t f = 0; f < 10; f++) {
             for (int64_t i = -1; i < LONGEST; i++) {              /* -1: all at once, then one by one */
                 float z[LONGEST];
                 memcpy(z, x, sizeof z);
                 float *p = i < 0 ? z : z + i;
                 const int64_t n = i < 0 ? LONGEST : 1;
-                if (f < 3) k->act(p, p, n, f);
-                else if (f < 6) k->act_grad(p, one, p, n, f - 3);
-                else if (f == 6) k->tanh(p, p, n);
+                if (f < 4) k->act(p, p, n, f);
+                else if (f < 8) k->act_grad(p, one, p, n, f - 4);
+                else if (f == 8) k->tanh(p, p, n);
                 else k->exp_scaled(p, n, 0.7f, 0.1f);
                 if (i < 0) memcpy(y, z, sizeof y);
                 else assert_int_equal(bits_of(z[i]), bits_of(y[i]));
@@ -428,7 +431,7 @@ static void test_extremes(void **state)
                 LOST(k->abs_add(y, x, 37), y);
                 LOST(k->axpy(y, 2.0f, x, 37), y);
                 LOST(k->norm(y, x, one, one, 0.0f, 1.0f, 37), y);
-                for (int32_t act = APT_GELU_ERF; act <= APT_RELU; act++) {
+                for (int32_t act = APT_GELU_ERF; act <= APT_SILU; act++) {
                     LOST(k->act(y, x, 37, act), y);
                     LOST(k->act_grad(y, x, one, 37, act), y);
                     LOST(k->act_grad(y, one, x, 37, act), y);
@@ -440,7 +443,7 @@ static void test_extremes(void **state)
         }
         const float big[6] = {inf, -inf, 3e38f, -3e38f, 1e30f, -1e30f};
         float y[6], one[6] = {1, 1, 1, 1, 1, 1};
-        for (int32_t act = APT_GELU_ERF; act <= APT_RELU; act++) {
+        for (int32_t act = APT_GELU_ERF; act <= APT_SILU; act++) {
             k->act(y, big, 6, act);
             for (int32_t i = 0; i < 6; i += 2) assert_true(bits_of(y[i]) == bits_of(big[i]) && fabsf(y[i + 1]) < 1e-30f);
             k->act_grad(y, one, big, 6, act);

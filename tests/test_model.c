@@ -9,9 +9,9 @@ typedef struct golden {
     apti_tensors *set;
     char dir[700];
     apt_batch batch;
-    int32_t offsets[8], tokens[128], types[128], labels[16];
+    int32_t offsets[8], tokens[128], types[128], labels[128], target_offsets[8];
     float targets[8];
-    int32_t length;                   /* padded length in the file */
+    int32_t length, target_length;    /* padded lengths in the file */
 } golden;
 
 static const int32_t *golden_ints(const golden *g, const char *name)
@@ -38,6 +38,22 @@ static float *golden_floats(const golden *g, const char *name, int64_t *count)
     return x;
 }
 
+/* Labels of a language model: one per real token (T5: of the target, whose padding has the label -100). */
+static void golden_lm_labels(golden *g, const int32_t *mask, const int32_t *labels, bool target)
+{
+    const int32_t rows = g->batch.sequences;
+    int32_t n = 0;
+    g->target_length = (int32_t)apti_tensors_find(g->set, "labels")->shape[1];
+    for (int32_t s = 0; s < rows; s++) {
+        for (int32_t i = 0; i < g->target_length; i++) {
+            const int32_t at = s * g->target_length + i;
+            if (target ? labels[at] != -100 : mask[at]) g->labels[n++] = labels[at];
+        }
+        g->target_offsets[s + 1] = n;
+    }
+    if (target) g->batch.target_offsets = g->target_offsets;
+}
+
 /* Packs the padded rows of the file: padding never enters a batch. */
 static void golden_batch(golden *g)
 {
@@ -59,11 +75,13 @@ static void golden_batch(golden *g)
             g->labels[2 * s + 1] = end[s];
         } else if (apti_tensors_find(g->set, "labels")->dtype == APT_F32) {
             memcpy(&g->targets[s], (const uint8_t *)labels + 4 * s, 4);
-        } else {
+        } else if (apti_tensors_find(g->set, "labels")->dims == 1) {
             g->labels[s] = labels[s];
         }
     }
     g->batch.sequences = rows;
+    if (labels != NULL && apti_tensors_find(g->set, "labels")->dims == 2)
+        golden_lm_labels(g, m, labels, apti_tensors_find(g->set, "dense.decoder_hidden.0") != NULL);
     g->batch.offsets = g->offsets;
     g->batch.tokens = g->tokens;
     g->batch.types = types != NULL ? g->types : NULL;
@@ -134,6 +152,54 @@ static void expect_golden(const golden *g, const char *part, const char *name, c
     free(x);
 }
 
+/* Rows of a padded tensor (sequences, length, width) at the real positions. */
+static float *golden_rows(const golden *g, const char *name, const int32_t *offsets, int64_t length, int64_t *width)
+{
+    int64_t n = 0;
+    float *x = golden_floats(g, name, &n);
+    *width = n / (g->batch.sequences * length);
+    for (int32_t s = 0; s < g->batch.sequences; s++)              /* moves towards the front only */
+        memmove(x + offsets[s] * *width, x + s * length * *width, (size_t)((offsets[s + 1] - offsets[s]) * *width) * sizeof(float));
+    return x;
+}
+
+static void expect_rows(const golden *g, const char *name, const float *mine, int64_t ld, const int32_t *offsets, int64_t length)
+{
+    int64_t width = 0;
+    const int64_t rows = offsets[g->batch.sequences];
+    float *x = golden_rows(g, name, offsets, length, &width), *packed = (float *)malloc((size_t)(rows * width) * sizeof(float));
+    for (int64_t i = 0; i < rows; i++) memcpy(packed + i * width, mine + i * ld, (size_t)width * sizeof(float));
+    expect_close(name, packed, x, rows * width, 1e-5);
+    free(packed);
+    free(x);
+}
+
+/* Logits at all real positions and the hidden states of every stack; the last one of a stack is behind its norm. */
+static void check_lm(golden *g, apt_model *model, apti_pass *pass, const char *part)
+{
+    char name[64];
+    const apti_decoder x = apti_decoder_of(model);
+    const apti_stack *last = &pass->stack[pass->stacks - 1];
+    const int64_t d = model->config.hidden, ld = apti_ld(d), vocab = model->config.vocab;
+    float *h = (float *)malloc((size_t)(last->rows * ld) * sizeof(float)), *logits = (float *)malloc((size_t)(last->rows * vocab) * sizeof(float));
+    for (int64_t i = 0; i < last->rows; i++) memcpy(h + i * ld, last->out + i * ld, (size_t)d * sizeof(float));
+    apti_head_scale(pass, h, last->rows);
+    apti_lm_logits(g->ctx, &x.op, x.packed, logits, vocab, h, ld, last->rows);
+    snprintf(name, sizeof(name), "%slogits", part);
+    expect_rows(g, name, logits, vocab, last->offsets, pass->stacks > 1 ? g->target_length : g->length);
+    free(h);
+    free(logits);
+    for (int32_t k = 0; k < pass->stacks; k++) {
+        const apti_stack *stack = &pass->stack[k];
+        const int32_t step = k + 1, layers = (stack->end - stack->first) / step;          /* a decoder layer is two */
+        for (int32_t i = 0; i <= layers; i++) {
+            const float *mine = i == 0 ? pass->acts[stack->first].x : i == layers ? stack->out : pass->acts[stack->first + step * i - 1].y2;
+            snprintf(name, sizeof(name), "%s%shidden.%d", part, k > 0 ? "decoder_" : "", (int)i);
+            expect_rows(g, name, mine, ld, stack->offsets, k > 0 ? g->target_length : g->length);
+        }
+    }
+}
+
 /* Logits, loss and all hidden states of one forward ("dense." or "lora."). */
 static void check_forward(golden *g, apt_model *model, apti_pass *pass, const char *part)
 {
@@ -143,6 +209,10 @@ static void check_forward(golden *g, apt_model *model, apti_pass *pass, const ch
     const int32_t d = model->config.hidden;
     const float loss = (float)apti_mean_loss(pass);
     expect_golden(g, part, "loss", &loss, 1, 1e-5);
+    if (model->config.task == APT_TASK_LM) {
+        check_lm(g, model, pass, part);
+        return;
+    }
     if (model->config.task == APT_TASK_SPAN) {
         for (int32_t c = 0; c < 2; c++) {
             snprintf(name, sizeof(name), "%s%s_logits", part, c == 0 ? "start" : "end");
@@ -199,7 +269,8 @@ static bool expect_vanishing(const golden *g, const apti_param *p, double whole)
     return true;
 }
 
-static void check_gradients(const golden *g, const apt_model *model, bool adapters)
+/* Every gradient within `bound`. */
+static void check_gradients(const golden *g, const apt_model *model, bool adapters, double bound)
 {
     const double whole = gradient_norm(model);
     int32_t seen = 0;
@@ -207,7 +278,7 @@ static void check_gradients(const golden *g, const apt_model *model, bool adapte
         const apti_param *p = &model->params[i];
         const bool adapter = strncmp(p->name, "lora_", 5) == 0;
         if (p->grad == NULL || adapter != adapters) continue;
-        if (!expect_vanishing(g, p, whole)) expect_golden(g, "grad.", p->name, p->grad, apti_param_count(p), 2e-5);
+        if (!expect_vanishing(g, p, whole)) expect_golden(g, "grad.", p->name, p->grad, apti_param_count(p), bound);
         seen++;
     }
     assert_true(seen > 4);
@@ -240,11 +311,11 @@ static void check_dense(const char *name, const char *kernels)
     forward_backward(t, &g, APTI_PASS_FULL | APTI_PASS_ALL_ROWS);
     check_forward(&g, model, t->pass, "dense.");
     apti_backward(t->pass);
-    check_gradients(&g, model, false);
+    check_gradients(&g, model, false, 2e-5);
     apti_zero_gradients(t);
     forward_backward(t, &g, APTI_PASS_FULL);                       /* the last layer on first tokens only: the same numbers */
     apti_backward(t->pass);
-    check_gradients(&g, model, false);
+    check_gradients(&g, model, false, 2e-5);
     golden_close(&g);
 }
 
@@ -265,6 +336,7 @@ static void check_projection(golden *g, apt_trainer *t, int32_t l, int32_t linea
 {
     const apt_model *m = t->model;
     const apti_param *w = m->layers[l].slot[2 * linear];
+    if (w == NULL) return;                                         /* self attention of a decoder has no FFN behind it */
     const bool heads = linear == APTI_OUTPUT;
     const int64_t n = w->cols, at = heads ? apti_probe_head(m, l) : apti_probe_neuron(m, l), dh = m->config.head_dim;
     char name[128];
@@ -275,7 +347,13 @@ static void check_projection(golden *g, apt_trainer *t, int32_t l, int32_t linea
     assert_int_equal(apt_salience_finish(s, t->probe.act + at, t->probe.grad + at, n, 1), APT_OK);
     expect_golden(g, "salience_per_feature.", name, s, n, 1e-4);
     apti_param_get(m, w, values);
-    assert_int_equal(apt_unit_kurtosis(s, NULL, values, n, w->rows, n, 1), APT_OK);
+    /* the size of a feature cancels, but one that never fires (ReLU) has kurtosis 0 */
+    assert_int_equal(apt_unit_kurtosis(s, t->probe.act + at, values, n, w->rows, n, 1), APT_OK);
+    for (int64_t i = 0; i < n; i++)
+        if (t->probe.act[at + i] == 0) {                           /* constant input: 0 by method.md, where the file has 0/0 - 3 */
+            assert_true(s[i] == 0);
+            s[i] = -3;
+        }
     expect_golden(g, "kurtosis_per_feature.", name, s, n, 1e-4);
     if (heads) {
         assert_int_equal(apt_salience_finish(s, t->probe.act + at, t->probe.grad + at, n / dh, dh), APT_OK);
@@ -297,7 +375,12 @@ static void check_adapted(const char *name, const char *kernels)
     forward_backward(t, &g, APTI_PASS_ALL_ROWS);
     check_forward(&g, model, t->pass, "lora.");
     apti_backward(t->pass);
-    check_gradients(&g, model, true);
+    /* With its adapters this case is ill-conditioned: attention without 1/sqrt(head size) answers rounding with large changes, and
+       the file has that too, for transformers' softmax and norms are in float whatever the model is in. Measured against central
+       differences in double: the file is off by 2.0e-5 for lora_B of the decoder's first query, float32 here by 1.4e-5..2.3e-5 with
+       fused multiply-adds and up to 6e-5 without. */
+    const double hard = strcmp(g.ctx->kernels->name, "ref") == 0 ? 7e-5 : 3e-5;
+    check_gradients(&g, model, true, strcmp(name, "t5-gated-untied") == 0 ? hard : 2e-5);
     for (int32_t l = 0; l < model->config.layers; l++) {
         check_projection(&g, t, l, APTI_OUTPUT);
         check_projection(&g, t, l, APTI_DOWN);
@@ -317,20 +400,96 @@ static void check_adapted(const char *name, const char *kernels)
 static void check_inference(const char *name, const char *kernels)
 {
     golden g;
-    float logits[512];
+    float logits[8192];
     golden_open(&g, name, kernels);
     apt_model *model = golden_model(&g);
     apt_output out = APT_ZERO;
     out.logits = logits;
-    out.logits_capacity = 512;
+    out.logits_capacity = 8192;
     assert_int_equal(apt_model_forward(model, &g.batch, &out), APT_OK);
     const float loss = (float)out.loss;
     expect_golden(&g, "dense.", "loss", &loss, 1, 1e-5);
-    if (model->config.task != APT_TASK_SPAN) expect_golden(&g, "dense.", "logits", logits, out.logits_count, 1e-5);
+    if (model->config.task == APT_TASK_LM)
+        expect_rows(&g, "dense.logits", logits, model->config.vocab, g.batch.target_offsets != NULL ? g.target_offsets : g.offsets, g.target_length);
+    else if (model->config.task != APT_TASK_SPAN) expect_golden(&g, "dense.", "logits", logits, out.logits_count, 1e-5);
     golden_close(&g);
 }
 
-static const char *const golden_cases[] = {"bert", "roberta", "roberta-regression", "roberta-qa"};
+/* Continuations of two prompts, each alone, token for token: greedy, three beams, and beams that an end token stops. Rows of the
+   file hold 20 new tokens, -1 behind an end. */
+static void expect_texts(const golden *g, apt_model *model, const char *name, const apt_generate_desc *how)
+{
+    const apti_tensor_view *prompt = apti_tensors_find(g->set, "generate.prompt"), *texts = apti_tensors_find(g->set, name);
+    const int32_t length = (int32_t)prompt->shape[1], most = (int32_t)texts->shape[1], offsets[2] = {0, length};
+    const int32_t *expected = golden_ints(g, name);
+    int32_t tokens[32], made = 0;
+    apt_generate_desc d = *how;
+    assert_true(most <= 32);
+    d.max_tokens = most;
+    for (int64_t s = 0; s < prompt->shape[0]; s++) {
+        apt_batch b = APT_ZERO;
+        b.sequences = 1;
+        b.offsets = offsets;
+        b.tokens = golden_ints(g, "generate.prompt") + s * length;
+        if (apt_generate(model, &b, &d, tokens, &made) != APT_OK) fail_msg("%s", apt_error(g->ctx));
+        for (int32_t i = 0; i < most; i++)
+            if ((i < made ? tokens[i] : -1) != expected[s * most + i])
+                fail_msg("%s of %s: text %d token %d is %d, expected %d", name, g->dir, (int)s, (int)i, i < made ? (int)tokens[i] : -1,
+                         (int)expected[s * most + i]);
+    }
+}
+
+static void check_generation(const char *name, const char *kernels)
+{
+    golden g;
+    apt_generate_desc how = APT_ZERO;
+    golden_open(&g, name, kernels);
+    apt_model *model = golden_model(&g);
+    for (int32_t slow = 0; slow < 2; slow++) {
+        how.disable_cache = slow;
+        how.beams = 0;
+        expect_texts(&g, model, "generate.greedy", &how);
+        how.beams = 3;
+        how.length_penalty = 1.0f;
+        expect_texts(&g, model, "generate.beam3", &how);
+        const int32_t end = model->config.end_id;
+        model->config.end_id = golden_ints(&g, "generate.stop")[0];
+        expect_texts(&g, model, "generate.beam3_stop", &how);
+        model->config.end_id = end;
+    }
+    golden_close(&g);
+}
+
+/* config_old.json says the same in the spelling of older files. */
+static void check_old_spelling(const char *name, const char *kernels)
+{
+    static const char *const files[][2] = {{"model.safetensors", "model.safetensors"}, {"config_old.json", "config.json"}};
+    golden g;
+    char dir[700], path[800];
+    golden_open(&g, name, kernels);
+    test_dir(dir, sizeof dir);
+    for (int32_t i = 0; i < 2; i++) {
+        size_t bytes = 0;
+        char *data = test_read_file(test_join(path, sizeof path, g.dir, files[i][0]), &bytes);
+        assert_non_null(data);
+        test_write_file(test_join(path, sizeof path, dir, files[i][1]), data, bytes);
+        free(data);
+    }
+    snprintf(g.dir, sizeof g.dir, "%s", dir);
+    apt_model *model = golden_model(&g);
+    float logits[8192];
+    apt_output out = APT_ZERO;
+    out.logits = logits;
+    out.logits_capacity = 8192;
+    assert_int_equal(apt_model_forward(model, &g.batch, &out), APT_OK);
+    expect_rows(&g, "dense.logits", logits, model->config.vocab, g.batch.target_offsets != NULL ? g.target_offsets : g.offsets, g.target_length);
+    golden_close(&g);
+    test_remove(dir);
+}
+
+static const char *const golden_cases[] = {"bert", "roberta", "roberta-regression", "roberta-qa", "t5-relu-tied", "t5-gated-untied", "llama", "llama-gqa-tied",
+                                           "qwen2", "llama3-rope", "t5-small-case"};
+enum { FIRST_GENERATED = 8 };         /* from here on the files hold continuations, too */
 
 /* Every case on every kernel table that this processor has; case 1 needs the shared data. */
 static void run_cases(void (*check)(const char *, const char *), int32_t which)
@@ -348,10 +507,32 @@ GOLDEN_TESTS(0)
 GOLDEN_TESTS(1)
 GOLDEN_TESTS(2)
 GOLDEN_TESTS(3)
+GOLDEN_TESTS(4)
+GOLDEN_TESTS(5)
+GOLDEN_TESTS(6)
+GOLDEN_TESTS(7)
+GOLDEN_TESTS(8)
+GOLDEN_TESTS(9)
+GOLDEN_TESTS(10)
+
+static void test_generation(void **state)
+{
+    (void)state;
+    for (int32_t i = FIRST_GENERATED; i < (int32_t)(sizeof golden_cases / sizeof golden_cases[0]); i++) run_cases(check_generation, i);
+}
+
+static void test_old_spelling(void **state)
+{
+    (void)state;
+    for (int32_t i = FIRST_GENERATED; i < (int32_t)(sizeof golden_cases / sizeof golden_cases[0]); i++) check_old_spelling(golden_cases[i], NULL);
+}
 
 #define GOLDEN_ENTRIES(which) cmocka_unit_test(test_dense_##which), cmocka_unit_test(test_adapted_##which), cmocka_unit_test(test_inference_##which)
 int main(void)
 {
-    const struct CMUnitTest tests[] = {GOLDEN_ENTRIES(0), GOLDEN_ENTRIES(1), GOLDEN_ENTRIES(2), GOLDEN_ENTRIES(3)};
+    const struct CMUnitTest tests[] = {GOLDEN_ENTRIES(0), GOLDEN_ENTRIES(1), GOLDEN_ENTRIES(2), GOLDEN_ENTRIES(3),
+                                       GOLDEN_ENTRIES(4), GOLDEN_ENTRIES(5), GOLDEN_ENTRIES(6), GOLDEN_ENTRIES(7),
+                                       GOLDEN_ENTRIES(8), GOLDEN_ENTRIES(9), GOLDEN_ENTRIES(10),
+                                       cmocka_unit_test(test_generation), cmocka_unit_test(test_old_spelling)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

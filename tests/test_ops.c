@@ -582,13 +582,15 @@ static void test_linear_optional(void **state)
 
 enum { NZ, NGAMMA, NBETA, NMASK };
 
-typedef struct norm_case { int64_t rows, d; bool mask, in_place; float eps; float *stats; } norm_case;
+typedef struct norm_case { int64_t rows, d; bool mask, in_place, rms; float eps; float *stats; } norm_case;
 
 static void norm_forward(op_case *c)
 {
     norm_case *n = (norm_case *)c->op;
     const tensor *z = &c->in[NZ], *y = &c->out[0];
-    apti_layernorm_forward(c->ctx, y->v, y->ld, n->stats, z->v, z->ld, c->in[NGAMMA].v, c->in[NBETA].v, n->mask ? c->in[NMASK].v : NULL,
+    if (n->rms)
+        apti_rmsnorm_forward(c->ctx, y->v, y->ld, n->stats, z->v, z->ld, c->in[NGAMMA].v, n->mask ? c->in[NMASK].v : NULL, n->rows, n->d, n->eps);
+    else apti_layernorm_forward(c->ctx, y->v, y->ld, n->stats, z->v, z->ld, c->in[NGAMMA].v, c->in[NBETA].v, n->mask ? c->in[NMASK].v : NULL,
                            n->rows, n->d, n->eps);
 }
 
@@ -602,8 +604,18 @@ static void norm_backward(op_case *c)
         memcpy(z->g, y->g, (size_t)(n->rows * z->ld) * sizeof(float));
         dy = z->g;
     }
-    apti_layernorm_backward(c->ctx, z->g, z->ld, c->in[NGAMMA].g, c->in[NBETA].g, dy, y->ld, z->v, z->ld, n->stats, c->in[NGAMMA].v,
+    if (n->rms)
+        apti_rmsnorm_backward(c->ctx, z->g, z->ld, c->in[NGAMMA].g, dy, y->ld, z->v, z->ld, n->stats, c->in[NGAMMA].v,
+                              n->mask ? c->in[NMASK].v : NULL, n->rows, n->d);
+    else apti_layernorm_backward(c->ctx, z->g, z->ld, c->in[NGAMMA].g, c->in[NBETA].g, dy, y->ld, z->v, z->ld, n->stats, c->in[NGAMMA].v,
                             n->mask ? c->in[NMASK].v : NULL, n->rows, n->d);
+}
+
+/* RMS: the mask only chooses columns. */
+static double norm_mask(const op_case *c, const norm_case *n, int64_t j)
+{
+    const double m = n->mask ? at(&c->in[NMASK], 0, j) : 1;
+    return n->rms && m != 0 ? 1 : m;
 }
 
 static void norm_reference(op_case *c)
@@ -612,19 +624,19 @@ static void norm_reference(op_case *c)
     for (int64_t i = 0; i < n->rows; i++) {
         double mean = 0, variance = 0, alive = 0, g_sum = 0, gx_sum = 0;
         for (int64_t j = 0; j < n->d; j++) {
-            const double m = n->mask ? at(&c->in[NMASK], 0, j) : 1;
+            const double m = norm_mask(c, n, j);
             alive += m != 0;
             mean += m != 0 ? at(&c->in[NZ], i, j) : 0;
         }
-        mean /= alive > 0 ? alive : 1;
+        mean = n->rms ? 0 : mean / (alive > 0 ? alive : 1);
         for (int64_t j = 0; j < n->d; j++) {
-            const double m = n->mask ? at(&c->in[NMASK], 0, j) : 1, v = at(&c->in[NZ], i, j) - mean;
+            const double m = norm_mask(c, n, j), v = at(&c->in[NZ], i, j) - mean;
             variance += m != 0 ? v * v : 0;
         }
         const double rstd = 1 / sqrt(variance / (alive > 0 ? alive : 1) + (double)n->eps);
         for (int64_t j = 0; j < n->d; j++) {
-            const double m = n->mask ? at(&c->in[NMASK], 0, j) : 1, x = (at(&c->in[NZ], i, j) - mean) * rstd;
-            c->out[0].ref[i * n->d + j] = m * (at(&c->in[NGAMMA], 0, j) * x + at(&c->in[NBETA], 0, j));
+            const double m = norm_mask(c, n, j), x = (at(&c->in[NZ], i, j) - mean) * rstd;
+            c->out[0].ref[i * n->d + j] = m * (at(&c->in[NGAMMA], 0, j) * x + (n->rms ? 0 : at(&c->in[NBETA], 0, j)));
             if (m == 0) continue;
             c->in[NGAMMA].ref[j] += m * up(&c->out[0], i, j) * x;
             c->in[NBETA].ref[j] += m * up(&c->out[0], i, j);
@@ -632,14 +644,14 @@ static void norm_reference(op_case *c)
             gx_sum += m * up(&c->out[0], i, j) * at(&c->in[NGAMMA], 0, j) * x;
         }
         for (int64_t j = 0; j < n->d; j++) {
-            const double m = n->mask ? at(&c->in[NMASK], 0, j) : 1, x = (at(&c->in[NZ], i, j) - mean) * rstd;
+            const double m = norm_mask(c, n, j), x = (at(&c->in[NZ], i, j) - mean) * rstd;
             if (m == 0) continue;
-            c->in[NZ].ref[i * n->d + j] = rstd * (m * up(&c->out[0], i, j) * at(&c->in[NGAMMA], 0, j) - g_sum / alive - x * gx_sum / alive);
+            c->in[NZ].ref[i * n->d + j] = rstd * (m * up(&c->out[0], i, j) * at(&c->in[NGAMMA], 0, j) - (n->rms ? 0 : g_sum / alive) - x * gx_sum / alive);
         }
     }
 }
 
-static void norm_check(int64_t rows, int64_t d, int mask, bool in_place)
+static void norm_check(int64_t rows, int64_t d, int mask, bool in_place, bool rms)
 {
     norm_case n;
     op_case *c = new_case();
@@ -647,24 +659,26 @@ static void norm_check(int64_t rows, int64_t d, int mask, bool in_place)
     n.d = d;
     n.mask = mask > 0;
     n.in_place = in_place;
+    n.rms = rms;
     n.eps = d == 1 ? 1e-2f : 1e-5f;
     n.stats = new_floats(rows, 2, 2);
     c->op = &n;
-    snprintf(c->name, sizeof c->name, "norm rows %d d %d mask %d", (int)rows, (int)d, mask);
+    snprintf(c->name, sizeof c->name, "%s rows %d d %d mask %d", rms ? "rms norm" : "norm", (int)rows, (int)d, mask);
     c->forward = norm_forward;
     c->backward = norm_backward;
     c->reference = norm_reference;
     add_in(c, "z", rows, d, d + 3, false);
     add_in(c, "gamma", 1, d, d, true);
-    add_in(c, "beta", 1, d, d, true);
+    add_in(c, "beta", 1, d, d, true)->fixed = rms;
     add_in(c, "mask", 1, d, d, false)->fixed = true;
     fill_mask(&c->in[NMASK]);
     if (mask == 2) memset(c->in[NMASK].v, 0, (size_t)d * sizeof(float));
     for (int64_t j = 0; mask == 3 && j < d; j += 2) c->in[NMASK].v[j] = 1.0f;
     int64_t alive = 0;
     for (int64_t j = 0; j < d; j++) alive += !mask || c->in[NMASK].v[j] != 0.0f;
-    if (alive == 2) c->fd_tolerance = 0;                 /* (z - mean) * rstd of two numbers is +-1 */
-    if (alive <= 4) c->tolerance = alive == 2 ? 1e-2 : 5e-5;     /* and of a few its gradient is a small difference */
+    if (alive == 2 && !rms) c->fd_tolerance = 0;                 /* (z - mean) * rstd of two numbers is +-1 */
+    if (rms && alive == 1 && d > 1) c->fd_tolerance = 0;  /* so is z * rstd of one */
+    if (alive <= 4) c->tolerance = alive == (rms ? 1 : 2) ? 1e-2 : 5e-5;     /* and of a few its gradient is a small difference */
     add_out(c, "y", rows, d, d + 3);
     if (rows == 0) c->fd_tolerance = 0;
     check_case(c);
@@ -676,7 +690,8 @@ static void norm_body(void)
 {
     const int64_t shape[][2] = {{1, 1}, {3, 1}, {1, 5}, {4, 2}, {7, 16}, {5, 17}, {33, 64}, {70, 130}, {200, 48}, {6, 768}, {2, 3001}, {0, 8}};
     for (size_t s = 0; s < sizeof shape / sizeof *shape; s++)
-        for (int mask = 0; mask < 4; mask++) norm_check(shape[s][0], shape[s][1], mask, mask % 2 == 1);   /* none, mixed, all 0, half */
+        for (int mask = 0; mask < 8; mask++)                  /* none, mixed, all 0, half; then the same for RMS */
+            norm_check(shape[s][0], shape[s][1], mask % 4, mask % 2 == 1, mask >= 4);
 }
 
 static void test_layernorm(void **state)
@@ -715,6 +730,14 @@ static void norm_compact_body(void)
         for (int64_t k = 0; k < n; k++) {
             assert_true(out.v[i * D + kept[k]] == out2.v[i * n + k]);
             assert_true(fabsf(dz[i * D + kept[k]] - dz2[i * n + k]) < 2e-6f);
+        }
+    apti_rmsnorm_forward(ctx, out.v, D, stats, z.v, D, gamma.v, mask, ROWS, D, 1e-6f);
+    apti_rmsnorm_forward(ctx, out2.v, n, stats2, small.v, n, gamma2, NULL, ROWS, n, 1e-6f);
+    assert_memory_equal(stats, stats2, sizeof stats);
+    for (int64_t i = 0; i < ROWS; i++)
+        for (int64_t j = 0, k = 0; j < D; j++) {
+            if (mask[j] != 0.0f) assert_true(out.v[i * D + j] == out2.v[i * n + k++]);
+            else assert_true(out.v[i * D + j] == 0);
         }
     free_tensor(&z);
     free_tensor(&gamma);
@@ -1064,6 +1087,319 @@ static void test_attention_extreme(void **state)
     each_table(attention_extreme_body);
 }
 
+/* A cache: keys with room behind them give the bits of keys without. */
+static void attention_cache_body(void)
+{
+    enum { H = 4, G = 2, D = 12, ROOM = 200, N = 3 };
+    static float k[N * ROOM * G * D], v[N * ROOM * G * D], q[N * H * D], o[N * H * D], whole[H * D], bias[H * 401];
+    const int32_t length[N] = {1, 77, 200}, offsets[N + 1] = {0, 1, 2, 3}, starts[N + 1] = {0, ROOM, 2 * ROOM, 3 * ROOM};
+    const int32_t ends[N] = {1, ROOM + 77, 3 * ROOM};
+    apt_ctx *ctx = g_ctx[1];
+    apti_attention_op op = APT_ZERO;
+    for (int64_t i = 0; i < N * ROOM * G * D; i++) k[i] = v[i] = apti_float(GUARD);
+    for (int32_t s = 0; s < N; s++)
+        for (int64_t i = 0; i < length[s] * G * D; i++) {
+            k[s * ROOM * G * D + i] = (float)normal();
+            v[s * ROOM * G * D + i] = (float)normal();
+        }
+    for (int64_t i = 0; i < N * H * D; i++) q[i] = (float)normal();
+    for (int64_t i = 0; i < H * 401; i++) bias[i] = (float)normal();
+    op.heads = H;
+    op.kv_heads = G;
+    op.head_dim = D;
+    op.scale = 0.3f;
+    op.causal = true;
+    op.sequences = N;
+    op.q_offsets = offsets;
+    op.k_offsets = starts;
+    op.k_ends = ends;
+    op.bias = bias;
+    op.bias_span = 201;
+    apti_attention_forward(ctx, &op, o, H * D, NULL, q, H * D, k, G * D, v, G * D);
+    for (int32_t s = 0; s < N; s++) {
+        const int32_t one[2] = {0, 1}, keys[2] = {0, length[s]};
+        op.sequences = 1;
+        op.q_offsets = one;
+        op.k_offsets = keys;
+        op.k_ends = NULL;
+        apti_attention_forward(ctx, &op, whole, H * D, NULL, q + s * H * D, H * D, k + s * ROOM * G * D, G * D, v + s * ROOM * G * D, G * D);
+        assert_memory_equal(whole, o + s * H * D, sizeof whole);
+    }
+}
+
+static void test_attention_cache(void **state)
+{
+    (void)state;
+    each_table(attention_cache_body);
+}
+
+/* ---- rotary positions -------------------------------------------------------------------------------------------- */
+
+typedef struct rotary_case { apti_rotary_op op; float *table, frequency[128]; int32_t positions[64]; } rotary_case;
+
+static void rotary_copy(float *to, int64_t ld, const float *from, int64_t ld_from, int64_t rows, int64_t cols)
+{
+    for (int64_t i = 0; i < rows; i++) memcpy(to + i * ld, from + i * ld_from, (size_t)cols * sizeof(float));
+}
+
+static void rotary_forward(op_case *c)
+{
+    rotary_case *r = (rotary_case *)c->op;
+    rotary_copy(c->out[0].v, c->out[0].ld, c->in[0].v, c->in[0].ld, c->in[0].rows, c->in[0].cols);
+    apti_rotary_forward(c->ctx, &r->op, c->out[0].v, c->out[0].ld, c->out[0].rows);
+}
+
+static void rotary_backward(op_case *c)
+{
+    rotary_case *r = (rotary_case *)c->op;
+    rotary_copy(c->in[0].g, c->in[0].ld, c->out[0].g, c->out[0].ld, c->in[0].rows, c->in[0].cols);
+    apti_rotary_backward(c->ctx, &r->op, c->in[0].g, c->in[0].ld, c->in[0].rows);
+}
+
+static void rotary_reference(op_case *c)
+{
+    const rotary_case *r = (const rotary_case *)c->op;
+    const int64_t dim = r->op.dim, half = dim / 2, wide = c->in[0].cols;
+    for (int64_t i = 0; i < c->in[0].rows; i++)
+        for (int64_t h = 0; h < r->op.heads; h++)
+            for (int64_t j = 0; j < half; j++) {
+                const int64_t a = h * dim + (r->op.interleaved ? 2 * j : j), b = h * dim + (r->op.interleaved ? 2 * j + 1 : j + half);
+                const double angle = (double)((float)r->positions[i] * r->frequency[j]), co = cos(angle), si = sin(angle);
+                c->out[0].ref[i * wide + a] = at(&c->in[0], i, a) * co - at(&c->in[0], i, b) * si;
+                c->out[0].ref[i * wide + b] = at(&c->in[0], i, b) * co + at(&c->in[0], i, a) * si;
+                c->in[0].ref[i * wide + a] = up(&c->out[0], i, a) * co + up(&c->out[0], i, b) * si;
+                c->in[0].ref[i * wide + b] = up(&c->out[0], i, b) * co - up(&c->out[0], i, a) * si;
+            }
+}
+
+static void rotary_body(void)
+{
+    const int32_t shape[][3] = {{1, 1, 2}, {7, 3, 6}, {40, 2, 64}, {64, 5, 16}};             /* rows, heads, size of a head */
+    for (int k = 0; k < 8; k++) {
+        const int32_t *s = shape[k / 2];
+        rotary_case *r = (rotary_case *)calloc(1, sizeof *r);
+        op_case *c = new_case();
+        assert_non_null(r);
+        r->op.heads = s[1];
+        r->op.dim = s[2];
+        r->op.interleaved = k % 2 == 1;
+        r->table = new_floats(s[0], s[2], s[2]);
+        r->op.table = r->table;
+        apt_rope rope = APT_ZERO;
+        rope.theta = 100.0f;
+        apti_rotary_frequencies(r->frequency, &rope, s[2]);
+        for (int32_t i = 0; i < s[0]; i++) r->positions[i] = (int32_t)below(500);
+        apti_rotary_table(g_ctx[0], r->table, r->positions, r->frequency, s[0], s[2]);
+        snprintf(c->name, sizeof c->name, "rotary rows %d heads %d dim %d interleaved %d", s[0], s[1], s[2], k % 2);
+        c->op = r;
+        c->forward = rotary_forward;
+        c->backward = rotary_backward;
+        c->reference = rotary_reference;
+        add_in(c, "x", s[0], (int64_t)s[1] * s[2], (int64_t)s[1] * s[2] + 3, false);
+        add_out(c, "y", s[0], (int64_t)s[1] * s[2], (int64_t)s[1] * s[2] + 1);
+        check_case(c);
+        free(r->table);
+        free(r);
+    }
+}
+
+/* Frequencies of LLaMA 3: long waves slow down by the factor, short ones stay, and there is a path between them. */
+static void rotary_scaling(void)
+{
+    float plain[64], scaled[64];
+    apt_rope rope = APT_ZERO;
+    rope.theta = 500000.0f;
+    apti_rotary_frequencies(plain, &rope, 128);
+    rope.factor = 8.0f;
+    rope.low_factor = 1.0f;
+    rope.high_factor = 4.0f;
+    rope.original_positions = 8192;
+    apti_rotary_frequencies(scaled, &rope, 128);
+    int32_t kinds[3] = {0, 0, 0};
+    for (int32_t i = 0; i < 64; i++) {
+        const double f = pow(500000.0, -2.0 * i / 128), wave = 2 * 3.14159265358979323846 / f;
+        double want = f / 8;
+        if (wave < 8192.0 / 4) want = f;
+        else if (wave <= 8192.0) want = (8192 / wave - 1) / 3 * f + (1 - (8192 / wave - 1) / 3) * f / 8;
+        assert_true(fabs((double)plain[i] - f) <= 1e-7 * f && fabs((double)scaled[i] - want) <= 1e-7 * want);
+        kinds[wave < 8192.0 / 4 ? 0 : wave <= 8192.0 ? 1 : 2]++;
+    }
+    assert_true(kinds[0] > 5 && kinds[1] > 2 && kinds[2] > 5);
+}
+
+static void test_rotary(void **state)
+{
+    (void)state;
+    each_table(rotary_body);
+    rotary_scaling();
+}
+
+/* ---- relative position bias -------------------------------------------------------------------------------------- */
+
+static void relative_forward(op_case *c) { apti_relative_forward((apti_relative_op *)c->op, c->out[0].v, c->in[0].v); }
+
+static void relative_backward(op_case *c) { apti_relative_backward((apti_relative_op *)c->op, c->in[0].g, c->out[0].g); }
+
+/* The definition, in double, with borders found by comparison and not by a logarithm */
+static int32_t relative_bucket(const apti_relative_op *op, int64_t distance)
+{
+    const int32_t half = op->causal ? op->buckets : op->buckets / 2, exact = half / 2;
+    const int32_t first = !op->causal && distance > 0 ? half : 0;
+    const int64_t n = op->causal ? (distance < 0 ? -distance : 0) : distance < 0 ? -distance : distance;
+    int32_t bucket = exact;
+    if (n < exact) return first + (int32_t)n;
+    while (bucket < half - 1 && (double)n >= exact * pow((double)op->max_distance / exact, (double)(bucket + 1 - exact) / (half - exact)) - 1e-6)
+        bucket++;
+    return first + bucket;
+}
+
+static void relative_reference(op_case *c)
+{
+    const apti_relative_op *op = (const apti_relative_op *)c->op;
+    const int64_t wide = 2 * (int64_t)op->span - 1;
+    for (int64_t h = 0; h < op->heads; h++)
+        for (int64_t u = 0; u < wide; u++) {
+            const int64_t row = relative_bucket(op, u - op->span + 1), column = op->column ? op->column[h] : h;
+            c->out[0].ref[h * wide + u] = at(&c->in[0], row, column);
+            c->in[0].ref[row * op->table_heads + column] += up(&c->out[0], h, u);
+        }
+}
+
+static void relative_body(void)
+{
+    static const int32_t column[3] = {4, 0, 3};
+    const int32_t shape[][2] = {{32, 128}, {8, 16}, {4, 3}, {16, 20}};                       /* buckets, distance */
+    for (int k = 0; k < 16; k++) {
+        apti_relative_op op = APT_ZERO;
+        op_case *c = new_case();
+        op.heads = k % 4 < 2 ? 5 : 3;
+        op.table_heads = 5;
+        op.column = k % 4 < 2 ? NULL : column;
+        op.buckets = shape[k / 4][0];
+        op.max_distance = shape[k / 4][1];
+        op.span = op.max_distance + 1 + k % 3 * 40;
+        op.causal = k % 2 == 1;
+        snprintf(c->name, sizeof c->name, "relative bias buckets %d distance %d causal %d columns %d", op.buckets, op.max_distance, op.causal, k % 4 >= 2);
+        c->op = &op;
+        c->forward = relative_forward;
+        c->backward = relative_backward;
+        c->reference = relative_reference;
+        add_in(c, "table", op.buckets, 5, 5, true);
+        add_out(c, "bias", op.heads, 2 * (int64_t)op.span - 1, 2 * (int64_t)op.span - 1);
+        check_case(c);
+        /* beyond max_distance nothing changes, so a span of max_distance + 1 with clamped ends loses nothing */
+        assert_int_equal(apti_relative_bucket(&op, -op.max_distance), apti_relative_bucket(&op, -100000));
+        assert_int_equal(apti_relative_bucket(&op, op.max_distance), apti_relative_bucket(&op, 100000));
+    }
+}
+
+static void test_relative(void **state)
+{
+    (void)state;
+    each_table(relative_body);
+}
+
+/* ---- gated FFN, residual ----------------------------------------------------------------------------------------- */
+
+enum { GU, GV, GMASK };
+
+typedef struct gate_case { int32_t act; bool mask, in_place; } gate_case;
+
+static void gate_forward(op_case *c)
+{
+    const gate_case *k = (const gate_case *)c->op;
+    const tensor *u = &c->in[GU], *v = &c->in[GV], *h = &c->out[0];
+    for (int64_t i = 0; i < u->rows; i++) c->ctx->kernels->act(h->v + i * h->ld, u->v + i * u->ld, u->cols, k->act);
+    apti_gate_forward(c->ctx, h->v, h->ld, h->v, h->ld, v->v, v->ld, k->mask ? c->in[GMASK].v : NULL, u->rows, u->cols);
+}
+
+static void gate_backward(op_case *c)
+{
+    const gate_case *k = (const gate_case *)c->op;
+    const tensor *u = &c->in[GU], *v = &c->in[GV], *h = &c->out[0];
+    const float *dh = h->g;
+    if (k->in_place) {                /* du is dh */
+        memcpy(u->g, h->g, (size_t)(u->rows * u->ld) * sizeof(float));
+        dh = u->g;
+    }
+    apti_gate_backward(c->ctx, u->g, u->ld, v->g, v->ld, dh, h->ld, u->v, u->ld, v->v, v->ld, k->mask ? c->in[GMASK].v : NULL, u->rows,
+                       u->cols, k->act);
+}
+
+static double gate_act(double x, int32_t act, double *slope)
+{
+    const double s = 1 / (1 + exp(-x)), t = tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x));
+    if (act == APT_SILU) *slope = s + x * s * (1 - s);
+    if (act == APT_SILU) return x * s;
+    *slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.79788456080286535588 * (1 + 3 * 0.044715 * x * x);
+    return 0.5 * x * (1 + t);
+}
+
+static void gate_reference(op_case *c)
+{
+    const gate_case *k = (const gate_case *)c->op;
+    const int64_t n = c->in[GU].cols;
+    for (int64_t i = 0; i < c->in[GU].rows; i++)
+        for (int64_t j = 0; j < n; j++) {
+            double slope;
+            const double m = k->mask ? at(&c->in[GMASK], 0, j) : 1, a = gate_act(at(&c->in[GU], i, j), k->act, &slope), v = at(&c->in[GV], i, j);
+            c->out[0].ref[i * n + j] = m * a * v;
+            c->in[GU].ref[i * n + j] = m * v * slope * up(&c->out[0], i, j);
+            c->in[GV].ref[i * n + j] = m * a * up(&c->out[0], i, j);
+        }
+}
+
+static void gate_body(void)
+{
+    const int64_t shape[][2] = {{1, 1}, {5, 17}, {33, 130}, {300, 70}};
+    for (int i = 0; i < 16; i++) {
+        gate_case k;
+        op_case *c = new_case();
+        const int64_t rows = shape[i / 4][0], n = shape[i / 4][1];
+        k.act = i % 2 ? APT_SILU : APT_GELU_TANH;
+        k.mask = i % 4 > 1;
+        k.in_place = i % 3 == 0;
+        snprintf(c->name, sizeof c->name, "gate rows %d n %d act %d mask %d", (int)rows, (int)n, k.act, k.mask);
+        c->op = &k;
+        c->forward = gate_forward;
+        c->backward = gate_backward;
+        c->reference = gate_reference;
+        add_in(c, "u", rows, n, n + 3, false);
+        add_in(c, "v", rows, n, n + 1, false);
+        add_in(c, "mask", 1, n, n, false)->fixed = true;
+        fill_mask(&c->in[GMASK]);
+        add_out(c, "h", rows, n, n + 3);
+        check_case(c);
+    }
+}
+
+static void residual_body(void)
+{
+    enum { ROWS = 70, D = 37 };
+    for (int masked = 0; masked < 2; masked++) {
+        tensor x = new_tensor("x", ROWS, D, D + 2), r = new_tensor("r", ROWS, D, D + 1), y = new_tensor("y", ROWS, D, D + 3);
+        float mask[D];
+        for (int64_t j = 0; j < D; j++) mask[j] = j % 3 ? 0.25f * (float)j : 0.0f;
+        apti_residual(g_ctx[2], y.v, y.ld, x.v, x.ld, r.v, r.ld, masked ? mask : NULL, ROWS, D);
+        check_guard("y", y.v, ROWS, D, y.ld);
+        for (int64_t i = 0; i < ROWS; i++)
+            for (int64_t j = 0; j < D; j++) {
+                const float sum = x.v[i * x.ld + j] + r.v[i * r.ld + j];
+                assert_true(y.v[i * y.ld + j] == (masked ? sum * mask[j] : sum));
+            }
+        free_tensor(&x);
+        free_tensor(&r);
+        free_tensor(&y);
+    }
+}
+
+static void test_gate(void **state)
+{
+    (void)state;
+    each_table(gate_body);
+    each_table(residual_body);
+}
+
 /* ---- embeddings, rows, tanh -------------------------------------------------------------------------------------- */
 
 enum { EWORD, EPOSITION, ETYPE };
@@ -1257,6 +1593,7 @@ typedef struct loss_case {
     double sum, want;                 /* computed and reference sum */
     int64_t count, correct, want_count, want_correct, chunk;
     float *work;
+    bool packed;                                 /* mlm: E in panels */
 } loss_case;
 
 static double loss_value(op_case *c)
@@ -1380,8 +1717,15 @@ static double mlm_call(op_case *c, float *dh, float *de, float *dbias)
     op.d = c->in[1].cols;
     op.e = c->in[1].v;
     op.bias = c->in[2].fixed ? NULL : c->in[2].v;
-    const double sum = apti_mlm_loss(c->ctx, &op, dh, c->in[0].ld, de, dbias, c->in[0].v, c->in[0].ld, l->labels, c->in[0].rows, -100,
-                                     l->grad_scale, l->work, l->chunk, &l->count, &l->correct);
+    apti_packed panels = APT_ZERO;
+    if (l->packed) {
+        assert_true(apti_packed_reserve(c->ctx, &panels, op.vocab, op.d, APT_F32));
+        apti_pack(c->ctx, &panels, op.e, op.d);
+        op.e = NULL;
+    }
+    const double sum = apti_lm_loss(c->ctx, &op, l->packed ? &panels : NULL, dh, c->in[0].ld, de, dbias, c->in[0].v, c->in[0].ld, l->labels, c->in[0].rows, -100,
+                                    l->grad_scale, l->work, l->chunk, &l->count, &l->correct);
+    apti_free(c->ctx, panels.data);
     check_guard("work", l->work, 1, l->chunk * apti_ld(op.vocab), l->chunk * apti_ld(op.vocab));
     return sum;
 }
@@ -1491,8 +1835,9 @@ static void loss_body(void)
     }
     const int64_t mlm[][4] = {{1, 1, 1, 1}, {7, 33, 5, 3}, {20, 70, 16, 20}, {11, 129, 9, 64}, {6, 50, 8, 1}};   /* rows, vocab, d, chunk */
     for (size_t s = 0; s < sizeof mlm / sizeof *mlm; s++)
-        for (int variant = 0; variant < 3; variant++) {
+        for (int variant = 0; variant < 6; variant++) {          /* from 3 on E is packed */
             op_case *c = new_case();
+            l->packed = variant >= 3;
             snprintf(c->name, sizeof c->name, "mlm rows %d vocab %d d %d chunk %d variant %d", (int)mlm[s][0], (int)mlm[s][1],
                      (int)mlm[s][2], (int)mlm[s][3], variant);
             c->forward = mlm_forward;
@@ -1500,8 +1845,8 @@ static void loss_body(void)
             c->reference = mlm_reference;
             add_in(c, "h", mlm[s][0], mlm[s][2], mlm[s][2] + 1, false);
             add_in(c, "e", mlm[s][1], mlm[s][2], mlm[s][2], true);
-            add_in(c, "bias", 1, mlm[s][1], mlm[s][1], true)->fixed = variant == 1;
-            for (int64_t i = 0; i < mlm[s][0]; i++) l->labels[i] = variant == 2 && i % 2 ? -100 : (int32_t)below(mlm[s][1]);
+            add_in(c, "bias", 1, mlm[s][1], mlm[s][1], true)->fixed = variant % 3 == 1;
+            for (int64_t i = 0; i < mlm[s][0]; i++) l->labels[i] = variant % 3 == 2 && i % 2 ? -100 : (int32_t)below(mlm[s][1]);
             l->chunk = mlm[s][3];
             l->work = new_floats(1, l->chunk * apti_ld(mlm[s][1]), l->chunk * apti_ld(mlm[s][1]));
             loss_check(c, l);
@@ -1565,7 +1910,8 @@ int main(void)
         cmocka_unit_test(test_layernorm_compact), cmocka_unit_test(test_attention),       cmocka_unit_test(test_attention_batch),
         cmocka_unit_test(test_attention_options), cmocka_unit_test(test_attention_extreme), cmocka_unit_test(test_embed),
         cmocka_unit_test(test_rows_and_tanh),    cmocka_unit_test(test_columns),          cmocka_unit_test(test_losses),
-        cmocka_unit_test(test_losses_extreme),
+        cmocka_unit_test(test_losses_extreme),   cmocka_unit_test(test_attention_cache),  cmocka_unit_test(test_rotary),
+        cmocka_unit_test(test_relative),         cmocka_unit_test(test_gate),
     };
     return cmocka_run_group_tests_name("ops", tests, NULL, NULL);
 }

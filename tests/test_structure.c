@@ -110,7 +110,7 @@ static double compare_compacted(apt_ctx *ctx, const compact_case *k)
     test_batch_fill(&t, &c, &rng, 4, 1, 7);
     const mask_set s = make_masks(m, k->style, &rng);
     assert_ok(ctx, apt_model_set_masks(m, s.mask, s.units.total));
-    const int64_t rows = t.offsets[4], d = c.hidden;
+    const int64_t rows = c.decoder_layers > 0 ? t.target_offsets[4] : t.offsets[4], d = c.hidden;
     float *hidden = (float *)test_memory_block((size_t)(rows * d) * sizeof(float));
     float *after = (float *)test_memory_block((size_t)(rows * d) * sizeof(float));
     int64_t n = 0, n2 = 0;
@@ -158,6 +158,34 @@ static void test_masked_is_compacted(void **state)
     apt_destroy(ctx);
 }
 
+static void test_masked_decoders(void **state)
+{
+    (void)state;
+    test_log log;
+    apt_ctx *ctx = test_context(1, &log);
+    double worst[2] = {0, 0};
+    for (int32_t i = 0; i < 420; i++) {                               /* 210 of T5, 210 of LLaMA */
+        compact_case k;
+        const int32_t t5 = i % 2;
+        k.c = test_decoder(t5 ? i / 2 % 2 : 2 + i / 2 % 3);
+        if (i / 6 % 3 == 1) {
+            k.c.hidden = 40;
+            k.c.neurons = 70;
+        }
+        k.style = i / 4 % 8;
+        k.adapters = i % 3 == 0;
+        k.narrow = i % 7 == 0;
+        k.seed = 3000 + (uint64_t)i;
+        const double e = compare_compacted(ctx, &k);
+        if (!(e <= 1e-5))
+            fail_msg("set %d (family %d, style %d, adapters %d, bf16 %d): masked and compacted differ by %g", i, (int)k.c.family, k.style,
+                     k.adapters, k.narrow, e);
+        worst[t5] = fmax(worst[t5], e);
+    }
+    print_message("    210 mask sets each, worst relative difference T5 %.2g, LLaMA %.2g\n", worst[1], worst[0]);
+    apt_destroy(ctx);
+}
+
 /* ---- what compaction does to each parameter ----------------------------------------------------------------------- */
 
 /* What rows and columns of a parameter follow, by its name: H hidden, Q query heads, K key and value heads, N neurons, '-' nothing.
@@ -173,6 +201,12 @@ static const axes_row g_axes[] = {
     {"classifier.out_proj.weight", '-', '-'}, {"classifier.out_proj.bias", '-', '-'}, {"classifier.weight", '-', '-'},
     {"classifier.bias", '-', '-'}, {"qa_outputs.weight", '-', 'H'}, {"qa_outputs.bias", '-', '-'},
     {"predictions.transform.dense.weight", 'H', 'H'}, {"predictions.transform.dense.bias", '-', 'H'}, {"predictions.bias", '-', '-'},
+    {"SelfAttention.relative_attention_bias.weight", '-', '-'}, {"Attention.q.weight", 'Q', 'H'}, {"Attention.k.weight", 'K', 'H'},
+    {"Attention.v.weight", 'K', 'H'}, {"Attention.o.weight", 'H', 'Q'}, {"wi.weight", 'N', 'H'}, {"wi_0.weight", 'N', 'H'},
+    {"wi_1.weight", 'N', 'H'}, {"wo.weight", 'H', 'N'}, {"shared.weight", '-', 'H'}, {"embed_tokens.weight", '-', 'H'},
+    {"norm.weight", '-', 'H'}, {"q_proj.weight", 'Q', 'H'}, {"k_proj.weight", 'K', 'H'}, {"v_proj.weight", 'K', 'H'},
+    {"q_proj.bias", '-', 'Q'}, {"k_proj.bias", '-', 'K'}, {"v_proj.bias", '-', 'K'}, {"o_proj.weight", 'H', 'Q'},
+    {"gate_proj.weight", 'N', 'H'}, {"up_proj.weight", 'N', 'H'}, {"down_proj.weight", 'H', 'N'}, {"lm_head.weight", '-', 'H'},
     {"lm_head.dense.weight", 'H', 'H'}, {"lm_head.dense.bias", '-', 'H'}, {"lm_head.bias", '-', '-'},
 };
 
@@ -205,10 +239,17 @@ static bool stays(const apt_config *c, const float *mask, char axis, int32_t lay
     return axis == '-' || at[i] != 0;
 }
 
-static int32_t layer_of(const char *name)
+/* A decoder layer of T5 is two of ours: its layer.0, then the rest. */
+static int32_t layer_of(const apt_config *c, const char *name)
 {
-    const char *p = strstr(name, "encoder.layer.");
-    return p != NULL ? atoi(p + strlen("encoder.layer.")) : -1;
+    static const char *const stems[4] = {"encoder.layer.", "model.layers.", "encoder.block.", "decoder.block."};
+    for (int32_t i = 0; i < 4; i++) {
+        const char *p = strstr(name, stems[i]);
+        if (p == NULL || strstr(name, "relative_attention_bias") != NULL) continue;
+        const int32_t number = atoi(p + strlen(stems[i]));
+        return i < 3 ? number : c->layers - 2 * c->decoder_layers + 2 * number + (strstr(p, ".layer.0.") == NULL);
+    }
+    return -1;
 }
 
 /* Values, gradient and both moments of every parameter before a compaction. */
@@ -233,7 +274,7 @@ static int64_t compare_gathered(const kept_param *b, const apt_config *c, const 
     char row, col;
     int64_t n = 0;
     axes_of(b->name, &row, &col);
-    const int32_t l = layer_of(b->name);
+    const int32_t l = layer_of(c, b->name);
     for (int32_t k = 0; k < 4; k++) {
         int64_t at = 0;
         assert_true((b->part[k] == NULL) == (after[k] == NULL));
@@ -275,7 +316,7 @@ static void compact_trained(apt_config c, apt_method method, int32_t style)
     const mask_set s = make_masks(m, style, &rng);
     apt_config old;
     apt_model_config(m, &old);
-    apt_layer_shape shape[3];
+    apt_layer_shape shape[8];
     memcpy(shape, old.layer, (size_t)old.layers * sizeof shape[0]);
     old.layer = shape;
     kept_param *kept = (kept_param *)test_memory_block((size_t)m->param_count * sizeof(kept_param));
@@ -317,6 +358,8 @@ static void test_compaction_gathers(void **state)
         const apt_config c = shape_config(i % SHAPES, i % 2 == 0 ? APT_BERT : APT_ROBERTA, (apt_task_kind)(APT_TASK_CLASSIFY + i / 2 % 4));
         compact_trained(c, i % 3 == 0 ? APT_METHOD_LORA : APT_METHOD_FULL, i % 8);
     }
+    for (int32_t i = 0; i < 2 * TEST_DECODERS; i++)
+        compact_trained(test_decoder(i % TEST_DECODERS), i % 2 == 0 ? APT_METHOD_LORA : APT_METHOD_FULL, i % 8);
 }
 
 /* Shapes, counts and bytes afterwards are those of a model made in that shape. */
@@ -696,7 +739,7 @@ static void grad_masks(apt_model *m, int32_t kind)
 /* Four-point derivative at entry `at` of a parameter. */
 static double pass_slope(apt_model *m, apti_pass *pass, const apt_batch *b, uint32_t mode, apti_param *p, int64_t at)
 {
-    const float old = p->value[at], h = 0.02f;
+    const float old = p->value[at], h = m->block->unscaled ? 0.003f : 0.02f;  /* without 1/sqrt(head size) curves are sharper */
     double f[4];
     static const float step[4] = {-2, -1, 1, 2};
     double moved[4];
@@ -722,7 +765,7 @@ static double check_gradients(const grad_case *k, uint64_t seed)
     d.method = k->method;
     d.steps = 1;
     d.rank = 2;
-    d.adapt = 63;
+    d.adapt = k->c.family == APT_LLAMA || k->c.gated ? 127 : 63;
     apt_trainer *t = test_trainer(m, &d);
     test_randomise(m, seed);
     grad_masks(m, k->masks);
@@ -798,6 +841,27 @@ static void test_gradients_grouped(void **state)
         k.method = i == 0 ? APT_METHOD_FULL : APT_METHOD_LORA;
         (void)check_gradients(&k, 77);
     }
+}
+
+/* Every parameter of the decoder families, masks on and off. */
+static void test_gradients_decoders(void **state)
+{
+    (void)state;
+    double worst = 0;
+    for (int32_t i = 0; i < 6 * TEST_DECODERS; i++) {
+        grad_case k;
+        k.c = test_decoder(i % TEST_DECODERS);
+        k.c.hidden = 8;
+        k.c.neurons = 10;
+        k.c.vocab = 13;
+        k.c.positions = 12;
+        if (k.c.family == APT_T5 && !k.c.gated) k.c.activation = APT_SILU;   /* ReLU has no slope where a step crosses 0 */
+        k.method = i / TEST_DECODERS % 2 == 0 ? APT_METHOD_FULL : APT_METHOD_LORA;
+        k.masks = i / TEST_DECODERS / 2;
+        k.all_rows = false;
+        worst = fmax(worst, check_gradients(&k, 400 + (uint64_t)i));
+    }
+    print_message("    worst relative error of a tensor %.2g\n", worst);
 }
 
 /* The shortcut through first tokens only: the same logits and gradients as with all rows. */
@@ -936,7 +1000,7 @@ int main(void)
         cmocka_unit_test(test_masks),               cmocka_unit_test(test_merge),              cmocka_unit_test(test_merge_values),
         cmocka_unit_test(test_growth_keeps_logits), cmocka_unit_test(test_parameters),         cmocka_unit_test(test_set_while_training),
         cmocka_unit_test(test_gradients),           cmocka_unit_test(test_gradients_grouped),  cmocka_unit_test(test_lean),
-        cmocka_unit_test(test_forward_output),
+        cmocka_unit_test(test_forward_output),      cmocka_unit_test(test_masked_decoders),   cmocka_unit_test(test_gradients_decoders),
     };
     return cmocka_run_group_tests_name("structure", tests, NULL, NULL);
 }

@@ -209,6 +209,54 @@ static void test_resume_others(void **state)
     resume_everywhere(apt_plan(APT_ROBERTA, APT_TASK_MLM), apt_cut, 6, 0);
 }
 
+/* T5: two stacks, a teacher for both. LLaMA: no teacher by default. */
+static plan decoder_plan(int32_t which)
+{
+    plan p = apt_plan(APT_BERT, APT_TASK_CLASSIFY);
+    p.c = test_decoder(which);
+    p.c.neurons = 20;
+    return p;
+}
+
+static void test_decoder_threads(void **state)
+{
+    (void)state;
+    for (int32_t w = 0; w < TEST_DECODERS; w++) {
+        plan p = decoder_plan(w);
+        p.sequences = 20;
+        p.c.hidden = 40;
+        p.c.neurons = 70;
+        p.c.vocab = 90;
+        live a, b;
+        const uint64_t sum = run_all(&a, &p);
+        const uint32_t expected = 1u << APT_EVENT_PRUNE | 1u << APT_EVENT_COMPACT | 1u << APT_EVENT_GROW | (w < 2 ? 1u << APT_EVENT_TEACHER : 0u);
+        assert_int_equal(all_events(&a.tr) & expected, expected);
+        for (p.threads = 2; p.threads <= 8; p.threads += 3) {
+            const uint64_t other = run_all(&b, &p);
+            assert_same_trace(&a.tr, &b.tr, 0, micro_batches(&p), "threads");
+            if (other != sum) fail_msg("decoder %d: %d threads give other weights", w, (int)p.threads);
+            stop(&b);
+        }
+        stop(&a);
+    }
+}
+
+static void test_decoder_resume(void **state)
+{
+    (void)state;
+    static const int64_t cut[] = {1, 8, 9, 14, 15, 21, 26, 33, 41};
+    const uint32_t events = every_event & ~(1u << APT_EVENT_CHECKPOINT);
+    for (int32_t w = 0; w < TEST_DECODERS; w++) {
+        plan p = decoder_plan(w);
+        resume_everywhere(p, cut, (int32_t)(sizeof cut / sizeof cut[0]), w < 2 ? events & ~(1u << APT_EVENT_EVALUATE) : 0);
+        p.d.method = APT_METHOD_FULL;
+        p.d.target_sparsity = 0;
+        p.d.steps = 6;
+        p.d.prune_begin = p.d.prune_end = 0;
+        resume_everywhere(p, cut, 3, 0);
+    }
+}
+
 /* ---- checkpoints that do not fit ------------------------------------------------------------------------------------ */
 
 /* Loading `path` with plan q must fail and say `word`; the trainer then still works as a fresh one. */
@@ -1364,7 +1412,7 @@ int main(void)
         cmocka_unit_test(test_calls_from_events), cmocka_unit_test(test_states),            cmocka_unit_test(test_desc_ranges),
         cmocka_unit_test(test_desc_defaults),     cmocka_unit_test(test_learning_rates),    cmocka_unit_test(test_adam),
         cmocka_unit_test(test_accumulation),      cmocka_unit_test(test_nonfinite),         cmocka_unit_test(test_nothing_labelled),
-        cmocka_unit_test(test_learning),
+        cmocka_unit_test(test_learning),          cmocka_unit_test(test_decoder_threads),   cmocka_unit_test(test_decoder_resume),
     };
     return cmocka_run_group_tests_name("train", tests, NULL, NULL);
 }
