@@ -378,8 +378,8 @@ static void check_adapted(const char *name, const char *kernels)
     /* With its adapters this case is ill-conditioned: attention without 1/sqrt(head size) answers rounding with large changes, and
        the file has that too, for transformers' softmax and norms are in float whatever the model is in. Measured against central
        differences in double: the file is off by 2.0e-5 for lora_B of the decoder's first query, float32 here by 1.4e-5..2.3e-5 with
-       fused multiply-adds and up to 6e-5 without. */
-    const double hard = strcmp(g.ctx->kernels->name, "ref") == 0 ? 7e-5 : 3e-5;
+       fused multiply-adds, the plain C table by up to 6e-5 and under -Ofast, which changes the order of its sums, by 9e-5. */
+    const double hard = strcmp(g.ctx->kernels->name, "ref") == 0 ? 1.2e-4 : 3e-5;
     check_gradients(&g, model, true, strcmp(name, "t5-gated-untied") == 0 ? hard : 2e-5);
     for (int32_t l = 0; l < model->config.layers; l++) {
         check_projection(&g, t, l, APTI_OUTPUT);
