@@ -13981,6 +13981,7 @@ static apt_result apti_tensors_write(apt_ctx *ctx, const apti_tensor_job *job)
    one per tensor, in file order. Opening one verifies them all.
    ------------------------------------------------------------------------------------------------------------------ */
 
+#define APTI_CKPT_VERSION "2"         /* counts up when the contents change; files of another one are refused */
 #define APTI_CKPT_SUMS "apt.checksums"
 
 typedef struct apti_ckpt_entry {
@@ -14116,7 +14117,7 @@ static apt_result apti_ckpt_fill(void *user, int64_t index, void *out)
 
 static apt_result apti_ckpt_write(apti_ckpt_writer *w, const char *path)
 {
-    const apti_meta meta[2] = {{"format", "apt-checkpoint"}, {"version", "1"}};
+    const apti_meta meta[2] = {{"format", "apt-checkpoint"}, {"version", APTI_CKPT_VERSION}};
     uint64_t *sums = apti_ckpt_reserve(w) ? (uint64_t *)apti_calloc(w->ctx, (int64_t)w->count + 1, 8) : NULL;
     if (sums == NULL) return apti_fail(w->ctx, APT_E_MEMORY, "'%.600s': no memory for %d checksums", path, (int)w->count + 1);
     apti_tensor_item *table = &w->items[w->count];
@@ -14197,9 +14198,9 @@ static apt_result apti_ckpt_accept(const apti_ckpt_reader *r)
         return apti_fail(r->ctx, APT_E_FORMAT,
                          "'%.600s' is not a checkpoint: metadata format is \"%s\", expected \"apt-checkpoint\"", r->path,
                          apti_show(format != NULL ? format : "").text);
-    if (version == NULL || strcmp(version, "1") != 0)
-        return apti_fail(r->ctx, APT_E_UNSUPPORTED, "'%.600s': checkpoint version \"%s\", expected \"1\"", r->path,
-                         apti_show(version != NULL ? version : "").text);
+    if (version == NULL || strcmp(version, APTI_CKPT_VERSION) != 0)
+        return apti_fail(r->ctx, APT_E_UNSUPPORTED, "'%.600s': checkpoint version \"%s\", expected \"%s\"", r->path,
+                         apti_show(version != NULL ? version : "").text, APTI_CKPT_VERSION);
     int32_t *order = (int32_t *)apti_alloc(r->ctx, apti_max_i64(r->count, 1), (int64_t)sizeof(int32_t));
     if (order == NULL) return apti_fail(r->ctx, APT_E_MEMORY, "'%.600s': no memory for %d tensors", r->path, (int)r->count);
     for (int32_t i = 0; i < r->count; i++) order[i] = i;
