@@ -28,7 +28,7 @@ layernorm dgamma | ops model | if (dgamma) apti_fold_run | if (0) apti_fold_run
 layernorm dbeta | ops model | if (dbeta) apti_fold_run | if (0) apti_fold_run
 layernorm dz: the mean | ops model | kernels->norm(dz, dz, alive->keep, alive->zeros, average, rstd, d); | kernels->norm(dz, dz, alive->keep, alive->zeros, 0 * average, rstd, d);
 layernorm dz: the slope | ops model | kernels->axpy(dz, -slope, alive->x, d); | (void)slope;
-layernorm statistics over alive dimensions | ops structure | if (job->mask[j] != 0.0f) alive->index[alive->n++] | if (1) alive->index[alive->n++]
+layernorm statistics over alive dimensions | ops structure | if (m != 0.0f) alive->index[alive->n++] | if (1) alive->index[alive->n++]
 attention dv | ops model | if (want_k && job->dv) | if (0)
 attention dk | ops model | if (want_k && job->dk) | if (0)
 attention dq | ops model | if (want_q && job->dq) | if (0)
@@ -37,6 +37,10 @@ attention dbias | ops | table[apti_attn_distance(t, u)] += t->d_diagonal[u]; | t
 attention head mask | ops | t->kernels->scale(t->acc + i * dim, d_o + i * job->lddo, mask, dim); | t->kernels->scale(t->acc + i * dim, d_o + i * job->lddo, 1.0f, dim);
 activation slope | ops model | job->kernels->act_grad(du, da, job->pre + i * job->ld_pre, job->n, job->act); | memcpy(du, da, (size_t)job->n * sizeof(float));
 column mask | ops train | if (job->mask) job->kernels->mul(du, da, job->mask, job->n); | if (job->mask) memmove(du, da, (size_t)job->n * sizeof(float));
+gate: the other map | ops model | kernels->mul(dv, dv, dh, job->n); | memset(dv, 0, (size_t)job->n * sizeof(float));
+gate: the slope | ops model | kernels->act_grad(du, du, u, job->n, job->act); | (void)u;
+rotary | ops model | apti_rotary_run(ctx, op, dx, lddx, rows, -1.0f); | (void)dx;
+relative position table | ops model | apti_relative_backward(&relative, table->grad, dbias); | (void)relative;
 tanh | ops model | job->dy[i] * (1.0f - job->x[i] * job->x[i]) | job->dy[i]
 word embedding | ops model | if (dword) apti_scatter_run | if (0) apti_scatter_run
 position embedding | ops model | if (dposition) apti_scatter_run | if (0) apti_scatter_run
@@ -60,6 +64,7 @@ learning-rate schedule | train | return d->learning_rate * (1 - done); | return 
 bias correction | train | c1 = 1 - pow(d->beta1, n) | c1 = 1
 masks glide | train | (void)apt_mask_step(t->model->masks, t->keep, u.total, t->desc.mask_step); | (void)0;
 salience average | train | r = apt_salience_ema(t->salience, now, u.total, t->desc.salience_momentum); | (void)now;
+growth of the upper half | train | if (apti_rank(m, l, linear) == 0) continue; | if (0) continue;
 adapter importance | train | r = apt_salience_ema(&t->importance[l * APTI_LINEARS + i], &now, 1, t->desc.salience_momentum); | (void)now;
 END
 }
