@@ -175,7 +175,7 @@ static bool pretrain(demo *d)
     tiny_bert(d, &config);
     bool fine = ctx != NULL && (apt_model_create(ctx, &config, (uint64_t)d->seed, &model) == APT_OK ||
                                 ex_fail(&d->error, "%s", apt_error(ctx)));
-    ex_run_init(&run, "masked LM", ctx, model, &d->corpus, d->base, &d->error);
+    ex_run_init(&run, "masked LM", ctx, model, ex_dataset_source(&d->corpus), d->base, &d->error);
     run.feed.seed = run.desc.seed = (uint64_t)d->seed;
     run.desc.method = APT_METHOD_FULL;
     run.desc.steps = d->pretrain_steps;
@@ -199,7 +199,8 @@ static bool evaluate_dev(ex_run *run, double *metric)
 {
     demo *d = (demo *)run->user;
     ex_score_info info;
-    if (!ex_score(run->ctx, run->model, &d->dev, NULL, NULL, &info, run->error)) return false;
+    const ex_source dev = ex_dataset_source(&d->dev);
+    if (!ex_score(run->ctx, run->model, &dev, NULL, NULL, &info, run->error)) return false;
     *metric = (double)info.correct / (double)d->dev.count;
     ex_progress_note(&run->bar, "  step %5lld  dev      accuracy %.1f %%", (long long)run->state.step, 100 * *metric);
     ex_log_begin(&run->log, "evaluate");
@@ -235,9 +236,10 @@ static bool measure(demo *d, const char *dir, ex_outcome *outcome, double *accur
 {
     ex_saved saved;
     ex_score_info score;
+    const ex_source test = ex_dataset_source(&d->test);
     bool fine = ex_saved_open(&saved, outcome, dir, d->threads, NULL, &d->error);
     for (int pass = 0; fine && pass < (d->fast ? 2 : 5); pass++) {
-        fine = ex_score(saved.ctx, saved.model, &d->test, NULL, NULL, &score, &d->error);
+        fine = ex_score(saved.ctx, saved.model, &test, NULL, NULL, &score, &d->error);
         const double speed = fine ? (double)score.tokens / score.seconds : 0;
         if (speed > outcome->tokens_per_second) outcome->tokens_per_second = speed;
     }
@@ -277,7 +279,7 @@ static bool adapt(demo *d, int32_t way, ex_cells *cells)
     load.seed = (uint64_t)d->seed;
     bool fine = ctx != NULL && ex_make_dirs(dir, &d->error) &&
                 (apt_model_load(ctx, d->base, &load, &model) == APT_OK || ex_fail(&d->error, "%s", apt_error(ctx)));
-    ex_run_init(&run, cells->run, ctx, model, &d->train, dir, &d->error);
+    ex_run_init(&run, cells->run, ctx, model, ex_dataset_source(&d->train), dir, &d->error);
     fine = fine && adapt_with(d, &run, way, cells);
     ex_run_close(&run);
     apt_destroy(ctx);

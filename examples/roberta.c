@@ -24,10 +24,11 @@
 #include "common/ex_run.h"
 #include "common/ex_options.h"
 #include "common/ex_result.h"
+#include "common/ex_program.h"
 #include "common/ex_task.h"
 
-enum { METHOD_EVAL = EX_METHOD_PRUNE_AFTER + 1, METHOD_PREDICT };
-static const char *const g_methods[] = {"apt", "lora", "full", "prune-after", "eval", "predict"};
+enum { METHOD_EVAL = EX_METHODS_SHARED, METHOD_PREDICT };
+static const char *const g_methods[] = {"apt", "lora", "full", "prune-after", "prune-first", "eval", "predict"};
 
 typedef struct app {
     /* the command line: run is what every training example has, task a part of the rest */
@@ -75,7 +76,7 @@ static ex_arg *make_table(app *a)
         EX_INT("max-length", "N", &t->max_length, 0, 1e6, "tokens per sequence; 0: 128, span 384"),
         EX_INT("stride", "N", &t->stride, 1, 1e6, "span: tokens that neighbouring windows share"),
         EX_GROUP("Method"),
-        EX_CHOICE("method", &a->method, "apt|lora|full|prune-after|eval|predict", "prune-after: LoRA, one-shot prune, recovery"),
+        EX_CHOICE("method", &a->method, EX_METHODS "|eval|predict", "prune-after: LoRA, one-shot prune, recovery"),
         EX_CHOICE("metric", &t->metric, EX_METRICS, "what `best` means; auto: the first of the task"),
         EX_REAL("null-threshold", "X", &t->null_threshold, -1e6, 1e6, "SQuAD v2: no answer when its score leads by more"),
         EX_OPTIONS_ROWS(&a->run),
@@ -171,130 +172,58 @@ static int evaluate_and_predict(app *a)
     ex_score_info info;
     if (a->dev.path != NULL) {
         if (!ex_task_evaluate(&a->task, a->ctx, a->loaded, &a->dev, &scores, &info)) return 1;
-        for (int32_t i = 0; i < scores.count; i++) printf("  %-10s %.4f\n", scores.name[i], scores.value[i]);
-        if (info.terms > 0) printf("  %-10s %.4f\n", "loss", info.loss);
-        printf("  %-10s %.0f tokens/s\n", "speed", (double)info.tokens / info.seconds);
+        ex_scores_print(&scores, &info);
     }
     return ex_task_predict(&a->task, a->ctx, a->loaded, &a->predict, a->out) ? 0 : 1;
 }
 
-static bool evaluate_in_run(ex_run *run, double *metric)
+static bool evaluate(void *user, apt_ctx *ctx, apt_model *model, ex_scores *scores, ex_score_info *info)
 {
-    app *a = (app *)run->user;
-    ex_scores scores;
-    ex_score_info info;
-    if (!ex_task_evaluate(&a->task, run->ctx, run->model, &a->dev, &scores, &info)) return false;
-    *metric = scores.chosen;
-    ex_progress_note(&run->bar, "  step %5lld  dev      %s %.4f, loss %.4f", (long long)run->state.step, scores.chosen_name,
-                     scores.chosen, scores.loss);
-    ex_log_begin(&run->log, "evaluate");
-    ex_log_int(&run->log, "step", run->state.step);
-    for (int32_t i = 0; i < scores.count; i++) ex_log_real(&run->log, scores.name[i], scores.value[i]);
-    ex_log_real(&run->log, "dev_loss", scores.loss);
-    return ex_log_end(&run->log, run->error);
+    app *a = (app *)user;
+    apt_model_config(model, &a->task.config);
+    return ex_task_evaluate(&a->task, ctx, model, &a->dev, scores, info);
 }
 
-/* The most tokens that one batch can have: its longest sequences together. */
-static void announce(const app *a, const ex_run *run)
+static bool write_labels(void *user)
 {
-    apt_estimate_info estimate;
-    char text[32];
-    const ex_options *o = &a->run;
-    const ex_dataset *train = &a->train.set;
-    const int64_t batch = o->batch < train->count ? o->batch : train->count;
-    printf("  plan     %s", g_methods[a->method]);
-    if (a->method == EX_METHOD_APT || a->method == EX_METHOD_PRUNE_AFTER) printf(" to %.0f %% sparsity", 100 * o->sparsity);
-    printf(", %lld steps of %lld sequences, learning rate %g", (long long)run->desc.steps,
-           (long long)(o->batch * o->accumulate), o->lr);
-    if (apt_estimate(a->ctx, &a->task.config, &run->desc, batch * train->longest, batch, &estimate) == APT_OK)
-        printf(", memory for a step below %s", ex_bytes_text(text, sizeof(text), (double)estimate.total));
-    printf("\n");
-    fflush(stdout);
+    app *a = (app *)user;
+    return ex_task_write_labels(&a->task, a->out);
 }
 
-/* The table at the end, also as the last line of metrics.jsonl and in the report. */
-static bool conclude(app *a, ex_run *run, const ex_outcome *outcome, const ex_scores *scores, int64_t inference_peak)
+static bool predict(void *user, apt_ctx *ctx, apt_model *model)
 {
-    char text[32];
-    ex_cells cells;
-    memset(&cells, 0, sizeof(cells));
-    cells.run = g_methods[a->method];
-    for (int32_t i = 0; i < scores->count; i++) ex_cell(&cells, scores->name[i], "%.4f", scores->value[i]);
-    if (run->state.best_step >= 0)
-        ex_cell(&cells, "best in training", "%.4f at step %lld", run->state.best, (long long)run->state.best_step);
-    ex_cells_outcome(&cells, outcome);
-    ex_cell(&cells, "inference memory", "%s", ex_bytes_text(text, sizeof(text), (double)inference_peak));
-    ex_log_begin(&run->log, "result");
-    for (int32_t i = 0; i < cells.count; i++) ex_log_text(&run->log, cells.at[i].name, cells.at[i].value);
-    char *title = ex_format("apt.h: %s, %s", a->train.path, cells.run);
-    const bool fine = ex_log_end(&run->log, &a->error) && ex_result_report(a->out, title, cells.run, &cells, &a->error);
-    printf("\n");
-    ex_cells_print(&cells, 1, stdout);
-    if (fine) printf("\nThe model is in %s, its curves in %s/report.html\n", a->out, a->out);
-    free(title);
-    return fine;
-}
-
-/* Writes the folder, loads it again and measures that. */
-static bool finish(app *a, ex_run *run)
-{
-    ex_outcome outcome;
-    ex_saved saved;
-    ex_scores scores;
-    ex_score_info info;
-    memset(&outcome, 0, sizeof(outcome));
-    memset(&scores, 0, sizeof(scores));
-    ex_outcome_of_run(&outcome, run);
-    if (!ex_run_save(run, a->model) || !ex_task_write_labels(&a->task, a->out)) return false;
-    apt_model_destroy(run->model);
-    bool fine = ex_saved_open(&saved, &outcome, a->out, a->run.threads, a->run.kernels, &a->error);
-    if (fine) apt_model_config(saved.model, &a->task.config);
-    if (fine && a->dev.path != NULL) {
-        fine = ex_task_evaluate(&a->task, saved.ctx, saved.model, &a->dev, &scores, &info);
-        if (fine) outcome.tokens_per_second = (double)info.tokens / info.seconds;
-    }
-    fine = fine && conclude(a, run, &outcome, &scores, apt_memory_info(saved.ctx).peak_bytes) &&
-           ex_task_predict(&a->task, saved.ctx, saved.model, &a->predict, a->out);
-    ex_saved_close(&saved);
-    return fine;
-}
-
-/* What a continuation must have alike and the library does not see. */
-static char *run_settings(const app *a, const ex_run *run)
-{
-    char *shared = ex_options_settings(&a->run, run);
-    char *settings = ex_format("train %s (%lld sequences of at most %d tokens), dev %s, metric %d, %s", a->train.path,
-                               (long long)a->train.set.count, (int)a->train.set.longest,
-                               a->dev.path != NULL ? a->dev.path : "none", (int)a->task.metric, shared);
-    free(shared);
-    return settings;
+    app *a = (app *)user;
+    return ex_task_predict(&a->task, ctx, model, &a->predict, a->out);
 }
 
 static int train(app *a)
 {
-    ex_run run;
-    int status = 1;
-    ex_run_init(&run, g_methods[a->method], a->ctx, a->loaded, &a->train.set, a->out, &a->error);
-    run.evaluate = a->dev.path != NULL ? evaluate_in_run : NULL;
-    run.user = a;
-    run.keeps = true;
-    run.arguments = a->table;
-    const bool planned = ex_options_plan(&a->run, a->method, &run);
-    char *settings = run_settings(a, &run);
-    run.settings = settings;
-    if (planned) announce(a, &run);
-    ex_run_catch_signals();
-    const bool ready = planned && ex_make_dirs(a->out, &a->error);
-    if (ready) ex_run_warn_space(&run);
-    const ex_run_end end = ready ? ex_run_train(&run) : EX_RUN_FAILED;
-    if (end == EX_RUN_DONE) status = finish(a, &run) ? 0 : 1;
-    if (end == EX_RUN_STOPPED) {
-        fprintf(stderr, "Stopped after step %lld; everything is in %s.\nGo on with the same command and --resume.\n",
-                (long long)run.state.step, run.checkpoint);
-        status = 130;
-    }
-    ex_run_close(&run);
-    free(settings);
+    ex_program p;
+    memset(&p, 0, sizeof(p));
+    p.method = g_methods[a->method];
+    p.kind = a->method;
+    p.options = &a->run;
+    p.arguments = a->table;
+    p.model = a->model;
+    p.train = a->train.path;
+    p.out = a->out;
+    p.rows = ex_dataset_source(&a->train.set);
+    p.rows_name = "sequences";
+    p.longest = a->train.set.longest;
+    p.sequences = 1;
+    char *data = ex_format("train %s (%lld sequences of at most %d tokens), dev %s, metric %d", a->train.path,
+                           (long long)a->train.set.count, (int)a->train.set.longest, a->dev.path != NULL ? a->dev.path : "none",
+                           (int)a->task.metric);
+    p.data = data;
+    p.ctx = a->ctx;
+    p.loaded = a->loaded;
+    p.evaluate = a->dev.path != NULL ? evaluate : NULL;
+    p.write = write_labels;
+    p.finish = predict;
+    p.user = a;
+    p.error = &a->error;
+    const int status = ex_program_train(&p);
+    free(data);
     return status;
 }
 

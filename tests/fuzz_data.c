@@ -50,7 +50,7 @@ static void check_batches(const ex_dataset *set, uint8_t how)
     ex_feed feed;
     int64_t seen = 0;
     memset(&feed, 0, sizeof feed);
-    feed.set = set;
+    feed.source = ex_dataset_source(set);
     feed.batch = how % 7 + 1;
     feed.by_length = how & 1;
     feed.seed = how;

@@ -562,7 +562,7 @@ static void test_feed(void **state)
         ex_feed a, b;
         int seen[23] = {0}, moved = 0;
         memset(&a, 0, sizeof a);
-        a.set = &set;
+        a.source = ex_dataset_source(&set);
         a.batch = 5;
         a.seed = 11;
         a.by_length = by_length == 1;

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Exercises the built examples as a user would: the demo, every method and task of roberta, interruption and resumption, bad
-# input. usage: tests/test_examples.sh [BUILD_DIR]   Prints one line a check; exit status 1 when any failed.
+# Exercises the built examples as a user would: the demo, every method and task of roberta and llama, interruption and resumption,
+# bad input. usage: tests/test_examples.sh [BUILD_DIR]   Prints one line a check; exit status 1 when any failed.
 cd "$(dirname "$0")/.." || exit 1
 build=${1:-build}
 shared=${APT_SHARED:-../shared}
@@ -8,7 +8,7 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/apt-examples.XXXXXX") || exit 1
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 passed=0 failed=0 skipped=0
-demo=$build/demo roberta=$build/roberta base=$work/demo/tiny-bert
+demo=$build/demo roberta=$build/roberta llama=$build/llama base=$work/demo/tiny-bert
 
 pass() { passed=$((passed + 1)); echo "ok       examples: $1"; }
 fail() { failed=$((failed + 1)); echo "FAILED   examples: $1"; [ -f "$work/log" ] && tail -n 5 "$work/log" | sed 's/^/           /'; return 0; }
@@ -25,9 +25,10 @@ check() {
 # says NAME PATTERN: the output of the last command has PATTERN
 says() { if grep -q -e "$2" "$work/log"; then pass "$1"; else fail "$1 (no \"$2\" in the output)"; fi; }
 same() { if cmp -s "$2" "$3"; then pass "$1"; else fail "$1 ($2 and $3 differ)"; fi; }
+says_file() { if grep -q -e "$3" "$2"; then pass "$1"; else fail "$1 (no \"$3\" in $2)"; fi; }
 has() { if [ -s "$2" ]; then pass "$1"; else fail "$1 ($2 is missing or empty)"; fi; }
 
-for program in demo roberta; do
+for program in demo roberta llama; do
     if [ ! -x "$build/$program" ]; then fail "$build/$program is not built"; exit 1; fi
 done
 
@@ -76,7 +77,7 @@ says "the message names the task" classification
 
 # ---- roberta: methods (short runs)
 short="--batch 16 --steps 24 --eval-every 12 --lr 1e-3 --prune-every 2"
-for method in apt lora full prune-after; do
+for method in apt lora full prune-after prune-first; do
     check "method $method" 0 r $data $short --method $method --out "$work/$method"
     accuracy=$(sed -n 's/^accuracy *//p' "$work/log")
     has "$method: metrics.jsonl" "$work/$method/metrics.jsonl"
@@ -126,23 +127,27 @@ has "predictions.json" "$work/span/predictions.json"
 # ---- interruption: killed somewhere, resumed, the same bytes at the end
 long="$data --batch 16 --steps 200 --eval-every 50 --lr 1e-3 --prune-every 4 --method apt"
 check "the uninterrupted run" 0 r $long --out "$work/whole"
-interrupt() {                                                         # interrupt SIGNAL LINES
+interrupt() {                                                         # interrupt SIGNAL LINES PROGRAM ARGUMENTS...
+    signal=$1 least=$2
+    shift 2
     rm -rf "$work/cut"
-    "$roberta" --model "$base" --threads 2 $long --out "$work/cut" > "$work/log" 2>&1 &
+    "$@" --out "$work/cut" > "$work/log" 2>&1 &
     pid=$! tries=0
     while kill -0 "$pid" 2> /dev/null && [ "$tries" -lt 3000 ]; do
         lines=$(grep -c '"event":"step"' "$work/cut/metrics.jsonl" 2> /dev/null)
-        [ "${lines:-0}" -ge "$2" ] && break
+        [ "${lines:-0}" -ge "$least" ] && break
         sleep 0.01
         tries=$((tries + 1))
     done
-    kill "-$1" "$pid" 2> /dev/null
+    kill "-$signal" "$pid" 2> /dev/null
     wait "$pid"
     got=$?
-    if [ "$got" -eq 130 ]; then pass "SIG$1 near step $2 ends the run cleanly"; else fail "SIG$1 near step $2 ends the run cleanly (exit status $got)"; fi
+    if [ "$got" -eq 130 ]; then pass "SIG$signal near step $least ends the run cleanly"
+    else fail "SIG$signal near step $least ends the run cleanly (exit status $got)"; fi
     has "a checkpoint is there" "$work/cut/checkpoint.apt"
 }
-interrupt INT 5
+interrupted="$roberta --model $base --threads 2 $long"
+interrupt INT 5 $interrupted
 says "and says how to go on" "--resume"
 check "resuming with other settings is refused" 1 r $long --lr 1e-4 --resume --out "$work/cut"
 says "and the first difference is named" learning_rate
@@ -150,10 +155,10 @@ check "resuming with other data is refused" 1 r $long --resume --train "$work/de
 says "and both are shown" "then:"
 check "resuming" 0 r $long --resume --out "$work/cut"
 same "resumed and uninterrupted runs end the same" "$work/whole/model.safetensors" "$work/cut/model.safetensors"
-interrupt TERM 80
+interrupt TERM 80 $interrupted
 check "resuming on one thread" 0 "$roberta" --model "$base" --threads 1 $long --resume --out "$work/cut"
 same "the same again" "$work/whole/model.safetensors" "$work/cut/model.safetensors"
-interrupt INT 120
+interrupt INT 120 $interrupted
 printf 'X' | dd of="$work/cut/checkpoint.apt" bs=1 seek=4000 conv=notrunc 2> /dev/null
 check "a damaged checkpoint is refused" 1 r $long --resume --out "$work/cut"
 check "--resume without a checkpoint" 2 r $long --resume --out "$work/nothing"
@@ -234,6 +239,152 @@ if [ -d "$shared/models/minilm" ] && [ -d "$shared/data/sst2" ]; then
     check "the smaller MiniLM loads again" 0 "$roberta" --model "$work/minilm" --dev "$work/sst2.tsv" --method eval
 else
     skip "MiniLM on SST-2 ($shared/models/minilm is not here)"
+fi
+
+# ---- llama: a random checkpoint of llama2.c with a tokenizer of letters, both written as octal escapes for printf
+octets='function byte(b) { printf "\\%03o", b }
+        function word(n) { byte(n % 256); byte(int(n / 256) % 256); byte(int(n / 65536) % 256); byte(int(n / 16777216) % 256) }
+        function text(s,  i) { for (i = 1; i <= length(s); i++) byte(index(ascii, substr(s, i, 1)) + 31) }
+        function token(s) { word(0); word(length(s)); text(s) }
+        function marked(s) { word(0); word(length(s) + 2); byte(10); text(s); byte(10) }
+        function some(n) { while (n-- > 0) { byte(int(256 * rand())); byte(int(256 * rand())); byte(int(128 * rand()));
+                                             byte(rand() < 0.5 ? 61 : 189) } }
+        function ones(n) { while (n-- > 0) word(1065353216) }
+        BEGIN { srand(5); for (i = 32; i < 127; i++) ascii = ascii sprintf("%c", i) }'
+tokens='function all(letters) { word(6); token("<unk>"); marked("<s>"); marked("</s>");
+                                for (i = 0; i < 256; i++) token(sprintf("<0x%02X>", i));
+                                for (i = 1; i <= length(letters); i++) token(substr(letters, i, 1)) }'
+printf "$(LC_ALL=C awk "$octets $tokens"' BEGIN { all(" .abcdefghijklmnopqrstuvwxyz") }')" > "$work/letters.bin"
+printf "$(LC_ALL=C awk "$octets $tokens"' BEGIN { all(" .abcdefghijklmnopqrstuvwxy") }')" > "$work/fewer.bin"
+printf "$(LC_ALL=C awk "$octets"' BEGIN {
+    split("32 48 2 4 2 287 512", size, " ")
+    for (i = 1; i <= 7; i++) word(size[i])
+    some(287 * 32); ones(2 * 32); some(2 * (32 + 16 + 16 + 32) * 32); ones(2 * 32); some(2 * 3 * 48 * 32); ones(32); ones(512 * 8) }')" > "$work/random.bin"
+tiny=$work/tiny-llama
+l() { "$llama" --model "$tiny" --threads 2 "$@"; }
+imports() { check "$1" "$2" "$llama" --import "$3" --tokenizer "$4" --out "${5:-$work/x}"; }
+check "llama --help" 0 "$llama" --help
+says "llama --help names its options" "--top-p"
+imports "a checkpoint of llama2.c" 0 "$work/random.bin" "$work/letters.bin" "$tiny"
+for file in config.json model.safetensors tokenizer.bin; do has "becomes a folder: $file" "$tiny/$file"; done
+imports "which is not replaced unasked" 2 "$work/random.bin" "$work/letters.bin" "$tiny"
+imports "a tokenizer of another size" 1 "$work/random.bin" "$work/fewer.bin"
+says "both sizes are named" "has 286 tokens, .* needs 287"
+imports "a tokenizer of another kind" 1 "$work/random.bin" "$work/words.jsonl"
+head -c 9000 "$work/random.bin" > "$work/short.bin"
+imports "a truncated checkpoint" 1 "$work/short.bin" "$work/letters.bin"
+says "expected and found bytes are named" "found 9000"
+head -c 20 "$work/random.bin" > "$work/short.bin"
+imports "less than a header" 1 "$work/short.bin" "$work/letters.bin"
+cp "$work/random.bin" "$work/long.bin" && printf 'more' >> "$work/long.bin"
+imports "bytes behind the end" 1 "$work/long.bin" "$work/letters.bin"
+for field in dim hidden_dim n_layers n_heads n_kv_heads vocab_size seq_len; do
+    at=${at:-0}
+    for value in '\377\377\377\177' '\000\000\000\000' '\000\000\000\200'; do
+        cp "$work/random.bin" "$work/spoilt.bin"
+        printf "$value" | dd of="$work/spoilt.bin" bs=1 seek="$at" conv=notrunc 2> /dev/null
+        imports "$field out of range" 1 "$work/spoilt.bin" "$work/letters.bin"
+        says "names $field" "$field is"
+    done
+    at=$((at + 4))
+done
+cp "$work/random.bin" "$work/spoilt.bin" && printf '\003' | dd of="$work/spoilt.bin" bs=1 seek=16 conv=notrunc 2> /dev/null
+imports "KV heads that do not divide the heads" 1 "$work/spoilt.bin" "$work/letters.bin"
+says "names both" "n_heads 4, n_kv_heads 3"
+cp "$work/random.bin" "$work/spoilt.bin" && printf '24ka\001' | dd of="$work/spoilt.bin" bs=1 conv=notrunc 2> /dev/null
+imports "a later version of the format" 1 "$work/spoilt.bin" "$work/letters.bin"
+says "names it" "version [0-9]* of llama2.c's format is not supported"
+cp "$work/random.bin" "$work/spoilt.bin" && printf '\377\377\377\177' | dd of="$work/spoilt.bin" bs=1 seek=1028 conv=notrunc 2> /dev/null
+imports "a weight that is not finite" 1 "$work/spoilt.bin" "$work/letters.bin"
+says "names the weight" "number 250 of what becomes 'model.embed_tokens.weight' is not finite"
+check "--import without a tokenizer" 2 "$llama" --import "$work/random.bin" --out "$work/x"
+check "--import with a model" 2 l --import "$work/random.bin" --tokenizer "$work/letters.bin" --out "$work/x"
+[ -e "$work/x" ] && fail "refused files write nothing" || pass "refused files write nothing"
+
+# ---- llama: methods
+awk 'BEGIN { split("cook judge baker wolf king girl", who, " "); split("kind rude old famous cruel", how, " ")
+             for (i = 0; i < 240; i++) print "the " who[i * 7 % 6 + 1] " was " how[i * 3 % 5 + 1] " and the " who[i * 5 % 6 + 1] " met the " who[i % 6 + 1] "." }' > "$work/plain.txt"
+head -n 40 "$work/plain.txt" > "$work/plain-dev.txt"
+awk 'BEGIN { for (i = 0; i < 12; i++) printf "{\"instruction\": \"who was %s\", \"input\": \"\", \"output\": \"the %s\"}\n", i % 2 ? "kind" : "rude", i % 2 ? "cook" : "judge" }' > "$work/tasks.jsonl"
+perplexity() { sed -n 's/^ *perplexity *//p' "$work/log" | head -n 1; }
+below() { if awk -v a="${2:-x}" -v b="$3" 'BEGIN { exit !(a + 0 > 0 && a + 0 < b + 0) }'; then pass "$1 ($2)"; else fail "$1 ($2, expected less than $3)"; fi; }
+text="--train $work/plain.txt --dev $work/plain-dev.txt --length 64 --batch 8 --steps 40 --eval-every 20 --lr 1e-2"
+check "llama without a model" 2 "$llama" --method generate
+check "perplexity needs --dev" 2 l --method perplexity
+check "training needs --out" 2 l --method lora --train "$work/plain.txt"
+check "beams and a temperature" 2 l --method generate --beams 2 --temperature 1
+check "llama is not for encoders" 1 "$llama" --model "$base" --method generate
+says "and says which program is" roberta
+check "perplexity of the random model" 0 l --method perplexity --dev "$work/plain-dev.txt" --length 64
+random=$(perplexity)
+says "and per byte" "per byte"
+check "perplexity on one thread" 0 "$llama" --model "$tiny" --threads 1 --method perplexity --dev "$work/plain-dev.txt" --length 64
+if [ "$(perplexity)" = "$random" ]; then pass "is the same"; else fail "is the same"; fi
+for method in full lora apt prune-first prune-after; do
+    check "llama: method $method" 0 l $text --method $method --out "$work/llama-$method"
+    reached=$(perplexity) left=$(sed -n 's/^prunable left *//p' "$work/log" | tr -d ' %')
+    has "$method: metrics.jsonl" "$work/llama-$method/metrics.jsonl"
+    has "$method: report.html" "$work/llama-$method/report.html"
+    check "$method: the result loads again" 0 "$llama" --model "$work/llama-$method" --method perplexity --dev "$work/plain-dev.txt" --length 64
+    if [ "$(perplexity)" = "$reached" ]; then pass "$method: and measures the same"; else fail "$method: and measures the same"; fi
+    case $method in
+    full) below "$method: it has learned" "$reached" "$(awk -v a="$random" 'BEGIN { print a / 10 }')" ;;
+    prune-first) below "$method: 30 % are gone" "$left" 70.5 ;;
+    apt | prune-after) below "$method: 60 % are gone" "$left" 42 ;;
+    esac
+done
+says_file "adapter ranks are counted per layer" "$work/llama-lora/metrics.jsonl" '"ranks":\[24,24\]'
+below "full tuning is better than adapters" "$(sed -n 's/.*"perplexity":"\([0-9.]*\)".*/\1/p' "$work/llama-full/metrics.jsonl")" \
+    "$(sed -n 's/.*"perplexity":"\([0-9.]*\)".*/\1/p' "$work/llama-lora/metrics.jsonl")"
+check "instructions with answers" 0 l --train "$work/tasks.jsonl" --dev "$work/tasks.jsonl" --length 500 --batch 2 --steps 4 --method lora --out "$work/llama-tasks"
+says "share rows" "12 examples packed"
+check "without packing, prompts learned, bf16" 0 l --train "$work/tasks.jsonl" --length 500 --batch 2 --steps 2 --method prune-first --no-pack \
+    --learn-prompt --weights bf16 --out "$work/llama-options"
+check "rows that are too short for an answer" 1 l --train "$work/tasks.jsonl" --length 20 --method lora --out "$work/x"
+says "names the file" "tasks.jsonl: nothing to learn"
+
+# ---- llama: writing
+writes() { "$llama" --model "$work/llama-full" --method generate --prompt "the cook was" --max-new 40 "$@" 2> /dev/null; }
+writes --threads 2 > "$work/greedy.txt"
+says_file "it goes on with the prompt" "$work/greedy.txt" "^the cook was [a-z]"
+writes --threads 1 > "$work/other.txt"
+same "the same on one thread" "$work/greedy.txt" "$work/other.txt"
+writes --temperature 0.9 --top-k 20 --top-p 0.95 --seed 3 > "$work/drawn.txt"
+writes --temperature 0.9 --top-k 20 --top-p 0.95 --seed 3 > "$work/other.txt"
+same "the same seed draws the same text" "$work/drawn.txt" "$work/other.txt"
+writes --temperature 0.9 --top-k 20 --top-p 0.95 --seed 4 > "$work/other.txt"
+if cmp -s "$work/drawn.txt" "$work/other.txt"; then fail "another seed draws another one"; else pass "another seed draws another one"; fi
+check "beams" 0 writes --beams 4 --length-penalty 0.8
+says "go on with the prompt, too" "^the cook was .*[a-z]"
+check "the pruned model writes" 0 "$llama" --model "$work/llama-apt" --method generate --prompt "the wolf" --max-new 10
+check "a prompt that fills the model" 1 l --method generate --prompt "$(awk 'BEGIN { for (i = 0; i < 600; i++) printf "a" }')"
+says "both numbers are named" "has 60[0-9] tokens, the model 512 positions"
+printf 'who was kind\n\nwho was rude\n' > "$work/turns.txt"
+chats() { "$llama" --model "$work/llama-tasks" --method chat --max-new 20 < "$work/turns.txt"; }
+check "a conversation" 0 chats
+if [ "$(grep -c 'tokens/s' "$work/log")" -eq 2 ]; then pass "answers every line"; else fail "answers every line"; fi
+
+# ---- llama: interrupted, resumed, the same bytes at the end
+tuned="$text --steps 120 --prune-every 4 --method apt"
+check "the uninterrupted run" 0 l $tuned --out "$work/llama-whole"
+interrupt INT 30 "$llama" --model "$tiny" --threads 2 $tuned
+check "resuming with another text is refused" 1 l $tuned --train "$work/plain-dev.txt" --resume --out "$work/cut"
+check "resuming on one thread" 0 "$llama" --model "$tiny" --threads 1 $tuned --resume --out "$work/cut"
+same "resumed and uninterrupted runs end the same" "$work/llama-whole/model.safetensors" "$work/cut/model.safetensors"
+
+# ---- llama: a real checkpoint, where there is one
+if [ -d "$shared/data/stories260K" ]; then
+    imports "stories260K" 0 "$shared/data/stories260K/stories260K.bin" "$shared/data/stories260K/tok512.bin" "$work/stories"
+    check "it tells its story" 0 "$llama" --model "$work/stories" --method generate --prompt "Once upon a time" --max-new 80
+    says "the one that llama2.c tells" "^Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    printf 'Once upon a time, there was a little boy named Tim. Tim had a big red ball. He liked to play with his ball in the park. One day, Tim saw a dog. The dog was sad. Tim said, "Do you want to play with me?" The dog was happy and they played all day.\n' > "$work/story.txt"
+    check "simple English" 0 "$llama" --model "$work/stories" --method perplexity --dev "$work/story.txt"
+    below "surprises it little" "$(perplexity)" 8
+    check "one-shot pruning and tuning" 0 "$llama" --model "$work/stories" --train "$work/story.txt" --dev "$work/story.txt" --method prune-first \
+        --length 64 --batch 2 --observe 4 --steps 6 --out "$work/stories-small"
+    check "the smaller one writes" 0 "$llama" --model "$work/stories-small" --method generate --prompt "Once upon a time" --max-new 20
+else
+    skip "stories260K ($shared/data/stories260K is not here)"
 fi
 
 echo "examples: $passed passed, $failed failed, $skipped skipped"

@@ -263,6 +263,7 @@ static void test_rows(void **state)
     is_learned(t, &set, 1, "\xf0\x9f\x98\x80</s>");
     is_learned(t, &set, 2, "x</s>");
     assert_true(set.truncated == 0 && set.dropped == 0);
+    assert_int_equal(set.bytes, 7 + 4 + 1);
     prompt = ex_pair_prompt(&pairs, 0, &how);
     assert_string_equal(prompt, "the wolf\n");
     free(prompt);
@@ -271,12 +272,14 @@ static void test_rows(void **state)
     how.separator = " => ";
     assert_true(ex_token_rows_pairs(&set, &pairs, t, &how, &error));
     is_learned(t, &set, 0, "<s> the wolf => said it</s>");
+    assert_int_equal(set.bytes, 19 + 11 + 32);
     ex_token_rows_free(&set);
     memset(&how, 0, sizeof how);
     how.length = 10;                             /* the third answer has no place any more */
     assert_true(ex_token_rows_pairs(&set, &pairs, t, &how, &error));
     assert_int_equal(set.rows, 2);
     assert_int_equal(set.dropped, 1);
+    assert_int_equal(set.bytes, 7 + 4);
     assert_true(set.truncated >= 1);
     for (int64_t s = 0; s < set.sequences; s++) assert_true(set.starts[s + 1] - set.starts[s] <= 10);
     ex_token_rows_free(&set);
@@ -322,10 +325,11 @@ static void test_packing(void **state)
         assert_true(next > packed.first[r] && packed.starts[next] - start <= 32);
         if (next < 40) assert_true(packed.starts[next + 1] - start > 32);
     }
+    feed.source = ex_token_rows_source(&packed);
     feed.batch = 3;
     feed.seed = 4;
     for (int i = 0; i < 2 * ((int)packed.rows + 2) / 3 && feed.at.index < packed.rows; i++) {
-        const ex_batch *batch = ex_token_rows_next(&feed, &packed);
+        const ex_batch *batch = ex_feed_next(&feed);
         for (int32_t s = 0; s < batch->sequences; s++) {
             const int64_t from = packed.starts[batch->index[s]], count = packed.starts[batch->index[s] + 1] - from;
             assert_int_equal(batch->offsets[s + 1] - batch->offsets[s], count);
@@ -353,7 +357,7 @@ static void test_blocks(void **state)
     ex_encode_desc encode = {0};
     ex_token_rows set;
     ex_blocks_desc how = {0};
-    int64_t replaced = 0;
+    int64_t replaced = 0, bytes = 0;
     encode.text = "Once upon a time there was a little girl who went into the wood.\nShe met a wolf.";
     encode.bytes = strlen(encode.text);
     encode.no_special = true;
@@ -362,6 +366,8 @@ static void test_blocks(void **state)
     assert_true(ex_token_rows_text(&set, encode.text, encode.bytes, t, &how, &error));
     assert_int_equal(set.rows, whole.first[1] / 7);
     assert_int_equal(set.learned, set.rows * 7);
+    for (int64_t r = 0; r < set.rows; r++) bytes += whole.offsets[7 * r + 6].end - whole.offsets[7 * r].end;
+    assert_int_equal(set.bytes, bytes);
     assert_memory_equal(set.tokens, whole.ids, (size_t)set.rows * 7 * sizeof(int32_t));
     assert_memory_equal(set.labels, set.tokens, (size_t)set.rows * 7 * sizeof(int32_t));
     ex_token_rows_free(&set);
@@ -369,6 +375,7 @@ static void test_blocks(void **state)
     assert_true(ex_token_rows_file(&set, put(p, "a.txt", encode.text), t, &how, &replaced, &error));
     assert_int_equal(set.rows, (whole.first[1] + 5) / 6);
     assert_int_equal(set.learned, whole.first[1]);
+    assert_int_equal(set.bytes, encode.bytes);
     for (int64_t r = 0; r < set.rows; r++) {
         const int64_t from = set.starts[r], count = set.starts[r + 1] - from;
         assert_true(set.first[r] == r && (count == 7 || (r + 1 == set.rows && count >= 2)));

@@ -713,10 +713,19 @@ typedef struct ex_cursor { int64_t epoch, index; } ex_cursor;
 
 /* ------------------------------------------------------------------------------------------------ order of the data */
 
+/* Rows that can be put in order and into batches, whatever they are: how many, the tokens of each, and how the batch of some of
+   them is made. ex_dataset_source and those like it. */
+typedef struct ex_source {
+    const void *set;
+    int64_t count;
+    int32_t (*length)(const void *set, int64_t row);
+    void (*gather)(ex_batch *batch, const void *set, const int64_t *index, int32_t count);
+} ex_source;
+
 /* An endless, shuffled, reproducible stream of batches; its whole state is `at`. */
 typedef struct ex_feed {
-    const ex_dataset *set;            /* not used by ex_token_rows_next, which has rows of its own */
-    int32_t batch;                    /* sequences per batch */
+    ex_source source;
+    int32_t batch;                    /* rows per batch */
     uint64_t seed;
     bool by_length;                   /* rows of similar length share a batch */
     ex_cursor at;                     /* epoch, and rows of it handed out */
@@ -734,23 +743,25 @@ EX_API int exi_compare_keyed(const void *a, const void *b)
     return x->place < y->place ? -1 : x->place > y->place;
 }
 
-/* The rows that a feed puts in order: how many, and the tokens of each. */
-typedef struct exi_rows { const void *set; int64_t count; int32_t (*length)(const void *set, int64_t row); } exi_rows;
-
 EX_API int32_t exi_dataset_length(const void *set, int64_t row)
 {
     const int64_t *starts = ((const ex_dataset *)set)->starts;
     return (int32_t)(starts[row + 1] - starts[row]);
 }
 
-EX_API exi_rows exi_dataset_rows(const ex_dataset *set)
+EX_API void exi_dataset_gather(ex_batch *batch, const void *set, const int64_t *index, int32_t count)
 {
-    const exi_rows rows = {set, set->count, exi_dataset_length};
-    return rows;
+    ex_batch_gather(batch, (const ex_dataset *)set, index, count);
+}
+
+EX_API ex_source ex_dataset_source(const ex_dataset *set)
+{
+    const ex_source source = {set, set->count, exi_dataset_length, exi_dataset_gather};
+    return source;
 }
 
 /* Sorts order[0 .. count) by length; equal lengths keep their order. */
-EX_API void exi_sort_by_length(const exi_rows *rows, int64_t *order, int64_t count)
+EX_API void exi_sort_by_length(const ex_source *rows, int64_t *order, int64_t count)
 {
     exi_keyed *keyed = (exi_keyed *)ex_alloc((size_t)count, sizeof(exi_keyed));
     for (int64_t i = 0; i < count; i++) {
@@ -764,8 +775,9 @@ EX_API void exi_sort_by_length(const exi_rows *rows, int64_t *order, int64_t cou
 }
 
 /* Sorts windows of 50 batches by length, then shuffles the full batches (a short last one stays last). */
-EX_API void exi_feed_group(ex_feed *feed, const exi_rows *rows)
+EX_API void exi_feed_group(ex_feed *feed)
 {
+    const ex_source *rows = &feed->source;
     const int64_t count = rows->count, window = 50 * (int64_t)feed->batch, full = count / feed->batch;
     int64_t *order = feed->order;
     int64_t *sorted = (int64_t *)ex_alloc((size_t)count, sizeof(int64_t));
@@ -781,9 +793,9 @@ EX_API void exi_feed_group(ex_feed *feed, const exi_rows *rows)
 }
 
 /* The next feed->batch row numbers, fewer at the end of an epoch. Valid until the next call. */
-EX_API const int64_t *exi_feed_take(ex_feed *feed, const exi_rows *rows, int32_t *take)
+EX_API const int64_t *exi_feed_take(ex_feed *feed, int32_t *take)
 {
-    const int64_t count = rows->count;
+    const int64_t count = feed->source.count;
     if (feed->at.index >= count) {
         feed->at.index = 0;
         feed->at.epoch++;
@@ -791,7 +803,7 @@ EX_API const int64_t *exi_feed_take(ex_feed *feed, const exi_rows *rows, int32_t
     if (feed->ordered != feed->at.epoch + 1) {
         if (feed->order == NULL) feed->order = (int64_t *)ex_alloc((size_t)count, sizeof(int64_t));
         for (int64_t i = 0; i < count; i++) feed->order[i] = ex_permute(feed->seed, feed->at.epoch, count, i);
-        if (feed->by_length) exi_feed_group(feed, rows);
+        if (feed->by_length) exi_feed_group(feed);
         feed->ordered = feed->at.epoch + 1;
     }
     const int64_t *at = feed->order + feed->at.index, left = count - feed->at.index;
@@ -803,16 +815,15 @@ EX_API const int64_t *exi_feed_take(ex_feed *feed, const exi_rows *rows, int32_t
 /* The next batch; the last one of an epoch may be smaller. Valid until the next call. */
 EX_API ex_batch *ex_feed_next(ex_feed *feed)
 {
-    const exi_rows rows = exi_dataset_rows(feed->set);
     int32_t take;
-    const int64_t *at = exi_feed_take(feed, &rows, &take);
-    ex_batch_gather(&feed->rows, feed->set, at, take);
+    const int64_t *at = exi_feed_take(feed, &take);
+    feed->source.gather(&feed->rows, feed->source.set, at, take);
     return &feed->rows;
 }
 
 EX_API int64_t ex_feed_batches(const ex_feed *feed)
 {
-    return (feed->set->count + feed->batch - 1) / feed->batch;
+    return (feed->source.count + feed->batch - 1) / feed->batch;
 }
 
 EX_API void ex_feed_free(ex_feed *feed)

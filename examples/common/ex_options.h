@@ -3,8 +3,10 @@
 #ifndef EX_OPTIONS_H
 #define EX_OPTIONS_H
 
-enum { EX_METHOD_APT, EX_METHOD_LORA, EX_METHOD_FULL, EX_METHOD_PRUNE_AFTER };        /* a program may append its own */
-enum { EX_PRESET_NONE, EX_PRESET_GLUE_SMALL, EX_PRESET_GLUE_BIG, EX_PRESET_SQUAD };   /* in the order of the option's list */
+/* Prune-first and prune-after are LoRA with a one-shot prune, before the first step or where APT would reach its target. A
+   program may append its own methods to both. */
+enum { EX_METHOD_APT, EX_METHOD_LORA, EX_METHOD_FULL, EX_METHOD_PRUNE_AFTER, EX_METHOD_PRUNE_FIRST, EX_METHODS_SHARED };
+#define EX_METHODS "apt|lora|full|prune-after|prune-first"
 
 typedef struct ex_options {
     const char *adapt, *prune, *kernels;
@@ -39,9 +41,14 @@ EX_API void ex_options_init(ex_options *o)
     o->round_heads = o->round_neurons = o->round_hidden = 1;
 }
 
+EX_API bool ex_method_prunes(int32_t method)
+{
+    return method == EX_METHOD_APT || method == EX_METHOD_PRUNE_AFTER || method == EX_METHOD_PRUNE_FIRST;
+}
+
 /* Rows of the table of ex_args.h; o is an ex_options *. */
 #define EX_OPTIONS_ROWS(o)                                                                                                  \
-    EX_CHOICE("preset", &(o)->preset, "none|glue-small|glue-big|squad",                                                     \
+    EX_CHOICE("preset", &(o)->preset, "none|glue-small|glue-big|squad|cnndm|alpaca",                                        \
               "learning rate, batch, epochs, sparsity of the APT paper"),                                                   \
     EX_REAL("sparsity", "X", &(o)->sparsity, 0, 0.99, "share of the prunable parameters to remove"),                        \
     EX_GROUP("Optimizer"),                                                                                                  \
@@ -60,7 +67,7 @@ EX_API void ex_options_init(ex_options *o)
     EX_INT("rank", "N", &(o)->rank, 1, 4096, "at the start"),                                                               \
     EX_INT("max-rank", "N", &(o)->max_rank, 1, 4096, "most that one adapter may grow to"),                                  \
     EX_REAL("scale", "X", &(o)->scale, 1e-6, 1e3, "s in W + s B A"),                                                        \
-    EX_TEXT("adapt", "LIST", &(o)->adapt, "which of query,key,value,output,up,down"),                                       \
+    EX_TEXT("adapt", "LIST", &(o)->adapt, "which of query,key,value,output,up,down,gate"),                                  \
     EX_FLAG("grow", &(o)->grow, "APT: let important adapters grow"),                                                        \
     EX_REAL("growth", "X", &(o)->growth, 1, 1e3, "APT: adapter parameters at the end over those at the start"),             \
     EX_GROUP("Pruning"),                                                                                                    \
@@ -79,10 +86,10 @@ EX_API void ex_options_init(ex_options *o)
     EX_INT("round-hidden", "N", &(o)->round_hidden, 1, 65536, "kept hidden dimensions"),                                    \
     EX_INT("min-hidden", "N", &(o)->min_hidden, 0, 65536, "least hidden size; 0: 16"),                                      \
     EX_FLAG("reset-moments", &(o)->reset_moments, "Adam starts anew when shapes change"),                                   \
-    EX_INT("observe", "N", &(o)->observe, 1, 1e6, "prune-after: batches of salience before the prune"),                     \
+    EX_INT("observe", "N", &(o)->observe, 1, 1e6, "one-shot: batches of salience before the prune"),                        \
     EX_GROUP("Distillation (APT)"),                                                                                         \
     EX_FLAG("distill", &(o)->distill, "learn from an earlier, larger state of the same model"),                             \
-    EX_REAL("temperature", "X", &(o)->temperature, 1e-3, 1e3, "of the teacher's and the student's predictions"),            \
+    EX_REAL("distill-temperature", "X", &(o)->temperature, 1e-3, 1e3, "of the teacher's and the student's predictions"),    \
     EX_REAL("distill-pred", "X", &(o)->distill_pred, 0, 1e3, "weight of the predictions; both 0: the task's default"),      \
     EX_REAL("distill-layer", "X", &(o)->distill_layer, 0, 1e3, "weight of the hidden states"),                              \
     EX_INT("distill-end", "N", &(o)->distill_end, 0, 1e12, "step from which the task loss stands alone; 0: --prune-end"),    \
@@ -96,17 +103,17 @@ EX_API void ex_options_init(ex_options *o)
     EX_INT("threads", "N", &(o)->threads, 0, 64, "0: all cores"),                                                           \
     EX_TEXT("kernels", "NAME", &(o)->kernels, "ref, avx2, avx512, neon; default: the fastest here")
 
+/* The option's list is that of apt_preset_kind, with "none" in place of 0. */
 static apt_preset_kind exi_preset(int32_t preset)
 {
-    static const apt_preset_kind kinds[] = {APT_PRESET_GLUE_SMALL, APT_PRESET_GLUE_SMALL, APT_PRESET_GLUE_BIG, APT_PRESET_SQUAD};
-    return kinds[preset];
+    return (apt_preset_kind)preset;
 }
 
 /* The preset fills in what the command line leaves open. */
 EX_API void ex_options_preset(ex_options *o, const ex_arg *table)
 {
     apt_preset_info info;
-    if (o->preset == EX_PRESET_NONE || apt_preset_query(exi_preset(o->preset), &info) != APT_OK) return;
+    if (o->preset == 0 || apt_preset_query(exi_preset(o->preset), &info) != APT_OK) return;
     const apt_train_desc t = apt_preset(exi_preset(o->preset));
     if (!ex_args_given(table, "lr")) o->lr = (double)info.learning_rate;
     if (!ex_args_given(table, "batch")) o->batch = info.batch;
@@ -135,8 +142,8 @@ static int32_t exi_parse_list(const char *option, const char *text, const char *
 
 static int32_t exi_adapt_bits(const ex_options *o, ex_error *error)       /* APT_ADAPT_* */
 {
-    static const char *const names[] = {"query", "key", "value", "output", "up", "down"};
-    return exi_parse_list("adapt", o->adapt, names, 6, error);
+    static const char *const names[] = {"query", "key", "value", "output", "up", "down", "gate"};
+    return exi_parse_list("adapt", o->adapt, names, 7, error);
 }
 
 static int32_t exi_prune_bits(const ex_options *o, ex_error *error)       /* APT_PRUNE_* */
@@ -189,7 +196,7 @@ static int64_t exi_prune_end(const ex_options *o, int64_t steps)
 {
     apt_preset_info info;
     if (o->prune_end > 0) return o->prune_end;
-    if (o->preset != EX_PRESET_NONE && apt_preset_query(exi_preset(o->preset), &info) == APT_OK && info.distill_epochs > 0)
+    if (o->preset != 0 && apt_preset_query(exi_preset(o->preset), &info) == APT_OK && info.distill_epochs > 0)
         return steps * info.distill_epochs / info.epochs;
     return steps > 1 ? steps * 6 / 10 : 1;
 }
@@ -206,8 +213,8 @@ static void exi_options_pruning(const ex_options *o, int32_t method, ex_run *run
     t->disable_kurtosis = !o->kurtosis;
     t->salience_norm = exi_salience(o->salience);
     t->reset_moments = o->reset_moments;
-    if (method == EX_METHOD_PRUNE_AFTER) {
-        run->prune_at = exi_prune_end(o, t->steps);
+    if (method == EX_METHOD_PRUNE_AFTER || method == EX_METHOD_PRUNE_FIRST) {
+        run->prune_at = method == EX_METHOD_PRUNE_FIRST ? 0 : exi_prune_end(o, t->steps);
         run->prune_sparsity = (float)o->sparsity;
         run->observe = (int32_t)o->observe;
     } else if (method == EX_METHOD_APT) {

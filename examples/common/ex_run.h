@@ -72,10 +72,10 @@ static int64_t exi_logits_count(apt_model *model, const ex_batch *batch)
     return batch->sequences;
 }
 
-static bool exi_score_batch(apt_ctx *ctx, apt_model *model, const ex_batch *batch, apt_output *output, ex_score_info *info,
-                            ex_error *error)
+static bool exi_score_batch(apt_ctx *ctx, apt_model *model, const ex_batch *batch, apt_output *output, bool logits,
+                            ex_score_info *info, ex_error *error)
 {
-    const int64_t need = exi_logits_count(model, batch);
+    const int64_t need = logits ? exi_logits_count(model, batch) : 0;
     const apt_batch view = ex_batch_apt(batch);
     if (need > output->logits_capacity) {
         free(output->logits);
@@ -92,26 +92,30 @@ static bool exi_score_batch(apt_ctx *ctx, apt_model *model, const ex_batch *batc
     return true;
 }
 
-/* Runs the model over `set` in order of length, up to 64 sequences and 4096 tokens at a time, and hands every batch with
-   its logits to sink (may be NULL). info receives the mean loss, and the time spent in the model alone. */
-EX_API bool ex_score(apt_ctx *ctx, apt_model *model, const ex_dataset *set, ex_sink sink, void *user, ex_score_info *info,
+/* Runs the model over `rows` in order of length, up to 64 of them and 4096 tokens at a time, and hands every batch with its
+   logits to sink (NULL: the loss is enough, and no logits are kept). info receives the mean loss, and the
+   time spent in the model alone. */
+EX_API bool ex_score(apt_ctx *ctx, apt_model *model, const ex_source *rows, ex_sink sink, void *user, ex_score_info *info,
                      ex_error *error)
 {
-    int64_t *order = (int64_t *)ex_alloc((size_t)set->count, sizeof(int64_t));
-    const exi_rows rows = exi_dataset_rows(set);
+    int64_t *order = (int64_t *)ex_alloc((size_t)rows->count, sizeof(int64_t));
     apt_output output = APT_ZERO;
     ex_batch batch;
     bool fine = true;
     memset(&batch, 0, sizeof(batch));
     memset(info, 0, sizeof(*info));
-    for (int64_t i = 0; i < set->count; i++) order[i] = i;
-    exi_sort_by_length(&rows, order, set->count);
-    for (int64_t i = 0; fine && i < set->count;) {
+    for (int64_t i = 0; i < rows->count; i++) order[i] = i;
+    exi_sort_by_length(rows, order, rows->count);
+    for (int64_t i = 0; fine && i < rows->count;) {
         int64_t take = 0, tokens = 0;
-        while (i + take < set->count && take < 64 && (take == 0 || tokens + exi_dataset_length(set, order[i + take]) <= 4096))
-            tokens += exi_dataset_length(set, order[i + take++]);
-        ex_batch_gather(&batch, set, order + i, (int32_t)take);
-        fine = exi_score_batch(ctx, model, &batch, &output, info, error);
+        while (i + take < rows->count && take < 64) {
+            const int64_t more = rows->length(rows->set, order[i + take]);
+            if (take > 0 && tokens + more > 4096) break;
+            tokens += more;
+            take++;
+        }
+        rows->gather(&batch, rows->set, order + i, (int32_t)take);
+        fine = exi_score_batch(ctx, model, &batch, &output, sink != NULL, info, error);
         if (fine && sink != NULL) sink(user, &batch, &output);
         i += take;
     }
@@ -176,7 +180,7 @@ struct ex_run {
     bool failed;                      /* inside an event */
 };
 
-EX_API void ex_run_init(ex_run *run, const char *name, apt_ctx *ctx, apt_model *model, const ex_dataset *train, const char *dir,
+EX_API void ex_run_init(ex_run *run, const char *name, apt_ctx *ctx, apt_model *model, ex_source train, const char *dir,
                         ex_error *error)
 {
     memset(run, 0, sizeof(*run));
@@ -185,7 +189,7 @@ EX_API void ex_run_init(ex_run *run, const char *name, apt_ctx *ctx, apt_model *
     run->model = model;
     run->dir = dir;
     run->error = error;
-    run->feed.set = train;
+    run->feed.source = train;
     run->feed.batch = 32;
     run->checkpoint = ex_path(dir, "checkpoint.apt");
 }
@@ -212,6 +216,17 @@ EX_API bool exi_log_end(ex_run *run)
     return ex_log_end(&run->log, run->error);
 }
 
+/* The layer that a parameter belongs to by its name, or -1: encoder.layer.3, model.layers.3, and of T5 encoder.block.3 and
+   decoder.block.3.layer.1, where each block of the decoder is two layers, its self attention and what follows it. */
+static int32_t exi_layer_of(const apt_config *config, const char *name)
+{
+    const char *block = strstr(name, ".block."), *layers = strstr(name, ".layers."), *layer = strstr(name, ".layer.");
+    const char *number = block != NULL ? block + 7 : layers != NULL ? layers + 8 : layer != NULL ? layer + 7 : NULL;
+    const int32_t at = number != NULL ? (int32_t)strtol(number, NULL, 10) : -1;
+    if (block == NULL || strstr(name, "decoder.") == NULL) return at;
+    return config->layers - 2 * config->decoder_layers + 2 * at + (layer != NULL && strncmp(layer, ".layer.0.", 9) != 0);
+}
+
 /* Adapter ranks, heads and neurons of every layer, and the hidden size. */
 static bool exi_run_log_layers(ex_run *run)
 {
@@ -222,8 +237,7 @@ static bool exi_run_log_layers(ex_run *run)
     for (int32_t i = 0; i < apt_model_parameters(run->model); i++) {
         apt_parameter p;
         if (apt_model_parameter(run->model, i, &p) != APT_OK || strncmp(p.name, "lora_A.", 7) != 0) continue;
-        const char *place = strstr(p.name, "layer.");
-        const long layer = place != NULL ? strtol(place + 6, NULL, 10) : -1;
+        const int32_t layer = exi_layer_of(&config, p.name);
         if (layer >= 0 && layer < config.layers) values[layer] += (int32_t)p.rows;
     }
     for (int32_t l = 0; l < config.layers; l++) {
@@ -375,7 +389,7 @@ static bool exi_run_load(ex_run *run)
     if (run->settings != NULL && strncmp(run->settings, run->state.settings, sizeof(run->state.settings) - 1) != 0)
         return ex_fail(run->error, "%s was written with other settings.\n  then: %s\n  now:  %s", run->checkpoint,
                        run->state.settings, run->settings);
-    if (run->state.at.epoch < 0 || run->state.at.index < 0 || run->state.at.index > run->feed.set->count)
+    if (run->state.at.epoch < 0 || run->state.at.index < 0 || run->state.at.index > run->feed.source.count)
         return ex_fail(run->error, "%s: its data position does not fit these training rows", run->checkpoint);
     run->feed.at = run->state.at;
     run->model = apt_trainer_model(run->trainer);
@@ -474,16 +488,16 @@ EX_API void ex_run_warn_space(const ex_run *run)
                 ex_bytes_text(left, sizeof(left), bytes), ex_bytes_text(most, sizeof(most), needed));
 }
 
-/* The tokenizer's files, byte for byte; what `to` holds of an earlier one and `from` has not goes. */
-EX_API bool exi_run_copy_tokenizer(const char *from, const char *to, ex_error *error)
+/* The tokenizer's files, byte for byte; what `to` holds of an earlier one and `from` has not goes. from: a folder, or NULL. */
+EX_API bool ex_copy_tokenizer(const char *from, const char *to, ex_error *error)
 {
     static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt",
-                                        "special_tokens_map.json", "added_tokens.json"};
+                                        "tokenizer.bin", "special_tokens_map.json", "added_tokens.json"};
     bool fine = true;
     for (size_t i = 0; fine && i < sizeof(names) / sizeof(names[0]); i++) {
-        char *source = ex_path(from, names[i]), *target = ex_path(to, names[i]), *text = NULL;
+        char *source = from != NULL ? ex_path(from, names[i]) : NULL, *target = ex_path(to, names[i]), *text = NULL;
         size_t bytes = 0;
-        if (!ex_file_exists(source)) fine = ex_remove_file(target, error);
+        if (source == NULL || !ex_file_exists(source)) fine = ex_remove_file(target, error);
         else fine = (text = ex_read_file(source, &bytes, error)) != NULL && ex_write_file(target, text, bytes, error);
         free(source);
         free(target);
@@ -499,7 +513,7 @@ EX_API bool ex_run_save(ex_run *run, const char *tokenizer_dir)
     run->trainer = NULL;
     if (apt_model_merge(run->model, NULL, NULL) != APT_OK || apt_model_save(run->model, run->dir) != APT_OK)
         return ex_fail(run->error, "%s", apt_error(run->ctx));
-    return tokenizer_dir == NULL || exi_run_copy_tokenizer(tokenizer_dir, run->dir, run->error);
+    return tokenizer_dir == NULL || ex_copy_tokenizer(tokenizer_dir, run->dir, run->error);
 }
 
 #endif /* EX_RUN_H */

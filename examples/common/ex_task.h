@@ -1,7 +1,7 @@
 /* ex_task.h - what an encoder can be tuned for: classes or numbers for one or two sentences, spans that answer questions.
    From files to tokens, from logits to metrics and predictions.
 
-   Include after ex_run.h and ex_metrics.h. A program fills an ex_task's first part, then
+   Include after ex_program.h and ex_metrics.h. A program fills an ex_task's first part, then
 
        ex_task_read_labels, ex_task_read     the files; the first labelled one may bring the names of the classes
        ex_task_tokenise                      once `config` and `tokenizer` are known
@@ -17,13 +17,6 @@ enum {                                /* ex_task.metric; in the order of EX_METR
 
 /* One file of rows or questions, tokenised. */
 typedef struct ex_task_file { const char *path; ex_rows rows; ex_squad squad; ex_dataset set; } ex_task_file;
-
-/* Every metric of a task; the one that was asked for, or the first, is `chosen`. */
-typedef struct ex_scores {
-    int32_t count;
-    const char *name[6], *chosen_name;
-    double value[6], chosen, loss;
-} ex_scores;
 
 typedef struct ex_task {
     /* the program's */
@@ -218,7 +211,8 @@ EX_API bool exi_task_score(ex_task *task, apt_ctx *ctx, apt_model *model, ex_tas
         ex_answers_free(task->answers);
         task->answers = ex_answers_create(&file->squad, &file->set, 30);
     }
-    return ex_score(ctx, model, &file->set, exi_task_keep, task, info, task->error);
+    const ex_source rows = ex_dataset_source(&file->set);
+    return ex_score(ctx, model, &rows, exi_task_keep, task, info, task->error);
 }
 
 EX_API void exi_task_add_score(const ex_task *task, ex_scores *scores, int32_t metric, const char *name, double value)
@@ -231,7 +225,8 @@ EX_API void exi_task_add_score(const ex_task *task, ex_scores *scores, int32_t m
     scores->value[scores->count++] = value;
 }
 
-/* Runs the model over a labelled file. */
+/* Runs the model over a labelled file. Every metric of the task is a score; the one that was asked for, or the first, is
+   `chosen`. */
 EX_API bool ex_task_evaluate(ex_task *task, apt_ctx *ctx, apt_model *model, ex_task_file *file, ex_scores *scores,
                              ex_score_info *info)
 {

@@ -4,7 +4,7 @@
        ex_token_rows_pairs      prompt and answer in one sequence, for a model that predicts the next token; several of them
                                 packed into rows of a given length
        ex_token_rows_text       plain text, cut into blocks
-       ex_token_rows_next       batch after batch of such rows, in the order of ex_feed_next
+       ex_token_rows_source     such rows for ex_feed_next, which makes batches of them
 
    A label is the token itself where it is to be learned and EX_IGNORED elsewhere; a model that predicts the next token compares
    what it says at one place with the label of the following place, inside one sequence. */
@@ -25,6 +25,7 @@ typedef struct ex_token_rows {
     int64_t *starts;                  /* [sequences + 1] */
     int32_t *tokens, *labels;
     int64_t learned;                  /* tokens that are to be learned */
+    int64_t bytes;                    /* of the text that these tokens stand for, without a sequence's first token */
     int64_t truncated, dropped;       /* pairs that were cut; pairs of whose answer nothing was left */
 } ex_token_rows;
 
@@ -87,6 +88,15 @@ EX_API void exi_tokens_token(ex_token_rows *set, exi_tokens_builder *b, int32_t 
     set->learned += learn;
 }
 
+/* Bytes of the text up to `end` that no token before covered. (Several tokens may share the bytes of one character, and a space
+   may belong to none.) */
+EX_API int64_t exi_tokens_cover(size_t *covered, size_t end)
+{
+    const int64_t fresh = end > *covered ? (int64_t)(end - *covered) : 0;
+    *covered += (size_t)fresh;
+    return fresh;
+}
+
 /* Ends the sequence whose tokens were added last. It joins the present row when `join` and the row stays within length. */
 EX_API void exi_tokens_sequence(exi_tokens_builder *b, int32_t length, bool join)
 {
@@ -134,9 +144,10 @@ EX_API bool exi_tokens_pair(ex_token_rows *set, exi_tokens_builder *b, const ex_
 {
     const int32_t end = ex_tokenizer_special(tokenizer, EX_EOS);
     const size_t before = stbds_arrlenu(b->tokens);
-    const int64_t learned = set->learned;
+    const int64_t learned = set->learned, bytes = set->bytes;
     char *prompt = ex_pair_prompt(pairs, i, desc);
     const size_t prompt_bytes = strlen(prompt);
+    size_t covered = desc->learn_prompt ? 0 : prompt_bytes;
     ex_text text = {prompt, prompt_bytes, prompt_bytes + 1};
     ex_encode_desc encode;
     int32_t count;
@@ -151,7 +162,9 @@ EX_API bool exi_tokens_pair(ex_token_rows *set, exi_tokens_builder *b, const ex_
     count = encoding->first[1];
     for (int32_t k = 0; k < count && (desc->length == 0 || k < desc->length); k++) {
         const bool answer = encoding->sequence[k] == 0 ? encoding->offsets[k].start >= prompt_bytes : k > 0 && k + 1 == count;
+        const int64_t fresh = encoding->sequence[k] == 0 ? exi_tokens_cover(&covered, encoding->offsets[k].end) : 0;
         exi_tokens_token(set, b, encoding->ids[k], answer || desc->learn_prompt);
+        if (k > 0 && (answer || desc->learn_prompt)) set->bytes += fresh;
     }
     if (end >= 0 && (count == 0 || encoding->ids[count - 1] != end)) {
         count++;                      /* the template has not put it there */
@@ -161,6 +174,7 @@ EX_API bool exi_tokens_pair(ex_token_rows *set, exi_tokens_builder *b, const ex_
     set->truncated += cut;
     if (set->learned == learned) {
         set->dropped++;
+        set->bytes = bytes;
         stbds_arrsetlen(b->tokens, before);
         stbds_arrsetlen(b->labels, before);
         return true;
@@ -214,19 +228,24 @@ EX_API size_t exi_text_piece(const char *text, size_t bytes)
     return at;
 }
 
-/* Ends the block that is being filled. */
-EX_API void exi_blocks_end(exi_tokens_builder *b, size_t *start)
+/* The block that is being filled: its first token, and set->bytes before it. */
+typedef struct exi_block { size_t start; int64_t bytes; } exi_block;
+
+EX_API void exi_blocks_end(const ex_token_rows *set, exi_tokens_builder *b, exi_block *block)
 {
     exi_tokens_sequence(b, 0, false);
-    *start = stbds_arrlenu(b->tokens);
+    block->start = stbds_arrlenu(b->tokens);
+    block->bytes = set->bytes;
 }
 
+/* bytes: those that the token stands for. */
 EX_API void exi_blocks_add(ex_token_rows *set, exi_tokens_builder *b, const ex_blocks_desc *desc, int32_t begin, int32_t token,
-                           size_t *start)
+                           int64_t bytes, exi_block *block)
 {
-    if (stbds_arrlenu(b->tokens) == *start && begin >= 0) exi_tokens_token(set, b, begin, false);
+    if (stbds_arrlenu(b->tokens) == block->start && begin >= 0) exi_tokens_token(set, b, begin, false);
+    if (stbds_arrlenu(b->tokens) > block->start) set->bytes += bytes;
     exi_tokens_token(set, b, token, true);
-    if (stbds_arrlenu(b->tokens) - *start == (size_t)desc->length) exi_blocks_end(b, start);
+    if (stbds_arrlenu(b->tokens) - block->start == (size_t)desc->length) exi_blocks_end(set, b, block);
 }
 
 /* A text that has fewer tokens than a block is an error unless keep_rest. text must be UTF-8 (ex_utf8_repair). */
@@ -236,7 +255,8 @@ EX_API bool ex_token_rows_text(ex_token_rows *set, const char *text, size_t byte
     const int32_t begin = desc->begin ? ex_tokenizer_special(tokenizer, EX_BOS) : -1;
     exi_tokens_builder builder;
     ex_encoding encoding;
-    size_t start = 0, piece;
+    exi_block block = {0, 0};
+    size_t piece;
     bool fine = true;
     memset(set, 0, sizeof(*set));
     memset(&builder, 0, sizeof(builder));
@@ -244,19 +264,23 @@ EX_API bool ex_token_rows_text(ex_token_rows *set, const char *text, size_t byte
     if (desc->length < 2) return ex_fail(error, "blocks of %d tokens: at least 2 are needed", (int)desc->length);
     for (size_t at = 0; fine && at < bytes; at += piece) {
         ex_encode_desc encode;
+        size_t covered = 0;
         memset(&encode, 0, sizeof(encode));
         piece = exi_text_piece(text + at, bytes - at);
         encode.text = text + at;
         encode.bytes = piece;
         encode.no_special = true;
         fine = ex_tokenizer_encode(tokenizer, &encode, &encoding, error);
-        for (int32_t i = 0; fine && i < encoding.first[1]; i++)
-            exi_blocks_add(set, &builder, desc, begin, encoding.ids[i], &start);
+        for (int32_t i = 0; fine && i < encoding.first[1]; i++) {
+            const int64_t fresh = exi_tokens_cover(&covered, encoding.offsets[i].end);
+            exi_blocks_add(set, &builder, desc, begin, encoding.ids[i], fresh, &block);
+        }
     }
-    if (desc->keep_rest && stbds_arrlenu(builder.tokens) - start >= 2) exi_blocks_end(&builder, &start);
-    for (size_t i = start; i < stbds_arrlenu(builder.labels); i++) set->learned -= builder.labels[i] != EX_IGNORED;
-    stbds_arrsetlen(builder.tokens, start);
-    stbds_arrsetlen(builder.labels, start);
+    if (desc->keep_rest && stbds_arrlenu(builder.tokens) - block.start >= 2) exi_blocks_end(set, &builder, &block);
+    set->bytes = block.bytes;
+    for (size_t i = block.start; i < stbds_arrlenu(builder.labels); i++) set->learned -= builder.labels[i] != EX_IGNORED;
+    stbds_arrsetlen(builder.tokens, block.start);
+    stbds_arrsetlen(builder.labels, block.start);
     exi_tokens_finish(set, &builder);
     ex_encoding_free(&encoding);
     if (fine && set->rows == 0)
@@ -315,14 +339,15 @@ EX_API int32_t exi_token_rows_length(const void *set, int64_t row)
     return (int32_t)(t->starts[t->first[row + 1]] - t->starts[t->first[row]]);
 }
 
-/* The next batch of rows, as ex_feed_next (feed->set is not used). */
-EX_API ex_batch *ex_token_rows_next(ex_feed *feed, const ex_token_rows *set)
+EX_API void exi_token_rows_gather(ex_batch *batch, const void *set, const int64_t *index, int32_t count)
 {
-    const exi_rows rows = {set, set->rows, exi_token_rows_length};
-    int32_t take;
-    const int64_t *at = exi_feed_take(feed, &rows, &take);
-    ex_token_rows_gather(&feed->rows, set, at, take);
-    return &feed->rows;
+    ex_token_rows_gather(batch, (const ex_token_rows *)set, index, count);
+}
+
+EX_API ex_source ex_token_rows_source(const ex_token_rows *set)
+{
+    const ex_source source = {set, set->rows, exi_token_rows_length, exi_token_rows_gather};
+    return source;
 }
 
 #endif /* EX_TOKEN_ROWS_H */

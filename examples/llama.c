@@ -1,0 +1,354 @@
+/* llama.c - tunes, prunes and shrinks any Hugging Face LLaMA or Qwen2 checkpoint folder on the CPU, and writes text with it.
+
+       cc -O2 -std=c11 examples/llama.c -o llama -lm -lpthread -lutf8proc
+
+       llama --model DIR --train train.txt --dev dev.txt --method apt --sparsity 0.6 --out DIR
+       llama --model DIR --train alpaca.json --dev dev.json --method prune-first --out DIR
+       llama --model DIR --dev dev.txt --method perplexity
+       llama --model DIR --prompt "Once upon a time" --method generate
+       llama --import stories260K.bin --tokenizer tok512.bin --out DIR
+       llama --help
+
+   Plain text is learned in blocks; of instructions with answers (Alpaca's JSON or JSONL, CSV, TSV) only the answers are learned,
+   and several of them share a row. The result folder is a smaller checkpoint (config.json, model.safetensors, tokenizer) that
+   --model takes again, with metrics.jsonl and report.html. Ctrl-C saves; --resume goes on bit for bit. */
+#define _POSIX_C_SOURCE 200809L
+#define STB_DS_IMPLEMENTATION
+#include "common/ex_base.h"
+#define APT_IMPLEMENTATION
+#include "../apt.h"
+#include "common/ex_log.h"
+#include "common/ex_args.h"
+#include "common/ex_tokenizer.h"
+#include "common/ex_data.h"
+#include "common/ex_token_rows.h"
+#include "common/ex_metrics.h"
+#include "common/ex_progress.h"
+#include "common/ex_report.h"
+#include "common/ex_run.h"
+#include "common/ex_options.h"
+#include "common/ex_result.h"
+#include "common/ex_program.h"
+#include "common/ex_lm.h"
+#include "common/ex_llama2c.h"
+
+enum { METHOD_PERPLEXITY = EX_METHODS_SHARED, METHOD_GENERATE, METHOD_CHAT };
+static const char *const g_methods[] = {"apt", "lora", "full", "prune-after", "prune-first", "perplexity", "generate", "chat"};
+enum { FORM_AUTO, FORM_PLAIN, FORM_ALPACA };
+
+typedef struct app {
+    /* the command line: run is what every training example has, lm a part of the rest */
+    ex_options run;
+    ex_lm lm;
+    ex_sampling how;
+    const char *model, *out, *prompt, *import, *tokenizer;
+    int32_t method, form;
+    int64_t limit;
+    ex_arg *table;
+    /* what it becomes */
+    ex_lm_file train, dev;
+    apt_ctx *ctx;
+    apt_model *loaded;
+    ex_error error;
+} app;
+
+/* ------------------------------------------------------------------------------------------------ arguments */
+
+static const ex_args_about g_about = {
+    "llama", "Tunes, prunes and shrinks a LLaMA or Qwen2 checkpoint on the CPU, and writes text with it.",
+    "--model DIR --train FILE --dev FILE --out DIR [options]",
+    "  llama --model base --train train.txt --dev dev.txt --method apt --sparsity 0.6 --out small\n"
+    "  llama --model base --train alpaca.json --dev dev.json --method prune-first --epochs 2 --out tuned\n"
+    "  llama --model small --dev dev.txt --method perplexity\n"
+    "  llama --model small --method generate --prompt \"Once upon a time\" --temperature 0.8 --top-p 0.9\n"
+    "  llama --model tuned --method chat\n"
+    "  llama --import stories260K.bin --tokenizer tok512.bin --out base\n"};
+
+/* The table points into *a, whose present values are the defaults that --help shows. */
+static ex_arg *make_table(app *a)
+{
+    const ex_arg rows[] = {
+        EX_GROUP("Data"),
+        EX_TEXT("model", "DIR", &a->model, "checkpoint folder: config.json, safetensors, tokenizer"),
+        EX_TEXT("train", "FILE", &a->train.path, ".json, .jsonl, .csv, .tsv: prompts with answers; others: plain text"),
+        EX_TEXT("dev", "FILE", &a->dev.path, "the same, to evaluate on"),
+        EX_TEXT("out", "DIR", &a->out, "result folder"),
+        EX_INT("limit", "N", &a->limit, 0, 1e12, "training examples to read of a file with answers; 0: all"),
+        EX_INT("length", "N", &a->lm.length, 0, 1e6, "tokens per row; 0: 256, or the model's positions"),
+        EX_FLAG("pack", &a->lm.pack, "examples with answers share a row, without seeing each other"),
+        EX_FLAG("learn-prompt", &a->lm.learn_prompt, "learn the prompts, too, not only the answers"),
+        EX_TEXT("import", "FILE", &a->import, "a llama2.c checkpoint (.bin) that becomes the folder OUT; needs --tokenizer"),
+        EX_TEXT("tokenizer", "FILE", &a->tokenizer, "its tokenizer (.bin)"),
+        EX_GROUP("Method"),
+        EX_CHOICE("method", &a->method, EX_METHODS "|perplexity|generate|chat",
+                  "prune-first: one-shot prune, then LoRA; prune-after: the prune comes in between"),
+        EX_OPTIONS_ROWS(&a->run),
+        EX_GROUP("Writing"),
+        EX_TEXT("prompt", "TEXT", &a->prompt, "generate: the text to go on with"),
+        EX_CHOICE("template", &a->form, "auto|plain|alpaca", "the prompt as it is, or as an instruction; auto: chat only"),
+        EX_REAL("temperature", "X", &a->how.temperature, 0, 1e3, "0: always the most likely token"),
+        EX_INT("top-k", "N", &a->how.top_k, 0, 1e6, "draw from the N most likely tokens; 0: from all"),
+        EX_REAL("top-p", "X", &a->how.top_p, 0, 1, "and from the fewest that have this share; 0: from all"),
+        EX_INT("beams", "N", &a->how.beams, 1, 1024, "beam search; not with a temperature"),
+        EX_REAL("length-penalty", "X", &a->how.length_penalty, -100, 100, "beams: above 0 prefers longer texts"),
+        EX_INT("max-new", "N", &a->how.most, 1, 1e6, "tokens to write at most"),
+        EX_ARGS_END};
+    ex_arg *table = (ex_arg *)ex_alloc(sizeof(rows) / sizeof(rows[0]), sizeof(ex_arg));
+    memcpy(table, rows, sizeof(rows));
+    return table;
+}
+
+static void set_defaults(app *a)
+{
+    ex_options_init(&a->run);
+    a->run.batch = 8;
+    a->lm.pack = true;
+    a->lm.error = &a->error;
+    a->how.beams = 1;
+    a->how.length_penalty = 1;
+    a->how.most = 256;
+    a->prompt = "";
+}
+
+static bool training(const app *a)
+{
+    return a->method < EX_METHODS_SHARED;
+}
+
+static bool check_import(app *a)
+{
+    if (a->model != NULL || a->train.path != NULL || a->dev.path != NULL)
+        return ex_fail(&a->error, "--import stands alone: the folder that it makes is the --model of further commands");
+    if (a->tokenizer == NULL || a->out == NULL) return ex_fail(&a->error, "--import needs --tokenizer FILE and --out DIR");
+    a->run.resume = false;
+    return ex_options_check_out(&a->run, a->import, a->out, &a->error);
+}
+
+/* What the table cannot check: which options belong together. */
+static bool check_options(app *a)
+{
+    const char *method = g_methods[a->method];
+    if (a->import != NULL) return check_import(a);
+    if (a->tokenizer != NULL) return ex_fail(&a->error, "--tokenizer goes with --import; a --model folder has its own");
+    if (a->model == NULL) return ex_fail(&a->error, "--model DIR is missing");
+    if (a->how.beams > 1 && a->how.temperature > 0) return ex_fail(&a->error, "--beams and --temperature exclude each other");
+    if (a->method == METHOD_PERPLEXITY && a->dev.path == NULL)
+        return ex_fail(&a->error, "--method perplexity needs --dev FILE");
+    if (!training(a)) return !a->run.resume || ex_fail(&a->error, "--resume goes with a training method, not with %s", method);
+    if (a->train.path == NULL || a->out == NULL)
+        return ex_fail(&a->error, "--method %s needs --train FILE and --out DIR", method);
+    if (a->method == EX_METHOD_FULL && a->run.weights == 1)
+        return ex_fail(&a->error, "--weights bf16 is for frozen matrices; --method full has none");
+    return ex_options_check(&a->run, &a->error) && ex_options_check_out(&a->run, a->model, a->out, &a->error);
+}
+
+/* What a preset and the method fill in where the command line is silent. */
+static void fill_options(app *a)
+{
+    ex_options_preset(&a->run, a->table);
+    if (a->method == EX_METHOD_PRUNE_FIRST && !ex_args_given(a->table, "sparsity")) a->run.sparsity = 0.3;
+}
+
+/* ------------------------------------------------------------------------------------------------ model and data */
+
+/* What is written goes to stdout: everything else that methods like generate have to say goes elsewhere. */
+static void show_model(const app *a, FILE *file)
+{
+    const apt_config *config = &a->lm.config;
+    const int32_t threads = apt_thread_count(a->ctx);
+    apt_model_info info;
+    char text[32];
+    apt_model_query(a->loaded, &info);
+    fprintf(file, "  model    %s: %s, %d layers, d %d, %s parameters, %s kernels, %d thread%s\n", a->model,
+            config->qkv_bias ? "Qwen2" : "LLaMA", (int)config->layers, (int)config->hidden,
+            ex_count_text(text, sizeof(text), (double)info.parameters), apt_kernel_name(a->ctx), (int)threads,
+            threads == 1 ? "" : "s");
+}
+
+static bool load_model(app *a)
+{
+    apt_load_desc load = APT_ZERO;
+    load.weights = a->run.weights == 1 ? APT_BF16 : APT_F32;
+    load.seed = (uint64_t)a->run.seed;
+    if (apt_model_load(a->ctx, a->model, &load, &a->loaded) != APT_OK) return ex_fail(&a->error, "%s", apt_error(a->ctx));
+    apt_model_config(a->loaded, &a->lm.config);
+    if (a->lm.config.family != APT_LLAMA)
+        return ex_fail(&a->error, "%s is no LLaMA or Qwen2 model; roberta is the program for BERT and RoBERTa", a->model);
+    a->lm.tokenizer = ex_tokenizer_load(a->model, &a->error);
+    if (a->lm.tokenizer == NULL) return false;
+    if (ex_tokenizer_size(a->lm.tokenizer) > a->lm.config.vocab)
+        return ex_fail(&a->error, "%s: the tokenizer has %d tokens, the model's embedding %d rows", a->model,
+                       (int)ex_tokenizer_size(a->lm.tokenizer), (int)a->lm.config.vocab);
+    show_model(a, a->method == METHOD_GENERATE || a->method == METHOD_CHAT ? stderr : stdout);
+    return true;
+}
+
+/* ------------------------------------------------------------------------------------------------ training */
+
+static bool evaluate(void *user, apt_ctx *ctx, apt_model *model, ex_scores *scores, ex_score_info *info)
+{
+    const app *a = (const app *)user;
+    return ex_lm_evaluate(&a->lm, ctx, model, &a->dev, scores, info);
+}
+
+static int train(app *a)
+{
+    ex_program p;
+    memset(&p, 0, sizeof(p));
+    p.method = g_methods[a->method];
+    p.kind = a->method;
+    p.options = &a->run;
+    p.arguments = a->table;
+    p.model = a->model;
+    p.train = a->train.path;
+    p.out = a->out;
+    p.rows = ex_token_rows_source(&a->train.rows);
+    p.rows_name = "rows";
+    p.longest = a->train.longest;
+    p.sequences = a->train.sequences;
+    char *data = ex_format("train %s (%lld rows, %lld tokens to learn, at most %lld each), dev %s", a->train.path,
+                           (long long)a->train.rows.rows, (long long)a->train.rows.learned, (long long)a->train.longest,
+                           a->dev.path != NULL ? a->dev.path : "none");
+    p.data = data;
+    p.ctx = a->ctx;
+    p.loaded = a->loaded;
+    p.evaluate = a->dev.path != NULL ? evaluate : NULL;
+    p.user = a;
+    p.error = &a->error;
+    const int status = ex_program_train(&p);
+    free(data);
+    return status;
+}
+
+static bool measure(app *a)
+{
+    ex_scores scores;
+    ex_score_info info;
+    if (!ex_lm_evaluate(&a->lm, a->ctx, a->loaded, &a->dev, &scores, &info)) return false;
+    ex_scores_print(&scores, &info);
+    return true;
+}
+
+/* ------------------------------------------------------------------------------------------------ writing */
+
+/* One answer on stdout, its speed on stderr. */
+static bool answer_to(app *a, const char *prompt, ex_text *answer)
+{
+    int64_t tokens = 0;
+    const double start = ex_seconds();
+    if (!ex_lm_write(&a->lm, a->ctx, a->loaded, prompt, &a->how, answer, &tokens)) return false;
+    const double seconds = ex_seconds() - start;
+    printf("\n");
+    fflush(stdout);
+    fprintf(stderr, "  %lld tokens, %.0f tokens/s\n", (long long)tokens, seconds > 0 ? (double)tokens / seconds : 0.0);
+    return true;
+}
+
+/* A text from outside, repaired where it is no UTF-8. free() */
+static char *clean_copy(const char *text)
+{
+    size_t bytes = strlen(text);
+    int64_t replaced;
+    return ex_utf8_repair(ex_copy(text, bytes), &bytes, &replaced);
+}
+
+static bool generate(app *a)
+{
+    char *text = clean_copy(a->prompt);
+    char *prompt = a->form == FORM_ALPACA ? ex_alpaca_prompt(text, NULL) : ex_copy(text, strlen(text));
+    ex_text answer = {NULL, 0, 0};
+    if (a->form != FORM_ALPACA) fputs(prompt, stdout);
+    const bool fine = answer_to(a, prompt, &answer);
+    ex_text_free(&answer);
+    free(prompt);
+    free(text);
+    return fine;
+}
+
+/* Puts the next turn behind the earlier ones; where both are too long for the model these are forgotten. */
+static bool chat_turn(app *a, const char *line, ex_text *talk)
+{
+    char *text = clean_copy(line);
+    char *turn = a->form == FORM_PLAIN ? ex_copy(text, strlen(text)) : ex_alpaca_prompt(text, NULL);
+    ex_text answer = {NULL, 0, 0};
+    int32_t before = 0;
+    if (talk->length > 0) ex_text_put(talk, "\n\n");
+    ex_text_put(talk, turn);
+    bool fine = ex_lm_tokens(&a->lm, talk->at, &before);
+    if (fine && before + a->how.most > a->lm.config.positions && talk->length > strlen(turn)) {
+        fprintf(stderr, "  (the earlier turns no longer fit and are forgotten)\n");
+        talk->length = 0;
+        ex_text_put(talk, turn);
+    }
+    fine = fine && answer_to(a, talk->at, &answer);
+    if (fine) ex_text_add(talk, answer.at, answer.length);
+    ex_text_free(&answer);
+    free(turn);
+    free(text);
+    return fine;
+}
+
+/* Every line of stdin is a turn. */
+static bool chat(app *a)
+{
+    ex_text talk = {NULL, 0, 0};
+    char *line = NULL;
+    size_t capacity = 0;
+    bool fine = true;
+    while (fine) {
+        if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
+        if (getline(&line, &capacity, stdin) < 0) break;
+        line[strcspn(line, "\r\n")] = 0;
+        if (line[0] != 0) fine = chat_turn(a, line, &talk);
+    }
+    ex_text_free(&talk);
+    free(line);
+    return fine;
+}
+
+/* ------------------------------------------------------------------------------------------------ main */
+
+static int work(app *a)
+{
+    if (a->import != NULL) {
+        if (!ex_llama2c_import(a->ctx, a->import, a->tokenizer, a->out, &a->error)) return 1;
+        printf("The model is in %s\n", a->out);
+        return 0;
+    }
+    if (!load_model(a)) return 1;
+    if (a->method == METHOD_GENERATE) return generate(a) ? 0 : 1;
+    if (a->method == METHOD_CHAT) return chat(a) ? 0 : 1;
+    if (training(a) && !ex_lm_read(&a->lm, &a->train, "train", a->limit)) return 1;
+    if (!ex_lm_read(&a->lm, &a->dev, "dev", 0)) return 1;
+    return training(a) ? train(a) : measure(a) ? 0 : 1;
+}
+
+static void app_free(app *a)
+{
+    ex_lm_file_free(&a->train);
+    ex_lm_file_free(&a->dev);
+    ex_tokenizer_free(a->lm.tokenizer);
+    apt_destroy(a->ctx);
+    free(a->table);
+}
+
+int main(int argc, char **argv)
+{
+    app a;
+    memset(&a, 0, sizeof(a));
+    set_defaults(&a);
+    a.table = make_table(&a);
+    const ex_args_result parsed = ex_args_parse(a.table, &g_about, argc, argv, &a.error);
+    int status = parsed == EX_ARGS_HELP ? 0 : 2;
+    if (parsed == EX_ARGS_OK) {
+        fill_options(&a);
+        if (check_options(&a)) {
+            a.how.seed = a.run.seed;
+            a.ctx = ex_run_context(a.run.threads, a.run.kernels, &a.error);
+            status = a.ctx != NULL ? work(&a) : 1;
+        }
+    }
+    if (status == 1 || status == 2) fprintf(stderr, "llama: %s\n%s", a.error.text, status == 2 ? "Try --help.\n" : "");
+    app_free(&a);
+    return status;
+}
