@@ -1962,6 +1962,8 @@ static void test_checkpoint_damage(void **state)
 
 #define SUMS16 "\"apt.checksums\":{\"dtype\":\"U8\",\"shape\":[16],\"data_offsets\":[0,16]}"
 
+#define CHECKPOINT_META "\"__metadata__\":{\"format\":\"apt-checkpoint\",\"version\":\"" APTI_CKPT_VERSION "\"}"
+
 static void test_checkpoint_refuses(void **state)
 {
     file_test *t = (file_test *)*state;
@@ -1971,9 +1973,9 @@ static void test_checkpoint_refuses(void **state)
     expect(t->ctx, open_checkpoint(t->ctx, t->path), APT_E_FORMAT, "metadata format is \"pt\", expected \"apt-checkpoint\"");
     put_tensors(t->path, "{\"__metadata__\":{\"format\":\"apt-checkpoint\"}}", 0);
     expect(t->ctx, open_checkpoint(t->ctx, t->path), APT_E_UNSUPPORTED, "checkpoint version \"\", expected \"" APTI_CKPT_VERSION "\"");
-    put_tensors(t->path, "{\"__metadata__\":{\"format\":\"apt-checkpoint\",\"version\":\"2\"}}", 0);
-    expect(t->ctx, open_checkpoint(t->ctx, t->path), APT_E_UNSUPPORTED, "checkpoint version \"2\"");
     put_tensors(t->path, "{\"__metadata__\":{\"format\":\"apt-checkpoint\",\"version\":\"1\"}}", 0);
+    expect(t->ctx, open_checkpoint(t->ctx, t->path), APT_E_UNSUPPORTED, "checkpoint version \"1\"");
+    put_tensors(t->path, "{" CHECKPOINT_META "}", 0);
     expect(t->ctx, open_checkpoint(t->ctx, t->path), APT_E_MISSING, "no tensor 'apt.checksums'");
     const char *tables[] = {
         SUMS16,
@@ -1983,7 +1985,7 @@ static void test_checkpoint_refuses(void **state)
     const int64_t sizes[] = {16, 8, 17};
     for (int i = 0; i < 3; i++) {
         char header[512];
-        snprintf(header, sizeof header, "{\"__metadata__\":{\"format\":\"apt-checkpoint\",\"version\":\"1\"},%s}", tables[i]);
+        snprintf(header, sizeof header, "{" CHECKPOINT_META ",%s}", tables[i]);
         put_tensors(t->path, header, sizes[i]);
         expect(t->ctx, open_checkpoint(t->ctx, t->path), APT_E_FORMAT, "'apt.checksums' is not the last one");
     }
@@ -1994,7 +1996,7 @@ static void test_checkpoint_refuses(void **state)
 static void test_checkpoint_alignment(void **state)
 {
     file_test *t = (file_test *)*state;
-    put_tensors(t->path, "{\"__metadata__\":{\"format\":\"apt-checkpoint\",\"version\":\"1\"},"
+    put_tensors(t->path, "{" CHECKPOINT_META ","
                          "\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},\"f\":{\"dtype\":\"F32\","
                          "\"shape\":[1],\"data_offsets\":[1,5]},"
                          "\"apt.checksums\":{\"dtype\":\"U8\",\"shape\":[24],\"data_offsets\":[5,29]}}   ", 29);
