@@ -49,6 +49,7 @@ typedef struct app {
     ex_lm_file train, dev;
     apt_ctx *ctx;
     apt_model *loaded;
+    ex_text talk;                     /* chat: all turns until now */
     ex_error error;
 } app;
 
@@ -86,12 +87,7 @@ static ex_arg *make_table(app *a)
         EX_GROUP("Writing"),
         EX_TEXT("prompt", "TEXT", &a->prompt, "generate: the text to go on with"),
         EX_CHOICE("template", &a->form, "auto|plain|alpaca", "the prompt as it is, or as an instruction; auto: chat only"),
-        EX_REAL("temperature", "X", &a->how.temperature, 0, 1e3, "0: always the most likely token"),
-        EX_INT("top-k", "N", &a->how.top_k, 0, 1e6, "draw from the N most likely tokens; 0: from all"),
-        EX_REAL("top-p", "X", &a->how.top_p, 0, 1, "and from the fewest that have this share; 0: from all"),
-        EX_INT("beams", "N", &a->how.beams, 1, 1024, "beam search; not with a temperature"),
-        EX_REAL("length-penalty", "X", &a->how.length_penalty, -100, 100, "beams: above 0 prefers longer texts"),
-        EX_INT("max-new", "N", &a->how.most, 1, 1e6, "tokens to write at most"),
+        EX_SAMPLING_ROWS(&a->how),
         EX_ARGS_END};
     ex_arg *table = (ex_arg *)ex_alloc(sizeof(rows) / sizeof(rows[0]), sizeof(ex_arg));
     memcpy(table, rows, sizeof(rows));
@@ -104,9 +100,7 @@ static void set_defaults(app *a)
     a->run.batch = 8;
     a->lm.pack = true;
     a->lm.error = &a->error;
-    a->how.beams = 1;
-    a->how.length_penalty = 1;
-    a->how.most = 256;
+    ex_sampling_init(&a->how, 256);
     a->prompt = "";
 }
 
@@ -131,7 +125,7 @@ static bool check_options(app *a)
     if (a->import != NULL) return check_import(a);
     if (a->tokenizer != NULL) return ex_fail(&a->error, "--tokenizer goes with --import; a --model folder has its own");
     if (a->model == NULL) return ex_fail(&a->error, "--model DIR is missing");
-    if (a->how.beams > 1 && a->how.temperature > 0) return ex_fail(&a->error, "--beams and --temperature exclude each other");
+    if (!ex_sampling_check(&a->how, &a->error)) return false;
     if (a->method == METHOD_PERPLEXITY && a->dev.path == NULL)
         return ex_fail(&a->error, "--method perplexity needs --dev FILE");
     if (!training(a)) return !a->run.resume || ex_fail(&a->error, "--resume goes with a training method, not with %s", method);
@@ -147,40 +141,6 @@ static void fill_options(app *a)
 {
     ex_options_preset(&a->run, a->table);
     if (a->method == EX_METHOD_PRUNE_FIRST && !ex_args_given(a->table, "sparsity")) a->run.sparsity = 0.3;
-}
-
-/* ------------------------------------------------------------------------------------------------ model and data */
-
-/* What is written goes to stdout: everything else that methods like generate have to say goes elsewhere. */
-static void show_model(const app *a, FILE *file)
-{
-    const apt_config *config = &a->lm.config;
-    const int32_t threads = apt_thread_count(a->ctx);
-    apt_model_info info;
-    char text[32];
-    apt_model_query(a->loaded, &info);
-    fprintf(file, "  model    %s: %s, %d layers, d %d, %s parameters, %s kernels, %d thread%s\n", a->model,
-            config->qkv_bias ? "Qwen2" : "LLaMA", (int)config->layers, (int)config->hidden,
-            ex_count_text(text, sizeof(text), (double)info.parameters), apt_kernel_name(a->ctx), (int)threads,
-            threads == 1 ? "" : "s");
-}
-
-static bool load_model(app *a)
-{
-    apt_load_desc load = APT_ZERO;
-    load.weights = a->run.weights == 1 ? APT_BF16 : APT_F32;
-    load.seed = (uint64_t)a->run.seed;
-    if (apt_model_load(a->ctx, a->model, &load, &a->loaded) != APT_OK) return ex_fail(&a->error, "%s", apt_error(a->ctx));
-    apt_model_config(a->loaded, &a->lm.config);
-    if (a->lm.config.family != APT_LLAMA)
-        return ex_fail(&a->error, "%s is no LLaMA or Qwen2 model; roberta is the program for BERT and RoBERTa", a->model);
-    a->lm.tokenizer = ex_tokenizer_load(a->model, &a->error);
-    if (a->lm.tokenizer == NULL) return false;
-    if (ex_tokenizer_size(a->lm.tokenizer) > a->lm.config.vocab)
-        return ex_fail(&a->error, "%s: the tokenizer has %d tokens, the model's embedding %d rows", a->model,
-                       (int)ex_tokenizer_size(a->lm.tokenizer), (int)a->lm.config.vocab);
-    show_model(a, a->method == METHOD_GENERATE || a->method == METHOD_CHAT ? stderr : stdout);
-    return true;
 }
 
 /* ------------------------------------------------------------------------------------------------ training */
@@ -231,34 +191,13 @@ static bool measure(app *a)
 
 /* ------------------------------------------------------------------------------------------------ writing */
 
-/* One answer on stdout, its speed on stderr. */
-static bool answer_to(app *a, const char *prompt, ex_text *answer)
-{
-    int64_t tokens = 0;
-    const double start = ex_seconds();
-    if (!ex_lm_write(&a->lm, a->ctx, a->loaded, prompt, &a->how, answer, &tokens)) return false;
-    const double seconds = ex_seconds() - start;
-    printf("\n");
-    fflush(stdout);
-    fprintf(stderr, "  %lld tokens, %.0f tokens/s\n", (long long)tokens, seconds > 0 ? (double)tokens / seconds : 0.0);
-    return true;
-}
-
-/* A text from outside, repaired where it is no UTF-8. free() */
-static char *clean_copy(const char *text)
-{
-    size_t bytes = strlen(text);
-    int64_t replaced;
-    return ex_utf8_repair(ex_copy(text, bytes), &bytes, &replaced);
-}
-
 static bool generate(app *a)
 {
-    char *text = clean_copy(a->prompt);
+    char *text = ex_lm_clean(a->prompt);
     char *prompt = a->form == FORM_ALPACA ? ex_alpaca_prompt(text, NULL) : ex_copy(text, strlen(text));
     ex_text answer = {NULL, 0, 0};
     if (a->form != FORM_ALPACA) fputs(prompt, stdout);
-    const bool fine = answer_to(a, prompt, &answer);
+    const bool fine = ex_lm_answer(&a->lm, a->ctx, a->loaded, prompt, &a->how, &answer);
     ex_text_free(&answer);
     free(prompt);
     free(text);
@@ -266,9 +205,11 @@ static bool generate(app *a)
 }
 
 /* Puts the next turn behind the earlier ones; where both are too long for the model these are forgotten. */
-static bool chat_turn(app *a, const char *line, ex_text *talk)
+static bool chat_turn(void *user, const char *line)
 {
-    char *text = clean_copy(line);
+    app *a = (app *)user;
+    ex_text *talk = &a->talk;
+    char *text = ex_lm_clean(line);
     char *turn = a->form == FORM_PLAIN ? ex_copy(text, strlen(text)) : ex_alpaca_prompt(text, NULL);
     ex_text answer = {NULL, 0, 0};
     int32_t before = 0;
@@ -280,7 +221,7 @@ static bool chat_turn(app *a, const char *line, ex_text *talk)
         talk->length = 0;
         ex_text_put(talk, turn);
     }
-    fine = fine && answer_to(a, talk->at, &answer);
+    fine = fine && ex_lm_answer(&a->lm, a->ctx, a->loaded, talk->at, &a->how, &answer);
     if (fine) ex_text_add(talk, answer.at, answer.length);
     ex_text_free(&answer);
     free(turn);
@@ -291,18 +232,8 @@ static bool chat_turn(app *a, const char *line, ex_text *talk)
 /* Every line of stdin is a turn. */
 static bool chat(app *a)
 {
-    ex_text talk = {NULL, 0, 0};
-    char *line = NULL;
-    size_t capacity = 0;
-    bool fine = true;
-    while (fine) {
-        if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
-        if (getline(&line, &capacity, stdin) < 0) break;
-        line[strcspn(line, "\r\n")] = 0;
-        if (line[0] != 0) fine = chat_turn(a, line, &talk);
-    }
-    ex_text_free(&talk);
-    free(line);
+    const bool fine = ex_lm_lines(chat_turn, a);
+    ex_text_free(&a->talk);
     return fine;
 }
 
@@ -315,7 +246,9 @@ static int work(app *a)
         printf("The model is in %s\n", a->out);
         return 0;
     }
-    if (!load_model(a)) return 1;
+    /* what is written goes to stdout: everything else that these methods have to say goes elsewhere */
+    FILE *said = a->method == METHOD_GENERATE || a->method == METHOD_CHAT ? stderr : stdout;
+    if (!ex_lm_load(&a->lm, a->ctx, a->model, APT_LLAMA, &a->run, said, &a->loaded)) return 1;
     if (a->method == METHOD_GENERATE) return generate(a) ? 0 : 1;
     if (a->method == METHOD_CHAT) return chat(a) ? 0 : 1;
     if (training(a) && !ex_lm_read(&a->lm, &a->train, "train", a->limit)) return 1;

@@ -176,6 +176,13 @@ EX_PRINTF(1, 2) EX_API char *ex_format(const char *format, ...)
     return text.at != NULL ? text.at : ex_copy("", 0);
 }
 
+/* Not for a text that is nothing else. */
+EX_API bool exi_ends_with(const char *text, const char *ending)
+{
+    const size_t length = strlen(text), with = strlen(ending);
+    return length > with && strcmp(text + length - with, ending) == 0;
+}
+
 /* ------------------------------------------------------------------------------------------------ files */
 
 EX_API bool ex_file_exists(const char *path)

@@ -623,6 +623,7 @@ typedef struct ex_batch {
     int32_t sequences;
     int32_t *offsets, *tokens, *types, *labels;            /* types, labels: NULL when the data set has none */
     float *targets;
+    int32_t *target_offsets;          /* encoder and decoder: where the labels of each sequence begin; else NULL */
     int64_t *index;                   /* which sequence of the data set each one is */
 } ex_batch;
 
@@ -633,6 +634,7 @@ EX_API void ex_batch_free(ex_batch *batch)
     stbds_arrfree(batch->types);
     stbds_arrfree(batch->labels);
     stbds_arrfree(batch->targets);
+    stbds_arrfree(batch->target_offsets);
     stbds_arrfree(batch->index);
     memset(batch, 0, sizeof(*batch));
 }
@@ -675,6 +677,7 @@ EX_API apt_batch ex_batch_apt(const ex_batch *batch)
     view.types = batch->types;
     view.labels = batch->labels;
     view.targets = batch->targets;
+    view.target_offsets = batch->target_offsets;
     return view;
 }
 #endif

@@ -167,16 +167,11 @@ EX_API bool exi_llama2c_tokenizer(const exi_llama2c *l, const char *path)
                                               (int)l->config.vocab);
 }
 
-EX_API bool exi_llama2c_write(exi_llama2c *l, apt_ctx *ctx, apt_model *model, const char *tokenizer, const char *out)
+EX_API bool exi_llama2c_write(const exi_llama2c *l, apt_ctx *ctx, apt_model *model, const char *tokenizer, const char *out)
 {
-    char *target = ex_path(out, "tokenizer.bin"), *text = NULL;
-    size_t bytes = 0;
-    bool fine = ex_make_dirs(out, l->error) && (apt_model_save(model, out) == APT_OK || ex_fail(l->error, "%s", apt_error(ctx)));
-    fine = fine && (text = ex_read_file(tokenizer, &bytes, l->error)) != NULL && ex_copy_tokenizer(NULL, out, l->error) &&
-           ex_write_file(target, text, bytes, l->error);
-    free(target);
-    free(text);
-    return fine;
+    return ex_make_dirs(out, l->error) &&
+           (apt_model_save(model, out) == APT_OK || ex_fail(l->error, "%s", apt_error(ctx))) &&
+           ex_copy_tokenizer(tokenizer, out, l->error);
 }
 
 /* Writes the folder `out`: config.json, model.safetensors, tokenizer.bin. Everything is checked before anything is written. */

@@ -1,11 +1,14 @@
 /* ex_lm.h - what a model that predicts the next token can be tuned for: plain text, instructions with answers. From files to
-   rows of tokens, from the loss to perplexity, and texts written token by token.
+   rows of tokens, from the loss to perplexity, and texts written token by token. (Loading and writing are also for models with
+   an encoder, whose files and metrics are in ex_t2t.h.)
 
    Include after ex_program.h, ex_token_rows.h and ex_metrics.h. A program fills an ex_lm's first part, then
 
-       ex_lm_read            once `config` and `tokenizer` are known
+       ex_lm_load            a checkpoint folder: `config` and `tokenizer` become known
+       ex_lm_read            a file
        ex_lm_evaluate        perplexity of a file
-       ex_lm_write           goes on with a prompt */
+       ex_lm_write           goes on with a prompt, or answers a source
+       ex_lm_answer          the same for a person, ex_lm_lines for every line of stdin */
 #ifndef EX_LM_H
 #define EX_LM_H
 
@@ -14,6 +17,28 @@ typedef struct ex_sampling {
     double temperature, top_p, length_penalty;
     int64_t top_k, beams, most, seed;         /* most: new tokens */
 } ex_sampling;
+
+EX_API void ex_sampling_init(ex_sampling *how, int64_t most)
+{
+    memset(how, 0, sizeof(*how));
+    how->beams = 1;
+    how->length_penalty = 1;
+    how->most = most;
+}
+
+/* Rows of the table of ex_args.h; how is an ex_sampling *. */
+#define EX_SAMPLING_ROWS(how)                                                                                               \
+    EX_REAL("temperature", "X", &(how)->temperature, 0, 1e3, "0: always the most likely token"),                            \
+    EX_INT("top-k", "N", &(how)->top_k, 0, 1e6, "draw from the N most likely tokens; 0: from all"),                         \
+    EX_REAL("top-p", "X", &(how)->top_p, 0, 1, "and from the fewest that have this share; 0: from all"),                    \
+    EX_INT("beams", "N", &(how)->beams, 1, 1024, "beam search; not with a temperature"),                                    \
+    EX_REAL("length-penalty", "X", &(how)->length_penalty, -100, 100, "beams: above 0 prefers longer texts"),               \
+    EX_INT("max-new", "N", &(how)->most, 1, 1e6, "tokens to write at most")
+
+EX_API bool ex_sampling_check(const ex_sampling *how, ex_error *error)
+{
+    return how->beams <= 1 || !(how->temperature > 0) || ex_fail(error, "--beams and --temperature exclude each other");
+}
 
 typedef struct ex_lm_file { const char *path; ex_token_rows rows; int64_t longest, sequences; } ex_lm_file;
 
@@ -29,6 +54,55 @@ typedef struct ex_lm {
 EX_API void ex_lm_file_free(ex_lm_file *file)
 {
     ex_token_rows_free(&file->rows);
+}
+
+/* ------------------------------------------------------------------------------------------------ model */
+
+EX_API const char *exi_lm_name(const apt_config *config)
+{
+    if (config->family == APT_LLAMA) return config->qkv_bias ? "Qwen2" : "LLaMA";
+    return config->family == APT_T5 ? "T5" : config->family == APT_BERT ? "BERT" : "RoBERTa";
+}
+
+EX_API void exi_lm_show_model(const ex_lm *lm, apt_ctx *ctx, const apt_model *model, const char *path, FILE *file)
+{
+    const apt_config *config = &lm->config;
+    const int32_t threads = apt_thread_count(ctx);
+    apt_model_info info;
+    char text[32];
+    apt_model_query(model, &info);
+    fprintf(file, "  model    %s: %s, %d layers, d %d, %s parameters, %s kernels, %d thread%s\n", path, exi_lm_name(config),
+            (int)(config->layers - config->decoder_layers), (int)config->hidden,
+            ex_count_text(text, sizeof(text), (double)info.parameters), apt_kernel_name(ctx), (int)threads,
+            threads == 1 ? "" : "s");
+}
+
+/* Loads the tokenizer of a folder, or a file, for the model that lm->config describes. */
+EX_API bool exi_lm_load_tokenizer(ex_lm *lm, const char *path)
+{
+    lm->tokenizer = ex_tokenizer_load(path, lm->error);
+    if (lm->tokenizer == NULL) return false;
+    const int32_t size = ex_tokenizer_size(lm->tokenizer);
+    return size <= lm->config.vocab || ex_fail(lm->error, "%s: the tokenizer has %d tokens, the model's embedding %d rows", path,
+                                               (int)size, (int)lm->config.vocab);
+}
+
+/* A checkpoint folder of that family; says on `file` what it is. */
+EX_API bool ex_lm_load(ex_lm *lm, apt_ctx *ctx, const char *path, apt_family family, const ex_options *o, FILE *file,
+                       apt_model **model)
+{
+    apt_load_desc load = APT_ZERO;
+    load.weights = o->weights == 1 ? APT_BF16 : APT_F32;
+    load.seed = (uint64_t)o->seed;
+    if (apt_model_load(ctx, path, &load, model) != APT_OK) return ex_fail(lm->error, "%s", apt_error(ctx));
+    apt_model_config(*model, &lm->config);
+    const apt_family found = lm->config.family;
+    if (found != family)
+        return ex_fail(lm->error, "%s is a %s model, which is not for this program; %s is", path, exi_lm_name(&lm->config),
+                       found == APT_T5 ? "t5" : found == APT_LLAMA ? "llama" : "roberta");
+    if (!exi_lm_load_tokenizer(lm, path)) return false;
+    exi_lm_show_model(lm, ctx, *model, path, file);
+    return true;
 }
 
 /* ------------------------------------------------------------------------------------------------ files */
@@ -137,9 +211,16 @@ EX_API void exi_lm_show(exi_lm_stream *s)
     s->shown = s->answer->length;
 }
 
-/* Where one text ends another one may begin: the begin token is an end, too. */
+/* With an encoder the prompt is a text of its own. */
+EX_API bool exi_lm_has_source(const ex_lm *lm)
+{
+    return lm->config.family == APT_T5;
+}
+
+/* Where one text ends another one may begin: the begin token is an end, too. (A decoder behind an encoder begins with it.) */
 EX_API bool exi_lm_is_end(const ex_lm *lm, int32_t token)
 {
+    if (exi_lm_has_source(lm)) return token == lm->config.end_id;
     return token == lm->config.end_id || token == ex_tokenizer_special(lm->tokenizer, EX_EOS) ||
            token == ex_tokenizer_special(lm->tokenizer, EX_BOS);
 }
@@ -155,7 +236,7 @@ EX_API int exi_lm_token(int32_t sequence, int32_t token, void *user)
     return s->failed;
 }
 
-/* The prompt as training has it: with the begin token where there is one, without an end. */
+/* The prompt as training has it: with the begin token where there is one, without an end. A source has both. */
 EX_API bool exi_lm_encode(const ex_lm *lm, const char *prompt, ex_encoding *encoding, int32_t *count)
 {
     ex_encode_desc desc;
@@ -164,7 +245,8 @@ EX_API bool exi_lm_encode(const ex_lm *lm, const char *prompt, ex_encoding *enco
     desc.bytes = strlen(prompt);
     if (!ex_tokenizer_encode(lm->tokenizer, &desc, encoding, lm->error)) return false;
     *count = encoding->first[1];
-    if (*count > 0 && encoding->ids[*count - 1] == ex_tokenizer_special(lm->tokenizer, EX_EOS)) --*count;
+    const bool ended = *count > 0 && encoding->ids[*count - 1] == ex_tokenizer_special(lm->tokenizer, EX_EOS);
+    if (ended && !exi_lm_has_source(lm)) --*count;
     return *count > 0 || ex_fail(lm->error, "an empty prompt, and the tokenizer has no begin token");
 }
 
@@ -193,7 +275,7 @@ EX_API apt_generate_desc exi_lm_desc(const ex_lm *lm, const ex_sampling *how, in
     return desc;
 }
 
-/* Goes on with `count` tokens. The decoder has seen the prompt, so that the first word keeps its space. */
+/* Goes on with `count` tokens, or answers them. The decoder has seen a prompt, so that the first word keeps its space. */
 EX_API bool exi_lm_run(exi_lm_stream *s, apt_ctx *ctx, apt_model *model, const int32_t *ids, int32_t count,
                        const ex_sampling *how)
 {
@@ -204,7 +286,8 @@ EX_API bool exi_lm_run(exi_lm_stream *s, apt_ctx *ctx, apt_model *model, const i
     ex_text seen = {NULL, 0, 0};
     bool fine = desc.max_tokens > 0 || ex_fail(s->lm->error, "the prompt has %d tokens, the model %d positions", (int)count,
                                                (int)s->lm->config.positions);
-    for (int32_t i = 0; fine && i < count; i++) fine = ex_decoder_add(&s->decoder, ids[i], &seen, s->lm->error);
+    for (int32_t i = 0; fine && !exi_lm_has_source(s->lm) && i < count; i++)
+        fine = ex_decoder_add(&s->decoder, ids[i], &seen, s->lm->error);
     ex_text_free(&seen);
     batch.sequences = 1;
     batch.offsets = offsets;
@@ -240,6 +323,44 @@ EX_API bool ex_lm_write(const ex_lm *lm, apt_ctx *ctx, apt_model *model, const c
     ex_decoder_free(&stream.decoder);
     ex_encoding_free(&encoding);
     if (tokens != NULL) *tokens = stream.count;
+    return fine;
+}
+
+/* One answer on stdout, its speed on stderr. */
+EX_API bool ex_lm_answer(const ex_lm *lm, apt_ctx *ctx, apt_model *model, const char *prompt, const ex_sampling *how,
+                         ex_text *answer)
+{
+    int64_t tokens = 0;
+    const double start = ex_seconds();
+    if (!ex_lm_write(lm, ctx, model, prompt, how, answer, &tokens)) return false;
+    const double seconds = ex_seconds() - start;
+    printf("\n");
+    fflush(stdout);
+    fprintf(stderr, "  %lld tokens, %.0f tokens/s\n", (long long)tokens, seconds > 0 ? (double)tokens / seconds : 0.0);
+    return true;
+}
+
+/* A text from outside, repaired where it is no UTF-8. free() */
+EX_API char *ex_lm_clean(const char *text)
+{
+    size_t bytes = strlen(text);
+    int64_t replaced;
+    return ex_utf8_repair(ex_copy(text, bytes), &bytes, &replaced);
+}
+
+/* Hands every line of stdin that is not empty to turn, until that fails. */
+EX_API bool ex_lm_lines(bool (*turn)(void *user, const char *line), void *user)
+{
+    char *line = NULL;
+    size_t capacity = 0;
+    bool fine = true;
+    while (fine) {
+        if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
+        if (getline(&line, &capacity, stdin) < 0) break;
+        line[strcspn(line, "\r\n")] = 0;
+        if (line[0] != 0) fine = turn(user, line);
+    }
+    free(line);
     return fine;
 }
 

@@ -184,7 +184,7 @@ EX_API bool ex_options_check_out(const ex_options *o, const char *model, const c
 {
     struct stat x, y;
     if (stat(model, &x) == 0 && stat(out, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino)
-        return ex_fail(error, "--out is the folder of --model: the result would replace it");
+        return ex_fail(error, "--out is the folder that the run begins with: the result would replace it");
     if (o->resume && !exi_has_file(out, "checkpoint.apt")) return ex_fail(error, "--resume: there is no %s/checkpoint.apt", out);
     if (!o->resume && !o->overwrite && (exi_has_file(out, "checkpoint.apt") || exi_has_file(out, "model.safetensors")))
         return ex_fail(error, "%s holds an earlier run: --resume goes on with it, --overwrite replaces it", out);

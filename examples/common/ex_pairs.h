@@ -385,12 +385,6 @@ EX_API bool exi_pairs_json(exi_pairs_reader *r, ex_json *json)
 
 /* ------------------------------------------------------------------------------------------------ read */
 
-EX_API bool exi_ends_with(const char *text, const char *ending)
-{
-    const size_t length = strlen(text), with = strlen(ending);
-    return length > with && strcmp(text + length - with, ending) == 0;
-}
-
 /* A file without pairs is an error. On failure pairs is empty. */
 EX_API bool ex_pairs_read(ex_pairs *pairs, const char *path, const ex_pairs_desc *desc, ex_error *error)
 {

@@ -19,10 +19,11 @@ typedef struct ex_program {
     int32_t kind;                     /* ... EX_METHOD_* */
     const ex_options *options;
     const ex_arg *arguments;          /* written into the log */
-    const char *model, *train, *out;  /* paths as the user wrote them */
+    const char *model, *train, *out;  /* paths as the user wrote them; model: the folder or file that has the tokenizer */
     ex_source rows;
     const char *rows_name;            /* "sequences" and such */
-    int64_t longest, sequences;       /* of a row at most: tokens, sequences */
+    int64_t longest, sequences;       /* of a row at most: tokens, sequences ... */
+    int64_t longest_target;           /* ... and tokens for a decoder beside an encoder; else 0 */
     const char *data;                 /* what of the data must be alike in a continuation, as one line */
     apt_ctx *ctx;
     apt_model *loaded;
@@ -71,7 +72,8 @@ EX_API void exi_program_announce(const ex_program *p, const ex_run *run)
     if (ex_method_prunes(p->kind)) printf(" to %.0f %% sparsity", 100 * o->sparsity);
     printf(", %lld steps of %lld %s, learning rate %g", (long long)run->desc.steps, (long long)(o->batch * o->accumulate),
            p->rows_name, o->lr);
-    if (apt_estimate(p->ctx, &config, &run->desc, batch * p->longest, batch * p->sequences, &estimate) == APT_OK)
+    if (apt_estimate_pair(p->ctx, &config, &run->desc, batch * p->longest, batch * p->longest_target, batch * p->sequences,
+                          &estimate) == APT_OK)
         printf(", memory for a step below %s", ex_bytes_text(text, sizeof(text), (double)estimate.total));
     printf("\n");
     fflush(stdout);
