@@ -1,5 +1,5 @@
 #!/bin/sh
-# Exercises the built examples as a user would: the demo, every method and task of roberta and llama, interruption and resumption,
+# Exercises the built examples as a user would: the demo, every method and task of roberta, llama and t5, interruption and resumption,
 # bad input. usage: tests/test_examples.sh [BUILD_DIR]   Prints one line a check; exit status 1 when any failed.
 cd "$(dirname "$0")/.." || exit 1
 build=${1:-build}
@@ -8,7 +8,7 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/apt-examples.XXXXXX") || exit 1
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 passed=0 failed=0 skipped=0
-demo=$build/demo roberta=$build/roberta llama=$build/llama base=$work/demo/tiny-bert
+demo=$build/demo roberta=$build/roberta llama=$build/llama t5=$build/t5 base=$work/demo/tiny-bert
 
 pass() { passed=$((passed + 1)); echo "ok       examples: $1"; }
 fail() { failed=$((failed + 1)); echo "FAILED   examples: $1"; [ -f "$work/log" ] && tail -n 5 "$work/log" | sed 's/^/           /'; return 0; }
@@ -28,7 +28,7 @@ same() { if cmp -s "$2" "$3"; then pass "$1"; else fail "$1 ($2 and $3 differ)";
 says_file() { if grep -q -e "$3" "$2"; then pass "$1"; else fail "$1 (no \"$3\" in $2)"; fi; }
 has() { if [ -s "$2" ]; then pass "$1"; else fail "$1 ($2 is missing or empty)"; fi; }
 
-for program in demo roberta llama; do
+for program in demo roberta llama t5; do
     if [ ! -x "$build/$program" ]; then fail "$build/$program is not built"; exit 1; fi
 done
 
@@ -386,6 +386,67 @@ if [ -d "$shared/data/stories260K" ]; then
 else
     skip "stories260K ($shared/data/stories260K is not here)"
 fi
+
+# ---- t5: from nothing, with a tokenizer of 265 tokens, on made-up restaurants; two sources have two targets each
+unigram=tests/golden/tokenizer/unigram.json
+awk 'BEGIN { print "mr,ref"; split("Wolf Dwarf King Forest Daughter", who, " "); split("cheap dear", how, " ")
+             for (i = 1; i <= 5; i++) for (k = 1; k <= 2; k++)
+                 printf "\"name[%s], price[%s]\",\"The %s is %s.\"\n", who[i], how[k], who[i], how[k]
+             for (k = 1; k <= 2; k++) printf "\"name[Wolf], price[%s]\",\"It is %s, the \"\"Wolf\"\".\"\n", how[k], how[k] }' > "$work/food.csv"
+head -n 5 "$work/food.csv" > "$work/food-dev.csv"
+tail -n 2 "$work/food.csv" >> "$work/food-dev.csv"
+value() { sed -n "s/^ *$1 *\([0-9.]*\).*/\1/p" "$work/log" | head -n 1; }
+t() { "$t5" --threads 2 "$@"; }
+food="--train $work/food.csv --dev $work/food-dev.csv --batch 12 --max-new 24 --eval-every 1000"
+check "t5 --help" 0 "$t5" --help
+says "t5 --help names its options" "--init"
+check "neither a model nor a shape" 2 t --method eval --dev "$work/food-dev.csv"
+check "a model and a shape" 2 t --model "$base" --init tiny --tokenizer "$unigram" $food --out "$work/x"
+check "a shape without a tokenizer" 2 t --init tiny $food --out "$work/x"
+check "a shape is for training" 2 t --init tiny --tokenizer "$unigram" --method generate
+check "eval needs --dev" 2 t --model "$base" --method eval
+check "a source without a target" 2 t --init tiny --tokenizer "$unigram" $food --source mr --out "$work/x"
+check "t5 is not for encoders" 1 t --model "$base" --method generate --prompt x
+says "and says which program is" "roberta is"
+check "a tokenizer without an end token" 1 t --init tiny --tokenizer tests/golden/tokenizer/llama3.json $food --out "$work/x"
+says "names what is missing" "no token for"
+check "a column that is not there" 1 t --init tiny --tokenizer "$unigram" $food --source mr --target text --out "$work/x"
+says "names those that are" 'food.csv:1: expected a column "text", found "mr", "ref"'
+[ -e "$work/x" ] && fail "bad input writes nothing" || pass "bad input writes nothing"
+check "a T5 from nothing" 0 t --init tiny --tokenizer "$unigram" $food --method full --lr 2e-3 --steps 60 --out "$work/t5"
+says "equal sources are grouped" "train *12 pairs, 10 sources"
+exact=$(value exact)
+says_file "its metrics are logged" "$work/t5/metrics.jsonl" '"event":"evaluate".*"ROUGE-2".*"BLEU".*"dev_loss"'
+has "its report" "$work/t5/report.html"
+same "its tokenizer is the one given" "$unigram" "$work/t5/tokenizer.json"
+check "it loads again" 0 t --model "$work/t5" --method eval --dev "$work/food-dev.csv" --max-new 24
+if [ "$(value exact)" = "$exact" ]; then pass "and writes the same"; else fail "and writes the same"; fi
+below "it has learned its rows" 0.5 "$(value ROUGE-L | awk '{ print $1 / 100 }')"
+loss=$(value loss)
+check "beams, two texts only" 0 t --model "$work/t5" --method eval --dev "$work/food-dev.csv" --max-new 24 --beams 2 --texts 2
+if [ "$(value loss)" = "$loss" ]; then pass "leave the loss alone"; else fail "leave the loss alone"; fi
+for method in lora apt; do
+    check "t5: method $method" 0 t --model "$work/t5" $food --method $method --steps 8 --prune-every 1 --out "$work/t5-$method"
+    says "t5: $method shows its memory" "memory for a step below"
+    left=$(sed -n 's/^prunable left *//p' "$work/log" | tr -d ' %') rouge=$(value ROUGE-L)
+    check "t5: $method: the result loads again" 0 t --model "$work/t5-$method" --method eval --dev "$work/food-dev.csv" --max-new 24
+    if [ "$(value ROUGE-L)" = "$rouge" ]; then pass "t5: $method: and measures the same"; else fail "t5: $method: and measures the same"; fi
+done
+below "apt: 60 % are gone" "$left" 42
+writes() { "$t5" --model "$work/t5" --method generate --max-new 24 "$@" 2> /dev/null; }
+writes --threads 2 --prompt "name[King], price[dear]" > "$work/greedy.txt"
+says_file "it writes a sentence" "$work/greedy.txt" "[a-z]"
+writes --threads 1 --prefix "name[King], " --prompt "price[dear]" > "$work/other.txt"
+same "the same on one thread, prefix apart" "$work/greedy.txt" "$work/other.txt"
+printf 'name[King], price[dear]\n\nname[Wolf], price[cheap]\n' | writes > "$work/other.txt"
+if [ "$(wc -l < "$work/other.txt")" -eq 2 ] && [ "$(head -n 1 "$work/other.txt")" = "$(cat "$work/greedy.txt")" ]
+then pass "and one for every line of stdin"; else fail "and one for every line of stdin"; fi
+tuned="--train $work/food.csv --dev $work/food-dev.csv --max-new 4 --texts 1 --batch 4 --steps 24 --eval-every 12 --prune-every 2 --method apt"
+check "the uninterrupted run" 0 t --model "$work/t5" $tuned --out "$work/t5-whole"
+interrupt INT 4 "$t5" --model "$work/t5" --threads 2 $tuned
+check "resuming with other data is refused" 1 t --model "$work/t5" $tuned --train "$work/food-dev.csv" --resume --out "$work/cut"
+check "resuming on one thread" 0 "$t5" --model "$work/t5" --threads 1 $tuned --resume --out "$work/cut"
+same "resumed and uninterrupted runs end the same" "$work/t5-whole/model.safetensors" "$work/cut/model.safetensors"
 
 echo "examples: $passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ]

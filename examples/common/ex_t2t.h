@@ -69,7 +69,8 @@ EX_API bool exi_t2t_find_specials(ex_t2t *t, const char *path)
     config->pad_id = config->start_id = ex_tokenizer_special(tokenizer, EX_PAD);
     config->end_id = end >= 0 ? end : ex_tokenizer_special(tokenizer, EX_SEP);
     return (config->pad_id >= 0 && config->end_id >= 0) ||
-           ex_fail(t->lm.error, "%s: the tokenizer has no token for %s", path, config->pad_id < 0 ? "padding" : "the end of a text");
+           ex_fail(t->lm.error, "%s: the tokenizer has no token for %s", path,
+                   config->pad_id < 0 ? "padding" : "the end of a text");
 }
 
 /* A random T5 v1.0 (ReLU, tied head) of shape number `shape` for the tokenizer of a folder or a file. */
@@ -118,7 +119,8 @@ EX_API bool ex_t2t_read(const ex_t2t *t, ex_t2t_file *file, const char *what, co
         return ex_fail(t->lm.error, "%s: %s", file->path, inner.text);
     ex_groups_make(&file->groups, &file->pairs);
     if (file->pairs.replaced > 0)
-        fprintf(stderr, "warning: %s: %lld bytes that are not UTF-8 were replaced\n", file->path, (long long)file->pairs.replaced);
+        fprintf(stderr, "warning: %s: %lld bytes that are not UTF-8 were replaced\n", file->path,
+                (long long)file->pairs.replaced);
     printf("  %-8s %lld pairs, %lld sources, at most %d tokens to %d", what, (long long)file->pairs.count,
            (long long)file->groups.count, (int)set->source.longest, (int)set->target.longest);
     if (set->source.truncated + set->target.truncated > 0)
