@@ -408,15 +408,17 @@ check "eval needs --dev" 2 t --model "$base" --method eval
 check "a source without a target" 2 t --init tiny --tokenizer "$unigram" $food --source mr --out "$work/x"
 check "t5 is not for encoders" 1 t --model "$base" --method generate --prompt x
 says "and says which program is" "roberta is"
-check "a tokenizer without an end token" 1 t --init tiny --tokenizer tests/golden/tokenizer/llama3.json $food --out "$work/x"
-says "names what is missing" "no token for"
+check "a tokenizer without a padding token" 1 t --init tiny --tokenizer tests/golden/tokenizer/metaspace.json $food --out "$work/x"
+says "names what is missing" "metaspace.json: the tokenizer has no token for padding"
+check "one that does not end its texts" 1 t --init tiny --tokenizer tests/golden/tokenizer/llama3.json $food --out "$work/x"
+says "is refused, too" "llama3.json: the tokenizer does not put the end token"
 check "a column that is not there" 1 t --init tiny --tokenizer "$unigram" $food --source mr --target text --out "$work/x"
 says "names those that are" 'food.csv:1: expected a column "text", found "mr", "ref"'
 [ -e "$work/x" ] && fail "bad input writes nothing" || pass "bad input writes nothing"
 check "a T5 from nothing" 0 t --init tiny --tokenizer "$unigram" $food --method full --lr 2e-3 --steps 60 --out "$work/t5"
 says "equal sources are grouped" "train *12 pairs, 10 sources"
 exact=$(value exact)
-says_file "its metrics are logged" "$work/t5/metrics.jsonl" '"event":"evaluate".*"ROUGE-2".*"BLEU".*"dev_loss"'
+says_file "its metrics are logged" "$work/t5/metrics.jsonl" '"event":"result".*"ROUGE-2".*"BLEU".*"exact"'
 has "its report" "$work/t5/report.html"
 same "its tokenizer is the one given" "$unigram" "$work/t5/tokenizer.json"
 check "it loads again" 0 t --model "$work/t5" --method eval --dev "$work/food-dev.csv" --max-new 24
@@ -426,7 +428,7 @@ loss=$(value loss)
 check "beams, two texts only" 0 t --model "$work/t5" --method eval --dev "$work/food-dev.csv" --max-new 24 --beams 2 --texts 2
 if [ "$(value loss)" = "$loss" ]; then pass "leave the loss alone"; else fail "leave the loss alone"; fi
 for method in lora apt; do
-    check "t5: method $method" 0 t --model "$work/t5" $food --method $method --steps 8 --prune-every 1 --out "$work/t5-$method"
+    check "t5: method $method" 0 t --model "$work/t5" $food --method $method --steps 5 --prune-every 1 --out "$work/t5-$method"
     says "t5: $method shows its memory" "memory for a step below"
     left=$(sed -n 's/^prunable left *//p' "$work/log" | tr -d ' %') rouge=$(value ROUGE-L)
     check "t5: $method: the result loads again" 0 t --model "$work/t5-$method" --method eval --dev "$work/food-dev.csv" --max-new 24
@@ -441,9 +443,10 @@ same "the same on one thread, prefix apart" "$work/greedy.txt" "$work/other.txt"
 printf 'name[King], price[dear]\n\nname[Wolf], price[cheap]\n' | writes > "$work/other.txt"
 if [ "$(wc -l < "$work/other.txt")" -eq 2 ] && [ "$(head -n 1 "$work/other.txt")" = "$(cat "$work/greedy.txt")" ]
 then pass "and one for every line of stdin"; else fail "and one for every line of stdin"; fi
-tuned="--train $work/food.csv --dev $work/food-dev.csv --max-new 4 --texts 1 --batch 4 --steps 24 --eval-every 12 --prune-every 2 --method apt"
+tuned="--train $work/food.csv --dev $work/food-dev.csv --max-new 4 --texts 1 --batch 4 --steps 12 --eval-every 6 --prune-every 2 --method apt"
 check "the uninterrupted run" 0 t --model "$work/t5" $tuned --out "$work/t5-whole"
-interrupt INT 4 "$t5" --model "$work/t5" --threads 2 $tuned
+says_file "evaluations are logged" "$work/t5-whole/metrics.jsonl" '"event":"evaluate".*"ROUGE-2".*"BLEU".*"dev_loss"'
+interrupt INT 3 "$t5" --model "$work/t5" --threads 2 $tuned
 check "resuming with other data is refused" 1 t --model "$work/t5" $tuned --train "$work/food-dev.csv" --resume --out "$work/cut"
 check "resuming on one thread" 0 "$t5" --model "$work/t5" --threads 1 $tuned --resume --out "$work/cut"
 same "resumed and uninterrupted runs end the same" "$work/t5-whole/model.safetensors" "$work/cut/model.safetensors"
