@@ -2243,7 +2243,8 @@ static uint64_t apti_checksum(uint64_t state, const void *data, size_t n)
 
    Tiles, strips, panels and k blocks only decide when a link of that chain is computed (between two k blocks c rests
    in memory, which loses no bit), never the order of the links. So the value does not depend on the number of threads,
-   on the tile, or on how many other rows there are; and avx2, avx512 and neon agree bit for bit.
+   on the tile, or on how many other rows there are; and avx2, avx512 and neon agree bit for bit. (ref keeps the links of one
+   k block in double.)
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* A matrix W(n, k) (n out features, k in features, as checkpoints store it) held for y = x W^T in panels:
@@ -2392,28 +2393,31 @@ APTI_INLINE bool apti_is_nan(float x)
     return (apti_bits(x) & 0x7fffffffu) > 0x7f800000u;
 }
 
+/* Sums in double, rounded once per k block: this table is the judge of the others, and where there is no fused multiply-add, sums
+   in float lose three times as much as theirs. (Measured: twice the time of float sums.) */
 static void apti_tile_ref(const apti_tile *t)
 {
-    float c[4][8];
+    double c[4][8];
     for (int32_t i = 0; i < t->rows; i++)
-        for (int32_t j = 0; j < 8; j++) c[i][j] = t->from != NULL ? t->from[i * t->ld_from + j] : 0.0f;
+        for (int32_t j = 0; j < 8; j++) c[i][j] = t->from != NULL ? (double)t->from[i * t->ld_from + j] : 0.0;
     for (int32_t s = 0; s < 2; s++) {
         const apti_segment *g = &t->segment[s];
         for (int64_t p = 0; p < g->k; p++) {
             const float *b = (const float *)g->b + p * g->b_step;
             for (int32_t i = 0; i < t->rows; i++)
-                for (int32_t j = 0; j < 8; j++) c[i][j] += g->a[i * g->a_row + p * g->a_col] * b[j];
+                for (int32_t j = 0; j < 8; j++) c[i][j] += (double)g->a[i * g->a_row + p * g->a_col] * (double)b[j];
         }
     }
     for (int32_t i = 0; i < t->rows; i++)
-        for (int32_t j = 0; j < 8; j++) t->to[i * t->ld_to + j] = c[i][j];
+        for (int32_t j = 0; j < 8; j++) t->to[i * t->ld_to + j] = (float)c[i][j];
 }
 
 static void apti_thin_ref(const apti_tile *t)
 {
-    float c[16], row[16];
+    double c[16];
+    float row[16];
     for (int32_t i = 0; i < t->rows; i++) {
-        for (int32_t j = 0; j < 16; j++) c[j] = t->from != NULL ? t->from[i * t->ld_from + j] : 0.0f;
+        for (int32_t j = 0; j < 16; j++) c[j] = t->from != NULL ? (double)t->from[i * t->ld_from + j] : 0.0;
         for (int32_t s = 0; s < 2; s++) {
             const apti_segment *g = &t->segment[s];
             for (int64_t p = 0; p < g->k; p++) {
@@ -2421,10 +2425,10 @@ static void apti_thin_ref(const apti_tile *t)
                     const int64_t at = p * g->b_step + j / 8 * g->b_panel + j % 8;
                     row[j] = g->bf16 ? apti_bf16_to_f32(((const uint16_t *)g->b)[at]) : ((const float *)g->b)[at];
                 }
-                for (int32_t j = 0; j < 16; j++) c[j] += g->a[i * g->a_row + p * g->a_col] * row[j];
+                for (int32_t j = 0; j < 16; j++) c[j] += (double)g->a[i * g->a_row + p * g->a_col] * (double)row[j];
             }
         }
-        for (int32_t j = 0; j < 16; j++) t->to[i * t->ld_to + j] = c[j];
+        for (int32_t j = 0; j < 16; j++) t->to[i * t->ld_to + j] = (float)c[j];
     }
 }
 
@@ -4677,6 +4681,7 @@ typedef struct apti_relative_op {
     int32_t buckets, max_distance;    /* buckets >= 4 (causal 2), max_distance > half of the exact ones */
     int32_t span;                     /* distances -(span - 1) .. span - 1; max_distance + 1 loses nothing */
     bool causal;
+    const int32_t *bucket;            /* [2*span - 1] from apti_relative_buckets: the same for all layers of a stack */
 } apti_relative_op;
 
 /* The bucket of distance = key - query. Near distances have buckets of their own, farther ones share them in steps that grow by
@@ -4697,13 +4702,18 @@ static int32_t apti_relative_bucket(const apti_relative_op *op, int64_t distance
     return first + (int32_t)apti_min_i64(buckets - 1, exact + (int64_t)(share * (float)(buckets - exact)));
 }
 
+static void apti_relative_buckets(int32_t *bucket, const apti_relative_op *op)
+{
+    for (int32_t u = 0; u < 2 * op->span - 1; u++) bucket[u] = apti_relative_bucket(op, u - (op->span - 1));
+}
+
 /* bias(heads, 2*span - 1), as apti_attention_op wants it, from table(buckets, table_heads):  bias[h][distance] =
-   table[bucket(distance)][column[h]] */
+   table[bucket[distance]][column[h]] */
 static void apti_relative_forward(const apti_relative_op *op, float *bias, const float *table)
 {
     const int64_t wide = 2 * (int64_t)op->span - 1;
     for (int64_t u = 0; u < wide; u++) {
-        const float *row = table + (int64_t)apti_relative_bucket(op, u - (op->span - 1)) * op->table_heads;
+        const float *row = table + (int64_t)op->bucket[u] * op->table_heads;
         for (int32_t h = 0; h < op->heads; h++) bias[h * wide + u] = row[op->column ? op->column[h] : h];
     }
 }
@@ -4713,7 +4723,7 @@ static void apti_relative_backward(const apti_relative_op *op, float *dtable, co
 {
     const int64_t wide = 2 * (int64_t)op->span - 1;
     for (int64_t u = 0; u < wide; u++) {
-        float *row = dtable + (int64_t)apti_relative_bucket(op, u - (op->span - 1)) * op->table_heads;
+        float *row = dtable + (int64_t)op->bucket[u] * op->table_heads;
         for (int32_t h = 0; h < op->heads; h++) row[op->column ? op->column[h] : h] += dbias[h * wide + u];
     }
 }
@@ -5772,38 +5782,39 @@ static double apti_span_loss(apt_ctx *ctx, float *dlogits, const float *logits, 
 
 /* ---- language modelling heads ------------------------------------------------------------------------------------- */
 
-typedef struct apti_mlm_op {
+typedef struct apti_lm_op {
     int64_t vocab, d;
-    const float *e;                   /* E(vocab, d), row-major */
+    const apti_packed *packed;        /* E(vocab, d) in panels, or NULL: */
+    const float *e;                   /* E row-major */
     const float *bias;                /* [vocab] or NULL */
-} apti_mlm_op;
+} apti_lm_op;
 
-/* logits(rows, vocab) = h E^T + bias, h(rows, d). packed: E in panels, which then takes the place of op->e; or NULL */
-static void apti_lm_logits(apt_ctx *ctx, const apti_mlm_op *op, const apti_packed *packed, float *logits, int64_t ldl,
-                           const float *h, int64_t ldh, int64_t rows)
+/* logits(rows, vocab) = h E^T + bias, h(rows, d) */
+static void apti_lm_logits(apt_ctx *ctx, const apti_lm_op *op, float *logits, int64_t ldl, const float *h, int64_t ldh,
+                           int64_t rows)
 {
     apti_gemm g = apti_gemm_begin(logits, ldl, rows, op->vocab, false);
     if (rows == 0) return;
     apti_gemm_left(&g.part[0], h, ldh, op->d);
-    if (packed) apti_gemm_packed(&g.part[0], APTI_B_PACKED, packed);
+    if (op->packed) apti_gemm_packed(&g.part[0], APTI_B_PACKED, op->packed);
     else apti_gemm_right(&g.part[0], APTI_B_PLAIN_T, op->e, op->d);
     g.bias = op->bias;
     apti_gemm_run(ctx, &g);
 }
 
 /* dh(rows, d) (+)= dlogits E */
-static void apti_lm_input_grad(apt_ctx *ctx, const apti_mlm_op *op, const apti_packed *packed, float *dh, int64_t lddh,
-                               bool accumulate, const float *dlogits, int64_t ldd, int64_t rows)
+static void apti_lm_input_grad(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_t lddh, bool accumulate,
+                               const float *dlogits, int64_t ldd, int64_t rows)
 {
     apti_gemm g = apti_gemm_begin(dh, lddh, rows, op->d, accumulate);
     apti_gemm_left(&g.part[0], dlogits, ldd, op->vocab);
-    if (packed) apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, packed);
+    if (op->packed) apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->packed);
     else apti_gemm_right(&g.part[0], APTI_B_PLAIN, op->e, op->d);
     apti_gemm_run(ctx, &g);
 }
 
 /* dE += dlogits^T h, dbias += column sums; each may be NULL */
-static void apti_lm_weight_grad(apt_ctx *ctx, const apti_mlm_op *op, float *de, float *dbias, const float *dlogits, int64_t ldd,
+static void apti_lm_weight_grad(apt_ctx *ctx, const apti_lm_op *op, float *de, float *dbias, const float *dlogits, int64_t ldd,
                                 const float *h, int64_t ldh, int64_t rows)
 {
     if (de) apti_weight_grad(ctx, de, op->vocab, op->d, dlogits, ldd, h, ldh, rows);
@@ -5813,9 +5824,9 @@ static void apti_lm_weight_grad(apt_ctx *ctx, const apti_mlm_op *op, float *de, 
 /* Cross entropy of h E^T + bias against labels[rows], `chunk` rows at a time, so that no more than chunk x vocab logits ever
    exist: work holds chunk * apti_ld(vocab) floats. dh(rows, d) is overwritten, de(vocab, d) and dbias(vocab) are added to;
    each may be NULL. Labels, gradient and counts as in apti_cross_entropy. */
-static double apti_lm_loss(apt_ctx *ctx, const apti_mlm_op *op, const apti_packed *packed, float *dh, int64_t lddh, float *de,
-                           float *dbias, const float *h, int64_t ldh, const int32_t *labels, int64_t rows, int32_t ignore_label,
-                           float grad_scale, float *work, int64_t chunk, int64_t *count, int64_t *correct)
+static double apti_lm_loss(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_t lddh, float *de, float *dbias, const float *h,
+                           int64_t ldh, const int32_t *labels, int64_t rows, int32_t ignore_label, float grad_scale, float *work,
+                           int64_t chunk, int64_t *count, int64_t *correct)
 {
     const int64_t ld = apti_ld(op->vocab);
     apti_loss_job job = APT_ZERO;
@@ -5834,10 +5845,10 @@ static double apti_lm_loss(apt_ctx *ctx, const apti_mlm_op *op, const apti_packe
         int64_t hits;
         job.rows = apti_min_i64(chunk, rows - first);
         job.labels = labels + first;
-        apti_lm_logits(ctx, op, packed, work, ld, from, ldh, job.rows);
+        apti_lm_logits(ctx, op, work, ld, from, ldh, job.rows);
         total += apti_loss_run(&job, apti_cross_entropy_task, &hits);
         *correct += hits;
-        if (dh) apti_lm_input_grad(ctx, op, packed, dh + first * lddh, lddh, false, work, ld, job.rows);
+        if (dh) apti_lm_input_grad(ctx, op, dh + first * lddh, lddh, false, work, ld, job.rows);
         apti_lm_weight_grad(ctx, op, de, dbias, work, ld, from, ldh, job.rows);
     }
     return total;
@@ -8238,6 +8249,7 @@ typedef struct apti_stack {
     const int32_t *offsets, *tokens;  /* of the batch */
     int32_t *positions;
     float *rope;                      /* (rows, head_dim): cosines and sines, rotary positions only */
+    int32_t *bucket;                  /* relative positions only, see apti_relative_op */
     float *out, *stats;               /* pre-norm: the norm behind the last layer */
 } apti_stack;
 
@@ -8471,6 +8483,8 @@ static void apti_plan_stack_buffers(apti_bump *b, apti_pass *pass, bool full)
     for (int32_t i = 0; i < pass->stacks; i++) {
         apti_stack *stack = &pass->stack[i];
         stack->positions = (int32_t *)apti_bump_take(b, stack->rows, (int64_t)sizeof(int32_t));
+        if (m->block->relative)
+            stack->bucket = (int32_t *)apti_bump_take(b, 2 * (int64_t)m->config.max_distance + 1, (int64_t)sizeof(int32_t));
         stack->rope = m->block->rotary ? (float *)apti_bump_take(b, stack->rows * m->config.head_dim, f) : NULL;
         pass->acts[stack->first].x = apti_bump_matrix(b, stack->rows, d);
         if (!m->block->pre_norm) continue;
@@ -8742,8 +8756,9 @@ static void apti_probe_grad(const apti_pass *p, int64_t at, const float *x, int6
 }
 
 /* Relative positions belong to self attention; all layers of a stack read the table of its first one. */
-static apti_relative_op apti_relative_of(const apt_model *m, int32_t l)
+static apti_relative_op apti_relative_of(const apti_pass *p, int32_t l)
 {
+    const apt_model *m = p->model;
     apti_relative_op op = APT_ZERO;
     op.heads = m->shape[l].heads;
     op.table_heads = m->config.bias_heads;
@@ -8752,6 +8767,7 @@ static apti_relative_op apti_relative_of(const apt_model *m, int32_t l)
     op.max_distance = m->config.max_distance;
     op.span = m->config.max_distance + 1;
     op.causal = l >= apti_first_stack(&m->config);
+    op.bucket = p->stack[p->acts[l].stack].bucket;
     return op;
 }
 
@@ -8784,7 +8800,7 @@ static apti_attention_op apti_attention_of(const apti_pass *p, int32_t l)
         op.k_ends = cross ? p->cache->source_end : p->cache->end;
     }
     if (m->block->relative && !cross && op.heads > 0) {
-        const apti_relative_op relative = apti_relative_of(m, l);
+        const apti_relative_op relative = apti_relative_of(p, l);
         apti_relative_forward(&relative, p->bias, m->embed[APTI_RELATIVE + a->stack]->value);
         op.bias = p->bias;
         op.bias_span = relative.span;
@@ -8977,6 +8993,21 @@ static void apti_index_labels(apti_pass *p)
         }
 }
 
+/* What all layers of a stack know of positions: angles of its rows, buckets of distances. */
+static void apti_index_positions(apti_pass *p, const apti_stack *stack)
+{
+    const apt_model *m = p->model;
+    const int32_t dim = m->config.head_dim;
+    if (m->block->rotary) {
+        apti_rotary_frequencies(p->frequency, &m->config.rope, dim);
+        apti_rotary_table(m->ctx, stack->rope, stack->positions, p->frequency, stack->rows, dim);
+    }
+    if (m->block->relative) {
+        const apti_relative_op op = apti_relative_of(p, stack->first);
+        apti_relative_buckets(stack->bucket, &op);
+    }
+}
+
 /* Positions, first rows, labelled rows. */
 static void apti_index_batch(apti_pass *p)
 {
@@ -8997,15 +9028,12 @@ static void apti_index_batch(apti_pass *p)
     }
     p->one_each[b->sequences] = b->sequences;
     apti_index_labels(p);
-    if (!m->block->rotary) return;
-    apti_rotary_frequencies(p->frequency, &c->rope, c->head_dim);
-    for (int32_t k = 0; k < p->stacks; k++)
-        apti_rotary_table(m->ctx, p->stack[k].rope, p->stack[k].positions, p->frequency, p->stack[k].rows, c->head_dim);
+    for (int32_t k = 0; k < p->stacks; k++) apti_index_positions(p, &p->stack[k]);
 }
 
-/* The same sum as apti_embed_forward from tables of which this model reads some columns only. */
 typedef struct apti_embed_job { const apti_pass *p; const apti_stack *stack; float *x; } apti_embed_job;
 
+/* The same sum as apti_embed_forward from tables of which this model reads some columns only. */
 static void apti_embed_columns_task(int64_t index, int32_t thread, void *arg)
 {
     const apti_embed_job *job = (const apti_embed_job *)arg;
@@ -9043,13 +9071,21 @@ static void apti_embed_panels_task(int64_t index, int32_t thread, void *arg)
     }
 }
 
+/* x(rows, d) *= hidden mask: a write to the residual stream, and its backward. */
+static void apti_mask_hidden(const apti_pass *p, float *x, int64_t rows)
+{
+    const apt_model *m = p->model;
+    const int64_t d = m->config.hidden, ld = apti_ld(d);
+    const float *mask = apti_masks_of(m, -1).hidden;
+    if (mask != NULL) apti_act_backward(m->ctx, x, ld, x, ld, NULL, 0, mask, rows, d, -1);
+}
+
 /* Post-norm: x = norm(word + position + type). Pre-norm: x = mask word */
 static void apti_embed(apti_pass *p, const apti_stack *stack)
 {
     apt_model *m = p->model;
     apti_param *const *e = m->embed;
     const int64_t d = m->config.hidden, ld = apti_ld(d);
-    const float *mask = apti_masks_of(m, -1).hidden;
     float *first = p->acts[stack->first].x;
     apti_embed_job job = {p, stack, m->block->pre_norm ? first : p->embed_z};
     bool columns = false;
@@ -9061,7 +9097,7 @@ static void apti_embed(apti_pass *p, const apti_stack *stack)
                            e[APTI_TYPE] != NULL ? e[APTI_TYPE]->value : NULL, stack->tokens, stack->positions, p->batch->types,
                            stack->rows, d);
     if (!m->block->pre_norm) apti_norm(p, first, p->embed_stats, job.x, e[APTI_EMBED_NORM_W], e[APTI_EMBED_NORM_B], stack->rows);
-    else if (mask != NULL) apti_act_backward(m->ctx, first, ld, first, ld, NULL, 0, mask, stack->rows, d, -1);
+    else apti_mask_hidden(p, first, stack->rows);
 }
 
 /* CLASSIFY, REGRESS: logits = W_out tanh(W_dense h_first + b) + b; SPAN: logits = W_out h + b */
@@ -9153,7 +9189,7 @@ static apt_result apti_forward(apti_pass *pass, const apt_batch *batch, uint32_t
 }
 
 /* The matrix of the decoder, with its bias where MLM has one. */
-typedef struct apti_decoder { apti_mlm_op op; const apti_packed *packed; apti_param *e, *bias; } apti_decoder;
+typedef struct apti_decoder { apti_lm_op op; apti_param *e, *bias; } apti_decoder;
 
 static apti_decoder apti_decoder_of(const apt_model *m)
 {
@@ -9161,9 +9197,9 @@ static apti_decoder apti_decoder_of(const apt_model *m)
     const bool own = m->config.task == APT_TASK_LM && m->config.untied;
     x.e = own ? m->head[APTI_HEAD_OUT_W] : m->embed[APTI_WORD];
     x.bias = m->head[APTI_HEAD_OUT_B];
-    x.packed = x.e->linear ? &x.e->packed : NULL;
     x.op.vocab = m->config.vocab;
     x.op.d = m->config.hidden;
+    x.op.packed = x.e->linear ? &x.e->packed : NULL;
     x.op.e = x.e->value;
     x.op.bias = x.bias != NULL ? x.bias->value : NULL;
     return x;
@@ -9196,7 +9232,7 @@ static void apti_task_loss(apti_pass *p, bool grad, float grad_scale)
     } else {
         const apti_decoder x = apti_decoder_of(m);
         const int64_t ld = apti_ld(m->config.hidden);
-        p->loss_sum = apti_lm_loss(m->ctx, &x.op, x.packed, grad ? p->dhead : NULL, ld, grad ? x.e->grad : NULL,
+        p->loss_sum = apti_lm_loss(m->ctx, &x.op, grad ? p->dhead : NULL, ld, grad ? x.e->grad : NULL,
                                    grad && x.bias != NULL ? x.bias->grad : NULL, p->head_norm, ld, p->mlm_labels, p->labelled,
                                    -100, grad_scale, p->mlm_work, p->mlm_chunk, &p->loss_count, &p->correct);
     }
@@ -9294,14 +9330,6 @@ static void apti_norm_grad(const apti_pass *p, float *out, const float *g, const
     else apti_layernorm_backward(m->ctx, out, ld, w->grad, b->grad, g, ld, z, ld, stats, w->value, mask, rows, d);
 }
 
-static void apti_mask_grad(const apti_pass *p, float *g, int64_t rows)
-{
-    const apt_model *m = p->model;
-    const int64_t d = m->config.hidden, ld = apti_ld(d);
-    const float *mask = apti_masks_of(m, -1).hidden;
-    if (mask != NULL) apti_act_backward(m->ctx, g, ld, g, ld, NULL, 0, mask, rows, d, -1);
-}
-
 /* Post-norm, y = mask LN(z), z = mask (...): g(y) -> out, before the mask on z. Masks in (0,1) act twice, as they did forward.
    Pre-norm, y = z: the mask in place; what comes out is the gradient of both terms of the sum. */
 static void apti_residual_grad(apti_pass *p, int32_t l, int32_t slot, float *out, const float *g, const float *z,
@@ -9311,7 +9339,7 @@ static void apti_residual_grad(apti_pass *p, int32_t l, int32_t slot, float *out
     const int64_t rows = p->acts[l].rows_q;
     const apti_layer *layer = &m->layers[l];
     if (!m->block->pre_norm) apti_norm_grad(p, out, g, z, stats, layer->slot[slot], layer->slot[slot + 1], rows);
-    apti_mask_grad(p, out, rows);
+    apti_mask_hidden(p, out, rows);
     if (m->block->pre_norm)
         apti_probe_grad(p, apti_probe_hidden(m, point), out, apti_ld(m->config.hidden), rows, m->config.hidden);
 }
@@ -9408,7 +9436,7 @@ static void apti_attention_grads(apti_pass *p, int32_t l)
     apti_attention_backward(m->ctx, &at, p->dq, ldq, p->dk, ldk, p->dv, ldk, dbias, p->dctx, ldq, a->ctx, ldq, a->lse, a->q, ldq,
                             a->k, ldk, a->v, ldk);
     if (dbias != NULL) {
-        const apti_relative_op relative = apti_relative_of(m, l);
+        const apti_relative_op relative = apti_relative_of(p, l);
         apti_relative_backward(&relative, table->grad, dbias);
     }
     if (!m->block->rotary) return;
@@ -9443,7 +9471,7 @@ static void apti_embed_backward_pass(apti_pass *p, const apti_stack *stack)
         dx = p->t;
         apti_norm_grad(p, dx, p->g, p->embed_z, p->embed_stats, e[APTI_EMBED_NORM_W], e[APTI_EMBED_NORM_B], stack->rows);
     } else {
-        apti_mask_grad(p, dx, stack->rows);
+        apti_mask_hidden(p, dx, stack->rows);
     }
     apti_embed_backward(m->ctx, e[APTI_WORD]->grad, e[APTI_POSITION] != NULL ? e[APTI_POSITION]->grad : NULL,
                         e[APTI_TYPE] != NULL ? e[APTI_TYPE]->grad : NULL, dx, ld, stack->tokens, stack->positions,
@@ -9508,7 +9536,7 @@ static apt_result apti_output_logits(apti_pass *p, apt_output *out)
     if (c->task == APT_TASK_MLM || lm) {
         const apti_decoder x = apti_decoder_of(p->model);
         if (lm) apti_head_scale(p, last->out, n);                     /* nobody reads it after this */
-        apti_lm_logits(p->model->ctx, &x.op, x.packed, out->logits, width, lm ? last->out : p->head_norm, apti_ld(c->hidden), n);
+        apti_lm_logits(p->model->ctx, &x.op, out->logits, width, lm ? last->out : p->head_norm, apti_ld(c->hidden), n);
     } else if (c->task == APT_TASK_SPAN) {
         for (int64_t i = 0; i < n; i++) {
             out->logits[i] = p->logits[2 * i];
@@ -9718,7 +9746,7 @@ static apt_result apti_generator_step(apti_generator *g, bool first)
     const apti_decoder x = apti_decoder_of(m);
     apti_gather_rows(m->ctx, p->head_in, ld, p->stack[p->stacks - 1].out, ld, g->last, g->active, d);
     apti_head_scale(p, p->head_in, g->active);
-    apti_lm_logits(m->ctx, &x.op, x.packed, g->logits, vocab, p->head_in, ld, g->active);
+    apti_lm_logits(m->ctx, &x.op, g->logits, vocab, p->head_in, ld, g->active);
     for (int32_t i = 0; i < g->active; i++)
         if (!apti_finite_all(g->logits + i * vocab, vocab))
             return apti_fail(m->ctx, APT_E_NONFINITE, "apt_generate: sequence %d has a logit that is NaN or infinite",
@@ -11224,11 +11252,11 @@ static double apti_distill_lm(apt_trainer *t, double scale)
     for (int64_t first = 0; first < rows; first += s->mlm_chunk) {
         const int64_t n = apti_min_i64(s->mlm_chunk, rows - first);
         const float *h = s->head_in + first * ldx;
-        apti_lm_logits(t->ctx, &x.op, x.packed, s->mlm_work, ld, h, ldx, n);
-        apti_lm_logits(t->ctx, &y.op, y.packed, teacher->mlm_work, ld, teacher->head_in + first * ldy, ldy, n);
+        apti_lm_logits(t->ctx, &x.op, s->mlm_work, ld, h, ldx, n);
+        apti_lm_logits(t->ctx, &y.op, teacher->mlm_work, ld, teacher->head_in + first * ldy, ldy, n);
         apti_parallel_for(t->ctx, n, apti_kl_task, &job);
         for (int64_t i = 0; i < n; i++) total += row_loss[i] * each;
-        apti_lm_input_grad(t->ctx, &x.op, x.packed, s->dhead + first * ldx, ldx, true, s->kl_work, ld, n);
+        apti_lm_input_grad(t->ctx, &x.op, s->dhead + first * ldx, ldx, true, s->kl_work, ld, n);
         apti_lm_weight_grad(t->ctx, &x.op, x.e->grad, NULL, s->kl_work, ld, h, ldx, n);
     }
     return total;

@@ -184,7 +184,7 @@ static void check_lm(golden *g, apt_model *model, apti_pass *pass, const char *p
     float *h = (float *)malloc((size_t)(last->rows * ld) * sizeof(float)), *logits = (float *)malloc((size_t)(last->rows * vocab) * sizeof(float));
     for (int64_t i = 0; i < last->rows; i++) memcpy(h + i * ld, last->out + i * ld, (size_t)d * sizeof(float));
     apti_head_scale(pass, h, last->rows);
-    apti_lm_logits(g->ctx, &x.op, x.packed, logits, vocab, h, ld, last->rows);
+    apti_lm_logits(g->ctx, &x.op, logits, vocab, h, ld, last->rows);
     snprintf(name, sizeof(name), "%slogits", part);
     expect_rows(g, name, logits, vocab, last->offsets, pass->stacks > 1 ? g->target_length : g->length);
     free(h);
@@ -269,8 +269,18 @@ static bool expect_vanishing(const golden *g, const apti_param *p, double whole)
     return true;
 }
 
-/* Every gradient within `bound`. */
-static void check_gradients(const golden *g, const apt_model *model, bool adapters, double bound)
+/* 2e-5, but for one gradient that the file itself has wrong by 1.6e-5 (measured against make_golden.py in double throughout): its
+   attention without 1/sqrt(head size) answers rounding with large changes, and transformers' softmax and norms are in float
+   whatever the model is in. Sums in double (ref) come to 1.8e-5 of the exact gradient and 2.3e-5 of the file's; PyTorch in
+   float to 7.4e-5. */
+static double gradient_bound(const golden *g, const apti_param *p)
+{
+    const bool known = strstr(g->dir, "t5-gated-untied") != NULL &&
+                       strcmp(p->name, "lora_B.decoder.block.0.layer.0.SelfAttention.q") == 0;
+    return known ? 3e-5 : 2e-5;
+}
+
+static void check_gradients(const golden *g, const apt_model *model, bool adapters)
 {
     const double whole = gradient_norm(model);
     int32_t seen = 0;
@@ -278,7 +288,7 @@ static void check_gradients(const golden *g, const apt_model *model, bool adapte
         const apti_param *p = &model->params[i];
         const bool adapter = strncmp(p->name, "lora_", 5) == 0;
         if (p->grad == NULL || adapter != adapters) continue;
-        if (!expect_vanishing(g, p, whole)) expect_golden(g, "grad.", p->name, p->grad, apti_param_count(p), bound);
+        if (!expect_vanishing(g, p, whole)) expect_golden(g, "grad.", p->name, p->grad, apti_param_count(p), gradient_bound(g, p));
         seen++;
     }
     assert_true(seen > 4);
@@ -311,11 +321,11 @@ static void check_dense(const char *name, const char *kernels)
     forward_backward(t, &g, APTI_PASS_FULL | APTI_PASS_ALL_ROWS);
     check_forward(&g, model, t->pass, "dense.");
     apti_backward(t->pass);
-    check_gradients(&g, model, false, 2e-5);
+    check_gradients(&g, model, false);
     apti_zero_gradients(t);
     forward_backward(t, &g, APTI_PASS_FULL);                       /* the last layer on first tokens only: the same numbers */
     apti_backward(t->pass);
-    check_gradients(&g, model, false, 2e-5);
+    check_gradients(&g, model, false);
     golden_close(&g);
 }
 
@@ -375,12 +385,7 @@ static void check_adapted(const char *name, const char *kernels)
     forward_backward(t, &g, APTI_PASS_ALL_ROWS);
     check_forward(&g, model, t->pass, "lora.");
     apti_backward(t->pass);
-    /* With its adapters this case is ill-conditioned: attention without 1/sqrt(head size) answers rounding with large changes, and
-       the file has that too, for transformers' softmax and norms are in float whatever the model is in. Measured against central
-       differences in double: the file is off by 2.0e-5 for lora_B of the decoder's first query, float32 here by 1.4e-5..2.3e-5 with
-       fused multiply-adds, the plain C table by up to 6e-5 and under -Ofast, which changes the order of its sums, by 9e-5. */
-    const double hard = strcmp(g.ctx->kernels->name, "ref") == 0 ? 1.2e-4 : 3e-5;
-    check_gradients(&g, model, true, strcmp(name, "t5-gated-untied") == 0 ? hard : 2e-5);
+    check_gradients(&g, model, true);
     for (int32_t l = 0; l < model->config.layers; l++) {
         check_projection(&g, t, l, APTI_OUTPUT);
         check_projection(&g, t, l, APTI_DOWN);

@@ -1272,6 +1272,8 @@ static void relative_body(void)
     for (int k = 0; k < 16; k++) {
         apti_relative_op op = APT_ZERO;
         op_case *c = new_case();
+        int32_t bucket[512];
+        op.bucket = bucket;
         op.heads = k % 4 < 2 ? 5 : 3;
         op.table_heads = 5;
         op.column = k % 4 < 2 ? NULL : column;
@@ -1279,6 +1281,8 @@ static void relative_body(void)
         op.max_distance = shape[k / 4][1];
         op.span = op.max_distance + 1 + k % 3 * 40;
         op.causal = k % 2 == 1;
+        assert_true(2 * op.span - 1 <= 512);
+        apti_relative_buckets(bucket, &op);
         snprintf(c->name, sizeof c->name, "relative bias buckets %d distance %d causal %d columns %d", op.buckets, op.max_distance, op.causal, k % 4 >= 2);
         c->op = &op;
         c->forward = relative_forward;
@@ -1712,7 +1716,7 @@ static void span_reference(op_case *c)
 static double mlm_call(op_case *c, float *dh, float *de, float *dbias)
 {
     loss_case *l = (loss_case *)c->op;
-    apti_mlm_op op;
+    apti_lm_op op = APT_ZERO;
     op.vocab = c->in[1].rows;
     op.d = c->in[1].cols;
     op.e = c->in[1].v;
@@ -1721,9 +1725,10 @@ static double mlm_call(op_case *c, float *dh, float *de, float *dbias)
     if (l->packed) {
         assert_true(apti_packed_reserve(c->ctx, &panels, op.vocab, op.d, APT_F32));
         apti_pack(c->ctx, &panels, op.e, op.d);
+        op.packed = &panels;
         op.e = NULL;
     }
-    const double sum = apti_lm_loss(c->ctx, &op, l->packed ? &panels : NULL, dh, c->in[0].ld, de, dbias, c->in[0].v, c->in[0].ld, l->labels, c->in[0].rows, -100,
+    const double sum = apti_lm_loss(c->ctx, &op, dh, c->in[0].ld, de, dbias, c->in[0].v, c->in[0].ld, l->labels, c->in[0].rows, -100,
                                     l->grad_scale, l->work, l->chunk, &l->count, &l->correct);
     apti_free(c->ctx, panels.data);
     check_guard("work", l->work, 1, l->chunk * apti_ld(op.vocab), l->chunk * apti_ld(op.vocab));
