@@ -7371,32 +7371,25 @@ static const apti_param_row apti_roberta_mlm_rows[] = {
 };
 
 static const apti_param_row apti_t5_attention_rows[] = {
-    {2 * APTI_QUERY, "layer.0.SelfAttention.q.weight", 2, APTI_AXIS_HEAD, APTI_AXIS_HIDDEN, APTI_INIT_QUERY, APTI_ALWAYS},
-    {2 * APTI_KEY, "layer.0.SelfAttention.k.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_ALWAYS},
-    {2 * APTI_VALUE, "layer.0.SelfAttention.v.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_ALWAYS},
-    {2 * APTI_OUTPUT, "layer.0.SelfAttention.o.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HEAD, APTI_INIT_FAN, APTI_ALWAYS},
-    {APTI_NORM1_W, "layer.0.layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+    {2 * APTI_QUERY, "SelfAttention.q.weight", 2, APTI_AXIS_HEAD, APTI_AXIS_HIDDEN, APTI_INIT_QUERY, APTI_ALWAYS},
+    {2 * APTI_KEY, "SelfAttention.k.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_ALWAYS},
+    {2 * APTI_VALUE, "SelfAttention.v.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_ALWAYS},
+    {2 * APTI_OUTPUT, "SelfAttention.o.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HEAD, APTI_INIT_FAN, APTI_ALWAYS},
+    {APTI_NORM1_W, "layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
 };
 static const apti_param_row apti_t5_cross_rows[] = {
-    {2 * APTI_QUERY, "layer.1.EncDecAttention.q.weight", 2, APTI_AXIS_HEAD, APTI_AXIS_HIDDEN, APTI_INIT_QUERY, APTI_ALWAYS},
-    {2 * APTI_KEY, "layer.1.EncDecAttention.k.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_ALWAYS},
-    {2 * APTI_VALUE, "layer.1.EncDecAttention.v.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_ALWAYS},
-    {2 * APTI_OUTPUT, "layer.1.EncDecAttention.o.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HEAD, APTI_INIT_FAN, APTI_ALWAYS},
-    {APTI_NORM1_W, "layer.1.layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+    {2 * APTI_QUERY, "EncDecAttention.q.weight", 2, APTI_AXIS_HEAD, APTI_AXIS_HIDDEN, APTI_INIT_QUERY, APTI_ALWAYS},
+    {2 * APTI_KEY, "EncDecAttention.k.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_ALWAYS},
+    {2 * APTI_VALUE, "EncDecAttention.v.weight", 2, APTI_AXIS_KV, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_ALWAYS},
+    {2 * APTI_OUTPUT, "EncDecAttention.o.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_HEAD, APTI_INIT_FAN, APTI_ALWAYS},
+    {APTI_NORM1_W, "layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
 };
-static const apti_param_row apti_t5_encoder_ffn_rows[] = {
-    {2 * APTI_UP, "layer.1.DenseReluDense.wi.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_PLAIN},
-    {2 * APTI_UP, "layer.1.DenseReluDense.wi_0.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_GATED},
-    {2 * APTI_GATE, "layer.1.DenseReluDense.wi_1.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_GATED},
-    {2 * APTI_DOWN, "layer.1.DenseReluDense.wo.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_NEURON, APTI_INIT_FAN, APTI_ALWAYS},
-    {APTI_NORM2_W, "layer.1.layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
-};
-static const apti_param_row apti_t5_decoder_ffn_rows[] = {
-    {2 * APTI_UP, "layer.2.DenseReluDense.wi.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_PLAIN},
-    {2 * APTI_UP, "layer.2.DenseReluDense.wi_0.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_GATED},
-    {2 * APTI_GATE, "layer.2.DenseReluDense.wi_1.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_GATED},
-    {2 * APTI_DOWN, "layer.2.DenseReluDense.wo.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_NEURON, APTI_INIT_FAN, APTI_ALWAYS},
-    {APTI_NORM2_W, "layer.2.layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
+static const apti_param_row apti_t5_ffn_rows[] = {
+    {2 * APTI_UP, "DenseReluDense.wi.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_PLAIN},
+    {2 * APTI_UP, "DenseReluDense.wi_0.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_GATED},
+    {2 * APTI_GATE, "DenseReluDense.wi_1.weight", 2, APTI_AXIS_NEURON, APTI_AXIS_HIDDEN, APTI_INIT_FAN, APTI_IF_GATED},
+    {2 * APTI_DOWN, "DenseReluDense.wo.weight", 2, APTI_AXIS_HIDDEN, APTI_AXIS_NEURON, APTI_INIT_FAN, APTI_ALWAYS},
+    {APTI_NORM2_W, "layer_norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
 };
 static const apti_param_row apti_t5_embed_rows[] = {
     {APTI_WORD, "shared.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
@@ -7473,7 +7466,8 @@ static apti_rows apti_head_rows(const apt_config *c)
 struct apti_design {
     const char *prefix;                          /* of every name inside the base model */
     const char *stem[2];                         /* of a layer's names up to its number: first stack, decoder behind an encoder */
-    apti_rows embed, attention, cross, ffn[2];
+    apti_rows embed, attention, cross, ffn;
+    bool numbered;                               /* names count a layer's sublayers: "layer.0." attention, "layer.1." ... */
     bool pre_norm;                               /* x + f(norm(x)) with a norm behind the stack; else norm(x + f(x)) */
     bool rms;                                    /* RMSNorm, no shift */
     bool rotary, relative;                       /* positions; neither: embedded ones */
@@ -7486,15 +7480,13 @@ struct apti_design {
 #define APTI_NO_ROWS {NULL, 0}
 static const apti_design apti_designs[] = {
     {"bert.", {"encoder.layer.", NULL}, APTI_TABLE_ROWS(apti_encoder_embed_rows), APTI_TABLE_ROWS(apti_encoder_attention_rows),
-     APTI_NO_ROWS, {APTI_TABLE_ROWS(apti_encoder_ffn_rows), APTI_NO_ROWS}, false, false, false, false, false, false, false},
-    {"roberta.", {"encoder.layer.", NULL}, APTI_TABLE_ROWS(apti_encoder_embed_rows),
-     APTI_TABLE_ROWS(apti_encoder_attention_rows), APTI_NO_ROWS, {APTI_TABLE_ROWS(apti_encoder_ffn_rows), APTI_NO_ROWS}, false,
-     false, false, false, false, false, false},
+     APTI_NO_ROWS, APTI_TABLE_ROWS(apti_encoder_ffn_rows), false, false, false, false, false, false, false, false},
+    {"roberta.", {"encoder.layer.", NULL}, APTI_TABLE_ROWS(apti_encoder_embed_rows), APTI_TABLE_ROWS(apti_encoder_attention_rows),
+     APTI_NO_ROWS, APTI_TABLE_ROWS(apti_encoder_ffn_rows), false, false, false, false, false, false, false, false},
     {"", {"encoder.block.", "decoder.block."}, APTI_TABLE_ROWS(apti_t5_embed_rows), APTI_TABLE_ROWS(apti_t5_attention_rows),
-     APTI_TABLE_ROWS(apti_t5_cross_rows), {APTI_TABLE_ROWS(apti_t5_encoder_ffn_rows), APTI_TABLE_ROWS(apti_t5_decoder_ffn_rows)},
-     true, true, false, true, false, true, false},
+     APTI_TABLE_ROWS(apti_t5_cross_rows), APTI_TABLE_ROWS(apti_t5_ffn_rows), true, true, true, false, true, false, true, false},
     {"model.", {"layers.", NULL}, APTI_TABLE_ROWS(apti_llama_embed_rows), APTI_TABLE_ROWS(apti_llama_attention_rows),
-     APTI_NO_ROWS, {APTI_TABLE_ROWS(apti_llama_ffn_rows), APTI_NO_ROWS}, true, true, true, false, true, false, true},
+     APTI_NO_ROWS, APTI_TABLE_ROWS(apti_llama_ffn_rows), false, true, true, true, false, true, false, true},
 };
 
 /* An unknown family is refused by apti_config_check before anything reads its block. */
@@ -7602,16 +7594,19 @@ static apti_param *apti_param_add(apt_model *model, const apti_param_row *row, i
     return p;
 }
 
-static void apti_layout_rows(apt_model *model, int32_t l, const apti_rows *rows)
+/* sub: place among the sublayers of what the files call a layer. */
+static void apti_layout_rows(apt_model *model, int32_t l, const apti_rows *rows, int32_t sub)
 {
     const apt_config *c = &model->config;
     const int32_t first = apti_first_stack(c), stack = l >= first, number = stack ? (l - first) / 2 : l;
+    char inside[16] = "";
+    if (model->block->numbered) (void)snprintf(inside, sizeof(inside), "layer.%d.", (int)sub);
     for (int32_t i = 0; i < rows->count; i++) {
         const apti_param_row *row = &rows->row[i];
         if (!apti_row_applies(row, c)) continue;
         apti_param *p = apti_param_add(model, row, l, 1, 1);
         p->linear = p->narrow = row->dims == 2;
-        snprintf(p->name, sizeof(p->name), "%s%s%d.%s", model->block->prefix, model->block->stem[stack], (int)number,
+        snprintf(p->name, sizeof(p->name), "%s%s%d.%s%s", model->block->prefix, model->block->stem[stack], (int)number, inside,
                  row->suffix);
         model->layers[l].slot[row->slot] = p;
     }
@@ -7621,8 +7616,9 @@ static void apti_layout_layer(apt_model *model, int32_t l)
 {
     const apt_config *c = &model->config;
     const apti_design *block = model->block;
-    apti_layout_rows(model, l, apti_is_cross(c, l) ? &block->cross : &block->attention);
-    if (apti_has_ffn(c, l)) apti_layout_rows(model, l, &block->ffn[l >= apti_first_stack(c)]);
+    const bool cross = apti_is_cross(c, l);
+    apti_layout_rows(model, l, cross ? &block->cross : &block->attention, cross);
+    if (apti_has_ffn(c, l)) apti_layout_rows(model, l, &block->ffn, cross ? 2 : 1);
     for (int32_t i = 0; i < APTI_LINEARS; i++) {                      /* adapters start with rank 0 */
         const apti_param *w = model->layers[l].slot[2 * i];
         model->layers[l].lora_a[i] = model->layers[l].lora_b[i] = model->none;
@@ -10628,8 +10624,8 @@ static void apti_desc_resolve(apt_train_desc *d, const apt_config *c)
 
 /* One number of a resolved desc with its legal range. The list serves the check and the checkpoint. */
 typedef struct apti_field { const char *name; double value, low, high; } apti_field;
-#define APTI_FIELDS 43
-#define APTI_FIELDS_COMPARED 41              /* the rest may differ when a run goes on */
+#define APTI_FIELDS 50
+#define APTI_FIELDS_COMPARED 48              /* the rest may differ when a run goes on */
 
 static void apti_field_put(apti_field **at, const char *name, double value, double low, double high)
 {
@@ -10641,6 +10637,7 @@ static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_
 {
     const double most = 9e15, steps = (double)d->steps, begin = (double)d->prune_begin;
     const bool exponential = d->schedule == APT_SCHEDULE_EXPONENTIAL;
+    const apt_rope none = APT_ZERO, *rope = apti_design_of(c->family)->rotary ? &c->rope : &none;
     apti_field *f = fields;
     apti_field_put(&f, "start_canary", d->start_canary, 0, 0);
     apti_field_put(&f, "end_canary", d->end_canary, 0, 0);
@@ -10682,7 +10679,14 @@ static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_
     apti_field_put(&f, "distill_layer", d->distill_layer, 0, 1e6);
     apti_field_put(&f, "reset_moments", d->reset_moments, 0, 1);
     apti_field_put(&f, "disable_distill", d->disable_distill, 0, 1);
-    apti_field_put(&f, "norm_eps", c->norm_eps, 0, 1);                /* of the model: it is in no other list */
+    apti_field_put(&f, "norm_eps", c->norm_eps, 0, 1);                /* of the model, like the next ones: in no other list */
+    apti_field_put(&f, "start_id", c->decoder_layers > 0 ? c->start_id : 0, 0, most);
+    apti_field_put(&f, "rope theta", rope->theta, 0, most);
+    apti_field_put(&f, "rope interleaved", rope->interleaved != 0, 0, 1);
+    apti_field_put(&f, "rope factor", rope->factor, 0, most);
+    apti_field_put(&f, "rope low factor", rope->low_factor, 0, most);
+    apti_field_put(&f, "rope high factor", rope->high_factor, 0, most);
+    apti_field_put(&f, "rope original positions", rope->original_positions, 0, most);
     apti_field_put(&f, "evaluate_every", (double)d->evaluate_every, 0, most);
     apti_field_put(&f, "checkpoint_every", (double)d->checkpoint_every, 0, most);
 }
@@ -15025,15 +15029,24 @@ static apt_result apti_loader_shape(const apti_loader *l, const apti_param *p, c
                      apti_show_shape(expected, p->dims).text, hint);
 }
 
+/* Layers of the stack whose names begin with stem[which]. */
+static int32_t apti_stem_layers(const apt_config *c, int32_t which)
+{
+    return which == 0 ? apti_first_stack(c) : c->decoder_layers;
+}
+
 /* Tensors of a layer that the config does not have: one of the two files is wrong, and half a model would be a silent answer. */
 static apt_result apti_loader_layers(const apti_loader *l)
 {
     for (int32_t i = 0; i < l->set->count; i++) {
-        const char *name = l->set->views[i].name, *at = l->used[i] ? NULL : strstr(name, "encoder.layer.");
-        const long layer = at != NULL ? strtol(at + strlen("encoder.layer."), NULL, 10) : -1;
-        if (layer >= l->model->config.layers)
-            return apti_fail(l->ctx, APT_E_SHAPE, "'%.600s': tensor '%s' is of a layer beyond the %d of config.json",
-                             l->set->files[l->set->views[i].file].path, apti_show(name).text, (int)l->model->config.layers);
+        const char *name = l->set->views[i].name;
+        for (int32_t k = 0; k < 2 && !l->used[i] && l->model->block->stem[k] != NULL; k++) {
+            const char *stem = l->model->block->stem[k], *at = strstr(name, stem);
+            const int32_t layers = apti_stem_layers(&l->model->config, k);
+            if (at != NULL && strtol(at + strlen(stem), NULL, 10) >= layers)
+                return apti_fail(l->ctx, APT_E_SHAPE, "'%.600s': tensor '%s' is of a layer beyond the %d of config.json",
+                                 l->set->files[l->set->views[i].file].path, apti_show(name).text, (int)layers);
+        }
     }
     return APT_OK;
 }

@@ -1226,6 +1226,35 @@ static void test_load_spellings_of_decoders(void **state)
     }
 }
 
+/* A config.json of fewer layers than the weights have, for each stack of each family: half a model is refused. */
+static void test_load_layers_too_many(void **state)
+{
+    file_test *t = (file_test *)*state;
+    static const struct { int32_t which; const char *key, *tensor; } cases[] = {
+        {-1, "\"num_hidden_layers\"", "encoder.layer.1"}, {0, "\"num_layers\"", "encoder.block.1"},
+        {1, "\"num_decoder_layers\"", "decoder.block.1"}, {2, "\"num_hidden_layers\"", "layers.1"}};
+    test_join(t->path, sizeof t->path, t->dir, "config.json");
+    for (int i = 0; i < 4; i++) {
+        const apt_config c = cases[i].which < 0 ? small_config(APT_BERT, APT_TASK_CLASSIFY) : test_decoder(cases[i].which);
+        apt_model *model = make_model(t->ctx, &c), *back = NULL;
+        assert_ok(t->ctx, apt_model_save(model, t->dir));
+        size_t bytes = 0;
+        char *text = test_read_file(t->path, &bytes);
+        assert_non_null(text);
+        char *at = strstr(text, cases[i].key);
+        assert_non_null(at);
+        at += strcspn(at, "0123456789");
+        assert_int_equal(*at, '2');
+        *at = '1';
+        test_write_file(t->path, text, bytes);
+        expect(t->ctx, apt_model_load(t->ctx, t->dir, NULL, &back), APT_E_SHAPE, cases[i].tensor);
+        assert_non_null(strstr(apt_error(t->ctx), "is of a layer beyond the 1 of config.json"));
+        assert_null(back);
+        free(text);
+        apt_model_destroy(model);
+    }
+}
+
 static void test_save_pruned(void **state)
 {
     file_test *t = (file_test *)*state;
@@ -2097,6 +2126,7 @@ int main(void)
         FILE_TEST(test_config_defaults), FILE_TEST(test_config_tasks), FILE_TEST(test_config_pruned),
             FILE_TEST(test_config_refuses), FILE_TEST(test_config_llama), FILE_TEST(test_config_t5),
         FILE_TEST(test_config_decoders_refused), FILE_TEST(test_save_decoders), FILE_TEST(test_load_spellings_of_decoders),
+        FILE_TEST(test_load_layers_too_many),
         FILE_TEST(test_save_and_load), FILE_TEST(test_save_pruned), FILE_TEST(test_load_weights_and_seed),
         FILE_TEST(test_load_arguments),
         FILE_TEST(test_load_names), FILE_TEST(test_load_refuses), FILE_TEST(test_load_huge_config), FILE_TEST(test_load_shards),

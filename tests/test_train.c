@@ -280,106 +280,144 @@ static void refuse(const char *path, const plan *q, apt_result wanted, const cha
     stop(&l);
 }
 
+/* A run of plan p, `micro` micro-batches long, and its checkpoint in a folder of its own. */
+typedef struct saved_run { plan p; live l; char dir[512], path[600], other[600]; } saved_run;
+
+static void save_run(saved_run *s, const plan *p, int64_t micro)
+{
+    const uint64_t blob = 7;
+    s->p = *p;
+    test_dir(s->dir, sizeof s->dir);
+    test_join(s->path, sizeof s->path, s->dir, "a");
+    test_join(s->other, sizeof s->other, s->dir, "b");
+    start(&s->l, p, 1);
+    run(s->l.trainer, p, &s->l.tr, 0, micro);
+    assert_ok(s->l.ctx, apt_checkpoint_save(s->l.trainer, s->path, &blob, sizeof blob));
+}
+
+static void drop_run(saved_run *s)
+{
+    stop(&s->l);
+    test_remove(s->dir);
+}
+
+/* A plan that differs in one field is refused, and the message names it. */
+#define REFUSE(field, value, word)                      \
+    do {                                                \
+        plan different = s.p;                           \
+        different.field = (value);                      \
+        refuse(s.path, &different, APT_E_STATE, word, NULL); \
+    } while (0)
+
 static void test_checkpoint_refused(void **state)
 {
     (void)state;
-    char dir[512], path[600], other[600];
-    test_dir(dir, sizeof dir);
-    test_join(path, sizeof path, dir, "a");
-    test_join(other, sizeof other, dir, "b");
+    saved_run s;
     const plan p = apt_plan(APT_BERT, APT_TASK_CLASSIFY);
-    live l;
-    start(&l, &p, 1);
-    run(l.trainer, &p, &l.tr, 0, 15);
-    const uint64_t blob = 7;
-    assert_ok(l.ctx, apt_checkpoint_save(l.trainer, path, &blob, sizeof blob));
-    assert_result(apt_checkpoint_load(l.trainer, path, NULL, NULL), APT_E_STATE);            /* not a fresh trainer */
-    assert_result(apt_checkpoint_save(l.trainer, NULL, NULL, 0), APT_E_ARGUMENT);
-    assert_result(apt_checkpoint_save(l.trainer, path, NULL, 3), APT_E_ARGUMENT);
+    save_run(&s, &p, 15);
+    assert_result(apt_checkpoint_load(s.l.trainer, s.path, NULL, NULL), APT_E_STATE);        /* not a fresh trainer */
+    assert_result(apt_checkpoint_save(s.l.trainer, NULL, NULL, 0), APT_E_ARGUMENT);
+    assert_result(apt_checkpoint_save(s.l.trainer, s.path, NULL, 3), APT_E_ARGUMENT);
     plan q = p;
     q.d.seed = 12;
-    refuse(path, &q, APT_E_STATE, "seed", &q);
-    q = p;
-    q.d.learning_rate = 1e-3f;
-    refuse(path, &q, APT_E_STATE, "learning_rate", NULL);
-    q = p;
-    q.d.update_frequency = 4;
-    refuse(path, &q, APT_E_STATE, "update_frequency", NULL);
-    q = p;
-    q.d.target_sparsity = 0.5f;
-    refuse(path, &q, APT_E_STATE, "target_sparsity", NULL);
-    q = p;
-    q.d.accumulate = 3;
-    refuse(path, &q, APT_E_STATE, "accumulate", NULL);
-    q = p;
-    q.d.disable_growth = 1;
-    refuse(path, &q, APT_E_STATE, "disable_growth", NULL);
-    q = p;
-    q.d.disable_distill = 1;
-    refuse(path, &q, APT_E_STATE, "disable_distill", NULL);
-    q = p;
-    q.d.reset_moments = 1;
-    refuse(path, &q, APT_E_STATE, "reset_moments", NULL);
-    q = p;
-    q.c.vocab = 38;
-    refuse(path, &q, APT_E_STATE, "vocab", NULL);
-    q = p;
-    q.c.task = APT_TASK_SPAN;
-    refuse(path, &q, APT_E_STATE, "task", NULL);
-    q = p;
-    q.c.layers = 3;
-    refuse(path, &q, APT_E_STATE, "layers", NULL);
-    q = p;
-    q.c.labels = 4;
-    refuse(path, &q, APT_E_STATE, "labels", NULL);
-    q = p;
-    q.c.neurons = 21;
-    refuse(path, &q, APT_E_STATE, "prunable", NULL);
-    q = p;
-    q.c.norm_eps = 1e-3f;
-    refuse(path, &q, APT_E_STATE, "norm_eps", NULL);
-    refuse(other, &p, APT_E_IO, other, &p);                                                  /* no such file */
-    /* damaged: every kind of place */
+    refuse(s.path, &q, APT_E_STATE, "seed", &q);
+    REFUSE(d.learning_rate, 1e-3f, "learning_rate");
+    REFUSE(d.update_frequency, 4, "update_frequency");
+    REFUSE(d.target_sparsity, 0.5f, "target_sparsity");
+    REFUSE(d.accumulate, 3, "accumulate");
+    REFUSE(d.disable_growth, 1, "disable_growth");
+    REFUSE(d.disable_distill, 1, "disable_distill");
+    REFUSE(d.reset_moments, 1, "reset_moments");
+    REFUSE(c.vocab, 38, "vocab");
+    REFUSE(c.task, APT_TASK_SPAN, "task");
+    REFUSE(c.layers, 3, "layers");
+    REFUSE(c.labels, 4, "labels");
+    REFUSE(c.neurons, 21, "prunable");
+    REFUSE(c.norm_eps, 1e-3f, "norm_eps");
+    refuse(s.other, &p, APT_E_IO, s.other, &p);                                              /* no such file */
+    drop_run(&s);
+}
+
+/* What only decoders have: a run must not go on with other positions, another start token, another head. */
+static void test_decoder_checkpoint_refused(void **state)
+{
+    (void)state;
+    saved_run s;
+    plan p = decoder_plan(3);
+    save_run(&s, &p, 6);
+    REFUSE(c.rope.theta, 200, "rope theta");
+    REFUSE(c.rope.factor, 8, "rope factor");
+    REFUSE(c.rope.low_factor, 2, "rope low factor");
+    REFUSE(c.rope.high_factor, 5, "rope high factor");
+    REFUSE(c.rope.original_positions, 30, "rope original positions");
+    REFUSE(c.rope.interleaved, 0, "rope interleaved");
+    REFUSE(c.untied, 1, "untied head");
+    REFUSE(c.qkv_bias, 1, "query, key, value biases");
+    drop_run(&s);
+    p = decoder_plan(0);
+    save_run(&s, &p, 6);
+    REFUSE(c.start_id, 4, "start_id");
+    REFUSE(c.scaled_head, 0, "scaled head");
+    REFUSE(c.buckets, 10, "relative position buckets");
+    REFUSE(c.max_distance, 9, "relative position distance");
+    drop_run(&s);
+}
+
+/* One bit wrong anywhere, or an end that is missing: refused, nothing changed, and the good file still loads. */
+static void test_checkpoint_damaged(void **state)
+{
+    (void)state;
+    saved_run s;
+    const plan p = apt_plan(APT_BERT, APT_TASK_CLASSIFY);
+    save_run(&s, &p, 15);
     size_t bytes = 0;
-    char *data = test_read_file(path, &bytes);
+    char *data = test_read_file(s.path, &bytes);
     for (int32_t i = 0; i < 24; i++) {
         const size_t place = i < 8 ? (size_t)i * 40 : bytes / 24 * (size_t)i;
         data[place] ^= (char)(1 << i % 8);
-        test_write_file(other, data, bytes);
+        test_write_file(s.other, data, bytes);
         data[place] ^= (char)(1 << i % 8);
         live f;
         start(&f, &p, 1);
         const uint64_t before = test_model_sum(f.model);
         size_t room = 8;
         uint64_t user = 1;
-        assert_true(apt_checkpoint_load(f.trainer, other, &user, &room) != APT_OK);
-        assert_non_null(strstr(apt_error(f.ctx), other));
+        assert_true(apt_checkpoint_load(f.trainer, s.other, &user, &room) != APT_OK);
+        assert_non_null(strstr(apt_error(f.ctx), s.other));
         assert_true(test_model_sum(f.model) == before && user == 1);
-        assert_ok(f.ctx, apt_checkpoint_load(f.trainer, path, &user, &room));               /* the good one still loads */
-        assert_true(user == 7 && room == 8 && test_model_sum(f.model) == test_model_sum(l.model));
+        assert_ok(f.ctx, apt_checkpoint_load(f.trainer, s.path, &user, &room));             /* the good one still loads */
+        assert_true(user == 7 && room == 8 && test_model_sum(f.model) == test_model_sum(s.l.model));
         stop(&f);
     }
     for (int32_t i = 0; i < 6; i++) {                                                        /* truncated */
-        test_write_file(other, data, bytes / 6 * (size_t)i + (size_t)i % 3);
+        test_write_file(s.other, data, bytes / 6 * (size_t)i + (size_t)i % 3);
         live f;
         start(&f, &p, 1);
-        assert_true(apt_checkpoint_load(f.trainer, other, NULL, NULL) != APT_OK);
+        assert_true(apt_checkpoint_load(f.trainer, s.other, NULL, NULL) != APT_OK);
         stop(&f);
     }
-    /* too little room for the caller's data: nothing is loaded, and then it can be */
+    free(data);
+    drop_run(&s);
+}
+
+/* Too little room for the caller's data: nothing is loaded, and then it can be. */
+static void test_checkpoint_room(void **state)
+{
+    (void)state;
+    saved_run s;
     live f;
+    const plan p = apt_plan(APT_BERT, APT_TASK_CLASSIFY);
+    save_run(&s, &p, 15);
     start(&f, &p, 1);
     size_t room = 7;
     uint64_t user = 1;
     const uint64_t before = test_model_sum(f.model);
-    assert_result(apt_checkpoint_load(f.trainer, path, &user, &room), APT_E_SCRATCH);
+    assert_result(apt_checkpoint_load(f.trainer, s.path, &user, &room), APT_E_SCRATCH);
     assert_true(test_model_sum(f.model) == before);
     room = 8;
-    assert_ok(f.ctx, apt_checkpoint_load(f.trainer, path, &user, &room));
+    assert_ok(f.ctx, apt_checkpoint_load(f.trainer, s.path, &user, &room));
     stop(&f);
-    free(data);
-    stop(&l);
-    test_remove(dir);
+    drop_run(&s);
 }
 
 /* ---- pruning reaches its target ------------------------------------------------------------------------------------- */
@@ -1406,7 +1444,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_threads),           cmocka_unit_test(test_own_threads),       cmocka_unit_test(test_seeds),
         cmocka_unit_test(test_resume_classify),   cmocka_unit_test(test_resume_span),       cmocka_unit_test(test_resume_others),
-        cmocka_unit_test(test_checkpoint_refused), cmocka_unit_test(test_target),           cmocka_unit_test(test_events),
+        cmocka_unit_test(test_checkpoint_refused), cmocka_unit_test(test_decoder_checkpoint_refused),
+        cmocka_unit_test(test_checkpoint_damaged), cmocka_unit_test(test_checkpoint_room), cmocka_unit_test(test_target),           cmocka_unit_test(test_events),
         cmocka_unit_test(test_kinds_and_rounding), cmocka_unit_test(test_frozen_and_memory), cmocka_unit_test(test_first_teacher),
         cmocka_unit_test(test_distill_gradients), cmocka_unit_test(test_prune_now),         cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_calls_from_events), cmocka_unit_test(test_states),            cmocka_unit_test(test_desc_ranges),
