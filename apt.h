@@ -5782,6 +5782,10 @@ static double apti_span_loss(apt_ctx *ctx, float *dlogits, const float *logits, 
 
 /* ---- language modelling heads ------------------------------------------------------------------------------------- */
 
+/* Logits that exist at a time, at most: 64 MiB. Every chunk of rows streams the whole matrix through the caches and, for the
+   gradient of h, transposes it, so a chunk needs some hundred rows before that is cheap beside the product. */
+#define APTI_LOGITS ((int64_t)1 << 24)
+
 typedef struct apti_lm_op {
     int64_t vocab, d;
     const apti_packed *packed;        /* E(vocab, d) in panels, or NULL: */
@@ -8441,7 +8445,7 @@ static void apti_plan_head(apti_bump *b, apti_pass *pass, int64_t rows, int64_t 
     if (mlm) {
         pass->head_stats = (float *)apti_bump_take(b, lm ? 0 : 2 * n, f);
         pass->head_norm = lm ? pass->head_in : apti_bump_matrix(b, n, d);       /* what the decoder reads */
-        pass->mlm_chunk = apti_max_i64(1, apti_min_i64(n, ((int64_t)1 << 21) / apti_ld(width)));
+        pass->mlm_chunk = apti_max_i64(1, apti_min_i64(n, APTI_LOGITS / apti_ld(width)));
         pass->mlm_work = apti_bump_matrix(b, pass->mlm_chunk, width);
         pass->kl_work = kept && lm ? apti_bump_matrix(b, pass->mlm_chunk, width) : NULL;
     } else {
