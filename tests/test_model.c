@@ -178,13 +178,13 @@ static void expect_rows(const golden *g, const char *name, const float *mine, in
 static void check_lm(golden *g, apt_model *model, apti_pass *pass, const char *part)
 {
     char name[64];
-    const apti_decoder x = apti_decoder_of(model);
+    const apti_lm_op op = apti_decoder_of(pass);
     const apti_stack *last = &pass->stack[pass->stacks - 1];
     const int64_t d = model->config.hidden, ld = apti_ld(d), vocab = model->config.vocab;
     float *h = (float *)malloc((size_t)(last->rows * ld) * sizeof(float)), *logits = (float *)malloc((size_t)(last->rows * vocab) * sizeof(float));
     for (int64_t i = 0; i < last->rows; i++) memcpy(h + i * ld, last->out + i * ld, (size_t)d * sizeof(float));
     apti_head_scale(pass, h, last->rows);
-    apti_lm_logits(g->ctx, &x.op, logits, vocab, h, ld, last->rows);
+    apti_lm_logits(g->ctx, &op, logits, vocab, h, ld, last->rows);
     snprintf(name, sizeof(name), "%slogits", part);
     expect_rows(g, name, logits, vocab, last->offsets, pass->stacks > 1 ? g->target_length : g->length);
     free(h);
