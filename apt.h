@@ -134,9 +134,9 @@
    vocabulary's logits are never whole in memory: loss and gradient are taken in chunks of rows. Head units are KV heads with
    their query heads, a neuron of a gated FFN is a row of both input maps, and a T5 decoder layer counts as two layers: its
    self attention, then its cross attention with the FFN. The LM head is frozen unless the method is APT_METHOD_FULL or
-   apt_train_desc.adapt has APT_ADAPT_HEAD. That adapter ("lora_A.lm_head") belongs to the product with the vocabulary alone: where
-   the head is tied, the word embeddings stay what they are while it learns, and so merging it gives the head a matrix of its
-   own (apt_config.untied; scaled_head goes into it).
+   apt_train_desc.adapt has APT_ADAPT_HEAD. That adapter ("lora_A.lm_head") belongs to the product with the vocabulary alone:
+   where the head is tied, the word embeddings stay what they are while it learns, and so merging it gives the head a matrix of
+   its own (apt_config.untied; scaled_head goes into it).
    apt_generate continues texts with a cache of keys and values in the shapes that pruning has left:
 
        apt_generate_desc how = APT_ZERO;
@@ -426,8 +426,8 @@ typedef struct apt_generate_desc {
 APT_API apt_result apt_generate(apt_model *model, const apt_batch *batch, const apt_generate_desc *desc, int32_t *tokens,
                                 int32_t *lengths);
 
-/* Folds W + s*B*A into W for every adapter and removes them (a tied LM head with one is tied no longer). *difference (may be NULL) receives the largest absolute
-   logit difference on `probe` (NULL: not measured). */
+/* Folds W + s*B*A into W for every adapter and removes them (a tied LM head that has one is tied no longer). *difference (may
+   be NULL) receives the largest absolute logit difference on `probe` (NULL: not measured). */
 APT_API apt_result apt_model_merge(apt_model *model, const apt_batch *probe, float *difference);
 
 /* Parameter access by Hugging Face name, in current shapes (adapters: "lora_A.NAME", "lora_B.NAME" without ".weight").
@@ -9564,7 +9564,8 @@ static void apti_backward(apti_pass *p)
 {
     apt_model *m = p->model;
     const int64_t d = m->config.hidden, ld = apti_ld(d);
-    const int32_t trained = apti_lowest_trainable(m), lowest = (p->probe != NULL || p->inject != NULL) && trained > 0 ? 0 : trained;
+    const bool whole = p->probe != NULL || p->inject != NULL;
+    const int32_t trained = apti_lowest_trainable(m), lowest = whole && trained > 0 ? 0 : trained;
     if (m->config.task == APT_TASK_LM) apti_lm_backward(p);
     else if (m->config.task == APT_TASK_MLM) apti_mlm_backward(p);
     else apti_head_backward(p);
@@ -14487,9 +14488,16 @@ static int32_t apti_config_choice(apti_config_reader *r, const char *key, const 
     return -1;
 }
 
+/* The key, if it is there, must say what is computed here. */
+static void apti_config_expect(apti_config_reader *r, const char *key, bool value)
+{
+    if (apti_config_bool(r, key, value) != value)
+        apti_config_refuse(r, APT_E_UNSUPPORTED, key, apti_config_find(r, key), value ? "true" : "false");
+}
+
 static void apti_config_refuse_true(apti_config_reader *r, const char *key)
 {
-    if (apti_config_bool(r, key, false)) apti_config_refuse(r, APT_E_UNSUPPORTED, key, apti_config_find(r, key), "false");
+    apti_config_expect(r, key, false);
 }
 
 /* The family, and what would make the file mean something else than what this library computes. */
@@ -14503,7 +14511,7 @@ static apt_family apti_config_family(apti_config_reader *r)
     (void)apti_config_choice(r, "torch_dtype", "float32|float16|bfloat16|float64");
     (void)apti_config_choice(r, "dtype", "float32|float16|bfloat16|float64");
     apti_config_refuse_true(r, "is_decoder");
-    if (family >= 0 && families[family] != APT_T5) apti_config_refuse_true(r, "is_encoder_decoder");
+    if (family >= 0) apti_config_expect(r, "is_encoder_decoder", families[family] == APT_T5);
     apti_config_refuse_true(r, "add_cross_attention");
     int32_t node = apti_config_find(r, "quantization_config");
     if (node >= 0) apti_config_refuse(r, APT_E_UNSUPPORTED, "quantization_config", node, "plain weights");
@@ -14516,11 +14524,14 @@ static apt_family apti_config_family(apti_config_reader *r)
 static void apti_config_t5(apti_config_reader *r, apti_model_file *file)
 {
     static const apt_activation kinds[] = {APT_RELU, APT_GELU_TANH, APT_GELU_TANH, APT_SILU, APT_RELU};
+    static const char *const names[] = {"relu", "gelu_new", "gelu_new", "silu", "relu"};
     apt_config *c = &file->config;
     const int32_t table = 1 << 24;
     const int32_t ffn = apti_config_choice(r, "feed_forward_proj", "relu|gated-gelu|gated-gelu_new|gated-silu|gated-relu");
     c->activation = kinds[ffn < 0 ? 0 : ffn];
     c->gated = ffn > 0;
+    (void)apti_config_choice(r, "dense_act_fn", names[ffn < 0 ? 0 : ffn]);        /* both follow from feed_forward_proj */
+    apti_config_expect(r, "is_gated_act", c->gated != 0);
     c->vocab = apti_config_int(r, "vocab_size", 1, table, -1);
     c->hidden = c->hidden_dense = apti_config_int(r, "d_model", 1, 65536, -1);
     c->head_dim = apti_config_int(r, "d_kv", 1, 256, -1);
@@ -14534,8 +14545,9 @@ static void apti_config_t5(apti_config_reader *r, apti_model_file *file)
     if (c->max_distance <= c->buckets / 2)
         apti_config_refuse(r, APT_E_RANGE, "relative_attention_max_distance",
                            apti_config_find(r, "relative_attention_max_distance"), "more than half of the buckets");
-    c->pad_id = apti_config_int(r, "pad_token_id", 0, table, 0);
-    c->start_id = apti_config_int(r, "decoder_start_token_id", 0, table, c->pad_id);
+    const int32_t top = c->vocab > 0 ? c->vocab - 1 : table;
+    c->pad_id = apti_config_int(r, "pad_token_id", 0, top, 0);
+    c->start_id = apti_config_int(r, "decoder_start_token_id", 0, top, c->pad_id);
     c->end_id = apti_config_int(r, "eos_token_id", 0, table, 1);
     c->norm_eps = apti_config_float(r, "layer_norm_epsilon", 1e-30, 1.0, 1e-6f);
     c->init_range = apti_config_float(r, "initializer_factor", 0.0, 100.0, 1.0f);
@@ -14548,12 +14560,21 @@ static void apti_config_t5(apti_config_reader *r, apti_model_file *file)
     c->positions = table;
 }
 
+/* Every pair of a head turns. */
+static void apti_config_whole_heads(apti_config_reader *r)
+{
+    if (apti_config_float(r, "partial_rotary_factor", 0, 1e6, 1.0f) != 1.0f)
+        apti_config_refuse(r, APT_E_UNSUPPORTED, "partial_rotary_factor", apti_config_find(r, "partial_rotary_factor"), "1");
+}
+
 /* rope_theta and rope_scaling, or both inside rope_parameters. */
 static void apti_config_rope(apti_config_reader *r, apt_rope *rope, int32_t positions)
 {
     const int32_t root = r->object, newer = apti_config_find(r, "rope_parameters"), older = apti_config_find(r, "rope_scaling");
     const int32_t node = newer >= 0 ? newer : older;
     rope->theta = apti_config_float(r, "rope_theta", 1e-3, 1e12, 10000.0f);
+    apti_config_whole_heads(r);
+    if (newer >= 0 && older >= 0) apti_config_refuse(r, APT_E_FORMAT, "rope_scaling", older, "null beside rope_parameters");
     if (node < 0) return;
     if (r->json->nodes[node].kind != APTI_JSON_OBJECT)
         apti_config_refuse(r, APT_E_FORMAT, newer >= 0 ? "rope_parameters" : "rope_scaling", node, "an object");
@@ -14561,6 +14582,7 @@ static void apti_config_rope(apti_config_reader *r, apt_rope *rope, int32_t posi
     r->object = node;
     (void)snprintf(r->scope, sizeof r->scope, "%s.", newer >= 0 ? "rope_parameters" : "rope_scaling");
     rope->theta = apti_config_float(r, "rope_theta", 1e-3, 1e12, rope->theta);
+    apti_config_whole_heads(r);
     const int32_t kind = apti_config_choice(r, "rope_type", "default|llama3");
     const int32_t old = apti_config_choice(r, "type", "default|llama3");
     if (kind == 1 || (kind < 0 && old == 1)) {
@@ -14587,6 +14609,25 @@ static int32_t apti_config_end(apti_config_reader *r, int32_t top)
     return r->result == APT_OK ? (int32_t)value : 2;
 }
 
+/* Their dimensions turn in pairs. */
+static void apti_config_even_heads(apti_config_reader *r, const apt_config *c)
+{
+    if (c->family == APT_LLAMA && c->head_dim % 2 != 0)
+        apti_config_refuse(r, APT_E_RANGE, "head_dim", apti_config_find(r, "head_dim"), "an even number");
+}
+
+/* Newer files name the attention of every layer. */
+static void apti_config_layer_types(apti_config_reader *r)
+{
+    const int32_t list = apti_config_find(r, "layer_types");
+    if (list < 0) return;
+    if (r->json->nodes[list].kind != APTI_JSON_ARRAY) apti_config_refuse(r, APT_E_FORMAT, "layer_types", list, "a list of names");
+    const int32_t n = r->json->nodes[list].count;
+    for (int32_t i = 0, item = list + 1; i < n && r->result == APT_OK; i++, item = r->json->nodes[item].next)
+        if (!apti_json_is(r->json, item, "full_attention"))
+            apti_config_refuse(r, APT_E_UNSUPPORTED, "layer_types", item, "full_attention in every layer");
+}
+
 /* LLaMA 1, 2, 3, and Qwen2, which is the same with biases on query, key and value. */
 static void apti_config_llama(apti_config_reader *r, apti_model_file *file)
 {
@@ -14596,6 +14637,7 @@ static void apti_config_llama(apti_config_reader *r, apti_model_file *file)
     if (qwen) apti_config_refuse_true(r, "use_sliding_window");
     const int32_t window = apti_config_find(r, "sliding_window");
     if (window >= 0 && !qwen) apti_config_refuse(r, APT_E_UNSUPPORTED, "sliding_window", window, "null");
+    apti_config_layer_types(r);
     (void)apti_config_choice(r, "hidden_act", "silu");
     apti_config_refuse_true(r, "attention_bias");
     apti_config_refuse_true(r, "mlp_bias");
@@ -14616,6 +14658,7 @@ static void apti_config_llama(apti_config_reader *r, apti_model_file *file)
     c->end_id = apti_config_end(r, table);
     c->untied = !apti_config_bool(r, "tie_word_embeddings", false);
     apti_config_rope(r, &c->rope, c->positions);
+    apti_config_even_heads(r, c);
     if (r->result == APT_OK && c->heads % c->kv_heads != 0)
         apti_config_refuse(r, APT_E_SHAPE, "num_key_value_heads", apti_config_find(r, "num_key_value_heads"),
                            "a divisor of num_attention_heads");
@@ -14746,6 +14789,7 @@ static void apti_config_pruned(apti_config_reader *r, int32_t apt, apti_model_fi
     const int32_t version = apti_config_int(r, "version", 1, INT32_MAX, -1);
     if (version > 1) apti_config_refuse(r, APT_E_UNSUPPORTED, "version", apti_config_find(r, "version"), "1");
     file->config.head_dim = apti_config_int(r, "head_dim", 1, 256, -1);
+    apti_config_even_heads(r, &file->config);
     file->config.rope.interleaved = apti_config_bool(r, "rope_interleaved", false);
     file->config.hidden_dense = apti_config_int(r, "hidden_size_dense", (int32_t)apti_max_i64(file->config.hidden, 1), 65536, -1);
     apti_config_layers(r, file);
@@ -14761,6 +14805,10 @@ static void apti_config_dense(apti_config_reader *r, apt_config *c)
                               r->path, (int)c->hidden, (int)c->heads);
     else if (c->head_dim > 256)
         r->result = apti_fail(r->ctx, APT_E_RANGE, "'%.600s': heads of %d dimensions, at most 256 are supported", r->path,
+                              (int)c->head_dim);
+    else if (c->family == APT_LLAMA && c->head_dim % 2 != 0)
+        r->result = apti_fail(r->ctx, APT_E_RANGE,
+                              "'%.600s': \"hidden_size\" / \"num_attention_heads\" is %d, expected an even number", r->path,
                               (int)c->head_dim);
 }
 
@@ -15163,6 +15211,21 @@ static apt_result apti_loader_layers(const apti_loader *l)
     return APT_OK;
 }
 
+/* Files of a tied head may hold it once more, but not as another matrix: config.json or the file would be wrong. */
+static apt_result apti_loader_tied(const apti_loader *l)
+{
+    const apt_model *m = l->model;
+    const apti_tensor_view *head = apti_is_tied(&m->config) ? apti_tensors_find(l->set, "lm_head.weight") : NULL;
+    if (head == NULL) return APT_OK;
+    const apti_tensor_view *word = l->found[m->embed[APTI_WORD] - m->params];
+    const bool same = head->dtype == word->dtype && head->dims == word->dims && head->bytes == word->bytes &&
+                      memcmp(head->shape, word->shape, (size_t)head->dims * sizeof(head->shape[0])) == 0 &&
+                      memcmp(head->data, word->data, (size_t)head->bytes) == 0;
+    return same ? APT_OK
+                : apti_fail(l->ctx, APT_E_FORMAT, "'%.600s': tensor 'lm_head.weight' is not '%s', but \"tie_word_embeddings\" is "
+                            "true in config.json", l->set->files[head->file].path, apti_show(word->name).text);
+}
+
 /* Finds every parameter in the files; only task heads may be missing. */
 static apt_result apti_loader_match(apti_loader *l)
 {
@@ -15173,17 +15236,20 @@ static apt_result apti_loader_match(apti_loader *l)
     l->used = (bool *)apti_calloc(l->ctx, l->set->count, (int64_t)sizeof(bool));
     if (l->found == NULL || l->used == NULL)
         return apti_fail(l->ctx, APT_E_MEMORY, "'%.600s': no memory to load it", l->set->path);
+    const apti_param *head = l->model->config.task == APT_TASK_LM ? l->model->head[APTI_HEAD_OUT_W] : NULL;
     for (int32_t i = 0; i < l->model->param_count; i++) {
         const apti_param *p = &l->model->params[i];
         if (apti_param_count(p) == 0) continue;
         l->found[i] = apti_loader_find(l, p);
         if (l->found[i] == NULL && !p->optional_in_file)
-            return apti_fail(l->ctx, APT_E_MISSING, "'%.600s': no tensor '%s' of shape %lld x %lld", l->set->path, p->name,
-                             (long long)p->rows, (long long)p->cols);
+            return apti_fail(l->ctx, APT_E_MISSING, "'%.600s': no tensor '%s' of shape %lld x %lld%s", l->set->path, p->name,
+                             (long long)p->rows, (long long)p->cols,
+                             p == head ? ", which config.json wants: \"tie_word_embeddings\" is false" : "");
         if (l->found[i] == NULL) apti_name_list_add(&missing, p->name);
         else if (apti_loader_shape(l, p, l->found[i]) != APT_OK) return APT_E_SHAPE;
     }
     if (apti_loader_layers(l) != APT_OK) return APT_E_SHAPE;
+    if (apti_loader_tied(l) != APT_OK) return APT_E_FORMAT;
     for (int32_t i = 0; i < l->set->count; i++)
         if (!l->used[i]) apti_name_list_add(&unused, l->set->views[i].name);
     apti_name_list_log(l->ctx, &missing, l->set->path, "not in the files, so initialised from the seed");
