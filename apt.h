@@ -586,7 +586,8 @@ APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, v
 typedef struct apt_estimate_info {
     int64_t weights, adapters, optimizer, activations, teacher, scratch, total;
 } apt_estimate_info;
-/* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. */
+/* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. Which units a
+   run will prune cannot be known: it is taken that all layers lose the same share of heads and neurons. */
 APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                 int64_t sequences, apt_estimate_info *info);
 /* The same for T5: at most `tokens` source and target_tokens target tokens (apt_estimate: as many of both; other families: 0). */
@@ -12348,6 +12349,24 @@ static void apti_rehearse_teacher(apti_rehearsal *r)
     r->t.teacher = NULL;
 }
 
+/* The teacher goes at distill_end, in front of that step's cut; embeddings of which the student reads some columns get a table of
+   those. */
+static void apti_rehearse_drop(apti_rehearsal *r)
+{
+    apt_model *m = r->m;
+    apti_note(r, APTI_USE_TEACHER, -r->now[APTI_USE_TEACHER]);
+    r->teacher_pass = 0;
+    for (int32_t i = 0; i < m->param_count; i++) {
+        apti_param *p = &m->params[i], old = *p;
+        r->shared[i] = 0;
+        if (!apti_is_embedding(m, p) || p->cols == m->config.hidden) continue;
+        p->cols = m->config.hidden;
+        apti_note_param(r, p, 1);
+        apti_note_param(r, &old, -1);
+        apti_note(r, APTI_USE_WEIGHTS, -apti_cost(p->cols * (int64_t)sizeof(int32_t)));
+    }
+}
+
 /* Shapes at which `left` of the dense prunable parameters is left. */
 static void apti_rehearse_shapes(apti_rehearsal *r, double left)
 {
@@ -12479,6 +12498,7 @@ static void apti_rehearse_pruning(apti_rehearsal *r, uint32_t mode)
     for (int64_t step = d->prune_begin, n = 0; step <= d->prune_end; n++) {
         const int64_t far = (d->prune_end - d->prune_begin) / d->update_frequency / 16 + 1;
         (void)apt_schedule_sparsity(&s, step, &sparsity);
+        if (step >= d->distill_end) apti_rehearse_drop(r);
         if (sparsity > 0) {
             if (last > 0) apti_rehearse_cut(r, 1 - (double)last);
             apti_rehearse_decision(r, step, last <= 0, mode);
