@@ -34,7 +34,9 @@ static void assert_same_texts(const texts *a, const texts *b, const apt_batch *b
     }
 }
 
-/* A model with adapters; style 1: masks, 2: compacted, 3: compacted with whole sublayers gone. */
+/* A model with adapters, the LM head's too; style 1: masks, 2: compacted, 3: compacted with whole sublayers gone, 4: compacted and
+   merged, which gives tied heads a matrix of their own. */
+enum { STYLES = 5 };
 static apt_model *decoder_model(apt_ctx *ctx, int32_t which, int32_t style, uint64_t seed)
 {
     apt_config c = test_decoder(which);
@@ -53,6 +55,7 @@ static apt_model *decoder_model(apt_ctx *ctx, int32_t which, int32_t style, uint
     assert_ok(ctx, apt_model_set_masks(m, mask, u.total));
     free(mask);
     if (style >= 2) assert_ok(ctx, apt_model_compact(m));
+    if (style == 4) assert_ok(ctx, apt_model_merge(m, NULL, NULL));
     return m;
 }
 
@@ -96,7 +99,7 @@ static void test_greedy(void **state)
     (void)state;
     test_log messages;
     int32_t ended = 0;
-    for (int32_t i = 0; i < 4 * TEST_DECODERS; i++) {
+    for (int32_t i = 0; i < STYLES * TEST_DECODERS; i++) {
         apt_ctx *ctx = test_context(1 + i % 3, &messages);
         apt_model *m = decoder_model(ctx, i % TEST_DECODERS, i / TEST_DECODERS, 60 + (uint64_t)i);
         test_batch b;
@@ -132,7 +135,7 @@ static void test_drawn_and_beams(void **state)
         texts first;
         for (int32_t way = 0; way < 4; way++) {
             apt_ctx *ctx = test_context(way == 1 ? 4 : 1, &messages);
-            apt_model *m = decoder_model(ctx, i % TEST_DECODERS, i / TEST_DECODERS % 4, 90 + (uint64_t)i);
+            apt_model *m = decoder_model(ctx, i % TEST_DECODERS, i / TEST_DECODERS % STYLES, 90 + (uint64_t)i);
             test_batch b;
             prompts(&b, m, (uint64_t)i);
             apt_generate_desc d = APT_ZERO;

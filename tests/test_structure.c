@@ -158,12 +158,19 @@ static void test_masked_is_compacted(void **state)
     apt_destroy(ctx);
 }
 
+/* Which attention a layer has: 0 of an encoder or alone, 1 of a decoder behind an encoder, 2 across both. */
+static int32_t attention_kind(const apt_config *c, int32_t l)
+{
+    return l < apti_first_stack(c) ? 0 : apti_is_cross(c, l) ? 2 : 1;
+}
+
 static void test_masked_decoders(void **state)
 {
     (void)state;
     test_log log;
     apt_ctx *ctx = test_context(1, &log);
     double worst[2] = {0, 0};
+    int32_t cut[2][3] = {{0, 0, 0}, {0, 0, 0}}, groups = 0;           /* sets that remove heads of each attention, of grouped queries */
     for (int32_t i = 0; i < 420; i++) {                               /* 210 of T5, 210 of LLaMA */
         compact_case k;
         const int32_t t5 = i % 2;
@@ -181,7 +188,22 @@ static void test_masked_decoders(void **state)
             fail_msg("set %d (family %d, style %d, adapters %d, bf16 %d): masked and compacted differ by %g", i, (int)k.c.family, k.style,
                      k.adapters, k.narrow, e);
         worst[t5] = fmax(worst[t5], e);
+        apt_rng rng = apt_rng_make(k.seed, 1);                        /* the same masks once more, to see what they took */
+        apt_model *m = test_model(ctx, &k.c, k.seed);
+        test_batch b;
+        test_batch_fill(&b, &k.c, &rng, 4, 1, 7);
+        const mask_set s = make_masks(m, k.style, &rng);
+        bool seen[3] = {false, false, false};
+        for (int32_t l = 0; l < m->config.layers; l++)
+            for (int32_t h = 0; h < m->shape[l].kv_heads; h++)
+                if (s.mask[apti_unit_head(m, l) + h] == 0) seen[attention_kind(&m->config, l)] = true;
+        for (int32_t a = 0; a < 3; a++) cut[t5][a] += seen[a];
+        groups += seen[0] && m->shape[0].kv_heads < m->shape[0].heads;
+        free(s.mask);
+        apt_model_destroy(m);
     }
+    for (int32_t a = 0; a < 3; a++) assert_true(cut[1][a] > 100);
+    assert_true(cut[0][0] > 100 && groups > 70);
     print_message("    210 mask sets each, worst relative difference T5 %.2g, LLaMA %.2g\n", worst[1], worst[0]);
     apt_destroy(ctx);
 }
