@@ -586,8 +586,8 @@ APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, v
 typedef struct apt_estimate_info {
     int64_t weights, adapters, optimizer, activations, teacher, scratch, total;
 } apt_estimate_info;
-/* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. Which units a
-   run will prune cannot be known: it is taken that all layers lose the same share of heads and neurons. */
+/* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. Which units
+   a run will prune cannot be known: it is taken that all layers lose the same share of heads and neurons. */
 APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                 int64_t sequences, apt_estimate_info *info);
 /* The same for T5: at most `tokens` source and target_tokens target tokens (apt_estimate: as many of both; other families: 0). */
