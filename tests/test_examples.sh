@@ -336,6 +336,11 @@ done
 says_file "adapter ranks are counted per layer" "$work/llama-lora/metrics.jsonl" '"ranks":\[24,24\]'
 below "full tuning is better than adapters" "$(sed -n 's/.*"perplexity":"\([0-9.]*\)".*/\1/p' "$work/llama-full/metrics.jsonl")" \
     "$(sed -n 's/.*"perplexity":"\([0-9.]*\)".*/\1/p' "$work/llama-lora/metrics.jsonl")"
+check "an adapter on the LM head" 0 l $text --method lora --adapt query,value,head --out "$work/llama-head"
+reached=$(perplexity)
+check "and the result loads again" 0 "$llama" --model "$work/llama-head" --method perplexity --dev "$work/plain-dev.txt" --length 64
+if [ "$(perplexity)" = "$reached" ]; then pass "and measures the same"; else fail "and measures the same"; fi
+says_file "its head is tied no longer" "$work/llama-head/config.json" '"tie_word_embeddings": false'
 check "instructions with answers" 0 l --train "$work/tasks.jsonl" --dev "$work/tasks.jsonl" --length 500 --batch 2 --steps 4 --method lora --out "$work/llama-tasks"
 says "share rows" "12 examples packed"
 check "without packing, prompts learned, bf16" 0 l --train "$work/tasks.jsonl" --length 500 --batch 2 --steps 2 --method prune-first --no-pack \
