@@ -3,9 +3,10 @@
 
        cc -O2 -std=c11 examples/demo_llama.c -o demo_llama -lm -lpthread -lutf8proc
 
-   No arguments, no network, no data files: a tiny LLaMA is pretrained on a grammar's sentences, each about one person. It is then
-   adapted to stories in which two people and what is said of them have to be kept apart, with LoRA, APT and prune-after-training
-   at equal numbers of steps. The quality is the perplexity of stories that nobody has seen. Everything in the table is measured. */
+   No arguments, no network, no data files: a tiny LLaMA is pretrained on a grammar's sentences, each about one person. It is
+   then adapted to stories in which two people and what is said of them have to be kept apart, with LoRA, APT and
+   prune-after-training at equal numbers of steps. The quality is the perplexity of stories that nobody has seen. Everything in
+   the table is measured. */
 #define _POSIX_C_SOURCE 200809L
 #define STB_DS_IMPLEMENTATION
 #include "common/ex_base.h"

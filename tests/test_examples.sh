@@ -396,11 +396,11 @@ if [ "$(grep -c 'tokens/s' "$work/log")" -eq 2 ]; then pass "answers every line"
 # ---- llama: the golden Qwen2 and LLaMA 3, with byte-level tokenizers in the form of each family (39 tokens)
 for kind in qwen2 llama3-rope; do
     folder=$work/$kind
-    name=LLaMA
-    [ $kind = qwen2 ] && name=Qwen2
+    family=LLaMA
+    [ $kind = qwen2 ] && family=Qwen2
     mkdir "$folder" && cp tests/golden/$kind/config.json tests/golden/$kind/model.safetensors tests/golden/$kind/tokenizer.json "$folder/"
     check "$kind: perplexity of random weights" 0 "$llama" --model "$folder" --method perplexity --dev "$work/plain-dev.txt" --length 48
-    says "$kind: is shown as $name" ": $name, [0-9]* layers"
+    says "$kind: is shown as $family" ": $family, [0-9]* layers"
     before=$(perplexity)
     check "$kind: a short LoRA run" 0 "$llama" --model "$folder" --train "$work/plain.txt" --dev "$work/plain-dev.txt" --length 48 --batch 8 \
         --steps 30 --lr 1e-2 --method lora --out "$folder-lora"

@@ -24,8 +24,8 @@ typedef struct ex_demo_plan {
     /* Writes and reads the data of d->sizes; the baseline's row of the table, where there is one. */
     bool (*make_data)(ex_demo *d, ex_cells *baseline);
     void (*shape)(const ex_demo *d, apt_config *config);
-    apt_batch (*prepare)(ex_run *run, ex_batch *batch);       /* of pretraining, with d as run->user; NULL: the rows as they are */
-    bool (*show)(ex_demo *d, apt_ctx *ctx, apt_model *model); /* what a model can do, on the screen; pretrained or adapted */
+    apt_batch (*prepare)(ex_run *run, ex_batch *batch);       /* of pretraining; run->user is d. NULL: the rows as they are */
+    bool (*show)(ex_demo *d, apt_ctx *ctx, apt_model *model); /* what the pretrained model can do, on the screen */
     ex_source (*rows)(const ex_demo *d, ex_demo_set which);
     bool (*score)(ex_demo *d, apt_ctx *ctx, apt_model *model, ex_demo_set which, ex_scores *scores, ex_score_info *info);
     void (*quality)(const ex_scores *scores, ex_cells *cells);        /* as rows of the table */

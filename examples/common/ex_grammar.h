@@ -58,7 +58,10 @@ EX_API const char *exi_word(uint64_t *random, exi_word_list list)
 }
 
 /* "the [old] cook [who met the rude baker] was [not] kind [or wise]": its words, NULL for what it has not. */
-typedef struct ex_clause { const char *looks, *who, *met, *met_nature, *met_who, *negation, *nature, *also; bool good; } ex_clause;
+typedef struct ex_clause {
+    const char *looks, *who, *met, *met_nature, *met_who, *negation, *nature, *also;
+    bool good;                        /* news */
+} ex_clause;
 
 EX_API void ex_clause_draw(ex_clause *c, uint64_t *random, double relative)
 {

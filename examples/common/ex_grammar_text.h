@@ -13,20 +13,20 @@ EX_API void exi_grammar_add_token(ex_text *vocabulary, const char *word, int32_t
     ++*count;
 }
 
-/* tokenizer.json of a word-level model in dir: one token a word, `begin` and `end` ("<s>", "</s>") around each text where they are
-   not NULL. */
+/* tokenizer.json of a word-level model in dir: one token a word, `begin` and `end` ("<s>", "</s>") around each text where they
+   are not NULL. */
 EX_API bool ex_grammar_write_tokenizer(const char *dir, const char *begin, const char *end, ex_error *error)
 {
-    static const char *const special[] = {"<pad>", "<s>", "</s>", "<unk>"}, *const names[] = {"looks", "nature", "denied", ":", ";"};
+    static const char *const special[] = {"<pad>", "<s>", "</s>", "<unk>"};
+    static const char *const names[] = {"looks", "nature", "denied", ":", ";", "."};
     const char *const around[2] = {begin, end};
     char *path = ex_path(dir, "tokenizer.json"), *config = ex_path(dir, "tokenizer_config.json");
     ex_text text = {NULL, 0, 0}, vocabulary = {NULL, 0, 0}, form = {NULL, 0, 0}, ids = {NULL, 0, 0};
     int32_t count = 0;
     for (int i = 0; i < 4; i++) exi_grammar_add_token(&vocabulary, special[i], &count);
-    for (int i = 0; i < 5; i++) exi_grammar_add_token(&vocabulary, names[i], &count);
+    for (int i = 0; i < 6; i++) exi_grammar_add_token(&vocabulary, names[i], &count);
     for (int list = EXI_SPECIAL + 1; list < EXI_LISTS; list++)
         for (int i = 0; exi_word_lists[list][i] != NULL; i++) exi_grammar_add_token(&vocabulary, exi_word_lists[list][i], &count);
-    exi_grammar_add_token(&vocabulary, ".", &count);
     ex_text_put(&text, "{\"version\": \"1.0\", \"added_tokens\": [");
     for (int i = 0; i < 4; i++)
         ex_text_format(&text, "%s{\"id\": %d, \"content\": \"%s\", \"special\": true}", i > 0 ? ", " : "", i, special[i]);
@@ -34,8 +34,8 @@ EX_API bool ex_grammar_write_tokenizer(const char *dir, const char *begin, const
         if (i == 1) ex_text_format(&form, "%s{\"Sequence\": {\"id\": \"A\", \"type_id\": 0}}", form.length > 0 ? ", " : "");
         if (around[i] == NULL) continue;
         ex_text_format(&form, "%s{\"SpecialToken\": {\"id\": \"%s\", \"type_id\": 0}}", i > 0 ? ", " : "", around[i]);
-        ex_text_format(&ids, "%s\"%s\": {\"id\": \"%s\", \"ids\": [%d], \"tokens\": [\"%s\"]}", ids.length > 0 ? ", " : "", around[i],
-                       around[i], i + 1, around[i]);
+        ex_text_format(&ids, "%s\"%s\": {\"id\": \"%s\", \"ids\": [%d], \"tokens\": [\"%s\"]}", ids.length > 0 ? ", " : "",
+                       around[i], around[i], i + 1, around[i]);
     }
     ex_text_format(&text, "],\n\"normalizer\": null, \"pre_tokenizer\": {\"type\": \"BertPreTokenizer\"},\n"
                    "\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": [%s], \"pair\": [%s], "
@@ -56,27 +56,33 @@ EX_API bool ex_grammar_write_tokenizer(const char *dir, const char *begin, const
     return fine;
 }
 
-/* The words of a sentence in any order, every sixth of them missing. */
+/* A sentence in pieces of up to three words, which stand in any order, every eighth word missing. What stands side by side still
+   means something, so that a model that puts it in order learns to look at places. */
 EX_API void exi_grammar_shuffle(ex_sentence *out, const ex_sentence *s, uint64_t *random)
 {
-    char copy[sizeof(s->text)], *word[64], *at = copy;
-    uint32_t count = 0;
+    ex_sentence piece[64];
+    char copy[sizeof(s->text)], *at = copy;
+    uint32_t count = 0, left = 0;
     memcpy(copy, s->text, sizeof(copy));
-    out->text[0] = 0;
-    for (char *blank; at != NULL && count < 64; at = blank != NULL ? blank + 1 : NULL) {
+    for (char *blank; at != NULL && (left > 0 || count < 64); at = blank != NULL ? blank + 1 : NULL) {
         blank = strchr(at, ' ');
         if (blank != NULL) *blank = 0;
-        word[count++] = at;
+        if (left == 0) {
+            left = 1 + ex_below(random, 3);
+            piece[count++].text[0] = 0;
+        }
+        left--;
+        if (!ex_chance(random, 1.0 / 8) || at == copy) ex_say(&piece[count - 1], at);
     }
-    for (uint32_t i = count; i > 0; i--) {
-        const uint32_t k = ex_below(random, i);
-        if (i == 1 || !ex_chance(random, 1.0 / 6)) ex_say(out, word[k]);
-        word[k] = word[i - 1];
+    for (out->text[0] = 0; count > 0; count--) {
+        const uint32_t k = ex_below(random, count);
+        if (piece[k].text[0] != 0) ex_say(out, piece[k].text);
+        piece[k] = piece[count - 1];
     }
 }
 
-/* "nature : kind and wise ; denied : never ; who : cook" in any order, and "the cook was never kind or wise , so everyone sighed":
-   whether there is a smile has to be found out. */
+/* "nature : kind and wise ; denied : never ; who : cook" in any order, and "the cook was never kind or wise , so everyone
+   sighed": whether there is a smile has to be found out. */
 EX_API void exi_grammar_facts(ex_sentence *facts, ex_sentence *told, uint64_t *random)
 {
     ex_clause c;
@@ -134,7 +140,7 @@ EX_API void exi_grammar_line(ex_grammar_kind kind, ex_sentence *source, ex_sente
     if (kind == EX_GRAMMAR_SHUFFLED) exi_grammar_shuffle(source, key, random);
 }
 
-/* Writes `count` lines whose texts or targets are not in `seen` yet: texts end with a point, pairs are a TSV with a header line. */
+/* Writes `count` lines whose texts or targets are not in `seen` yet: texts end with a point, pairs are a TSV with a header. */
 EX_API bool ex_grammar_write_text(const char *path, int64_t count, ex_grammar_kind kind, uint64_t *random, ex_map *seen,
                                   ex_error *error)
 {
