@@ -209,7 +209,7 @@ EX_API bool exi_t2t_write(const ex_t2t *t, apt_ctx *ctx, apt_model *model, const
 
 EX_API void exi_t2t_scores(const ex_t2t *t, const exi_t2t_sums *sums, double loss, ex_scores *scores)
 {
-    static const char *const names[] = {"ROUGE-L", "ROUGE-1", "ROUGE-2", "BLEU", "exact"};
+    static const char *const names[] = {"ROUGE-L", "ROUGE-1", "ROUGE-2", "BLEU", "exact match"};
     const double texts = sums->count > 0 ? 0.01 * (double)sums->count : 1;    /* everything in percent, as BLEU is */
     const double values[] = {sums->rouge.longest.f / texts, sums->rouge.one.f / texts, sums->rouge.two.f / texts,
                              ex_bleu_score(&sums->bleu), (double)sums->exact / texts};
