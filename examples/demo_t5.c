@@ -3,9 +3,10 @@
 
        cc -O2 -std=c11 examples/demo_t5.c -o demo_t5 -lm -lpthread -lutf8proc
 
-   No arguments, no network, no data files: a tiny T5 is pretrained on putting pieces of a grammar's sentences in order. It is
-   then adapted to tell lists of facts ("who : cook ; denied : never ; nature : kind") as sentences ("the cook was never kind , so
-   everyone sighed"), with LoRA, APT and prune-after-training at equal numbers of steps. Everything in the table is measured. */
+   No arguments, no network, no data files: a tiny T5 is pretrained on a grammar's sentences, which are to be put in order or
+   turned into facts. It is then adapted to tell lists of facts ("who : cook ; denied : never ; nature : kind") as sentences ("the
+   cook was never kind , so everyone sighed"), with LoRA, APT and prune-after-training at equal numbers of steps. Everything in
+   the table is measured. */
 #define _POSIX_C_SOURCE 200809L
 #define STB_DS_IMPLEMENTATION
 #include "common/ex_base.h"
@@ -149,7 +150,7 @@ static const ex_demo_plan g_plan = {
     .title = "apt.h demo: a tiny T5 adapted three ways",
     .model = "tiny-t5",
     .data = "Sentences from a grammar, and facts that are to be told",
-    .pretraining = "Pretraining a tiny T5 (2 + 2 blocks, d 128, 8 heads, 512 neurons) on sentences that fell into pieces",
+    .pretraining = "Pretraining a tiny T5 (2 + 2 blocks, d 128, 8 heads, 512 neurons): sentences in pieces, facts of sentences",
     .objective = "order words",
     .sizes = {.pretrain_steps = 1200, .steps = 600, .corpus = 30000, .train = 4000, .dev = 128, .test = 512},
     .fast = {.pretrain_steps = 30, .steps = 40, .corpus = 1000, .train = 500, .dev = 32, .test = 64},

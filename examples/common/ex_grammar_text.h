@@ -130,17 +130,23 @@ EX_API void exi_grammar_story(ex_sentence *s, uint64_t *random)
     }
 }
 
-/* One line: a text, or a source and its target. The target, or the text, is in *key. */
-EX_API void exi_grammar_line(ex_grammar_kind kind, ex_sentence *source, ex_sentence *key, uint64_t *random)
+/* One line: a text, or a source and its target. The target, or the text, is in *key. Half of the shuffled ones ask for the facts
+   of a sentence, so that a model pretrained on them knows the words for facts. Returns the one that is a sentence. */
+EX_API const ex_sentence *exi_grammar_line(ex_grammar_kind kind, ex_sentence *source, ex_sentence *key, uint64_t *random)
 {
     source->text[0] = 0;
+    if (kind == EX_GRAMMAR_SHUFFLED && ex_chance(random, 0.5)) {
+        exi_grammar_facts(key, source, random);
+        return source;
+    }
     if (kind == EX_GRAMMAR_STORY) exi_grammar_story(key, random);
     else if (kind == EX_GRAMMAR_FACTS) exi_grammar_facts(source, key, random);
     else ex_sentence_make(key, random, true);
     if (kind == EX_GRAMMAR_SHUFFLED) exi_grammar_shuffle(source, key, random);
+    return key;
 }
 
-/* Writes `count` lines whose texts or targets are not in `seen` yet: texts end with a point, pairs are a TSV with a header. */
+/* Writes `count` lines whose sentences are not in `seen` yet: texts end with a point, pairs are a TSV with a header. */
 EX_API bool ex_grammar_write_text(const char *path, int64_t count, ex_grammar_kind kind, uint64_t *random, ex_map *seen,
                                   ex_error *error)
 {
@@ -149,8 +155,8 @@ EX_API bool ex_grammar_write_text(const char *path, int64_t count, ex_grammar_ki
     ex_sentence source, key;
     ex_text_put(&text, pairs ? "source\ttarget\n" : "");
     for (int64_t i = 0; i < count;) {
-        exi_grammar_line(kind, &source, &key, random);
-        if (!ex_map_put(seen, key.text, strlen(key.text), 1)) continue;
+        const ex_sentence *sentence = exi_grammar_line(kind, &source, &key, random);
+        if (!ex_map_put(seen, sentence->text, strlen(sentence->text), 1)) continue;
         if (pairs) ex_text_format(&text, "%s\t%s\n", source.text, key.text);
         else ex_text_format(&text, "%s .\n", key.text);
         i++;
