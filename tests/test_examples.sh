@@ -56,9 +56,10 @@ for family in t5 llama; do
     check "demo_$family --help" 0 "$build/demo_$family" --help
     check "demo_$family runs" 0 "$build/demo_$family" --fast --threads 2 --out "$work/demo-$family"
     says "demo_$family compares the three ways" "prune after"
-    [ $family = t5 ] && quality="exact match" || quality=perplexity
+    quality=perplexity drawn=Perplexity
+    [ $family = t5 ] && quality="exact match" drawn="Exact match"
     says "demo_$family's table has: $quality" "^$quality "
-    says_file "demo_$family's report draws it" "$work/demo-$family/report.html" "<figcaption>$quality"
+    says_file "demo_$family's report draws it" "$work/demo-$family/report.html" "<figcaption>$drawn"
     for row in parameters "on disk" "step, at the start" "step, at the end" inference writing "peak memory"; do
         says "demo_$family's table has: $row" "^$row "
     done
