@@ -81,7 +81,8 @@
    1. The core alone. #define APT_ONLY_CORE before including: pure functions on your own float arrays (schedule, salience,
       search, masks, gather, adapters, distillation losses). No files, no threads, no allocation. See examples/custom_trainer.c.
    2. Model and trainer, as above.
-   3. The example programs: examples/roberta.c is a complete command-line trainer.
+   3. The example programs: examples/roberta.c, examples/t5.c and examples/llama.c are complete command-line trainers, one for
+      each kind of model: encoders, encoder-decoders, decoders.
 
    BUILD OPTIONS, defined before the implementation is included
 
