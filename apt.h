@@ -23,6 +23,7 @@
        >>kernels       matrix products and vectors, one table per instruction set
        >>ops           forward and backward of every layer
        >>core          the method on raw arrays
+       >>sparsify      magnitude pruning, compressed matrices
        >>model         parameters, families, one pass, generation, compaction, merge
        >>train         optimizer, salience, decisions, distillation, a step
        >>files         JSON, safetensors, Hugging Face folders, checkpoints
@@ -888,6 +889,78 @@ typedef struct apt_distill_map { int32_t pairs, teacher[4], student[4]; } apt_di
    nearest student layer that is not wholly pruned (ties: the lower one). whole_pruned: [layers] 0/1, NULL: none; all
    pruned gives pairs 0. Layers count from 0 and are the same in both stacks. */
 APT_API apt_result apt_distill_match(apt_distill_map *map, const uint8_t *whole_pruned, int32_t layers, apt_rng *rng);
+
+/* ---------------------------------------------------------------------------------------------------------------------
+   Magnitude pruning: single weights go, the smallest first
+
+   The rules of the core hold, with two additions. Where a function takes a context, its threads share the work; the result is
+   the same for any number of them, and NULL does it in the calling thread (with APT_ONLY_CORE nothing makes a context: pass
+   NULL). And weights are ranked by (|w|, index): of equal magnitudes the lower index goes first.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+#ifdef APT_ONLY_CORE
+typedef struct apt_ctx apt_ctx;
+#endif
+
+/* --- bitmasks: one bit per weight, 1 = it stays --- */
+
+/* Bit i%64 of word i/64 belongs to weight i; bits behind the last weight are 0. -1 when n is below 0. */
+APT_API int64_t apt_bitmask_words(int64_t n);
+/* How many of n weights stay; -1 for NULL or n below 0. */
+APT_API int64_t apt_bitmask_kept(const uint64_t *mask, int64_t n);
+/* w = +0 where the mask is 0; all other weights keep their bits. Runs at the speed of the memory. */
+APT_API apt_result apt_bitmask_apply(apt_ctx *ctx, float *w, const uint64_t *mask, int64_t n);
+
+/* --- which weights go --- */
+
+#define APT_MAGNITUDE_THRESHOLD 0.01f
+/* Weights with |w| < threshold go. zeros (may be NULL, as below): how many that are. */
+APT_API apt_result apt_magnitude_threshold(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t n,
+                                           float threshold);
+/* Exactly floor(n*sparsity) weights go (the product is one of doubles), 0 <= sparsity < 1. By selection, in O(n): three
+   passes over the weights count digits of |w|, one writes the mask. */
+APT_API apt_result apt_magnitude_sparsity(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t n,
+                                          double sparsity);
+/* One threshold over several arrays, as if they stood one behind the other: a layer of small weights loses more of them. */
+typedef struct apt_weights {
+    const float *w;
+    int64_t n;
+    uint64_t *mask;                   /* [apt_bitmask_words(n)] out */
+    int64_t zeros;                    /* out */
+} apt_weights;
+APT_API apt_result apt_magnitude_global(apt_ctx *ctx, apt_weights *part, int32_t parts, double sparsity);
+/* N:M patterns: of every `of` weights side by side in a row of w(rows, cols), dense, at most `keep` stay. 1 <= keep < of <= 64;
+   2:4 and 4:8 are what hardware knows. A rest of a row that is shorter than `of` keeps `keep` weights too. */
+APT_API apt_result apt_magnitude_pattern(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t rows,
+                                         int64_t cols, int32_t keep, int32_t of);
+/* Iterative pruning: s(t) = first * (last/first)^(t/iterations), t in 0..iterations; s(iterations) is exactly last.
+   0 < first <= last < 1. Iteration number t (1, 2 ...) prunes to s(t). */
+APT_API apt_result apt_magnitude_schedule(double *sparsity, double first, double last, int32_t iterations, int32_t t);
+
+/* --- compressed matrices: a bitmask and the values that are not 0 --- */
+
+/* A view of the caller's arrays (apt_sparse_make takes memory of a context instead). Rows of the mask begin a new word. */
+typedef struct apt_sparse {
+    int64_t rows, cols;
+    uint64_t *bits;                   /* [rows * apt_bitmask_words(cols)] */
+    int64_t *start;                   /* [rows + 1] where a row's values begin; start[rows]: how many there are */
+    float *values;                    /* [start[rows]] row by row, in the order of their columns */
+} apt_sparse;
+
+/* Values of w(rows, cols) that are not +0 (-0 and NaN count, so that packing loses nothing); -1 for bad arguments. */
+APT_API int64_t apt_sparse_count(const float *w, int64_t ld, int64_t rows, int64_t cols);
+/* Bytes of such a matrix in a file: rows of ceil(cols/8) bytes of mask, 4 bytes a value, 8 for the shape. -1: bad arguments. */
+APT_API int64_t apt_sparse_bytes(int64_t rows, int64_t cols, int64_t count);
+/* Fills bits, start and values of `sparse`, whose rows, cols and pointers are set and whose values have room for `capacity`
+   (APT_E_SCRATCH when that is too little; contents are then undefined). */
+APT_API apt_result apt_sparse_pack(apt_sparse *sparse, int64_t capacity, const float *w, int64_t ld);
+/* w(rows, cols) = the matrix with its zeros. */
+APT_API apt_result apt_sparse_unpack(float *w, int64_t ld, const apt_sparse *sparse);
+/* y(n, rows) = x(n, cols) W^T, x and y not overlapping. With a context: the sums of a dense product without the terms that are
+   0, in the same order, so the same bits (the "ref" kernels apart); NULL: plain C. The view must be as apt_sparse_pack
+   leaves it: whether bits and starts agree is not looked at here. */
+APT_API apt_result apt_sparse_forward(apt_ctx *ctx, float *y, int64_t ldy, const apt_sparse *sparse, const float *x, int64_t ldx,
+                                      int64_t n);
 #ifdef __cplusplus
 }
 #endif
@@ -1023,6 +1096,27 @@ APTI_INLINE bool apti_add(int64_t a, int64_t b, int64_t *out)
     if (a < 0 || b < 0 || a > INT64_MAX - b) return false;
     *out = a + b;
     return true;
+}
+
+APTI_INLINE int32_t apti_popcount(uint64_t bits)
+{
+#ifdef __GNUC__
+    return __builtin_popcountll(bits);
+#else
+    int32_t n = 0;
+    for (; bits != 0; bits &= bits - 1) n++;
+    return n;
+#endif
+}
+
+/* Number of the lowest bit that is set; bits != 0. */
+APTI_INLINE int32_t apti_lowest_bit(uint64_t bits)
+{
+#ifdef __GNUC__
+    return __builtin_ctzll(bits);
+#else
+    return apti_popcount((bits & (0 - bits)) - 1);
+#endif
 }
 
 APTI_INLINE uint32_t apti_bits(float x)
@@ -2326,6 +2420,19 @@ typedef struct apti_finish {
     int32_t act;
 } apti_finish;
 
+/* What the kernel of a compressed matrix reads: for each output its bits of one stretch of inputs and its values. x(64*words,
+   width) holds these inputs sideways, width = vectors * lanes rows of the batch; sums(outputs, width) go on.
+   sums[o][.] += value * x[k][.] for every set bit k, lowest first: links of the chain that the rule above describes. */
+typedef struct apti_sparse_tile {
+    int32_t vectors;                             /* 1, 2, 4 or APTI_SPARSE_VECTORS */
+    int64_t outputs, words, row;                 /* words: of the stretch; row: between outputs */
+    const uint64_t *bits;
+    const float *values, *x;
+    int64_t *at;                                 /* [outputs] each output's next value; moves on */
+    float *sums;
+} apti_sparse_tile;
+#define APTI_SPARSE_VECTORS 8                    /* as many independent sums as two FMA pipes can have under way */
+
 /* Vectors of n floats, any alignment, n >= 0; y may be x or a. A NaN that goes in comes out, also under -Ofast. */
 typedef struct apti_kernels {
     const char *name;
@@ -2336,6 +2443,7 @@ typedef struct apti_kernels {
     void (*tile)(const apti_tile *tile);
     void (*thin)(const apti_tile *tile);         /* 1..3 rows, two panels: to[] is rows x 2 nr. For one token at a time */
     void (*finish)(const apti_finish *f);
+    void (*sparse)(const apti_sparse_tile *t);
     void (*transpose)(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t cols);   /* y[c][r] = x[r][c] */
     /* y[r][0..cols) = x[r][0..cols). Writes whole vectors, the rest of them zeros, rows in order: later rows may overlap. */
     void (*copy)(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t cols);
@@ -2482,6 +2590,20 @@ static void apti_finish_ref(const apti_finish *f)
     }
 }
 
+static void apti_sparse_ref(const apti_sparse_tile *t)
+{
+    const int64_t width = t->vectors;            /* one lane */
+    for (int64_t o = 0; o < t->outputs; o++) {
+        float *sum = t->sums + o * width;
+        for (int64_t w = 0; w < t->words; w++) {
+            for (uint64_t bits = t->bits[o * t->row + w]; bits != 0; bits &= bits - 1) {
+                const float *x = t->x + (64 * w + apti_lowest_bit(bits)) * width, value = t->values[t->at[o]++];
+                for (int64_t i = 0; i < width; i++) sum[i] += value * x[i];
+            }
+        }
+    }
+}
+
 static void apti_transpose_ref(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t cols)
 {
     for (int64_t r = 0; r < rows; r++)
@@ -2603,10 +2725,10 @@ static void apti_adam_ref(float *w, float *m, float *v, const float *g, int64_t 
 
 /* Every table names its functions apti_NAME_isa. */
 #define APTI_TABLE(isa, mr, nr, slim, lanes, narrow) {                                                                  \
-    #isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_transpose_##isa,       \
-    apti_copy_##isa, apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa, apti_dot_##isa,          \
-    apti_sq_dev_##isa, apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa, apti_abs_add_##isa,           \
-    apti_act_##isa, apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa }
+    #isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_sparse_##isa,          \
+    apti_transpose_##isa, apti_copy_##isa, apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa,    \
+    apti_dot_##isa, apti_sq_dev_##isa, apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa,               \
+    apti_abs_add_##isa, apti_act_##isa, apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa }
 
 static const apti_kernels apti_kernels_ref = APTI_TABLE(ref, 4, 8, 4, 1, NULL);
 
@@ -3388,6 +3510,42 @@ APTI_ISA_TARGET static void APTI_FN(thin)(const apti_tile *t)
     }
 }
 
+/* Compressed matrices: the sums of one output stay in registers while its set bits are walked. */
+#define APTI_EIGHT(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define APTI_SPARSE_START(j) apti_v s##j = nv > j ? apti_vload(sum + j * APTI_LANES) : zero;
+#define APTI_SPARSE_STEP(j) if (nv > j) s##j = apti_sfma(value, apti_vload(x + j * APTI_LANES), s##j);
+#define APTI_SPARSE_END(j) if (nv > j) apti_vstore(sum + j * APTI_LANES, s##j);
+
+APTI_ISA_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_FN(sparse_body)(const apti_sparse_tile *t, const int nv)
+{
+    const apti_v zero = apti_vset(0.0f);
+    const int64_t width = nv * APTI_LANES;
+    for (int64_t o = 0; o < t->outputs; o++) {
+        float *sum = t->sums + o * width;
+        const float *v = t->values + t->at[o], *from = t->x;
+        APTI_EIGHT(APTI_SPARSE_START)
+        for (int64_t w = 0; w < t->words; w++, from += 64 * width) {
+            for (uint64_t bits = t->bits[o * t->row + w]; bits != 0; bits &= bits - 1) {
+                const float *x = from + apti_lowest_bit(bits) * width;
+                const apti_s value = apti_sload(v++);
+                APTI_EIGHT(APTI_SPARSE_STEP)
+            }
+        }
+        APTI_EIGHT(APTI_SPARSE_END)
+        t->at[o] = v - t->values;
+    }
+}
+
+APTI_ISA_TARGET static void APTI_FN(sparse)(const apti_sparse_tile *t)
+{
+    switch (t->vectors) {
+        case 1: APTI_FN(sparse_body)(t, 1); break;
+        case 2: APTI_FN(sparse_body)(t, 2); break;
+        case 4: APTI_FN(sparse_body)(t, 4); break;
+        default: APTI_FN(sparse_body)(t, APTI_SPARSE_VECTORS); break;
+    }
+}
+
 #define APTI_ISA_TABLE(isa) APTI_TABLE(isa, APTI_MR, APTI_NV * APTI_LANES, APTI_SLIM, APTI_LANES, APTI_NARROW)
 static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 
@@ -3422,6 +3580,10 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #undef APTI_THIN_STEP
 #undef APTI_THIN_END
 #undef APTI_THIN_LOOP
+#undef APTI_EIGHT
+#undef APTI_SPARSE_START
+#undef APTI_SPARSE_STEP
+#undef APTI_SPARSE_END
 #undef apti_v
 #undef apti_vi
 #undef apti_vfirst
@@ -7192,6 +7354,579 @@ APT_API apt_train_desc apt_preset(apt_preset_kind kind)
     return desc;
 }
 #endif /* APT_ONLY_CORE */
+
+// >>sparsify
+/* ---------------------------------------------------------------------------------------------------------------------
+   Magnitude pruning on raw arrays
+
+   |w| is ranked by the 31 bits of its magnitude, which order floats as integers do: exact, the same under -Ofast, and the k-th
+   smallest is found digit by digit by counting, with no copy of the weights and no memory but the counters: three digits of
+   11, 10 and 10 bits, or, where a context lends its scratch and there are weights enough, two of 16 and 15.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* Runs task(i, thread, arg) for i < count, by the context's threads where there is one. */
+static void apti_share(apt_ctx *ctx, int64_t count, void (*task)(int64_t index, int32_t thread, void *arg), void *arg)
+{
+#ifndef APT_ONLY_CORE
+    if (ctx != NULL) {
+        apti_parallel_for(ctx, count, task, arg);
+        return;
+    }
+#else
+    (void)ctx;
+#endif
+    for (int64_t i = 0; i < count; i++) task(i, 0, arg);
+}
+
+APTI_INLINE uint32_t apti_magnitude(float x)
+{
+    return apti_bits(x) & 0x7fffffffu;
+}
+
+/* --- bitmasks --- */
+
+APT_API int64_t apt_bitmask_words(int64_t n)
+{
+    return n < 0 ? -1 : apti_ceil_div(n, 64);
+}
+
+APT_API int64_t apt_bitmask_kept(const uint64_t *mask, int64_t n)
+{
+    int64_t kept = 0;
+    if (n < 0 || (mask == NULL && n > 0)) return -1;
+    for (int64_t i = 0; i < apt_bitmask_words(n); i++) kept += apti_popcount(mask[i]);
+    return kept;
+}
+
+/* w[j] = 0 where bit j of `bits` is not set, j < count <= 64. Whole words of ones need no write, words of zeros no read. */
+APTI_INLINE void apti_bitmask_word(float *w, uint64_t bits, int64_t count)
+{
+    if (bits == ~(uint64_t)0) return;
+    if (bits == 0) {
+        memset(w, 0, (size_t)count * sizeof(float));
+        return;
+    }
+    for (int64_t j = 0; j < count; j++) w[j] = apti_float(apti_bits(w[j]) & (0u - (uint32_t)(bits >> j & 1)));
+}
+
+/* mask begins at weight 0 of w. */
+static void apti_bitmask_run(float *w, const uint64_t *mask, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) apti_bitmask_word(w + i, mask[i / 64], 64);
+    if (i < n) apti_bitmask_word(w + i, mask[i / 64], n - i);
+}
+
+typedef struct apti_bitmask_job { float *w; const uint64_t *mask; int64_t n; } apti_bitmask_job;
+#define APTI_BITMASK_BLOCK 65536                 /* weights of a task; a multiple of 64 */
+
+static void apti_bitmask_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_bitmask_job *job = (const apti_bitmask_job *)arg;
+    const int64_t at = index * APTI_BITMASK_BLOCK;
+    (void)thread;
+    apti_bitmask_run(job->w + at, job->mask + at / 64, apti_min_i64(APTI_BITMASK_BLOCK, job->n - at));
+}
+
+APT_API apt_result apt_bitmask_apply(apt_ctx *ctx, float *w, const uint64_t *mask, int64_t n)
+{
+    if (n < 0 || (n > 0 && (w == NULL || mask == NULL))) return APT_E_ARGUMENT;
+    apti_bitmask_job job = {w, mask, n};
+    apti_share(ctx, apti_ceil_div(n, APTI_BITMASK_BLOCK), apti_bitmask_task, &job);
+    return APT_OK;
+}
+
+/* --- selection --- */
+
+#define APTI_DIGITS 2048                         /* values of the first digit of three ... */
+#define APTI_WIDE_DIGITS 65536                   /* ... and of two, for chunks of at least ... */
+#define APTI_WIDE_WORDS 16384                    /* ... so many words of mask */
+#define APTI_CHUNKS 64                           /* at most so many, one per thread */
+#define APTI_CHUNK_WORDS 256                     /* a chunk is worth at least so many words */
+
+/* The arrays as one row of mask words, cut into one chunk per thread: no two threads write to the same word. */
+typedef struct apti_select {
+    apt_weights *part;
+    int32_t parts, chunks;
+    int64_t words;
+    uint32_t digits;                             /* values of the first digit */
+    int32_t shift, up;                           /* the digit counted now is bits [shift, up); the bits above it must be `prefix` */
+    uint32_t prefix;
+    uint64_t *count[APTI_CHUNKS];                /* [digits] each */
+    uint32_t border;                             /* weights below it go, and of those that are equal to it ... */
+    uint64_t drop[APTI_CHUNKS];                  /* ... the first so many of each chunk */
+} apti_select;
+
+/* Stretches of a chunk: weights [from, to) of one part, from being a multiple of 64. */
+typedef struct apti_stretch { int32_t part; int64_t from, to, skip, left; } apti_stretch;
+
+static apti_stretch apti_stretch_first(const apti_select *s, int64_t chunk)
+{
+    apti_stretch r;
+    memset(&r, 0, sizeof r);
+    r.part = -1;
+    r.skip = s->words / s->chunks * chunk + apti_min_i64(chunk, s->words % s->chunks);
+    r.left = s->words / s->chunks + (chunk < s->words % s->chunks);
+    return r;
+}
+
+static bool apti_stretch_next(const apti_select *s, apti_stretch *r)
+{
+    while (r->left > 0 && ++r->part < s->parts) {
+        const int64_t words = apt_bitmask_words(s->part[r->part].n), skip = apti_min_i64(r->skip, words);
+        const int64_t take = apti_min_i64(words - skip, r->left);
+        r->skip -= skip;
+        r->left -= take;
+        r->from = 64 * skip;
+        r->to = apti_min_i64(64 * (skip + take), s->part[r->part].n);
+        if (take > 0) return true;
+    }
+    return false;
+}
+
+static void apti_digit_task(int64_t chunk, int32_t thread, void *arg)
+{
+    const apti_select *s = (const apti_select *)arg;
+    uint64_t *count = s->count[chunk];
+    apti_stretch r = apti_stretch_first(s, chunk);
+    const int32_t shift = s->shift, up = s->up;
+    const uint32_t prefix = s->prefix, low = (1u << (up - shift)) - 1;
+    (void)thread;
+    memset(count, 0, s->digits * sizeof(uint64_t));
+    while (apti_stretch_next(s, &r)) {
+        const float *w = s->part[r.part].w;
+        if (up == 31) {                          /* the first digit: every weight counts */
+            for (int64_t i = r.from; i < r.to; i++) count[apti_magnitude(w[i]) >> shift]++;
+            continue;
+        }
+        for (int64_t i = r.from; i < r.to; i++) {
+            const uint32_t m = apti_magnitude(w[i]);
+            if (m >> up == prefix) count[m >> shift & low]++;
+        }
+    }
+}
+
+/* Bit j: |w[j]| >= least, j < 64. Magnitudes are below 2^31, so the sign of the difference tells. */
+APTI_INLINE uint64_t apti_at_least(const float *w, uint32_t least)
+{
+    uint64_t bits = 0;
+    for (int32_t j = 64; j > 0; j -= 8) {
+        uint32_t byte = 0;
+#define APTI_BELOW(t) byte |= (apti_magnitude(w[j - 8 + t]) - least) >> 31 << t;
+        APTI_BELOW(0) APTI_BELOW(1) APTI_BELOW(2) APTI_BELOW(3) APTI_BELOW(4) APTI_BELOW(5) APTI_BELOW(6) APTI_BELOW(7)
+#undef APTI_BELOW
+        bits = bits << 8 | byte;
+    }
+    return ~bits;
+}
+
+/* The rule itself, for the words where the fast test is not enough: bits of the first n <= 64 weights; *drop counts down. */
+static uint64_t apti_border_word(const float *w, int64_t n, uint32_t border, uint64_t *drop)
+{
+    uint64_t bits = 0;
+    for (int64_t j = 0; j < n; j++) {
+        const uint32_t m = apti_magnitude(w[j]);
+        const bool dropped = m == border && *drop > 0;
+        *drop -= dropped;
+        bits |= (uint64_t)(m >= border && !dropped) << j;
+    }
+    return bits;
+}
+
+/* While weights on the border are still to be dropped, a word in which the border makes a difference holds some of them. */
+static void apti_mask_task(int64_t chunk, int32_t thread, void *arg)
+{
+    apti_select *s = (apti_select *)arg;
+    uint64_t drop = s->drop[chunk];
+    const uint32_t border = s->border;
+    apti_stretch r = apti_stretch_first(s, chunk);
+    (void)thread;
+    while (apti_stretch_next(s, &r)) {
+        for (int64_t i = r.from; i < r.to; i += 64) {
+            const float *w = s->part[r.part].w + i;
+            uint64_t *mask = &s->part[r.part].mask[i / 64];
+            if (r.to - i < 64) {
+                *mask = apti_border_word(w, r.to - i, border, &drop);
+                continue;
+            }
+            *mask = apti_at_least(w, border);
+            if (drop > 0 && apti_at_least(w, border + 1) != *mask) *mask = apti_border_word(w, 64, border, &drop);
+        }
+    }
+}
+
+/* One digit further: which one holds the k-th smallest of those that match the prefix. *k becomes its rank among those that match
+   the longer one. */
+static uint32_t apti_select_digit(apt_ctx *ctx, apti_select *s, uint64_t *k)
+{
+    uint32_t digit = 0;
+    apti_share(ctx, s->chunks, apti_digit_task, s);
+    for (;; digit++) {
+        uint64_t sum = 0;
+        for (int32_t c = 0; c < s->chunks; c++) sum += s->count[c][digit];
+        if (*k < sum || digit + 1 == s->digits) return digit;
+        *k -= sum;
+    }
+}
+
+/* Chunks, and their counters: in the scratch of the context's threads, or `own` for a single chunk. */
+static void apti_select_begin(apt_ctx *ctx, apti_select *s, apt_weights *part, int32_t parts, uint64_t *own)
+{
+    memset(s, 0, sizeof *s);
+    s->part = part;
+    s->parts = parts;
+    for (int32_t i = 0; i < parts; i++) s->words += apt_bitmask_words(part[i].n);
+    s->chunks = 1;
+    s->count[0] = own;
+    s->digits = APTI_DIGITS;
+#ifndef APT_ONLY_CORE
+    if (ctx == NULL) return;
+    s->chunks = (int32_t)apti_min_i64(ctx->threads, apti_max_i64(1, s->words / APTI_CHUNK_WORDS));
+    for (int32_t c = 0; c < s->chunks; c++) s->count[c] = (uint64_t *)ctx->scratch[c];
+    if (s->words / s->chunks >= APTI_WIDE_WORDS) s->digits = APTI_WIDE_DIGITS;
+#else
+    (void)ctx;
+#endif
+}
+
+static void apti_select_end(apt_ctx *ctx, apti_select *s)
+{
+    apti_share(ctx, s->chunks, apti_mask_task, s);
+    for (int32_t i = 0; i < s->parts; i++) s->part[i].zeros = s->part[i].n - apt_bitmask_kept(s->part[i].mask, s->part[i].n);
+}
+
+/* Counts the first digit, which also tells whether all weights are finite. */
+static apt_result apti_select_scan(apt_ctx *ctx, apti_select *s, uint64_t *k, uint32_t *digit)
+{
+    s->up = 31;
+    s->shift = s->digits == APTI_DIGITS ? 20 : 15;
+    *digit = apti_select_digit(ctx, s, k);
+    for (int32_t c = 0; c < s->chunks; c++)
+        for (uint32_t d = 0x7f800000u >> s->shift; d < s->digits; d++)
+            if (s->count[c][d] != 0) return APT_E_NONFINITE;
+    return APT_OK;
+}
+
+static apt_result apti_weights_check(const apt_weights *part, int32_t parts, int64_t *n)
+{
+    *n = 0;
+    if (parts < 0 || (parts > 0 && part == NULL)) return APT_E_ARGUMENT;
+    for (int32_t i = 0; i < parts; i++) {
+        if (part[i].n < 0 || (part[i].n > 0 && (part[i].w == NULL || part[i].mask == NULL))) return APT_E_ARGUMENT;
+        if (!apti_add(*n, part[i].n, n)) return APT_E_RANGE;
+    }
+    return APT_OK;
+}
+
+static apt_result apti_check_sparsity(double sparsity)
+{
+    if (!apti_finite_f64(sparsity)) return APT_E_NONFINITE;
+    return sparsity >= 0 && sparsity < 1 ? APT_OK : APT_E_RANGE;
+}
+
+/* The k-th smallest is the border; what is left of k behind the smaller ones is dropped from the equal ones, chunk by chunk. */
+APT_API apt_result apt_magnitude_global(apt_ctx *ctx, apt_weights *part, int32_t parts, double sparsity)
+{
+    apti_select s;
+    uint64_t own[APTI_DIGITS], k;
+    uint32_t digit = 0;
+    int64_t n = 0;
+    apt_result r = apti_weights_check(part, parts, &n);
+    if (r == APT_OK) r = apti_check_sparsity(sparsity);
+    if (r != APT_OK) return r;
+    const uint64_t gone = (uint64_t)apti_min_i64((int64_t)((double)n * sparsity), apti_max_i64(n - 1, 0));
+    apti_select_begin(ctx, &s, part, parts, own);
+    k = gone > 0 ? gone - 1 : 0;
+    r = apti_select_scan(ctx, &s, &k, &digit);
+    if (r != APT_OK) return r;
+    if (gone > 0) {
+        s.prefix = digit;
+        while (s.shift > 0) {
+            s.up = s.shift;
+            s.shift = s.up == 20 ? 10 : 0;
+            digit = apti_select_digit(ctx, &s, &k);
+            s.prefix = s.prefix << (s.up - s.shift) | digit;
+        }
+        s.border = s.prefix;
+        k++;
+        for (int32_t c = 0; c < s.chunks && k > 0; c++) {
+            s.drop[c] = s.count[c][digit] < k ? s.count[c][digit] : k;
+            k -= s.drop[c];
+        }
+    }
+    apti_select_end(ctx, &s);
+    return APT_OK;
+}
+
+APT_API apt_result apt_magnitude_sparsity(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t n,
+                                          double sparsity)
+{
+    apt_weights part = {w, n, mask, 0};
+    const apt_result r = apt_magnitude_global(ctx, &part, 1, sparsity);
+    if (r == APT_OK && zeros != NULL) *zeros = part.zeros;
+    return r;
+}
+
+APT_API apt_result apt_magnitude_threshold(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t n,
+                                           float threshold)
+{
+    apt_weights part = {w, n, mask, 0};
+    apti_select s;
+    uint64_t own[APTI_DIGITS], k = 0;
+    uint32_t digit = 0;
+    apt_result r = apti_weights_check(&part, 1, &n);
+    if (r != APT_OK) return r;
+    if (!apti_finite(threshold)) return APT_E_NONFINITE;
+    if (threshold < 0) return APT_E_RANGE;
+    apti_select_begin(ctx, &s, &part, 1, own);
+    r = apti_select_scan(ctx, &s, &k, &digit);
+    if (r != APT_OK) return r;
+    s.border = apti_magnitude(threshold);        /* what is equal to it stays: nothing is dropped */
+    apti_select_end(ctx, &s);
+    if (zeros != NULL) *zeros = part.zeros;
+    return APT_OK;
+}
+
+/* --- patterns --- */
+
+typedef struct apti_pattern_job { uint64_t *mask; const float *w; int64_t rows, cols; int32_t keep, of; } apti_pattern_job;
+
+/* The bits of one group of n weights: its `keep` last ones by (|w|, index). */
+static uint64_t apti_pattern_group(const float *w, int32_t n, int32_t keep)
+{
+    uint64_t bits = 0;
+    for (int32_t i = 0; i < n; i++) {
+        int32_t better = 0;                      /* weights that go after this one */
+        const uint32_t m = apti_magnitude(w[i]);
+        for (int32_t j = 0; j < n; j++) better += apti_magnitude(w[j]) > m || (j > i && apti_magnitude(w[j]) == m);
+        bits |= (uint64_t)(better < keep) << i;
+    }
+    return bits;
+}
+
+/* 64 rows begin and end with a word of the mask, whatever their length. */
+static void apti_pattern_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_pattern_job *job = (const apti_pattern_job *)arg;
+    const int64_t first = 64 * index, last = apti_min_i64(first + 64, job->rows), cols = job->cols;
+    (void)thread;
+    memset(job->mask + first * cols / 64, 0, (size_t)apt_bitmask_words((last - first) * cols) * sizeof(uint64_t));
+    for (int64_t r = first; r < last; r++) {
+        for (int64_t c = 0; c < cols; c += job->of) {
+            const int64_t at = r * cols + c;
+            const int32_t n = (int32_t)apti_min_i64(job->of, cols - c);
+            const uint64_t bits = apti_pattern_group(job->w + at, n, job->keep);
+            job->mask[at / 64] |= bits << at % 64;
+            if (at % 64 + n > 64) job->mask[at / 64 + 1] |= bits >> (64 - at % 64);
+        }
+    }
+}
+
+APT_API apt_result apt_magnitude_pattern(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t rows,
+                                         int64_t cols, int32_t keep, int32_t of)
+{
+    int64_t n;
+    if (rows < 0 || cols < 0) return APT_E_ARGUMENT;
+    if (!apti_mul(rows, cols, &n)) return APT_E_RANGE;
+    if (n > 0 && (mask == NULL || w == NULL)) return APT_E_ARGUMENT;
+    if (keep < 1 || of <= keep || of > 64) return APT_E_RANGE;
+    if (!apti_finite_all(w, n)) return APT_E_NONFINITE;
+    apti_pattern_job job = {mask, w, rows, cols, keep, of};
+    if (n > 0) apti_share(ctx, apti_ceil_div(rows, 64), apti_pattern_task, &job);
+    if (zeros != NULL) *zeros = n - apt_bitmask_kept(mask, n);
+    return APT_OK;
+}
+
+APT_API apt_result apt_magnitude_schedule(double *sparsity, double first, double last, int32_t iterations, int32_t t)
+{
+    if (sparsity == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite_f64(first) || !apti_finite_f64(last)) return APT_E_NONFINITE;
+    if (!(first > 0) || last < first || last >= 1 || iterations < 1 || t < 0 || t > iterations) return APT_E_RANGE;
+    *sparsity = t == iterations ? last : first * pow(last / first, (double)t / iterations);
+    return APT_OK;
+}
+
+/* --- compressed matrices --- */
+
+APT_API int64_t apt_sparse_count(const float *w, int64_t ld, int64_t rows, int64_t cols)
+{
+    int64_t count = 0;
+    if (apti_check_matrix(w, ld, rows, cols) != APT_OK) return -1;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) count += apti_bits(w[r * ld + c]) != 0;
+    return count;
+}
+
+APT_API int64_t apt_sparse_bytes(int64_t rows, int64_t cols, int64_t count)
+{
+    int64_t mask, values, bytes;
+    if (rows < 0 || cols < 0 || count < 0 || !apti_mul(rows, apti_ceil_div(cols, 8), &mask) || !apti_mul(4, count, &values) ||
+        !apti_add(mask, values, &bytes) || !apti_add(bytes, 8, &bytes))
+        return -1;
+    return bytes;
+}
+
+/* Pointers and sizes of a view. filled: also where its rows begin (that their bits agree is for apti_sparse_check_bits). */
+static apt_result apti_sparse_check(const apt_sparse *s, bool filled)
+{
+    int64_t words;
+    if (s == NULL || s->rows < 0 || s->cols < 0 || s->start == NULL) return APT_E_ARGUMENT;
+    if (!apti_mul(s->rows, apt_bitmask_words(s->cols), &words)) return APT_E_RANGE;
+    if (words > 0 && s->bits == NULL) return APT_E_ARGUMENT;
+    if (!filled) return APT_OK;
+    if (s->start[0] != 0 || (s->values == NULL && s->start[s->rows] > 0)) return APT_E_ARGUMENT;
+    for (int64_t r = 0; r < s->rows; r++)
+        if (s->start[r + 1] < s->start[r] || s->start[r + 1] - s->start[r] > s->cols) return APT_E_SHAPE;
+    return APT_OK;
+}
+
+/* Each row has as many values as bits, and no bit behind its last column. Too slow for every product of a few rows. */
+static apt_result apti_sparse_check_bits(const apt_sparse *s)
+{
+    const int64_t row = apt_bitmask_words(s->cols);
+    for (int64_t r = 0; r < s->rows; r++) {
+        const uint64_t *bits = s->bits + r * row;
+        if (s->start[r + 1] - s->start[r] != apt_bitmask_kept(bits, s->cols)) return APT_E_SHAPE;
+        if (s->cols % 64 != 0 && bits[row - 1] >> s->cols % 64 != 0) return APT_E_SHAPE;
+    }
+    return APT_OK;
+}
+
+APT_API apt_result apt_sparse_pack(apt_sparse *sparse, int64_t capacity, const float *w, int64_t ld)
+{
+    apt_result r = apti_sparse_check(sparse, false);
+    if (r == APT_OK) r = apti_check_matrix(w, ld, sparse->rows, sparse->cols);
+    if (r == APT_OK && sparse->values == NULL && capacity > 0) r = APT_E_ARGUMENT;
+    if (r != APT_OK) return r;
+    const int64_t row = apt_bitmask_words(sparse->cols);
+    int64_t n = 0;
+    for (int64_t i = 0; i < sparse->rows; i++) {
+        uint64_t *bits = sparse->bits + i * row;
+        sparse->start[i] = n;
+        if (row > 0) memset(bits, 0, (size_t)row * sizeof(uint64_t));
+        for (int64_t c = 0; c < sparse->cols; c++) {
+            const float x = w[i * ld + c];
+            if (apti_bits(x) == 0) continue;
+            if (n >= capacity) return APT_E_SCRATCH;
+            bits[c / 64] |= (uint64_t)1 << c % 64;
+            sparse->values[n++] = x;
+        }
+    }
+    sparse->start[sparse->rows] = n;
+    return APT_OK;
+}
+
+APT_API apt_result apt_sparse_unpack(float *w, int64_t ld, const apt_sparse *sparse)
+{
+    apt_result r = apti_sparse_check(sparse, true);
+    if (r == APT_OK) r = apti_sparse_check_bits(sparse);
+    if (r == APT_OK) r = apti_check_matrix(w, ld, sparse->rows, sparse->cols);
+    if (r != APT_OK) return r;
+    const int64_t row = apt_bitmask_words(sparse->cols);
+    const float *value = sparse->values;
+    for (int64_t i = 0; i < sparse->rows; i++)
+        for (int64_t c = 0; c < sparse->cols; c++)
+            w[i * ld + c] = sparse->bits[i * row + c / 64] >> c % 64 & 1 ? *value++ : 0.0f;
+    return APT_OK;
+}
+
+/* One element of the product by its definition. */
+static float apti_sparse_dot(const apt_sparse *s, int64_t row, const float *x)
+{
+    const uint64_t *bits = s->bits + row * apt_bitmask_words(s->cols);
+    const float *value = s->values + s->start[row];
+    float sum = 0;
+    for (int64_t at = 0; at < s->cols; at += 64)
+        for (uint64_t b = bits[at / 64]; b != 0; b &= b - 1) sum += *value++ * x[at + apti_lowest_bit(b)];
+    return sum;
+}
+
+#ifndef APT_ONLY_CORE
+/* A task is one block of rows of x, as wide as the kernel's sums are many, times a range of outputs. x goes sideways into the
+   scratch, APTI_SPARSE_K inputs at a time, so that a value of W meets all rows of the block in consecutive vectors; the
+   sums rest there too until all inputs have been through. */
+typedef struct apti_sparse_job {
+    apt_ctx *ctx;
+    const apt_sparse *s;
+    float *y;
+    const float *x;
+    int64_t ldy, ldx, n, width, blocks, outputs;          /* rows of x in a block; blocks; outputs of a task */
+} apti_sparse_job;
+
+#define APTI_SPARSE_K 128                        /* a multiple of 64: with 64 rows they fill a first-level cache */
+#define APTI_SPARSE_OUTPUTS 1024
+
+static void apti_sparse_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_sparse_job *job = (const apti_sparse_job *)arg;
+    const apti_kernels *kernels = job->ctx->kernels;
+    const apt_sparse *s = job->s;
+    const int64_t i0 = index % job->blocks * job->width, rows = apti_min_i64(job->width, job->n - i0);
+    const int64_t o0 = index / job->blocks * job->outputs, outputs = apti_min_i64(job->outputs, s->rows - o0);
+    const int64_t row = apt_bitmask_words(s->cols);
+    apti_sparse_tile t;
+    int64_t *at = (int64_t *)job->ctx->scratch[thread];
+    float *x = (float *)(at + APTI_SPARSE_OUTPUTS), *sums = x + APTI_SPARSE_K * job->width;
+    memcpy(at, s->start + o0, (size_t)outputs * sizeof(int64_t));
+    memset(sums, 0, (size_t)(outputs * job->width) * sizeof(float));
+    memset(x, 0, (size_t)(APTI_SPARSE_K * job->width) * sizeof(float));    /* rows that are not there stay 0 */
+    t.vectors = (int32_t)(job->width / kernels->lanes);
+    t.outputs = outputs;
+    t.row = row;
+    t.at = at;
+    t.values = s->values;
+    t.x = x;
+    t.sums = sums;
+    for (int64_t k = 0; k < s->cols; k += APTI_SPARSE_K) {
+        const int64_t cols = apti_min_i64(APTI_SPARSE_K, s->cols - k);
+        kernels->transpose(x, job->width, job->x + i0 * job->ldx + k, job->ldx, rows, cols);
+        t.bits = s->bits + o0 * row + k / 64;
+        t.words = apt_bitmask_words(cols);
+        kernels->sparse(&t);
+    }
+    kernels->transpose(job->y + i0 * job->ldy + o0, job->ldy, sums, job->width, outputs, rows);
+}
+
+static void apti_sparse_run(apt_ctx *ctx, const apt_sparse *s, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t n)
+{
+    apti_sparse_job job;
+    const int64_t lanes = ctx->kernels->lanes;
+    job.ctx = ctx;
+    job.s = s;
+    job.y = y;
+    job.x = x;
+    job.ldy = ldy;
+    job.ldx = ldx;
+    job.n = n;
+    job.width = lanes;
+    while (job.width < n && job.width < APTI_SPARSE_VECTORS * lanes) job.width *= 2;
+    job.blocks = apti_ceil_div(n, job.width);
+    const int64_t wanted = apti_ceil_div(4 * ctx->threads, job.blocks), most = apti_ceil_div(s->rows, APTI_SPARSE_OUTPUTS);
+    job.outputs = apti_ceil_div(s->rows, apti_max_i64(most, apti_min_i64(wanted, apti_ceil_div(s->rows, 32))));
+    apti_parallel_for(ctx, job.blocks * apti_ceil_div(s->rows, job.outputs), apti_sparse_task, &job);
+}
+#endif /* APT_ONLY_CORE */
+
+APT_API apt_result apt_sparse_forward(apt_ctx *ctx, float *y, int64_t ldy, const apt_sparse *sparse, const float *x, int64_t ldx,
+                                      int64_t n)
+{
+    apt_result r = apti_sparse_check(sparse, true);
+    if (r == APT_OK) r = apti_check_matrix(x, ldx, n, sparse->cols);
+    if (r == APT_OK) r = apti_check_matrix(y, ldy, n, sparse->rows);
+    if (r != APT_OK || n == 0 || sparse->rows == 0) return r;
+#ifndef APT_ONLY_CORE
+    if (ctx != NULL) {
+        apti_sparse_run(ctx, sparse, y, ldy, x, ldx, n);
+        return APT_OK;
+    }
+#else
+    (void)ctx;
+#endif
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t o = 0; o < sparse->rows; o++) y[i * ldy + o] = apti_sparse_dot(sparse, o, x + i * ldx);
+    return APT_OK;
+}
+
 #ifndef APT_ONLY_CORE
 // >>model
 /* ---------------------------------------------------------------------------------------------------------------------
