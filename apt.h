@@ -82,7 +82,8 @@
    1. The core alone. #define APT_ONLY_CORE before including: pure functions on your own float arrays (schedule, salience,
       search, masks, gather, adapters, distillation losses). No files, no threads, no allocation. See examples/custom_trainer.c.
    2. Model and trainer, as above.
-   3. The example programs: examples/roberta.c is a complete command-line trainer.
+   3. The example programs: examples/roberta.c, examples/t5.c and examples/llama.c are complete command-line trainers, one for
+      each kind of model: encoders, encoder-decoders, decoders.
 
    BUILD OPTIONS, defined before the implementation is included
 
@@ -134,7 +135,10 @@
    for a prompt); a T5 batch has sources in offsets and tokens, and target_offsets with labels for what is to be written. The
    vocabulary's logits are never whole in memory: loss and gradient are taken in chunks of rows. Head units are KV heads with
    their query heads, a neuron of a gated FFN is a row of both input maps, and a T5 decoder layer counts as two layers: its
-   self attention, then its cross attention with the FFN. The LM head is frozen unless the method is APT_METHOD_FULL.
+   self attention, then its cross attention with the FFN. The LM head is frozen unless the method is APT_METHOD_FULL or
+   apt_train_desc.adapt has APT_ADAPT_HEAD. That adapter ("lora_A.lm_head") belongs to the product with the vocabulary alone:
+   where the head is tied, the word embeddings stay what they are while it learns, and so merging it gives the head a matrix of
+   its own (apt_config.untied; scaled_head goes into it).
    apt_generate continues texts with a cache of keys and values in the shapes that pruning has left:
 
        apt_generate_desc how = APT_ZERO;
@@ -424,8 +428,8 @@ typedef struct apt_generate_desc {
 APT_API apt_result apt_generate(apt_model *model, const apt_batch *batch, const apt_generate_desc *desc, int32_t *tokens,
                                 int32_t *lengths);
 
-/* Folds W + s*B*A into W for every adapter and removes them. *difference (may be NULL) receives the largest absolute
-   logit difference on `probe` (NULL: not measured). */
+/* Folds W + s*B*A into W for every adapter and removes them (a tied LM head that has one is tied no longer). *difference (may
+   be NULL) receives the largest absolute logit difference on `probe` (NULL: not measured). */
 APT_API apt_result apt_model_merge(apt_model *model, const apt_batch *probe, float *difference);
 
 /* Parameter access by Hugging Face name, in current shapes (adapters: "lora_A.NAME", "lora_B.NAME" without ".weight").
@@ -459,7 +463,8 @@ enum {
     APT_ADAPT_OUTPUT = 8,
     APT_ADAPT_UP = 16,                /* T5 wi or wi_0, LLaMA up_proj */
     APT_ADAPT_DOWN = 32,
-    APT_ADAPT_GATE = 64               /* gated FFN: the other input map: T5 wi_1, LLaMA gate_proj */
+    APT_ADAPT_GATE = 64,              /* gated FFN: the other input map: T5 wi_1, LLaMA gate_proj */
+    APT_ADAPT_HEAD = 128              /* T5, LLaMA: the LM head, see ON DECODERS */
 };
 enum { APT_PRUNE_HEADS = 1, APT_PRUNE_NEURONS = 2, APT_PRUNE_HIDDEN = 4 };
 
@@ -583,7 +588,8 @@ APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, v
 typedef struct apt_estimate_info {
     int64_t weights, adapters, optimizer, activations, teacher, scratch, total;
 } apt_estimate_info;
-/* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. */
+/* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. Which units
+   a run will prune cannot be known: it is taken that all layers lose the same share of heads and neurons. */
 APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                 int64_t sequences, apt_estimate_info *info);
 /* The same for T5: at most `tokens` source and target_tokens target tokens (apt_estimate: as many of both; other families: 0). */
@@ -6033,62 +6039,69 @@ static double apti_span_loss(apt_ctx *ctx, float *dlogits, const float *logits, 
 
 /* ---- language modelling heads ------------------------------------------------------------------------------------- */
 
+/* Logits that exist at a time, at most: 64 MiB. Every chunk of rows streams the whole matrix through the caches and, for the
+   gradient of h, transposes it, so a chunk needs some hundred rows before that is cheap beside the product. */
+#define APTI_LOGITS ((int64_t)1 << 24)
+
+/* The product with the vocabulary, and its gradients: a linear layer of which only some rows exist at a time. */
 typedef struct apti_lm_op {
-    int64_t vocab, d;
-    const apti_packed *packed;        /* E(vocab, d) in panels, or NULL: */
-    const float *e;                   /* E row-major */
-    const float *bias;                /* [vocab] or NULL */
+    apti_linear_op head;              /* W(vocab, d), bias, adapter; head.w NULL: no panels and no adapter, but */
+    const float *e;                   /* W row-major */
+    float *xa, *dya;                  /* (rows, rank) each: room for what the adapter takes and its gradient */
 } apti_lm_op;
 
-/* logits(rows, vocab) = h E^T + bias, h(rows, d) */
+/* logits(rows, vocab) = h W^T + xa B^T + bias, h(rows, d) */
 static void apti_lm_logits(apt_ctx *ctx, const apti_lm_op *op, float *logits, int64_t ldl, const float *h, int64_t ldh,
                            int64_t rows)
 {
-    apti_gemm g = apti_gemm_begin(logits, ldl, rows, op->vocab, false);
+    apti_gemm g = apti_gemm_begin(logits, ldl, rows, op->head.out, false);
+    if (op->head.w != NULL) {
+        apti_linear_forward(ctx, &op->head, logits, ldl, h, ldh, rows, op->xa, NULL);
+        return;
+    }
     if (rows == 0) return;
-    apti_gemm_left(&g.part[0], h, ldh, op->d);
-    if (op->packed) apti_gemm_packed(&g.part[0], APTI_B_PACKED, op->packed);
-    else apti_gemm_right(&g.part[0], APTI_B_PLAIN_T, op->e, op->d);
-    g.bias = op->bias;
+    apti_gemm_left(&g.part[0], h, ldh, op->head.in);
+    apti_gemm_right(&g.part[0], APTI_B_PLAIN_T, op->e, op->head.in);
+    g.bias = op->head.bias;
     apti_gemm_run(ctx, &g);
 }
 
-/* dh(rows, d) (+)= dlogits E */
-static void apti_lm_input_grad(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_t lddh, bool accumulate,
-                               const float *dlogits, int64_t ldd, int64_t rows)
+/* dh(rows, d) (+)= dlogits W + dya A, or NULL; grad: += as in apti_linear_backward. Behind apti_lm_logits of the same rows, for
+   it reads xa. */
+static void apti_lm_grads(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_t lddh, bool accumulate, const float *dlogits,
+                          int64_t ldd, const float *h, int64_t ldh, int64_t rows, const apti_linear_grad *grad)
 {
-    apti_gemm g = apti_gemm_begin(dh, lddh, rows, op->d, accumulate);
-    apti_gemm_left(&g.part[0], dlogits, ldd, op->vocab);
-    if (op->packed) apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->packed);
-    else apti_gemm_right(&g.part[0], APTI_B_PLAIN, op->e, op->d);
-    apti_gemm_run(ctx, &g);
+    if (op->head.w != NULL) {
+        apti_linear_backward(ctx, &op->head, dh, lddh, accumulate, dlogits, ldd, h, ldh, op->xa, op->dya, rows, grad);
+        return;
+    }
+    if (dh) {
+        apti_gemm g = apti_gemm_begin(dh, lddh, rows, op->head.in, accumulate);
+        apti_gemm_left(&g.part[0], dlogits, ldd, op->head.out);
+        apti_gemm_right(&g.part[0], APTI_B_PLAIN, op->e, op->head.in);
+        apti_gemm_run(ctx, &g);
+    }
+    if (grad->w) apti_weight_grad(ctx, grad->w, op->head.out, op->head.in, dlogits, ldd, h, ldh, rows);
+    if (grad->bias) apti_column_sum(ctx, grad->bias, dlogits, ldd, rows, op->head.out);
 }
 
-/* dE += dlogits^T h, dbias += column sums; each may be NULL */
-static void apti_lm_weight_grad(apt_ctx *ctx, const apti_lm_op *op, float *de, float *dbias, const float *dlogits, int64_t ldd,
-                                const float *h, int64_t ldh, int64_t rows)
+/* Cross entropy of the logits of h against labels[rows], `chunk` rows at a time, so that no more than chunk x vocab logits ever
+   exist: work holds chunk * apti_ld(vocab) floats. With grad (its parts are added to; NULL: the loss alone) dh(rows, d) is
+   overwritten, unless it is NULL. Labels, gradient and counts as in apti_cross_entropy. */
+static double apti_lm_loss(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_t lddh, const apti_linear_grad *grad,
+                           const float *h, int64_t ldh, const int32_t *labels, int64_t rows, int32_t ignore_label,
+                           float grad_scale, float *work, int64_t chunk, int64_t *count, int64_t *correct)
 {
-    if (de) apti_weight_grad(ctx, de, op->vocab, op->d, dlogits, ldd, h, ldh, rows);
-    if (dbias) apti_column_sum(ctx, dbias, dlogits, ldd, rows, op->vocab);
-}
-
-/* Cross entropy of h E^T + bias against labels[rows], `chunk` rows at a time, so that no more than chunk x vocab logits ever
-   exist: work holds chunk * apti_ld(vocab) floats. dh(rows, d) is overwritten, de(vocab, d) and dbias(vocab) are added to;
-   each may be NULL. Labels, gradient and counts as in apti_cross_entropy. */
-static double apti_lm_loss(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_t lddh, float *de, float *dbias, const float *h,
-                           int64_t ldh, const int32_t *labels, int64_t rows, int32_t ignore_label, float grad_scale, float *work,
-                           int64_t chunk, int64_t *count, int64_t *correct)
-{
-    const int64_t ld = apti_ld(op->vocab);
+    const int64_t vocab = op->head.out, ld = apti_ld(vocab);
     apti_loss_job job = APT_ZERO;
     double total = 0;
     *count = *correct = 0;
-    for (int64_t i = 0; i < rows; i++) *count += apti_loss_counts(labels[i], op->vocab, ignore_label);
+    for (int64_t i = 0; i < rows; i++) *count += apti_loss_counts(labels[i], vocab, ignore_label);
     job.ctx = ctx;
-    job.dlogits = dh || de || dbias ? work : NULL;
+    job.dlogits = grad ? work : NULL;
     job.logits = work;
     job.ldd = job.ldl = ld;
-    job.classes = op->vocab;
+    job.classes = vocab;
     job.ignore = ignore_label;
     job.weight[0] = *count > 0 ? (double)grad_scale / (double)*count : 0.0;
     for (int64_t first = 0; first < rows; first += chunk) {
@@ -6099,8 +6112,7 @@ static double apti_lm_loss(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_
         apti_lm_logits(ctx, op, work, ld, from, ldh, job.rows);
         total += apti_loss_run(&job, apti_cross_entropy_task, &hits);
         *correct += hits;
-        if (dh) apti_lm_input_grad(ctx, op, dh + first * lddh, lddh, false, work, ld, job.rows);
-        apti_lm_weight_grad(ctx, op, de, dbias, work, ld, from, ldh, job.rows);
+        if (grad) apti_lm_grads(ctx, op, dh ? dh + first * lddh : NULL, lddh, false, work, ld, from, ldh, job.rows, grad);
     }
     return total;
 }
@@ -8111,6 +8123,7 @@ struct apt_model {
     int32_t param_count;
     apti_param *none;                 /* 0 x 0, behind the counted ones: adapters of linear maps that a layer does not have */
     apti_param *embed[APTI_EMBED_SLOTS], *head[APTI_HEAD_SLOTS];  /* slots that the family or the task lacks are NULL */
+    apti_param *head_a, *head_b;      /* adapter of the LM head, as in apti_layer */
     apti_layer *layers;
     float *masks;                     /* [units], or NULL: all 1. Order: apt_units */
     uint64_t **bitmask;               /* masks of single weights: [param_count], or NULL: none. An entry is NULL: all stay */
@@ -8119,7 +8132,7 @@ struct apt_model {
 
 /* ------------------------------------------------------------------------------------------------ names and layout */
 
-typedef enum apti_when { APTI_ALWAYS = 0, APTI_IF_GATED, APTI_IF_PLAIN, APTI_IF_BIAS, APTI_IF_UNTIED } apti_when;
+typedef enum apti_when { APTI_ALWAYS = 0, APTI_IF_GATED, APTI_IF_PLAIN, APTI_IF_BIAS } apti_when;
 
 /* One row per parameter of a layer: where it lives, how the file calls it, what its axes follow, which models have it. */
 typedef struct apti_param_row {
@@ -8247,8 +8260,8 @@ static const apti_param_row apti_llama_embed_rows[] = {
     {APTI_WORD, "embed_tokens.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
     {APTI_FINAL_NORM, "norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
 };
-static const apti_param_row apti_lm_rows[] = {
-    {APTI_HEAD_OUT_W, "lm_head.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_IF_UNTIED},
+static const apti_param_row apti_lm_rows[] = {             /* without rows while the word embeddings are the head */
+    {APTI_HEAD_OUT_W, "lm_head.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
 };
 
 typedef struct apti_rows { const apti_param_row *row; int32_t count; } apti_rows;
@@ -8328,7 +8341,6 @@ static bool apti_row_applies(const apti_param_row *row, const apt_config *c)
     case APTI_IF_GATED: return c->gated != 0;
     case APTI_IF_PLAIN: return c->gated == 0;
     case APTI_IF_BIAS: return c->qkv_bias != 0;
-    case APTI_IF_UNTIED: return c->untied != 0;
     case APTI_ALWAYS: default: return true;
     }
 }
@@ -8391,13 +8403,19 @@ static int64_t apti_fixed_embed_rows(const apt_config *c, int32_t slot)
     }
 }
 
+/* The word embeddings are the LM head. */
+static bool apti_is_tied(const apt_config *c)
+{
+    return c->task == APT_TASK_LM && !c->untied;
+}
+
 /* FIXED lengths inside task heads: the dense layer keeps the dense hidden size, the output its width. */
 static int64_t apti_fixed_head_size(const apt_config *c, int32_t slot, bool rows)
 {
     switch (slot) {
     case APTI_HEAD_DENSE_W: return rows ? c->hidden_dense : 0;
     case APTI_HEAD_DENSE_B: return rows ? 1 : c->hidden_dense;
-    case APTI_HEAD_OUT_W: return rows ? apti_head_width(c) : c->hidden_dense;
+    case APTI_HEAD_OUT_W: return !rows ? c->hidden_dense : apti_is_tied(c) ? 0 : apti_head_width(c);
     case APTI_HEAD_OUT_B: return rows ? 1 : apti_head_width(c);
     default: return 1;
     }
@@ -8438,6 +8456,18 @@ static void apti_layout_rows(apt_model *model, int32_t l, const apti_rows *rows,
     }
 }
 
+/* The adapter of w, of rank 0 at first. */
+static void apti_layout_adapter(apt_model *model, const apti_param *w, apti_param **a, apti_param **b)
+{
+    const apti_param_row ra = {0, NULL, 2, APTI_AXIS_RANK, w->col_axis, 0, APTI_ALWAYS},
+                         rb = {0, NULL, 2, w->row_axis, APTI_AXIS_RANK, 0, APTI_ALWAYS};
+    const int stem = (int)(strlen(w->name) - strlen(".weight"));
+    *a = apti_param_add(model, &ra, w->layer, 0, 0);
+    *b = apti_param_add(model, &rb, w->layer, model->config.vocab, 0);       /* rows that follow nothing are the LM head's */
+    snprintf((*a)->name, sizeof((*a)->name), "lora_A.%.*s", stem, w->name);
+    snprintf((*b)->name, sizeof((*b)->name), "lora_B.%.*s", stem, w->name);
+}
+
 static void apti_layout_layer(apt_model *model, int32_t l)
 {
     const apt_config *c = &model->config;
@@ -8445,18 +8475,10 @@ static void apti_layout_layer(apt_model *model, int32_t l)
     const bool cross = apti_is_cross(c, l);
     apti_layout_rows(model, l, cross ? &block->cross : &block->attention, cross);
     if (apti_has_ffn(c, l)) apti_layout_rows(model, l, &block->ffn, cross ? 2 : 1);
-    for (int32_t i = 0; i < APTI_LINEARS; i++) {                      /* adapters start with rank 0 */
-        const apti_param *w = model->layers[l].slot[2 * i];
-        model->layers[l].lora_a[i] = model->layers[l].lora_b[i] = model->none;
-        if (w == NULL) continue;
-        const apti_param_row a = {0, NULL, 2, APTI_AXIS_RANK, w->col_axis, 0, APTI_ALWAYS},
-                             b = {0, NULL, 2, w->row_axis, APTI_AXIS_RANK, 0, APTI_ALWAYS};
-        const int stem = (int)(strlen(w->name) - strlen(".weight"));
-        apti_param *pa = apti_param_add(model, &a, l, 0, 0), *pb = apti_param_add(model, &b, l, 0, 0);
-        snprintf(pa->name, sizeof(pa->name), "lora_A.%.*s", stem, w->name);
-        snprintf(pb->name, sizeof(pb->name), "lora_B.%.*s", stem, w->name);
-        model->layers[l].lora_a[i] = pa;
-        model->layers[l].lora_b[i] = pb;
+    for (int32_t i = 0; i < APTI_LINEARS; i++) {
+        apti_layer *layer = &model->layers[l];
+        layer->lora_a[i] = layer->lora_b[i] = model->none;
+        if (layer->slot[2 * i] != NULL) apti_layout_adapter(model, layer->slot[2 * i], &layer->lora_a[i], &layer->lora_b[i]);
     }
 }
 
@@ -8469,7 +8491,7 @@ static void apti_layout(apt_model *model)
         const apti_param_row *row = &model->block->embed.row[i];
         apti_param *p = apti_param_add(model, row, -1, apti_fixed_embed_rows(c, row->slot),
                                        row->slot >= APTI_RELATIVE && row->slot < APTI_FINAL_NORM ? c->bias_heads : 1);
-        p->linear = p->narrow = row->slot == APTI_WORD && c->task == APT_TASK_LM && !c->untied;   /* it is the LM head too */
+        p->linear = p->narrow = row->slot == APTI_WORD && apti_is_tied(c);
         snprintf(p->name, sizeof(p->name), "%s%s", model->block->prefix, row->suffix);
         model->embed[row->slot] = p;
     }
@@ -8485,6 +8507,41 @@ static void apti_layout(apt_model *model)
         snprintf(p->name, sizeof(p->name), "%s", row->suffix);
         model->head[row->slot] = p;
     }
+    model->head_a = model->head_b = model->none;
+    if (c->task == APT_TASK_LM) apti_layout_adapter(model, model->head[APTI_HEAD_OUT_W], &model->head_a, &model->head_b);
+}
+
+/* ------------------------------------------------------------------------------------------------ places of adapters
+
+   Every linear map of every layer, then the LM head if there is one, are numbered through: place k is linear map
+   k % APTI_LINEARS of layer k / APTI_LINEARS. */
+
+typedef struct apti_site { apti_param *w, *a, *b; } apti_site;        /* w NULL: this layer has no such map, a and b are `none` */
+
+static int32_t apti_layer_sites(const apt_model *m)
+{
+    return m->config.layers * APTI_LINEARS;
+}
+
+static int32_t apti_sites(const apt_model *m)
+{
+    return apti_layer_sites(m) + (m->config.task == APT_TASK_LM);
+}
+
+static apti_site apti_site_of(const apt_model *m, int32_t k)
+{
+    apti_site site;
+    if (k < apti_layer_sites(m)) {
+        const apti_layer *layer = &m->layers[k / APTI_LINEARS];
+        site.w = layer->slot[2 * (k % APTI_LINEARS)];
+        site.a = layer->lora_a[k % APTI_LINEARS];
+        site.b = layer->lora_b[k % APTI_LINEARS];
+    } else {
+        site.w = apti_is_tied(&m->config) ? m->embed[APTI_WORD] : m->head[APTI_HEAD_OUT_W];
+        site.a = m->head_a;
+        site.b = m->head_b;
+    }
+    return site;
 }
 
 /* ------------------------------------------------------------------------------------------------ parameter storage */
@@ -8718,7 +8775,7 @@ static void apti_model_free(apt_model *model)
 /* Entries of the parameter table: at most so many, and one that is always empty. */
 static int64_t apti_param_capacity(int64_t layers)
 {
-    return APTI_EMBED_SLOTS + APTI_HEAD_SLOTS + layers * (APTI_LAYER_SLOTS + 2 * APTI_LINEARS) + 1;
+    return APTI_EMBED_SLOTS + APTI_HEAD_SLOTS + 2 + layers * (APTI_LAYER_SLOTS + 2 * APTI_LINEARS) + 1;
 }
 
 /* The shape of layer l when all layers are equal. */
@@ -9283,6 +9340,7 @@ struct apti_pass {
     /* embeddings and head */
     float *embed_z, *embed_stats;
     float *head_in, *head_pre, *head_out, *head_stats, *head_norm, *logits, *dlogits, *dhead, *dhead_in, *mlm_work, *kl_work;
+    float *head_xa, *head_dya;        /* adapter of the LM head: apti_lm_op */
     int64_t mlm_chunk;
     /* shared by all layers */
     float *head_mask;                 /* grouped queries: the mask of each query head of the layer at work */
@@ -9431,7 +9489,7 @@ static void apti_plan_head(apti_bump *b, apti_pass *pass, int64_t rows, int64_t 
     const apt_config *c = &pass->model->config;
     const int64_t width = apti_head_width(c), d = c->hidden, f = (int64_t)sizeof(float);
     const bool lm = c->task == APT_TASK_LM, mlm = c->task == APT_TASK_MLM || lm, span = c->task == APT_TASK_SPAN;
-    const int64_t n = mlm ? rows : sequences, dense = mlm ? d : c->hidden_dense;
+    const int64_t n = mlm ? rows : sequences, dense = mlm ? d : c->hidden_dense, rank = pass->model->head_a->rows;
     if (!span) pass->head_in = apti_bump_matrix(b, n, d);
     if (!span && !lm) {
         pass->head_pre = apti_bump_matrix(b, n, dense);
@@ -9440,9 +9498,11 @@ static void apti_plan_head(apti_bump *b, apti_pass *pass, int64_t rows, int64_t 
     if (mlm) {
         pass->head_stats = (float *)apti_bump_take(b, lm ? 0 : 2 * n, f);
         pass->head_norm = lm ? pass->head_in : apti_bump_matrix(b, n, d);       /* what the decoder reads */
-        pass->mlm_chunk = apti_max_i64(1, apti_min_i64(n, ((int64_t)1 << 21) / apti_ld(width)));
+        pass->mlm_chunk = apti_max_i64(1, apti_min_i64(n, APTI_LOGITS / apti_ld(width)));
         pass->mlm_work = apti_bump_matrix(b, pass->mlm_chunk, width);
         pass->kl_work = kept && lm ? apti_bump_matrix(b, pass->mlm_chunk, width) : NULL;
+        pass->head_xa = (float *)apti_bump_take(b, n * rank, f);
+        pass->head_dya = (float *)apti_bump_take(b, kept ? pass->mlm_chunk * rank : 0, f);
     } else {
         pass->logits = (float *)apti_bump_take(b, (span ? rows : sequences) * width, f);
     }
@@ -10183,21 +10243,38 @@ static apt_result apti_forward(apti_pass *pass, const apt_batch *batch, uint32_t
     return APT_OK;
 }
 
-/* The matrix of the decoder, with its bias where MLM has one. */
-typedef struct apti_decoder { apti_lm_op op; apti_param *e, *bias; } apti_decoder;
-
-static apti_decoder apti_decoder_of(const apt_model *m)
+/* The matrix of the decoder, with its bias where MLM has one and its adapter where LM has one. */
+static apti_param *apti_decoder_matrix(const apt_model *m)
 {
-    apti_decoder x;
-    const bool own = m->config.task == APT_TASK_LM && m->config.untied;
-    x.e = own ? m->head[APTI_HEAD_OUT_W] : m->embed[APTI_WORD];
-    x.bias = m->head[APTI_HEAD_OUT_B];
-    x.op.vocab = m->config.vocab;
-    x.op.d = m->config.hidden;
-    x.op.packed = x.e->linear ? &x.e->packed : NULL;
-    x.op.e = x.e->value;
-    x.op.bias = x.bias != NULL ? x.bias->value : NULL;
-    return x;
+    return m->config.task == APT_TASK_LM && m->config.untied ? m->head[APTI_HEAD_OUT_W] : m->embed[APTI_WORD];
+}
+
+static apti_lm_op apti_decoder_of(const apti_pass *p)
+{
+    const apt_model *m = p->model;
+    const apti_param *w = apti_decoder_matrix(m);
+    apti_lm_op op;
+    op.head = apti_view(m, w, m->head[APTI_HEAD_OUT_B], m->head_a, m->head_b);
+    if (!w->linear) op.head.w = NULL;
+    op.e = w->value;
+    op.xa = p->head_xa;
+    op.dya = p->head_dya;
+    return op;
+}
+
+static apti_linear_grad apti_grads(const apti_param *w, const apti_param *bias, const apti_param *a, const apti_param *b)
+{
+    apti_linear_grad g;
+    g.w = w->grad;
+    g.bias = bias != NULL ? bias->grad : NULL;
+    g.a = a != NULL ? a->grad : NULL;
+    g.b = b != NULL ? b->grad : NULL;
+    return g;
+}
+
+static apti_linear_grad apti_decoder_grads(const apt_model *m)
+{
+    return apti_grads(apti_decoder_matrix(m), m->head[APTI_HEAD_OUT_B], m->head_a, m->head_b);
 }
 
 /* ------------------------------------------------------------------------------------------------ losses
@@ -10225,10 +10302,10 @@ static void apti_task_loss(apti_pass *p, bool grad, float grad_scale)
         p->loss_sum = apti_span_loss(m->ctx, dlogits, p->logits, 2, b->labels, b->offsets, b->sequences, grad_scale,
                                      &p->loss_count, &p->correct);
     } else {
-        const apti_decoder x = apti_decoder_of(m);
+        const apti_lm_op op = apti_decoder_of(p);
+        const apti_linear_grad grads = apti_decoder_grads(m);
         const int64_t ld = apti_ld(m->config.hidden);
-        p->loss_sum = apti_lm_loss(m->ctx, &x.op, grad ? p->dhead : NULL, ld, grad ? x.e->grad : NULL,
-                                   grad && x.bias != NULL ? x.bias->grad : NULL, p->head_norm, ld, p->mlm_labels, p->labelled,
+        p->loss_sum = apti_lm_loss(m->ctx, &op, p->dhead, ld, grad ? &grads : NULL, p->head_norm, ld, p->mlm_labels, p->labelled,
                                    -100, grad_scale, p->mlm_work, p->mlm_chunk, &p->loss_count, &p->correct);
     }
 }
@@ -10239,16 +10316,6 @@ static double apti_mean_loss(const apti_pass *p)
 }
 
 /* ------------------------------------------------------------------------------------------------ backward */
-
-static apti_linear_grad apti_grads(const apti_param *w, const apti_param *bias, const apti_param *a, const apti_param *b)
-{
-    apti_linear_grad g;
-    g.w = w->grad;
-    g.bias = bias != NULL ? bias->grad : NULL;
-    g.a = a != NULL ? a->grad : NULL;
-    g.b = b != NULL ? b->grad : NULL;
-    return g;
-}
 
 static apti_linear_grad apti_layer_grads(const apt_model *model, int32_t l, int32_t i)
 {
@@ -10496,12 +10563,14 @@ static void apti_stack_backward(apti_pass *p, int32_t which, int32_t lowest)
     if (lowest < 0) apti_embed_backward_pass(p, stack);
 }
 
-/* From dlogits down to the lowest place that wants a gradient; with a probe down to the first layer's input. Gradients are +=. */
+/* From dlogits down to the lowest place that wants a gradient; with a probe or a loss of the trainer's at some layer down to the
+   first layer's input. Gradients are +=. */
 static void apti_backward(apti_pass *p)
 {
     apt_model *m = p->model;
     const int64_t d = m->config.hidden, ld = apti_ld(d);
-    const int32_t trained = apti_lowest_trainable(m), lowest = p->probe != NULL && trained > 0 ? 0 : trained;
+    const bool whole = p->probe != NULL || p->inject != NULL;
+    const int32_t trained = apti_lowest_trainable(m), lowest = whole && trained > 0 ? 0 : trained;
     if (m->config.task == APT_TASK_LM) apti_lm_backward(p);
     else if (m->config.task == APT_TASK_MLM) apti_mlm_backward(p);
     else apti_head_backward(p);
@@ -10529,9 +10598,9 @@ static apt_result apti_output_logits(apti_pass *p, apt_output *out)
         return apti_fail(p->model->ctx, APT_E_SCRATCH, "output: %lld logits, room for %lld", (long long)(n * width),
                          (long long)out->logits_capacity);
     if (c->task == APT_TASK_MLM || lm) {
-        const apti_decoder x = apti_decoder_of(p->model);
+        const apti_lm_op op = apti_decoder_of(p);
         if (lm) apti_head_scale(p, last->out, n);                     /* nobody reads it after this */
-        apti_lm_logits(p->model->ctx, &x.op, out->logits, width, lm ? last->out : p->head_norm, apti_ld(c->hidden), n);
+        apti_lm_logits(p->model->ctx, &op, out->logits, width, lm ? last->out : p->head_norm, apti_ld(c->hidden), n);
     } else if (c->task == APT_TASK_SPAN) {
         for (int64_t i = 0; i < n; i++) {
             out->logits[i] = p->logits[2 * i];
@@ -10738,10 +10807,10 @@ static apt_result apti_generator_step(apti_generator *g, bool first)
     const apt_result r = apti_forward(p, &g->batch, 0);
     p->cache = NULL;
     if (r != APT_OK) return r;
-    const apti_decoder x = apti_decoder_of(m);
+    const apti_lm_op op = apti_decoder_of(p);
     apti_gather_rows(m->ctx, p->head_in, ld, p->stack[p->stacks - 1].out, ld, g->last, g->active, d);
     apti_head_scale(p, p->head_in, g->active);
-    apti_lm_logits(m->ctx, &x.op, g->logits, vocab, p->head_in, ld, g->active);
+    apti_lm_logits(m->ctx, &op, g->logits, vocab, p->head_in, ld, g->active);
     for (int32_t i = 0; i < g->active; i++)
         if (!apti_finite_all(g->logits + i * vocab, vocab))
             return apti_fail(m->ctx, APT_E_NONFINITE, "apt_generate: sequence %d has a logit that is NaN or infinite",
@@ -11355,10 +11424,10 @@ static apt_adapter apti_adapter_view(const apt_model *model, float *a, float *b,
 }
 
 /* Buffers for one adapter at `rank`, in fresh[0] (A) and fresh[1] (B); none where no heads or neurons are left to adapt. */
-static bool apti_adapter_reserve(apt_model *model, apti_param *fresh, int32_t l, int32_t linear, int64_t rank, bool trainable)
+static bool apti_adapter_reserve(apt_model *model, apti_param *fresh, int32_t site, int64_t rank, bool trainable)
 {
-    fresh[0] = *model->layers[l].lora_a[linear];
-    fresh[1] = *model->layers[l].lora_b[linear];
+    fresh[0] = *apti_site_of(model, site).a;
+    fresh[1] = *apti_site_of(model, site).b;
     fresh[0].rows = fresh[1].cols = rank;
     for (int32_t i = 0; i < 2; i++) {
         apti_param_forget(&fresh[i]);
@@ -11370,9 +11439,9 @@ static bool apti_adapter_reserve(apt_model *model, apti_param *fresh, int32_t l,
 
 /* Moves one adapter into reserved buffers: new A rows random, new B columns and all their moments 0; the output does not
    change. */
-static void apti_adapter_adopt(apt_model *model, const apti_param *fresh, int32_t l, int32_t linear, apt_rng *rng)
+static void apti_adapter_adopt(apt_model *model, const apti_param *fresh, int32_t site, apt_rng *rng)
 {
-    apti_param *pa = model->layers[l].lora_a[linear], *pb = model->layers[l].lora_b[linear];
+    apti_param *pa = apti_site_of(model, site).a, *pb = apti_site_of(model, site).b;
     const apti_param *a = &fresh[0], *b = &fresh[1];
     if (a->value == NULL) return;
     const apt_adapter grown = apti_adapter_view(model, a->value, b->value, a, b);
@@ -11394,45 +11463,85 @@ static void apti_adapter_adopt(apt_model *model, const apti_param *fresh, int32_
 }
 
 /* A first adapter of `rank`, or one raised to it. */
-static apt_result apti_adapter_resize(apt_model *model, int32_t l, int32_t linear, int64_t rank, bool trainable, apt_rng *rng)
+static apt_result apti_adapter_resize(apt_model *model, int32_t site, int64_t rank, bool trainable, apt_rng *rng)
 {
     apti_param fresh[2];
-    if (!apti_adapter_reserve(model, fresh, l, linear, rank, trainable)) {
+    if (!apti_adapter_reserve(model, fresh, site, rank, trainable)) {
         apti_param_release(model->ctx, &fresh[0]);
         apti_param_release(model->ctx, &fresh[1]);
         return apti_fail(model->ctx, APT_E_MEMORY, "no memory for %s at rank %lld", fresh[0].name, (long long)rank);
     }
-    apti_adapter_adopt(model, fresh, l, linear, rng);
+    apti_adapter_adopt(model, fresh, site, rng);
     return APT_OK;
 }
 
-static void apti_adapter_remove(apt_model *model, int32_t l, int32_t linear)
+static void apti_adapter_remove(apt_model *model, int32_t site)
 {
-    apti_param *pa = model->layers[l].lora_a[linear], *pb = model->layers[l].lora_b[linear];
+    apti_param *pa = apti_site_of(model, site).a, *pb = apti_site_of(model, site).b;
     apti_param_release(model->ctx, pa);
     apti_param_release(model->ctx, pb);
     pa->rows = pb->cols = 0;
     pa->trainable = pb->trainable = false;
 }
 
-/* The linear maps that adapters can be fused into have those in+out sizes; used by growth budgets. */
-static int64_t apti_adapter_per_rank(const apt_model *model, int32_t l, int32_t linear)
+/* Values that one more rank takes. */
+static int64_t apti_adapter_per_rank(const apti_site *site)
 {
-    return model->layers[l].lora_a[linear]->cols + model->layers[l].lora_b[linear]->rows;
+    return site->a->cols + site->b->rows;
+}
+
+/* values = W + s B A, with the zeros of W's mask */
+static void apti_merge_values(const apt_model *model, const apti_site *site, float *values)
+{
+    const apt_adapter view = apti_adapter_view(model, site->a->value, site->b->value, site->a, site->b);
+    apti_param_get(model, site->w, values);
+    (void)apt_adapter_merge(&view, values, site->w->cols);
+    if (apti_bitmask_of(model, site->w) != NULL)
+        (void)apt_bitmask_apply(model->ctx, values, apti_bitmask_of(model, site->w), apti_param_count(site->w));
 }
 
 /* W + s B A, written back in place of W. Only the adapters' own memory is given up afterwards. */
-static void apti_merge_one(apt_model *model, int32_t l, int32_t linear, float *values)
+static void apti_merge_one(apt_model *model, int32_t k, float *values)
 {
-    apti_param *w = model->layers[l].slot[2 * linear];
-    const apti_param *pa = model->layers[l].lora_a[linear], *pb = model->layers[l].lora_b[linear];
-    const apt_adapter view = apti_adapter_view(model, pa->value, pb->value, pa, pb);
-    apti_param_get(model, w, values);
-    (void)apt_adapter_merge(&view, values, w->cols);
-    if (apti_bitmask_of(model, w) != NULL)
-        (void)apt_bitmask_apply(model->ctx, values, apti_bitmask_of(model, w), apti_param_count(w));
-    apti_param_set(model, w, values);
-    apti_adapter_remove(model, l, linear);
+    const apti_site site = apti_site_of(model, k);
+    apti_merge_values(model, &site, values);
+    apti_param_set(model, site.w, values);
+    apti_adapter_remove(model, k);
+}
+
+/* What a tied LM head with an adapter becomes: a matrix of its own, and word embeddings that are only looked up. */
+typedef struct apti_untied { bool wanted; apti_param head, word; } apti_untied;
+
+static bool apti_untie_reserve(apt_model *m, apti_untied *u)
+{
+    u->wanted = apti_is_tied(&m->config) && m->head_a->rows > 0;
+    if (!u->wanted) return true;
+    u->head = *m->head[APTI_HEAD_OUT_W];
+    u->head.rows = m->config.vocab;
+    u->word = *m->embed[APTI_WORD];
+    u->word.linear = u->word.narrow = false;
+    apti_param_forget(&u->word);
+    if (apti_param_reserve(m, &u->head) && apti_param_reserve(m, &u->word)) return true;
+    apti_param_release(m->ctx, &u->head);
+    apti_param_release(m->ctx, &u->word);
+    return false;
+}
+
+/* T5's division by sqrt(d) goes into the matrix: a reader of Hugging Face files expects it of tied heads only. */
+static void apti_untie(apt_model *m, const apti_untied *u, float *values)
+{
+    const apti_site site = apti_site_of(m, apti_layer_sites(m));
+    const int64_t n = apti_param_count(site.w);
+    apti_param_get(m, site.w, u->word.value);
+    apti_merge_values(m, &site, values);
+    if (m->config.scaled_head) m->ctx->kernels->scale(values, values, 1.0f / sqrtf((float)m->config.hidden_dense), n);
+    apti_param_release(m->ctx, m->embed[APTI_WORD]);
+    *m->embed[APTI_WORD] = u->word;
+    *m->head[APTI_HEAD_OUT_W] = u->head;
+    m->config.untied = 1;
+    m->config.scaled_head = 0;
+    apti_param_set(m, m->head[APTI_HEAD_OUT_W], values);
+    apti_adapter_remove(m, apti_layer_sites(m));
 }
 
 /* Logits of `probe` before and after a merge: room for both, and the first half filled. */
@@ -11467,12 +11576,16 @@ APT_API apt_result apt_model_merge(apt_model *model, const apt_batch *probe, flo
     if (model == NULL) return APT_E_ARGUMENT;
     apt_result r = APT_OK;
     apt_output before = APT_ZERO;
-    float *values = (float *)apti_alloc(model->ctx, apti_largest_layer(model), (int64_t)sizeof(float));
+    apti_untied untied = APT_ZERO;
+    const int64_t most = model->head_a->rows > 0 ? apti_largest_linear(model) : apti_largest_layer(model);
+    float *values = (float *)apti_alloc(model->ctx, most, (int64_t)sizeof(float));
     if (values == NULL) r = apti_fail(model->ctx, APT_E_MEMORY, "merge: no memory for one matrix");
     if (r == APT_OK && probe != NULL && difference != NULL) r = apti_probe_logits(model, probe, &before);
-    for (int32_t l = 0; l < model->config.layers && r == APT_OK; l++)
-        for (int32_t i = 0; i < APTI_LINEARS; i++)
-            if (apti_rank(model, l, i) > 0) apti_merge_one(model, l, i, values);
+    if (r == APT_OK && !apti_untie_reserve(model, &untied))
+        r = apti_fail(model->ctx, APT_E_MEMORY, "merge: no memory for an LM head of its own");
+    if (r == APT_OK && untied.wanted) apti_untie(model, &untied, values);
+    for (int32_t k = 0; k < apti_sites(model) && r == APT_OK; k++)
+        if (apti_site_of(model, k).a->rows > 0) apti_merge_one(model, k, values);
     if (r == APT_OK) model->structure++;
     apti_free(model->ctx, values);
     if (r == APT_OK && before.logits != NULL) r = apti_logit_difference(model, probe, &before, difference);
@@ -11581,7 +11694,7 @@ struct apt_trainer {
     bool working, half_done;          /* inside a call that fires events; its changes are not complete */
     double sparsity;                  /* by the last decision, of the dense prunable parameters */
     /* adapters */
-    float *importance;                /* [layers * APTI_LINEARS] moving average of I */
+    float *importance;                /* [apti_sites] moving average of I */
     int64_t adapter_budget;           /* adapter values at the start */
     /* self-distillation */
     apt_model *teacher;
@@ -11678,6 +11791,12 @@ static void apti_field_put(apti_field **at, const char *name, double value, doub
     *(*at)++ = field;
 }
 
+/* What there is to adapt, as APT_ADAPT_*. */
+static int32_t apti_adaptable(const apt_config *c)
+{
+    return 63 | (c->gated ? APT_ADAPT_GATE : 0) | (c->task == APT_TASK_LM ? APT_ADAPT_HEAD : 0);
+}
+
 static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_field *fields)
 {
     const double most = 9e15, steps = (double)d->steps, begin = (double)d->prune_begin;
@@ -11700,7 +11819,7 @@ static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_
     apti_field_put(&f, "rank", d->rank, 1, 4096);
     apti_field_put(&f, "max_rank", d->max_rank, d->rank, 4096);
     apti_field_put(&f, "scale", d->scale, 1e-6, 1e6);
-    apti_field_put(&f, "adapt", d->adapt, 1, c->gated ? 127 : 63);
+    apti_field_put(&f, "adapt", d->adapt, 1, apti_adaptable(c));
     apti_field_put(&f, "disable_growth", d->disable_growth, 0, 1);
     apti_field_put(&f, "growth", d->growth, 1, 4096);
     apti_field_put(&f, "target_sparsity", d->target_sparsity, 0, 0.999999);
@@ -11744,6 +11863,9 @@ static apt_result apti_desc_check(apt_ctx *ctx, const apt_train_desc *d, const a
         if (!apti_finite_f64(field[i].value) || !(field[i].value >= field[i].low && field[i].value <= field[i].high))
             return apti_fail(ctx, APT_E_RANGE, "apt_train_desc.%s is %g; expected %g..%g", field[i].name, field[i].value,
                              field[i].low, field[i].high);
+    if ((d->adapt & ~apti_adaptable(c)) != 0)
+        return apti_fail(ctx, APT_E_RANGE, "apt_train_desc.adapt is %d, but this FFN has no gate; expected a sum of bits of %d",
+                         (int)d->adapt, (int)apti_adaptable(c));
     return APT_OK;
 }
 
@@ -11794,9 +11916,11 @@ static void apti_unit_arrays_adopt(apt_trainer *t, const apti_unit_arrays *a, in
     t->probe.rows = 0;
 }
 
-static bool apti_wants_adapter(const apt_trainer *t, int32_t linear)
+/* APT_ADAPT_* are 1 << apti_linear_id; behind them comes the LM head. */
+static bool apti_wants_adapter(const apt_trainer *t, int32_t site)
 {
-    return t->desc.method != APT_METHOD_FULL && (t->desc.adapt >> linear & 1) != 0;   /* APT_ADAPT_* are 1 << apti_linear_id */
+    const int32_t bit = site < apti_layer_sites(t->model) ? site % APTI_LINEARS : APTI_LINEARS;
+    return t->desc.method != APT_METHOD_FULL && (t->desc.adapt >> bit & 1) != 0;
 }
 
 static int64_t apti_adapter_total(const apt_model *model)
@@ -11823,9 +11947,8 @@ static apt_result apti_trainer_attach(apt_trainer *t)
         if (m->head[i] != NULL && apti_trains(t, m->head[i])) r = apti_param_train(m, m->head[i]);
     for (int32_t i = 0; i < m->param_count && r == APT_OK && t->desc.method == APT_METHOD_FULL; i++)
         r = apti_param_train(m, &m->params[i]);
-    for (int32_t l = 0; l < m->config.layers && r == APT_OK; l++)
-        for (int32_t i = 0; i < APTI_LINEARS && r == APT_OK; i++)
-            if (apti_wants_adapter(t, i)) r = apti_adapter_resize(m, l, i, t->desc.rank, true, &rng);
+    for (int32_t k = 0; k < apti_sites(m) && r == APT_OK; k++)
+        if (apti_wants_adapter(t, k)) r = apti_adapter_resize(m, k, t->desc.rank, true, &rng);
     t->adapter_budget = apti_adapter_total(m);
     return r;
 }
@@ -11863,7 +11986,7 @@ static apt_result apti_trainer_fill(apt_trainer *t)
     if (r != APT_OK) return r;
     apti_unit_arrays_adopt(t, &arrays, probes);
     memset(t->keep, 1, (size_t)u.total);
-    t->importance = (float *)apti_calloc(t->ctx, (int64_t)t->model->config.layers * APTI_LINEARS, (int64_t)sizeof(float));
+    t->importance = (float *)apti_calloc(t->ctx, apti_sites(t->model), (int64_t)sizeof(float));
     if (t->importance == NULL) return apti_fail(t->ctx, APT_E_MEMORY, "trainer: no memory for adapter importance");
     r = apti_pass_create(t->model, &t->pass);
     return r == APT_OK ? apti_trainer_attach(t) : r;
@@ -11889,8 +12012,7 @@ APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *de
     model->trainer = t;
     r = apti_trainer_fill(t);
     if (r != APT_OK) {
-        for (int32_t l = 0; l < model->config.layers; l++)
-            for (int32_t i = 0; i < APTI_LINEARS; i++) apti_adapter_remove(model, l, i);
+        for (int32_t k = 0; k < apti_sites(model); k++) apti_adapter_remove(model, k);
         apt_trainer_destroy(t);
         return r;
     }
@@ -12295,21 +12417,21 @@ static void apti_kl_task(int64_t index, int32_t thread, void *arg)
 static double apti_distill_lm(apt_trainer *t, double scale)
 {
     apti_pass *s = t->pass, *teacher = t->teacher_pass;
-    const apti_decoder x = apti_decoder_of(s->model), y = apti_decoder_of(teacher->model);
-    const int64_t ld = apti_ld(x.op.vocab), ldx = apti_ld(x.op.d), ldy = apti_ld(y.op.d), rows = s->labelled;
+    const apti_lm_op x = apti_decoder_of(s), y = apti_decoder_of(teacher);
+    const apti_linear_grad grad = apti_decoder_grads(s->model);
+    const int64_t vocab = x.head.out, ld = apti_ld(vocab), ldx = apti_ld(x.head.in), ldy = apti_ld(y.head.in), rows = s->labelled;
     const double each = rows > 0 ? 1.0 / (double)rows : 0;
     double *row_loss = apti_distill_plan(t, (char *)t->distill_block, s->most_rows).row_sum, total = 0;
-    apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, x.op.vocab, t->desc.distill_temperature,
+    apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, vocab, t->desc.distill_temperature,
                        (float)(scale * each)};
     for (int64_t first = 0; first < rows; first += s->mlm_chunk) {
         const int64_t n = apti_min_i64(s->mlm_chunk, rows - first);
         const float *h = s->head_in + first * ldx;
-        apti_lm_logits(t->ctx, &x.op, s->mlm_work, ld, h, ldx, n);
-        apti_lm_logits(t->ctx, &y.op, teacher->mlm_work, ld, teacher->head_in + first * ldy, ldy, n);
+        apti_lm_logits(t->ctx, &x, s->mlm_work, ld, h, ldx, n);
+        apti_lm_logits(t->ctx, &y, teacher->mlm_work, ld, teacher->head_in + first * ldy, ldy, n);
         apti_parallel_for(t->ctx, n, apti_kl_task, &job);
         for (int64_t i = 0; i < n; i++) total += row_loss[i] * each;
-        apti_lm_input_grad(t->ctx, &x.op, s->dhead + first * ldx, ldx, true, s->kl_work, ld, n);
-        apti_lm_weight_grad(t->ctx, &x.op, x.e->grad, NULL, s->kl_work, ld, h, ldx, n);
+        apti_lm_grads(t->ctx, &x, s->dhead + first * ldx, ldx, true, s->kl_work, ld, h, ldx, n, &grad);
     }
     return total;
 }
@@ -12463,21 +12585,20 @@ static void apti_probe_clear(apt_trainer *t)
 /* I of every adapter (method.md, "Adapters"), averaged. */
 static apt_result apti_importance_update(apt_trainer *t)
 {
-    for (int32_t l = 0; l < t->model->config.layers; l++)
-        for (int32_t i = 0; i < APTI_LINEARS; i++) {
-            const apti_param *pa = t->model->layers[l].lora_a[i], *pb = t->model->layers[l].lora_b[i];
-            float now = 0;
-            if (pa->rows == 0) continue;
-            const apt_adapter view = apti_adapter_view(t->model, pa->value, pb->value, pa, pb);
-            apt_result r = apt_adapter_importance(&view, pb->grad, &now);
-            if (r == APT_OK) r = apt_salience_ema(&t->importance[l * APTI_LINEARS + i], &now, 1, t->desc.salience_momentum);
-            if (r != APT_OK) return apti_fail(t->ctx, r, "importance of %s is NaN or infinite", pb->name);
-        }
+    for (int32_t k = 0; k < apti_sites(t->model); k++) {
+        const apti_param *pa = apti_site_of(t->model, k).a, *pb = apti_site_of(t->model, k).b;
+        float now = 0;
+        if (pa->rows == 0) continue;
+        const apt_adapter view = apti_adapter_view(t->model, pa->value, pb->value, pa, pb);
+        apt_result r = apt_adapter_importance(&view, pb->grad, &now);
+        if (r == APT_OK) r = apt_salience_ema(&t->importance[k], &now, 1, t->desc.salience_momentum);
+        if (r != APT_OK) return apti_fail(t->ctx, r, "importance of %s is NaN or infinite", pb->name);
+    }
     return APT_OK;
 }
 
-/* The adapters that there are (linear maps without one would make the upper half too large): place[i] is layer * APTI_LINEARS +
-   linear, next[i] the rank after the growth, fresh[2 * i] and the entry behind it the buffers of one that grows. */
+/* The adapters that there are (places without one would make the upper half too large): place[i] is the number of its place,
+   next[i] the rank after the growth, fresh[2 * i] and the entry behind it the buffers of one that grows. */
 typedef struct apti_growth {
     int32_t *place, *rank, *next, count;
     int64_t *per_rank;
@@ -12500,20 +12621,20 @@ static int64_t apti_growth_plan(apti_growth *g, char *base, int64_t n)
 
 static bool apti_growth_reserve(apt_model *m, const apti_growth *g, int32_t i)
 {
-    return apti_adapter_reserve(m, &g->fresh[2 * i], g->place[i] / APTI_LINEARS, g->place[i] % APTI_LINEARS, g->next[i], true);
+    return apti_adapter_reserve(m, &g->fresh[2 * i], g->place[i], g->next[i], true);
 }
 
 /* importance NULL (an estimate): the entries of B stand for it, since I is a sum over them. */
 static void apti_growth_list(const apt_model *m, apti_growth *g, const float *importance)
 {
     g->count = 0;
-    for (int32_t k = 0; k < m->config.layers * APTI_LINEARS; k++) {
-        const int32_t l = k / APTI_LINEARS, linear = k % APTI_LINEARS;
-        if (apti_rank(m, l, linear) == 0) continue;
+    for (int32_t k = 0; k < apti_sites(m); k++) {
+        const apti_site site = apti_site_of(m, k);
+        if (site.a->rows == 0) continue;
         g->place[g->count] = k;
-        g->rank[g->count] = (int32_t)apti_rank(m, l, linear);
-        g->per_rank[g->count] = apti_adapter_per_rank(m, l, linear);
-        g->importance[g->count++] = importance != NULL ? importance[k] : (float)apti_param_count(m->layers[l].lora_b[linear]);
+        g->rank[g->count] = (int32_t)site.a->rows;
+        g->per_rank[g->count] = apti_adapter_per_rank(&site);
+        g->importance[g->count++] = importance != NULL ? importance[k] : (float)apti_param_count(site.b);
     }
 }
 
@@ -12529,7 +12650,7 @@ static apt_result apti_growth_ranks(apti_growth *g, const apt_train_desc *d, int
 static apt_result apti_growth_make(apt_trainer *t, apti_growth *g)
 {
     apt_model *m = t->model;
-    const int32_t most = m->config.layers * APTI_LINEARS;
+    const int32_t most = apti_sites(m);
     g->block = apti_calloc(t->ctx, apti_growth_plan(g, NULL, most), 1);
     if (g->block == NULL) return apti_fail(t->ctx, APT_E_MEMORY, "growth: no memory for its plan");
     (void)apti_growth_plan(g, (char *)g->block, most);
@@ -12553,7 +12674,7 @@ static apt_result apti_grow(apt_trainer *t)
     apt_rng rng = apti_trainer_rng(t, APTI_STREAM_GROW);
     for (int32_t i = 0; i < g.count; i++) {
         apti_param *fresh = &g.fresh[2 * i];
-        if (r == APT_OK) apti_adapter_adopt(m, fresh, g.place[i] / APTI_LINEARS, g.place[i] % APTI_LINEARS, &rng);
+        if (r == APT_OK) apti_adapter_adopt(m, fresh, g.place[i], &rng);
         else for (int32_t k = 0; k < 2; k++) apti_param_release(t->ctx, &fresh[k]);
     }
     t->structure = m->structure;
@@ -13527,7 +13648,7 @@ static int64_t apti_unit_arrays_cost(const apt_model *m)
 static void apti_rehearse_attach(apti_rehearsal *r)
 {
     apt_model *m = r->m;
-    const int64_t importance = (int64_t)m->config.layers * APTI_LINEARS * (int64_t)sizeof(float);
+    const int64_t importance = apti_sites(m) * (int64_t)sizeof(float);
     apti_note(r, APTI_USE_OPTIMIZER, apti_cost((int64_t)sizeof(apt_trainer)) + apti_cost(importance) + apti_unit_arrays_cost(m));
     apti_note(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(m));
     for (int32_t i = 0; i < m->param_count; i++) {
@@ -13537,15 +13658,14 @@ static void apti_rehearse_attach(apti_rehearsal *r)
         apti_note_param(r, p, 1);
         apti_note_param(r, &old, -1);
     }
-    for (int32_t l = 0; l < m->config.layers; l++)
-        for (int32_t i = 0; i < APTI_LINEARS; i++) {
-            apti_param *a = m->layers[l].lora_a[i], *b = m->layers[l].lora_b[i];
-            a->trainable = b->trainable = true;
-            if (!apti_wants_adapter(&r->t, i) || a->cols == 0 || b->rows == 0) continue;
-            a->rows = b->cols = r->t.desc.rank;
-            apti_note_param(r, a, 1);
-            apti_note_param(r, b, 1);
-        }
+    for (int32_t k = 0; k < apti_sites(m); k++) {
+        apti_param *a = apti_site_of(m, k).a, *b = apti_site_of(m, k).b;
+        a->trainable = b->trainable = true;
+        if (!apti_wants_adapter(&r->t, k) || a->cols == 0 || b->rows == 0) continue;
+        a->rows = b->cols = r->t.desc.rank;
+        apti_note_param(r, a, 1);
+        apti_note_param(r, b, 1);
+    }
     r->adapter_budget = apti_adapter_total(m);
 }
 
@@ -13568,6 +13688,24 @@ static void apti_rehearse_teacher(apti_rehearsal *r)
     r->t.map.pairs = (int32_t)apti_min_i64(4, apti_distill_layers(&m->config));
     r->teacher_pass += apti_cost(apti_distill_plan(&r->t, NULL, apti_max_i64(r->tokens, r->target_tokens)).bytes);
     r->t.teacher = NULL;
+}
+
+/* The teacher goes at distill_end, in front of that step's cut; embeddings of which the student reads some columns get a table of
+   those. */
+static void apti_rehearse_drop(apti_rehearsal *r)
+{
+    apt_model *m = r->m;
+    apti_note(r, APTI_USE_TEACHER, -r->now[APTI_USE_TEACHER]);
+    r->teacher_pass = 0;
+    for (int32_t i = 0; i < m->param_count; i++) {
+        apti_param *p = &m->params[i], old = *p;
+        r->shared[i] = 0;
+        if (!apti_is_embedding(m, p) || p->cols == m->config.hidden) continue;
+        p->cols = m->config.hidden;
+        apti_note_param(r, p, 1);
+        apti_note_param(r, &old, -1);
+        apti_note(r, APTI_USE_WEIGHTS, -apti_cost(p->cols * (int64_t)sizeof(int32_t)));
+    }
 }
 
 /* Shapes at which `left` of the dense prunable parameters is left. */
@@ -13655,8 +13793,7 @@ static void apti_rehearse_growth(apti_rehearsal *r, int64_t step)
     if (apti_growth_ranks(g, &r->t.desc, step, r->adapter_budget) != APT_OK) g->count = 0;
     for (int32_t pass = 0; pass < 2; pass++)
         for (int32_t i = 0; i < g->count; i++) {
-            apti_param *a = m->layers[g->place[i] / APTI_LINEARS].lora_a[g->place[i] % APTI_LINEARS],
-                       *b = m->layers[g->place[i] / APTI_LINEARS].lora_b[g->place[i] % APTI_LINEARS];
+            apti_param *a = apti_site_of(m, g->place[i]).a, *b = apti_site_of(m, g->place[i]).b;
             const int64_t rank = pass == 0 ? g->next[i] : g->rank[i];
             if (g->next[i] == g->rank[i]) continue;
             a->rows = b->cols = rank;
@@ -13702,6 +13839,7 @@ static void apti_rehearse_pruning(apti_rehearsal *r, uint32_t mode)
     for (int64_t step = d->prune_begin, n = 0; step <= d->prune_end; n++) {
         const int64_t far = (d->prune_end - d->prune_begin) / d->update_frequency / 16 + 1;
         (void)apt_schedule_sparsity(&s, step, &sparsity);
+        if (step >= d->distill_end) apti_rehearse_drop(r);
         if (sparsity > 0) {
             if (last > 0) apti_rehearse_cut(r, 1 - (double)last);
             apti_rehearse_decision(r, step, last <= 0, mode);
@@ -13774,7 +13912,7 @@ APT_API apt_result apt_estimate_pair(apt_ctx *ctx, const apt_config *config, con
     r.acts = (apti_acts *)apti_calloc(ctx, r.m->config.layers, (int64_t)sizeof(apti_acts));
     r.dense = (apt_layer_shape *)apti_alloc(ctx, r.m->config.layers, (int64_t)sizeof(apt_layer_shape));
     r.shared = (uint8_t *)apti_calloc(ctx, r.m->param_count, 1);
-    const int64_t adapters = (int64_t)r.m->config.layers * APTI_LINEARS;
+    const int32_t adapters = apti_sites(r.m);
     r.growth.block = apti_alloc(ctx, apti_growth_plan(&r.growth, NULL, adapters), 1);
     if (r.acts != NULL && r.dense != NULL && r.shared != NULL && r.growth.block != NULL) {
         (void)apti_growth_plan(&r.growth, (char *)r.growth.block, adapters);
@@ -15985,9 +16123,16 @@ static int32_t apti_config_choice(apti_config_reader *r, const char *key, const 
     return -1;
 }
 
+/* The key, if it is there, must say what is computed here. */
+static void apti_config_expect(apti_config_reader *r, const char *key, bool value)
+{
+    if (apti_config_bool(r, key, value) != value)
+        apti_config_refuse(r, APT_E_UNSUPPORTED, key, apti_config_find(r, key), value ? "true" : "false");
+}
+
 static void apti_config_refuse_true(apti_config_reader *r, const char *key)
 {
-    if (apti_config_bool(r, key, false)) apti_config_refuse(r, APT_E_UNSUPPORTED, key, apti_config_find(r, key), "false");
+    apti_config_expect(r, key, false);
 }
 
 /* The family, and what would make the file mean something else than what this library computes. */
@@ -16001,7 +16146,7 @@ static apt_family apti_config_family(apti_config_reader *r)
     (void)apti_config_choice(r, "torch_dtype", "float32|float16|bfloat16|float64");
     (void)apti_config_choice(r, "dtype", "float32|float16|bfloat16|float64");
     apti_config_refuse_true(r, "is_decoder");
-    if (family >= 0 && families[family] != APT_T5) apti_config_refuse_true(r, "is_encoder_decoder");
+    if (family >= 0) apti_config_expect(r, "is_encoder_decoder", families[family] == APT_T5);
     apti_config_refuse_true(r, "add_cross_attention");
     int32_t node = apti_config_find(r, "quantization_config");
     if (node >= 0) apti_config_refuse(r, APT_E_UNSUPPORTED, "quantization_config", node, "plain weights");
@@ -16014,11 +16159,14 @@ static apt_family apti_config_family(apti_config_reader *r)
 static void apti_config_t5(apti_config_reader *r, apti_model_file *file)
 {
     static const apt_activation kinds[] = {APT_RELU, APT_GELU_TANH, APT_GELU_TANH, APT_SILU, APT_RELU};
+    static const char *const names[] = {"relu", "gelu_new", "gelu_new", "silu", "relu"};
     apt_config *c = &file->config;
     const int32_t table = 1 << 24;
     const int32_t ffn = apti_config_choice(r, "feed_forward_proj", "relu|gated-gelu|gated-gelu_new|gated-silu|gated-relu");
     c->activation = kinds[ffn < 0 ? 0 : ffn];
     c->gated = ffn > 0;
+    (void)apti_config_choice(r, "dense_act_fn", names[ffn < 0 ? 0 : ffn]);        /* both follow from feed_forward_proj */
+    apti_config_expect(r, "is_gated_act", c->gated != 0);
     c->vocab = apti_config_int(r, "vocab_size", 1, table, -1);
     c->hidden = c->hidden_dense = apti_config_int(r, "d_model", 1, 65536, -1);
     c->head_dim = apti_config_int(r, "d_kv", 1, 256, -1);
@@ -16032,8 +16180,9 @@ static void apti_config_t5(apti_config_reader *r, apti_model_file *file)
     if (c->max_distance <= c->buckets / 2)
         apti_config_refuse(r, APT_E_RANGE, "relative_attention_max_distance",
                            apti_config_find(r, "relative_attention_max_distance"), "more than half of the buckets");
-    c->pad_id = apti_config_int(r, "pad_token_id", 0, table, 0);
-    c->start_id = apti_config_int(r, "decoder_start_token_id", 0, table, c->pad_id);
+    const int32_t top = c->vocab > 0 ? c->vocab - 1 : table;
+    c->pad_id = apti_config_int(r, "pad_token_id", 0, top, 0);
+    c->start_id = apti_config_int(r, "decoder_start_token_id", 0, top, c->pad_id);
     c->end_id = apti_config_int(r, "eos_token_id", 0, table, 1);
     c->norm_eps = apti_config_float(r, "layer_norm_epsilon", 1e-30, 1.0, 1e-6f);
     c->init_range = apti_config_float(r, "initializer_factor", 0.0, 100.0, 1.0f);
@@ -16046,12 +16195,21 @@ static void apti_config_t5(apti_config_reader *r, apti_model_file *file)
     c->positions = table;
 }
 
+/* Every pair of a head turns. */
+static void apti_config_whole_heads(apti_config_reader *r)
+{
+    if (apti_config_float(r, "partial_rotary_factor", 0, 1e6, 1.0f) != 1.0f)
+        apti_config_refuse(r, APT_E_UNSUPPORTED, "partial_rotary_factor", apti_config_find(r, "partial_rotary_factor"), "1");
+}
+
 /* rope_theta and rope_scaling, or both inside rope_parameters. */
 static void apti_config_rope(apti_config_reader *r, apt_rope *rope, int32_t positions)
 {
     const int32_t root = r->object, newer = apti_config_find(r, "rope_parameters"), older = apti_config_find(r, "rope_scaling");
     const int32_t node = newer >= 0 ? newer : older;
     rope->theta = apti_config_float(r, "rope_theta", 1e-3, 1e12, 10000.0f);
+    apti_config_whole_heads(r);
+    if (newer >= 0 && older >= 0) apti_config_refuse(r, APT_E_FORMAT, "rope_scaling", older, "null beside rope_parameters");
     if (node < 0) return;
     if (r->json->nodes[node].kind != APTI_JSON_OBJECT)
         apti_config_refuse(r, APT_E_FORMAT, newer >= 0 ? "rope_parameters" : "rope_scaling", node, "an object");
@@ -16059,6 +16217,7 @@ static void apti_config_rope(apti_config_reader *r, apt_rope *rope, int32_t posi
     r->object = node;
     (void)snprintf(r->scope, sizeof r->scope, "%s.", newer >= 0 ? "rope_parameters" : "rope_scaling");
     rope->theta = apti_config_float(r, "rope_theta", 1e-3, 1e12, rope->theta);
+    apti_config_whole_heads(r);
     const int32_t kind = apti_config_choice(r, "rope_type", "default|llama3");
     const int32_t old = apti_config_choice(r, "type", "default|llama3");
     if (kind == 1 || (kind < 0 && old == 1)) {
@@ -16085,6 +16244,25 @@ static int32_t apti_config_end(apti_config_reader *r, int32_t top)
     return r->result == APT_OK ? (int32_t)value : 2;
 }
 
+/* Their dimensions turn in pairs. */
+static void apti_config_even_heads(apti_config_reader *r, const apt_config *c)
+{
+    if (c->family == APT_LLAMA && c->head_dim % 2 != 0)
+        apti_config_refuse(r, APT_E_RANGE, "head_dim", apti_config_find(r, "head_dim"), "an even number");
+}
+
+/* Newer files name the attention of every layer. */
+static void apti_config_layer_types(apti_config_reader *r)
+{
+    const int32_t list = apti_config_find(r, "layer_types");
+    if (list < 0) return;
+    if (r->json->nodes[list].kind != APTI_JSON_ARRAY) apti_config_refuse(r, APT_E_FORMAT, "layer_types", list, "a list of names");
+    const int32_t n = r->json->nodes[list].count;
+    for (int32_t i = 0, item = list + 1; i < n && r->result == APT_OK; i++, item = r->json->nodes[item].next)
+        if (!apti_json_is(r->json, item, "full_attention"))
+            apti_config_refuse(r, APT_E_UNSUPPORTED, "layer_types", item, "full_attention in every layer");
+}
+
 /* LLaMA 1, 2, 3, and Qwen2, which is the same with biases on query, key and value. */
 static void apti_config_llama(apti_config_reader *r, apti_model_file *file)
 {
@@ -16094,6 +16272,7 @@ static void apti_config_llama(apti_config_reader *r, apti_model_file *file)
     if (qwen) apti_config_refuse_true(r, "use_sliding_window");
     const int32_t window = apti_config_find(r, "sliding_window");
     if (window >= 0 && !qwen) apti_config_refuse(r, APT_E_UNSUPPORTED, "sliding_window", window, "null");
+    apti_config_layer_types(r);
     (void)apti_config_choice(r, "hidden_act", "silu");
     apti_config_refuse_true(r, "attention_bias");
     apti_config_refuse_true(r, "mlp_bias");
@@ -16114,6 +16293,7 @@ static void apti_config_llama(apti_config_reader *r, apti_model_file *file)
     c->end_id = apti_config_end(r, table);
     c->untied = !apti_config_bool(r, "tie_word_embeddings", false);
     apti_config_rope(r, &c->rope, c->positions);
+    apti_config_even_heads(r, c);
     if (r->result == APT_OK && c->heads % c->kv_heads != 0)
         apti_config_refuse(r, APT_E_SHAPE, "num_key_value_heads", apti_config_find(r, "num_key_value_heads"),
                            "a divisor of num_attention_heads");
@@ -16238,6 +16418,7 @@ static void apti_config_pruned(apti_config_reader *r, int32_t apt, apti_model_fi
     const int32_t version = apti_config_int(r, "version", 1, INT32_MAX, -1);
     if (version > 1) apti_config_refuse(r, APT_E_UNSUPPORTED, "version", apti_config_find(r, "version"), "1");
     file->config.head_dim = apti_config_int(r, "head_dim", 1, 256, -1);
+    apti_config_even_heads(r, &file->config);
     file->config.rope.interleaved = apti_config_bool(r, "rope_interleaved", false);
     file->config.hidden_dense = apti_config_int(r, "hidden_size_dense", (int32_t)apti_max_i64(file->config.hidden, 1), 65536, -1);
     apti_config_layers(r, file);
@@ -16253,6 +16434,10 @@ static void apti_config_dense(apti_config_reader *r, apt_config *c)
                               r->path, (int)c->hidden, (int)c->heads);
     else if (c->head_dim > 256)
         r->result = apti_fail(r->ctx, APT_E_RANGE, "'%.600s': heads of %d dimensions, at most 256 are supported", r->path,
+                              (int)c->head_dim);
+    else if (c->family == APT_LLAMA && c->head_dim % 2 != 0)
+        r->result = apti_fail(r->ctx, APT_E_RANGE,
+                              "'%.600s': \"hidden_size\" / \"num_attention_heads\" is %d, expected an even number", r->path,
                               (int)c->head_dim);
 }
 
@@ -16671,6 +16856,21 @@ static apt_result apti_loader_layers(const apti_loader *l)
     return APT_OK;
 }
 
+/* Files of a tied head may hold it once more, but not as another matrix: config.json or the file would be wrong. */
+static apt_result apti_loader_tied(const apti_loader *l)
+{
+    const apt_model *m = l->model;
+    const apti_tensor_view *head = apti_is_tied(&m->config) ? apti_tensors_find(l->set, "lm_head.weight") : NULL;
+    if (head == NULL) return APT_OK;
+    const apti_tensor_view *word = l->found[m->embed[APTI_WORD] - m->params];
+    const bool same = head->dtype == word->dtype && head->dims == word->dims && head->bytes == word->bytes &&
+                      memcmp(head->shape, word->shape, (size_t)head->dims * sizeof(head->shape[0])) == 0 &&
+                      memcmp(head->data, word->data, (size_t)head->bytes) == 0;
+    return same ? APT_OK
+                : apti_fail(l->ctx, APT_E_FORMAT, "'%.600s': tensor 'lm_head.weight' is not '%s', but \"tie_word_embeddings\" is "
+                            "true in config.json", l->set->files[head->file].path, apti_show(word->name).text);
+}
+
 /* Finds every parameter in the files; only task heads may be missing. */
 static apt_result apti_loader_match(apti_loader *l)
 {
@@ -16681,18 +16881,21 @@ static apt_result apti_loader_match(apti_loader *l)
     l->used = (bool *)apti_calloc(l->ctx, l->set->count, (int64_t)sizeof(bool));
     if (l->found == NULL || l->used == NULL)
         return apti_fail(l->ctx, APT_E_MEMORY, "'%.600s': no memory to load it", l->set->path);
+    const apti_param *head = l->model->config.task == APT_TASK_LM ? l->model->head[APTI_HEAD_OUT_W] : NULL;
     for (int32_t i = 0; i < l->model->param_count; i++) {
         const apti_param *p = &l->model->params[i];
         if (apti_param_count(p) == 0) continue;
         l->found[i] = apti_loader_either(l, p);
         if (l->found[i] == NULL && !p->optional_in_file)
-            return apti_fail(l->ctx, APT_E_MISSING, "'%.600s': no tensor '%s' of shape %lld x %lld", l->set->path, p->name,
-                             (long long)p->rows, (long long)p->cols);
+            return apti_fail(l->ctx, APT_E_MISSING, "'%.600s': no tensor '%s' of shape %lld x %lld%s", l->set->path, p->name,
+                             (long long)p->rows, (long long)p->cols,
+                             p == head ? ", which config.json wants: \"tie_word_embeddings\" is false" : "");
         if (l->found[i] == NULL) apti_name_list_add(&missing, p->name);
         const apt_result r = l->found[i] != NULL ? apti_loader_shape(l, p, l->found[i]) : APT_OK;
         if (r != APT_OK) return r;
     }
     if (apti_loader_layers(l) != APT_OK) return APT_E_SHAPE;
+    if (apti_loader_tied(l) != APT_OK) return APT_E_FORMAT;
     for (int32_t i = 0; i < l->set->count; i++)
         if (!l->used[i]) apti_name_list_add(&unused, l->set->views[i].name);
     apti_name_list_log(l->ctx, &missing, l->set->path, "not in the files, so initialised from the seed");
@@ -17146,6 +17349,8 @@ static void apti_ckpt_put_model(apti_ckpt_writer *w, const char *part, apt_model
         for (int32_t i = 0; i < APTI_LINEARS; i++) ranks[i] = (int32_t)apti_rank(m, l, i);
         (void)apti_ckpt_put_copy(w, apti_ckpt_key(part, name).text, APT_I32, 1, rank_shape, ranks);
     }
+    const int32_t head_rank = (int32_t)m->head_a->rows;
+    if (m->head_a != m->none) (void)apti_ckpt_put_copy(w, apti_ckpt_key(part, "ranks.head").text, APT_I32, 1, one, &head_rank);
     if (m->masks != NULL) (void)apti_ckpt_put(w, apti_ckpt_key(part, "masks").text, APT_F32, 1, units, m->masks);
     for (int32_t i = 0; i < m->param_count; i++) {
         const apti_param *p = &m->params[i];
@@ -17184,7 +17389,7 @@ static void apti_ckpt_put_trainer(apti_ckpt_writer *w, apt_trainer *t)
     (void)apti_ckpt_put_copy(w, "state.desc", APT_F64, 1, nd, desc);
     (void)apti_ckpt_put(w, "state.keep", APT_U8, 1, nu, t->keep);
     apti_ckpt_put_floats(w, "state", "salience", t->salience, 1, u.total);
-    apti_ckpt_put_floats(w, "state", "importance", t->importance, t->model->config.layers, APTI_LINEARS);
+    apti_ckpt_put_floats(w, "state", "importance", t->importance, 1, apti_sites(t->model));
     if (t->micro > 0 || t->stage != APTI_STAGE_NONE)
         apti_ckpt_put_floats(w, "state", "probe", t->probe.act, 3, apti_probe_count(t->model));
 }
@@ -17306,11 +17511,29 @@ static bool apti_ckpt_has_key(apti_ckpt_reader *r, const char *part, const char 
     return apti_ckpt_has(r, apti_ckpt_key(part, name).text);
 }
 
+/* Ranks of the adapters at `count` places from `first` on. */
+static apt_result apti_ckpt_ranks(apti_ckpt_reader *r, const char *key, apt_model *m, int32_t first, int32_t count)
+{
+    const void *ranks = NULL;
+    int32_t rank[APTI_LINEARS];
+    const apt_result result = apti_ckpt_find(r, key, APT_I32, count, &ranks, NULL);
+    if (result != APT_OK) return result;
+    memcpy(rank, ranks, (size_t)count * sizeof(int32_t));
+    for (int32_t i = 0; i < count; i++) {
+        const apti_site site = apti_site_of(m, first + i);
+        const bool none = site.a == m->none;
+        if (rank[i] < 0 || rank[i] > (none ? 0 : 65536))
+            return apti_fail(m->ctx, APT_E_RANGE, "checkpoint: rank %d in %s", (int)rank[i], key);
+        if (!none) site.a->rows = site.b->cols = rank[i];
+    }
+    return APT_OK;
+}
+
 /* Frame of the saved student or teacher with its shapes and ranks; no parameter memory yet. */
 static apt_result apti_ckpt_frame(apt_trainer *t, apti_ckpt_reader *r, const char *part, apt_model **out)
 {
     apt_config c = t->model->config;
-    const void *hidden = NULL, *shapes = NULL, *ranks = NULL, *columns = NULL;
+    const void *hidden = NULL, *shapes = NULL, *columns = NULL;
     apt_result result = apti_ckpt_find(r, apti_ckpt_key(part, "hidden").text, APT_I64, 1, &hidden, NULL);
     if (result == APT_OK)
         result = apti_ckpt_find(r, apti_ckpt_key(part, "shapes").text, APT_I32, 3 * (int64_t)c.layers, &shapes, NULL);
@@ -17329,18 +17552,11 @@ static apt_result apti_ckpt_frame(apt_trainer *t, apti_ckpt_reader *r, const cha
     result = apti_model_frame(t->ctx, &c, t->model->weights, out);
     for (int32_t l = 0; l < c.layers && result == APT_OK; l++) {
         char name[32];
-        int32_t rank[APTI_LINEARS];
         snprintf(name, sizeof(name), "ranks.%d", (int)l);
-        result = apti_ckpt_find(r, apti_ckpt_key(part, name).text, APT_I32, APTI_LINEARS, &ranks, NULL);
-        if (result != APT_OK) break;
-        memcpy(rank, ranks, sizeof(rank));
-        for (int32_t i = 0; i < APTI_LINEARS && result == APT_OK; i++) {
-            const bool none = (*out)->layers[l].lora_a[i] == (*out)->none;
-            if (rank[i] < 0 || rank[i] > (none ? 0 : 65536))
-                result = apti_fail(t->ctx, APT_E_RANGE, "checkpoint: rank %d in layer %d", (int)rank[i], (int)l);
-            if (!none) (*out)->layers[l].lora_a[i]->rows = (*out)->layers[l].lora_b[i]->cols = rank[i];
-        }
+        result = apti_ckpt_ranks(r, apti_ckpt_key(part, name).text, *out, l * APTI_LINEARS, APTI_LINEARS);
     }
+    if (result == APT_OK && (*out)->head_a != (*out)->none)
+        result = apti_ckpt_ranks(r, apti_ckpt_key(part, "ranks.head").text, *out, apti_layer_sites(*out), 1);
     if (result != APT_OK && *out != NULL) {
         apti_model_free(*out);
         *out = NULL;
@@ -17547,7 +17763,7 @@ static apt_result apti_ckpt_read_units(apt_trainer *t, apti_ckpt_reader *r, apti
 {
     apt_units u;
     const void *keep = NULL;
-    const int64_t n = (int64_t)t->model->config.layers * APTI_LINEARS;
+    const int64_t n = apti_sites(t->model);
     apt_model_units(c->student, &u);
     c->probes = apti_probe_count(c->student);
     apt_result result = apti_unit_arrays_make(c->student, &c->arrays, u.total, c->probes);
