@@ -112,12 +112,12 @@ compiler() {
 builds() {
     case $1 in
         cc | asan | ofast) echo "*" ;;
-        clang | nosimd) echo "kernels ops core model train" ;;
-        tsan) echo "platform kernels ops model train" ;;
+        clang | nosimd) echo "kernels ops core sparsify model train" ;;
+        tsan) echo "platform kernels ops sparsify model train" ;;
         nothreads) echo "platform model" ;;
         plainc) echo "platform files" ;;
         onlycore) echo "core" ;;
-        neon) echo "kernels numbers core" ;;
+        neon) echo "kernels numbers core sparsify" ;;
     esac
 }
 
