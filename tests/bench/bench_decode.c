@@ -112,8 +112,8 @@ static double token_seconds(apt_model *m, int32_t tokens)
 static double report(apt_model *m, const char *name, const char *what, int32_t tokens, double rate, double dense)
 {
     const double bytes = weight_bytes(m), seconds = token_seconds(m, tokens), limit = rate / bytes;
-    printf("%-11s %-14s %7.1f MB  %8.2f ms/token %8.1f tokens/s  %5.1f GB/s, %3.0f %% of the memory's limit", name, what, bytes / 1e6,
-           1e3 * seconds, 1 / seconds, bytes / seconds / 1e9, 100 / seconds / limit);
+    printf("%-11s %-14s %7.1f MB  %8.2f ms/token %8.1f tokens/s  %5.1f GB/s, %3.0f %% of the memory's limit", name, what,
+           bytes / 1e6, 1e3 * seconds, 1 / seconds, bytes / seconds / 1e9, 100 / seconds / limit);
     printf(dense > 0 ? "  (%.2fx)\n" : "\n", dense / seconds);
     fflush(stdout);
     return seconds;
@@ -145,8 +145,8 @@ static void prune(apt_model *m)
     d.method = APT_METHOD_LORA;
     d.steps = 1;
     d.learning_rate = 1e-4f;
-    if (apt_trainer_create(m, &d, &t) != APT_OK || apt_trainer_observe(t, &b) != APT_OK || apt_trainer_prune_now(t, 0.6f) != APT_OK ||
-        apt_trainer_finish(t) != APT_OK || apt_model_merge(m, NULL, NULL) != APT_OK)
+    if (apt_trainer_create(m, &d, &t) != APT_OK || apt_trainer_observe(t, &b) != APT_OK ||
+        apt_trainer_prune_now(t, 0.6f) != APT_OK || apt_trainer_finish(t) != APT_OK || apt_model_merge(m, NULL, NULL) != APT_OK)
         fail(m->ctx, "prune");
     apt_trainer_destroy(t);
 }
