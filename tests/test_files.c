@@ -1280,9 +1280,12 @@ static void edit_config(file_test *t, const char *from, const char *to)
     assert_non_null(text);
     char *at = strstr(text, from);
     assert_non_null(at);
-    char *other = (char *)test_memory_block(bytes + strlen(to) + 1);
-    const int n = snprintf(other, bytes + strlen(to) + 1, "%.*s%s%s", (int)(at - text), text, to, at + strlen(from));
-    test_write_file(path, other, (size_t)n);
+    const size_t before = (size_t)(at - text), behind = bytes - before - strlen(from);
+    char *other = (char *)test_memory_block(bytes + strlen(to));
+    memcpy(other, text, before);
+    memcpy(other + before, to, strlen(to));
+    memcpy(other + before + strlen(to), at + strlen(from), behind);
+    test_write_file(path, other, before + strlen(to) + behind);
     free(other);
     free(text);
 }

@@ -1471,7 +1471,8 @@ int main(void)
         cmocka_unit_test(test_threads),           cmocka_unit_test(test_own_threads),       cmocka_unit_test(test_seeds),
         cmocka_unit_test(test_resume_classify),   cmocka_unit_test(test_resume_span),       cmocka_unit_test(test_resume_others),
         cmocka_unit_test(test_checkpoint_refused), cmocka_unit_test(test_decoder_checkpoint_refused),
-        cmocka_unit_test(test_checkpoint_damaged), cmocka_unit_test(test_checkpoint_room), cmocka_unit_test(test_target),           cmocka_unit_test(test_events),
+        cmocka_unit_test(test_checkpoint_damaged), cmocka_unit_test(test_checkpoint_room),
+        cmocka_unit_test(test_target),            cmocka_unit_test(test_events),
         cmocka_unit_test(test_kinds_and_rounding), cmocka_unit_test(test_frozen_and_memory), cmocka_unit_test(test_first_teacher),
         cmocka_unit_test(test_distill_gradients), cmocka_unit_test(test_prune_now),         cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_calls_from_events), cmocka_unit_test(test_states),            cmocka_unit_test(test_desc_ranges),
@@ -1479,5 +1480,8 @@ int main(void)
         cmocka_unit_test(test_accumulation),      cmocka_unit_test(test_nonfinite),         cmocka_unit_test(test_nothing_labelled),
         cmocka_unit_test(test_learning),          cmocka_unit_test(test_decoder_threads),   cmocka_unit_test(test_decoder_resume),
     };
+#ifdef __SANITIZE_THREAD__                       /* runs on several threads; the others would take minutes and race no more */
+    cmocka_set_test_filter("test_*threads");
+#endif
     return cmocka_run_group_tests_name("train", tests, NULL, NULL);
 }
