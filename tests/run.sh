@@ -147,10 +147,10 @@ can_build() {                                    # BUILD: or says why not
 # The header takes far longer to compile than any program that tests it, so a build compiles it once and its programs link to
 # that. They call private functions too: split.awk makes an implementation whose functions are not static, and a header that
 # declares them. What stays in one piece, as every user has it: test_faults, which puts its own system calls under the header,
-# the one program of onlycore, and the examples. So does ofast/core: under -Ofast the divergence of a model from itself is
-# exactly 0 only where gcc sees both of its sums in one piece.
+# the one program of onlycore, and the examples. So do ofast/core and ofast/kernels: -Ofast leaves to the compiler how it
+# orders sums, and what is asserted of exp and of the divergence of a model from itself holds for apt.h as it is included.
 shares() {                                       # BUILD SOURCE: does this program link to the build's implementation?
-    case $1/$2 in onlycore/* | */test_faults.c | ofast/*/test_core.c) return 1 ;; esac
+    case $1/$2 in onlycore/* | */test_faults.c | ofast/*/test_core.c | ofast/*/test_kernels.c) return 1 ;; esac
     grep -q '^#define APT_IMPLEMENTATION' "$2"
 }
 
