@@ -129,9 +129,10 @@ runs_in() {                                      # BUILD SOURCE
 
 # Some kernels place programs where the thread sanitizer of older compilers cannot work; without randomisation it can.
 tsan_prefix() {
-    echo 'int main(void) { return 0; }' | $CC -x c - -fsanitize=thread -o "$OUT/tsan_probe.$BASHPID" 2> /dev/null || return 1
-    "$OUT/tsan_probe.$BASHPID" 2> /dev/null && return 0
-    setarch "$(uname -m)" -R "$OUT/tsan_probe.$BASHPID" 2> /dev/null && echo "setarch $(uname -m) -R"
+    local probe=$OUT/tsan_probe.$BASHPID
+    echo 'int main(void) { return 0; }' | $CC -x c - -fsanitize=thread -o "$probe" 2> /dev/null || return 1
+    "$probe" 2> /dev/null && return 0
+    setarch "$(uname -m)" -R "$probe" 2> /dev/null && echo "setarch $(uname -m) -R"
 }
 
 can_build() {                                    # BUILD: or says why not
