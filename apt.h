@@ -12166,9 +12166,9 @@ static void apti_zero_moments(apt_trainer *t)
 }
 
 /* Clip by the global norm, update, clear. A non-finite gradient skips the update. */
-static void apti_optimize(apt_trainer *t)
+static void apti_optimize(apt_trainer *t, double norm)
 {
-    const double norm = apti_gradient_norm(t), clip = t->desc.clip;
+    const double clip = t->desc.clip;
     t->info.gradient_norm = norm;
     t->info.learning_rate = apti_learning_rate(&t->desc, t->step);
     t->info.skipped = !apti_finite((float)norm);
@@ -13369,10 +13369,11 @@ static apt_result apti_update(apt_trainer *t, bool probe)
 {
     apt_result r = APT_OK;
     apti_mask_gradients(t);
-    const bool finite = apti_finite((float)apti_gradient_norm(t));
+    const double norm = apti_gradient_norm(t);
+    const bool finite = apti_finite((float)norm);
     if (finite && probe) r = apti_salience_update(t);
     if (finite && r == APT_OK && apti_is_apt(t) && !t->desc.disable_growth) r = apti_importance_update(t);
-    apti_optimize(t);
+    apti_optimize(t, norm);
     t->micro = 0;
     t->step++;
     t->info.step = t->step;
