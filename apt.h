@@ -24,6 +24,7 @@
        >>ops           forward and backward of every layer
        >>core          the method on raw arrays
        >>sparsify      magnitude pruning, compressed matrices
+       >>quantize      weights as int8 and int4 on raw arrays
        >>model         parameters, families, one pass, generation, compaction, merge
        >>train         optimizer, salience, decisions, distillation, a step
        >>files         JSON, safetensors, Hugging Face folders, checkpoints
@@ -1056,6 +1057,67 @@ typedef struct apt_iteration {
 APT_API int32_t apt_trainer_iterations(const apt_trainer *trainer);
 APT_API apt_result apt_trainer_iteration(const apt_trainer *trainer, int32_t index, apt_iteration *iteration);
 #endif /* APT_ONLY_CORE */
+
+/* ---------------------------------------------------------------------------------------------------------------------
+   Quantisation: weights as small integers
+
+   W(rows, cols) is out features x in features, q a small integer for each weight, w ~ q * scale, symmetric around 0. The rules of
+   the core hold; contexts as for magnitude pruning (with one, bad input also leaves a text in apt_error).
+   ------------------------------------------------------------------------------------------------------------------ */
+
+enum {
+    APT_QUANT_NONE = 0,
+    APT_QUANT_INT8,                   /* |q| <= 127, one scale per row; values: int8 [rows][cols] */
+    APT_QUANT_INT4                    /* |q| <= 7, one scale per APT_QUANT_GROUP weights of a row (the last group may be shorter);
+                                         values: bytes [rows][(cols+1)/2], weight 2i is the low half of byte i with 8 added,
+                                         2i + 1 the high half (8, which is 0, behind the last weight) */
+};
+#define APT_QUANT_GROUP 32
+#define APT_QUANT_IN 131072           /* most columns: a sum of so many products of 127 * 127 fits an int32 */
+
+/* "int8" or "int4"; NULL for another kind. */
+APT_API const char *apt_quant_kind_name(int32_t kind);
+/* The other way; an unknown name gets a message that lists the kinds (message may be NULL). */
+APT_API apt_result apt_quant_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes);
+/* Bytes of the values, and how many scales there are; -1 for an unknown kind or impossible sizes. */
+APT_API int64_t apt_quant_bytes(int32_t kind, int64_t rows, int64_t cols);
+APT_API int64_t apt_quant_scales(int32_t kind, int64_t rows, int64_t cols);
+/* scale = max|w| / 127 (int4: / 7) of each row or group: nothing is cut off. */
+APT_API apt_result apt_quant_absmax(apt_ctx *ctx, int32_t kind, float *scale, const float *w, int64_t ld, int64_t rows,
+                                    int64_t cols);
+/* The share of that (1, 0.98 .. 0.4, the largest of equals) with the least sum of importance[col] * (w - q*scale)^2.
+   importance: [cols], the mean square of each input where the matrix is used; NULL: all 1. */
+APT_API apt_result apt_quant_calibrate(apt_ctx *ctx, int32_t kind, float *scale, const float *w, int64_t ld, int64_t rows,
+                                       int64_t cols, const float *importance);
+/* q = w / scale to the nearest integer (ties to even), cut off at +-127 or +-7; scale 0: 0. */
+APT_API apt_result apt_quantize(apt_ctx *ctx, int32_t kind, void *q, const float *scale, const float *w, int64_t ld, int64_t rows,
+                                int64_t cols);
+/* w = q * scale. APT_E_RANGE: a q that apt_quantize does not write. */
+APT_API apt_result apt_dequantize(apt_ctx *ctx, int32_t kind, float *w, int64_t ld, const void *q, const float *scale, int64_t rows,
+                                  int64_t cols);
+/* y = the value of w after both, for quantisation-aware training: forward with y, ... y may be w. */
+APT_API apt_result apt_fake_quantize(apt_ctx *ctx, int32_t kind, float *y, int64_t ldy, const float *scale, const float *w,
+                                     int64_t ldw, int64_t rows, int64_t cols);
+/* ... and its gradient as if rounding were not there (straight-through): dw = 0 where w was cut off, that is beyond the last step
+   by more than rounding; else dw stays. */
+APT_API apt_result apt_fake_quantize_backward(apt_ctx *ctx, int32_t kind, float *dw, int64_t lddw, const float *scale,
+                                              const float *w, int64_t ldw, int64_t rows, int64_t cols);
+
+#ifndef APT_ONLY_CORE
+/* Quantised models. apt_model_quantize turns the linear maps of all layers into int8 or int4 and frees their float values;
+   embeddings, norms, biases and heads stay. Forward, generation and saving work as before, on integer products: activations are
+   narrowed to int8 row by row on the way (see apti_quant_tile), so logits differ from the float model's a little. Parameters read
+   as q * scale. What would change the weights is refused (APT_E_STATE): training, compaction, apt_model_set, bitmasks. */
+typedef struct apt_quantize_desc {
+    uint32_t start_canary;
+    int32_t kind;                     /* APT_QUANT_* */
+    const apt_batch *batches;         /* calibration: the model runs them, and scales are chosen by what each linear map reads */
+    int32_t batch_count;              /* 0: by max|w| */
+    uint32_t end_canary;
+} apt_quantize_desc;
+/* Adapters must be merged and trainers be gone. A transaction: on failure nothing changed. */
+APT_API apt_result apt_model_quantize(apt_model *model, const apt_quantize_desc *desc);
+#endif /* APT_ONLY_CORE */
 #ifdef __cplusplus
 }
 #endif
@@ -1260,12 +1322,14 @@ APTI_INLINE bool apti_finite_all(const float *x, int64_t n)
 
 typedef struct apti_pool apti_pool;
 struct apti_kernels;
+struct apti_quant_kernels;
 
 struct apt_ctx {
     apt_desc desc;                               /* the caller's, or zeros; desc.kernels is not kept */
     apti_pool *pool;                             /* NULL: one thread, or the caller's parallel_for */
     int32_t threads;                             /* 1..APTI_MAX_THREADS */
     const struct apti_kernels *kernels;
+    const struct apti_quant_kernels *quant;      /* for products with int8 and int4 weights */
     void *scratch[APTI_MAX_THREADS];             /* one per thread, scratch_bytes each, 64-byte aligned */
     size_t scratch_bytes;
     int64_t bytes, peak_bytes, blocks;           /* held from the allocator, overhead included */
@@ -1462,7 +1526,9 @@ typedef enum apti_cpu_feature {
     APTI_CPU_AVX2 = 1,                           /* with FMA and F16C */
     APTI_CPU_AVX512,                             /* F, BW, DQ and VL */
     APTI_CPU_AVX512_BF16,
-    APTI_CPU_NEON
+    APTI_CPU_AVX512_VNNI,
+    APTI_CPU_NEON,
+    APTI_CPU_DOTPROD                             /* NEON's products of four bytes */
 } apti_cpu_feature;
 
 #ifdef APTI_X86
@@ -1491,16 +1557,28 @@ static bool apti_cpu_has(apti_cpu_feature feature)
         case APTI_CPU_AVX2: return has_avx2;
         case APTI_CPU_AVX512: return has_avx512;
         case APTI_CPU_AVX512_BF16: return has_avx512 && seven.a >= 1 && (apti_cpuid_read(7, 1).a & 1u << 5) != 0;
-        case APTI_CPU_NEON: break;
+        case APTI_CPU_AVX512_VNNI: return has_avx512 && (seven.c & 1u << 11) != 0;
+        case APTI_CPU_NEON: case APTI_CPU_DOTPROD: break;
     }
     return false;
 }
 #else
+#if defined(APTI_NEON) && defined(__linux__)
+extern unsigned long getauxval(unsigned long type);              /* as <sys/auxv.h> has it */
+#endif
+
 /* NEON is part of every 64-bit ARM. */
 APTI_INLINE bool apti_cpu_has(apti_cpu_feature feature)
 {
 #ifdef APTI_NEON
-    return feature == APTI_CPU_NEON;
+    bool dotprod = false;
+#if defined(__ARM_FEATURE_DOTPROD)
+    dotprod = true;
+#elif defined(__linux__)
+    const unsigned long at_hwcap = 16, hwcap_asimddp = 1ul << 20;
+    dotprod = (getauxval(at_hwcap) & hwcap_asimddp) != 0;
+#endif
+    return feature == APTI_CPU_NEON || (feature == APTI_CPU_DOTPROD && dotprod);
 #else
     (void)feature;
     return false;
@@ -2437,11 +2515,12 @@ static uint64_t apti_checksum(uint64_t state, const void *data, size_t n)
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* A matrix W(n, k) (n out features, k in features, as checkpoints store it) held for y = x W^T in panels:
-   data[panel][k][nr], a panel being nr out features. The last panel is filled up with zeros. */
+   data[panel][k][nr], a panel being nr out features. The last panel is filled up with zeros. For int8 (APT_I8) and int4 (APT_U8)
+   weights see "quantised matrices" below. */
 typedef struct apti_packed {
     int64_t n, k;
     int32_t nr;
-    apt_dtype type;                              /* APT_F32 or APT_BF16 */
+    apt_dtype type;                              /* APT_F32, APT_BF16, APT_I8 or APT_U8 */
     void *data;                                  /* from apti_alloc; NULL: no matrix */
 } apti_packed;
 
@@ -2506,6 +2585,8 @@ typedef struct apti_finish {
     int64_t rows, cols;
     const float *z;
     int64_t ldz;
+    const int32_t *sums;                         /* instead of z (ldz, too), as whole vectors; NULL: z */
+    const float *row_scale, *col_scale;          /* NULL, or: z is multiplied by both; col_scale in whole vectors or NULL */
     float *c;
     int64_t ldc;
     const float *bias, *residual, *mask;
@@ -2564,6 +2645,41 @@ typedef struct apti_kernels {
                  float step_size, float eps, float decay);
 } apti_kernels;
 
+/* ---- products with int8 and int4 weights ----
+
+   y[i][j] = a_scale[i] * (sum over p of a[i][p] * w[j][p] * w_scale[j][p / 32]),  a and w small integers: |a| <= 127, |w| <= 127
+   (int8, one scale per output) or 7 (int4, one scale per 32 inputs). Each row of activations is narrowed to int8 on the way in,
+   with its own scale. Sums of integers are exact, so all tables below, whatever their order, give the same int32 sums; int4
+   adds up its groups in one order of fused multiply-adds. */
+
+/* What a tile of such a product reads and writes. Inputs are filled up with zeros to whole groups of APT_QUANT_GROUP. */
+typedef struct apti_quant_tile {
+    int32_t rows;                                /* 1..mr */
+    int64_t groups;
+    const uint8_t *a;                            /* row i at a + i*a_row: int8 values (int16 where the table is wide) */
+    int64_t a_row;
+    const int32_t *a_sums;                       /* row i at i*(groups + 1): its sum over each group, then over all */
+    const uint8_t *b;                            /* a panel of weights */
+    const float *scale;                          /* int4: [groups][nr] */
+    int32_t *sums;                               /* int8: out, rows x ld */
+    float *to;                                   /* int4: out */
+    int64_t ld;
+} apti_quant_tile;
+
+/* Chosen beside the table above: an instruction set may have more than one way to do this. */
+typedef struct apti_quant_kernels {
+    const char *name, *base;                     /* base: name of the table it belongs to */
+    int32_t mr, nr;                              /* largest tile; nr is also the width of a panel */
+    bool wide;                                   /* int8 takes activations as 16 bits */
+    void (*int8)(const apti_quant_tile *t);
+    void (*int4)(const apti_quant_tile *t);
+    /* y = round(x / scale) filled up to whole groups, and its sums as in a tile (NULL: not wanted). Returns scale = max|x| / 127;
+       NaN (y is 0 then) where x is not finite, so that the product's row is NaN. */
+    float (*narrow)(void *y, int32_t *sums, const float *x, int64_t n, bool wide);
+} apti_quant_kernels;
+
+#define APTI_QUANT_NR_MAX 16
+#define APTI_QUANT_MR_MAX 14
 #define APTI_MR_MAX 14                           /* over all tables */
 #define APTI_NR_MAX 32
 #define APTI_THIN_ROWS 3
@@ -2674,8 +2790,10 @@ static void apti_finish_ref(const apti_finish *f)
 {
     for (int64_t i = 0; i < f->rows; i++) {
         for (int64_t j = 0; j < f->cols; j++) {
-            float z = f->z[i * f->ldz + j];
-            if (f->bias != NULL) z += f->bias[j];
+            float z = f->sums != NULL ? (float)f->sums[i * f->ldz + j] : f->z[i * f->ldz + j];
+            const float bias = f->bias != NULL ? f->bias[j] : 0.0f;
+            if (f->row_scale != NULL) z = fmaf(z, f->row_scale[i] * (f->col_scale != NULL ? f->col_scale[j] : 1.0f), bias);
+            else z += bias;
             if (f->pre != NULL) f->pre[i * f->ld_pre + j] = z;
             z = apti_act_one(z, f->act);
             if (f->residual != NULL) z += f->residual[i * f->ld_residual + j];
@@ -2827,6 +2945,110 @@ static void apti_adam_ref(float *w, float *m, float *v, const float *g, int64_t 
 
 static const apti_kernels apti_kernels_ref = APTI_TABLE(ref, 4, 8, 4, 1, NULL);
 
+/* ---- products with int8 and int4 weights ---- */
+
+/* Scale and factor for a row whose largest |x| has these bits. False: all of it becomes 0, either because it is too small to
+   matter (and 127 / max would be infinite), or, with scale NaN, because it is not finite. */
+APTI_INLINE bool apti_quant_range(uint32_t max_bits, float *scale, float *factor)
+{
+    const float max = apti_float(max_bits);
+    *scale = 0.0f;
+    *factor = 0.0f;
+    if (max_bits >= 0x7f800000u) *scale = apti_float(APTI_NAN_BITS);
+    if (max_bits >= 0x7f800000u || max_bits < (uint32_t)(127 - 110) << 23) return false;
+    *scale = max / 127.0f;
+    *factor = 127.0f / max;
+    return true;
+}
+
+/* Where the range is false. */
+static void apti_quant_zero(void *y, int32_t *sums, int64_t n, bool wide)
+{
+    const int64_t groups = apti_ceil_div(n, APT_QUANT_GROUP);
+    memset(y, 0, (size_t)(groups * APT_QUANT_GROUP * (wide ? 2 : 1)));
+    if (sums != NULL) memset(sums, 0, (size_t)(groups + 1) * sizeof(int32_t));
+}
+
+static float apti_quant_narrow_ref(void *y, int32_t *sums, const float *x, int64_t n, bool wide)
+{
+    const int64_t groups = apti_ceil_div(n, APT_QUANT_GROUP);
+    uint32_t most = 0;
+    float scale, factor;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = apti_bits(x[i]) & 0x7fffffffu;
+        most = bits > most ? bits : most;
+    }
+    apti_quant_zero(y, sums, n, wide);
+    if (!apti_quant_range(most, &scale, &factor)) return scale;
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t v = (int32_t)lrintf(x[i] * factor);
+        if (wide) ((int16_t *)y)[i] = (int16_t)v;
+        else ((int8_t *)y)[i] = (int8_t)v;
+        if (sums == NULL) continue;
+        sums[i / APT_QUANT_GROUP] += v;
+        sums[groups] += v;
+    }
+    return scale;
+}
+
+static void apti_quant_int8_ref(const apti_quant_tile *t)
+{
+    const int64_t quads = t->groups * APT_QUANT_GROUP / 4;
+    for (int32_t i = 0; i < t->rows; i++) {
+        const int8_t *a = (const int8_t *)(t->a + i * t->a_row);
+        for (int32_t j = 0; j < 8; j++) {
+            int32_t sum = 0;
+            for (int64_t q = 0; q < quads; q++)
+                for (int32_t r = 0; r < 4; r++) sum += a[4 * q + r] * (int8_t)t->b[(q * 8 + j) * 4 + r];
+            t->sums[i * t->ld + j] = sum;
+        }
+    }
+}
+
+/* One group of a panel of int4 weights as int8. */
+APTI_INLINE void apti_quant_unpack(int8_t *y, const uint8_t *b, int64_t nr)
+{
+    const int64_t half = APT_QUANT_GROUP / 2 * nr;
+    for (int64_t i = 0; i < half; i++) {
+        y[i] = (int8_t)((b[i] & 15) - 8);
+        y[half + i] = (int8_t)((b[i] >> 4) - 8);
+    }
+}
+
+/* int4 by an int8 kernel of panels 8 wide, group by group. */
+APTI_INLINE void apti_quant_int4_by(const apti_quant_tile *t, void (*int8)(const apti_quant_tile *))
+{
+    int8_t b[APT_QUANT_GROUP * 8];
+    int32_t sums[APTI_QUANT_MR_MAX * 8];
+    apti_quant_tile one = *t;
+    one.groups = 1;
+    one.b = (const uint8_t *)b;
+    one.sums = sums;
+    one.ld = 8;
+    for (int32_t i = 0; i < t->rows; i++)
+        for (int32_t j = 0; j < 8; j++) t->to[i * t->ld + j] = 0.0f;
+    for (int64_t g = 0; g < t->groups; g++) {
+        const float *scale = t->scale + g * 8;
+        apti_quant_unpack(b, t->b + g * (APT_QUANT_GROUP / 2) * 8, 8);
+        one.a = t->a + g * APT_QUANT_GROUP;
+        int8(&one);
+        for (int32_t i = 0; i < t->rows; i++) {
+            float *to = t->to + i * t->ld;
+            for (int32_t j = 0; j < 8; j++) to[j] = fmaf(scale[j], (float)sums[i * 8 + j], to[j]);
+        }
+    }
+}
+
+static void apti_quant_int4_ref(const apti_quant_tile *t)
+{
+    apti_quant_int4_by(t, apti_quant_int8_ref);
+}
+
+#define APTI_QUANT_TABLE(isa, base, mr, nr, wide) \
+    {#isa, base, mr, nr, wide, apti_quant_int8_##isa, apti_quant_int4_##isa, apti_quant_narrow_##isa}
+
+static const apti_quant_kernels apti_quant_kernels_ref = APTI_QUANT_TABLE(ref, "ref", 4, 8, false);
+
 /* ---------------------------------------------------------------------------------------------------------------------
    SIMD kernels
 
@@ -2855,6 +3077,12 @@ extern "C" {
 #define APTI_PASTE2(a, b) a##_##b
 #define APTI_PASTE(a, b) APTI_PASTE2(a, b)
 #define APTI_FN(name) APTI_PASTE(apti_##name, APTI_ISA)     /* apti_name_isa */
+
+/* X(row, base, offset) for the rows of a tile, see tile_body. */
+#define APTI_ROW_LIST_6(X) X(0, a0, 0) X(1, a0, ar) X(2, a0, 2 * ar) X(3, a3, 0) X(4, a3, ar) X(5, a3, 2 * ar)
+#define APTI_ROW_LIST_8(X) APTI_ROW_LIST_6(X) X(6, a6, 0) X(7, a6, ar)
+#define APTI_ROW_LIST_12(X) APTI_ROW_LIST_8(X) X(8, a6, 2 * ar) X(9, a9, 0) X(10, a9, ar) X(11, a9, 2 * ar)
+#define APTI_ROW_LIST_14(X) APTI_ROW_LIST_12(X) X(12, a12, 0) X(13, a12, ar)
 #endif
 
 #ifdef APTI_X86
@@ -2915,6 +3143,7 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_vfloat(i) _mm256_castsi256_ps(i)
 #define apti_vround(v) _mm256_cvtps_epi32(v)
 #define apti_vconvert(i) _mm256_cvtepi32_ps(i)
+#define apti_viload(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
 #define apti_viset(x) _mm256_set1_epi32(x)
 #define apti_viadd(a, b) _mm256_add_epi32(a, b)
 #define apti_viand(a, b) _mm256_and_si256(a, b)
@@ -2961,6 +3190,7 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_vfloat(i) _mm512_castsi512_ps(i)
 #define apti_vround(v) _mm512_cvtps_epi32(v)
 #define apti_vconvert(i) _mm512_cvtepi32_ps(i)
+#define apti_viload(p) _mm512_loadu_si512(p)
 #define apti_viset(x) _mm512_set1_epi32(x)
 #define apti_viadd(a, b) _mm512_add_epi32(a, b)
 #define apti_viand(a, b) _mm512_and_si512(a, b)
@@ -2977,6 +3207,131 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #pragma GCC diagnostic push                      /* gcc 12 takes the unused operand inside its own intrinsics for a mistake */
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
+#include APT_HEADER
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+/* Four and eight bytes, to be broadcast */
+APTI_INLINE int32_t apti_load_4(const void *p)
+{
+    int32_t x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+APTI_INLINE int64_t apti_load_8(const void *p)
+{
+    int64_t x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+/* Products with quantised weights, from a second template (search for APTI_QUANT_ISA below). A panel is one vector of int32 wide.
+   vpmaddubsw multiplies bytes, but one factor without a sign, and 2 * 255 * 127 does not fit its 16 bits; so int8 weights are
+   widened to 16 bits once per step, shared by the rows of the tile. vpmaddwd adds pairs: a sum is two vectors until the end. int4
+   weights do go in as bytes, 0..15: eight pairs of them times an int8 fit (8 * 2 * 15 * 127 = 30480), which is one group of 32. */
+#define APTI_QUANT_ISA avx2
+#define APTI_QUANT_TARGET APTI_AVX2
+#define APTI_QUANT_BASE "avx2"
+#define APTI_QUANT_LANES 8
+#define APTI_QUANT_MR 6
+#define APTI_QUANT_WIDE true
+#define apti_qi __m256i
+#define apti_qf __m256
+#define apti_qload(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
+#define apti_qstore(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
+#define apti_qset(x) _mm256_set1_epi32(x)
+#define apti_qset64(p) _mm256_set1_epi64x(apti_load_8(p))
+#define apti_qextend(p) _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(p)))
+#define apti_qadd(a, b) _mm256_add_epi32(a, b)
+#define apti_qsub(a, b) _mm256_sub_epi32(a, b)
+#define apti_qand(a, b) _mm256_and_si256(a, b)
+#define apti_qmax(a, b) _mm256_max_epi32(a, b)
+#define apti_qshr4(a) _mm256_srli_epi16(a, 4)
+#define apti_qmadd(a, b) _mm256_madd_epi16(a, b)
+#define apti_qmadd_bytes(acc, u, s) _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, s))
+#define apti_qmadd_sum(acc) _mm256_madd_epi16(acc, _mm256_set1_epi16(1))
+#define apti_qfold(x, y) _mm256_permute4x64_epi64(_mm256_hadd_epi32(x, y), 0xd8)
+#define apti_qfload(p) _mm256_loadu_ps(p)
+#define apti_qfload_part(p, k) _mm256_maskload_ps(p, apti_first_8(k))
+#define apti_qfstore(p, v) _mm256_storeu_ps(p, v)
+#define apti_qfset(x) _mm256_set1_ps(x)
+#define apti_qfmul(a, b) _mm256_mul_ps(a, b)
+#define apti_qfma(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define apti_qbits(v) _mm256_castps_si256(v)
+#define apti_qround(v) _mm256_cvtps_epi32(v)
+#define apti_qconvert(v) _mm256_cvtepi32_ps(v)
+#define apti_qput16(p, v) _mm_storeu_si128((__m128i *)(void *)(p), apti_pack_8(v))
+#define apti_qput8(p, v) _mm_storel_epi64((__m128i *)(void *)(p), _mm_packs_epi16(apti_pack_8(v), _mm_setzero_si128()))
+APTI_AVX2 APTI_INLINE __m128i apti_pack_8(__m256i v)
+{
+    return _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+}
+#include APT_HEADER
+
+/* The same for AVX-512; then what differs with vpdpbusd, which adds four products of an unsigned and a signed byte to an int32:
+   int8 weights go in with 128 added, which the sum of the activations takes off again. */
+#define APTI_QUANT_ISA avx512
+#define APTI_QUANT_TARGET APTI_AVX512
+#define APTI_QUANT_BASE "avx512"
+#define APTI_QUANT_LANES 16
+#define APTI_QUANT_MR 14
+#define APTI_QUANT_WIDE true
+#define APTI_QUANT_AVX512
+#define apti_qi __m512i
+#define apti_qf __m512
+#define apti_qload(p) _mm512_loadu_si512(p)
+#define apti_qstore(p, v) _mm512_storeu_si512(p, v)
+#define apti_qset(x) _mm512_set1_epi32(x)
+#define apti_qset64(p) _mm512_set1_epi64(apti_load_8(p))
+#define apti_qextend(p) _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)(p)))
+#define apti_qadd(a, b) _mm512_add_epi32(a, b)
+#define apti_qsub(a, b) _mm512_sub_epi32(a, b)
+#define apti_qand(a, b) _mm512_and_si512(a, b)
+#define apti_qxor(a, b) _mm512_xor_si512(a, b)
+#define apti_qmax(a, b) _mm512_max_epi32(a, b)
+#define apti_qshr4(a) _mm512_srli_epi16(a, 4)
+#define apti_qmadd(a, b) _mm512_madd_epi16(a, b)
+#define apti_qmadd_bytes(acc, u, s) _mm512_add_epi16(acc, _mm512_maddubs_epi16(u, s))
+#define apti_qmadd_sum(acc) _mm512_madd_epi16(acc, _mm512_set1_epi16(1))
+#define apti_qfold(x, y) apti_fold_16(x, y)
+#define apti_qfload(p) _mm512_loadu_ps(p)
+#define apti_qfload_part(p, k) _mm512_maskz_loadu_ps((__mmask16)((1u << (k)) - 1u), p)
+#define apti_qfstore(p, v) _mm512_storeu_ps(p, v)
+#define apti_qfset(x) _mm512_set1_ps(x)
+#define apti_qfmul(a, b) _mm512_mul_ps(a, b)
+#define apti_qfma(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define apti_qbits(v) _mm512_castps_si512(v)
+#define apti_qround(v) _mm512_cvtps_epi32(v)
+#define apti_qconvert(v) _mm512_cvtepi32_ps(v)
+#define apti_qput16(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_cvtepi32_epi16(v))
+#define apti_qput8(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm512_cvtepi32_epi8(v))
+#if !defined(__clang__)
+#pragma GCC diagnostic push                      /* as above */
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+/* Sums of neighbours: those of x, then those of y */
+APTI_AVX512 APTI_INLINE __m512i apti_fold_16(__m512i x, __m512i y)
+{
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_permutex2var_epi32(x, even, y), _mm512_permutex2var_epi32(x, odd, y));
+}
+#include APT_HEADER
+
+#undef apti_qmadd_bytes
+#undef apti_qmadd_sum
+#undef APTI_QUANT_AVX512
+#define APTI_QUANT_ISA avx512vnni
+#define APTI_QUANT_TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define APTI_QUANT_BASE "avx512"
+#define APTI_QUANT_LANES 16
+#define APTI_QUANT_MR 14
+#define APTI_QUANT_WIDE false
+#define APTI_QUANT_DOT
+#define apti_qmadd_bytes(acc, u, s) _mm512_dpbusd_epi32(acc, u, s)
+#define apti_qmadd_sum(acc) (acc)
 #include APT_HEADER
 #if !defined(__clang__)
 #pragma GCC diagnostic pop
@@ -3046,6 +3401,7 @@ APTI_INLINE void apti_transpose_4x4(float *y, int64_t ldy, const float *x, int64
 #define apti_vfloat(i) vreinterpretq_f32_s32(i)
 #define apti_vround(v) vcvtnq_s32_f32(v)
 #define apti_vconvert(i) vcvtq_f32_s32(i)
+#define apti_viload(p) vld1q_s32(p)
 #define apti_viset(x) vdupq_n_s32(x)
 #define apti_viadd(a, b) vaddq_s32(a, b)
 #define apti_viand(a, b) vandq_s32(a, b)
@@ -3059,6 +3415,130 @@ APTI_INLINE void apti_transpose_4x4(float *y, int64_t ldy, const float *x, int64
 #define apti_vtranspose(y, ldy, x, ldx) apti_transpose_4x4(y, ldy, x, ldx)
 #define APTI_BLOCK 4
 #include APT_HEADER
+
+/* Products with quantised weights. Without the dot product two products of bytes fit 16 bits (2 * 127 * 127 = 32258) before they
+   are added to the sums in pairs; with it, four of them go to an int32 at once. */
+APTI_INLINE int8x16_t apti_quad(const uint8_t *p)
+{
+    int32_t x;
+    memcpy(&x, p, sizeof x);
+    return vreinterpretq_s8_s32(vdupq_n_s32(x));
+}
+
+#define APTI_QUANT_ROWS_4(X) X(0) X(1) X(2) X(3)
+#define APTI_QUANT_ROWS_8(X) APTI_QUANT_ROWS_4(X) X(4) X(5) X(6) X(7)
+#define APTI_INT8_START(i) int32x4_t p##i = vdupq_n_s32(0), q##i = p##i, r##i = p##i, s##i = p##i;
+#define APTI_INT8_STEP(i)                                                                                   \
+    if (rows > i) {                                                                                         \
+        const int8x8_t c = vget_low_s8(apti_quad(a + i * t->a_row)), d = vget_low_s8(apti_quad(a + i * t->a_row + 4)); \
+        p##i = vpadalq_s16(p##i, vmlal_s8(vmull_s8(vget_low_s8(w0), c), vget_low_s8(v0), d));               \
+        q##i = vpadalq_s16(q##i, vmlal_s8(vmull_s8(vget_high_s8(w0), c), vget_high_s8(v0), d));             \
+        r##i = vpadalq_s16(r##i, vmlal_s8(vmull_s8(vget_low_s8(w1), c), vget_low_s8(v1), d));               \
+        s##i = vpadalq_s16(s##i, vmlal_s8(vmull_s8(vget_high_s8(w1), c), vget_high_s8(v1), d));             \
+    }
+#define APTI_INT8_END(i)                                                                                    \
+    if (rows > i) {                                                                                         \
+        vst1q_s32(t->sums + i * t->ld, vpaddq_s32(p##i, q##i));                                             \
+        vst1q_s32(t->sums + i * t->ld + 4, vpaddq_s32(r##i, s##i));                                         \
+    }
+
+__attribute__((always_inline)) APTI_INLINE void apti_quant_int8_body_neon(const apti_quant_tile *t, const int rows)
+{
+    const int8_t *b = (const int8_t *)t->b;
+    const uint8_t *a = t->a;
+    APTI_QUANT_ROWS_4(APTI_INT8_START)
+    for (int64_t k = t->groups * APT_QUANT_GROUP / 8; k > 0; k--, a += 8, b += 64) {
+        const int8x16_t w0 = vld1q_s8(b), w1 = vld1q_s8(b + 16), v0 = vld1q_s8(b + 32), v1 = vld1q_s8(b + 48);
+        APTI_QUANT_ROWS_4(APTI_INT8_STEP)
+    }
+    APTI_QUANT_ROWS_4(APTI_INT8_END)
+}
+#undef APTI_INT8_START
+#undef APTI_INT8_STEP
+#undef APTI_INT8_END
+
+#ifdef __clang__
+#define APTI_DOTPROD __attribute__((target("dotprod")))
+#else
+#define APTI_DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
+#define APTI_INT8_START(i) int32x4_t p##i = vdupq_n_s32(0), q##i = p##i;
+#define APTI_INT8_STEP(i)                                                                                   \
+    if (rows > i) {                                                                                         \
+        const int8x16_t c = apti_quad(a + i * t->a_row);                                                    \
+        p##i = vdotq_s32(p##i, w0, c);                                                                      \
+        q##i = vdotq_s32(q##i, w1, c);                                                                      \
+    }
+#define APTI_INT8_END(i)                                                                                    \
+    if (rows > i) {                                                                                         \
+        vst1q_s32(t->sums + i * t->ld, p##i);                                                               \
+        vst1q_s32(t->sums + i * t->ld + 4, q##i);                                                           \
+    }
+
+APTI_DOTPROD __attribute__((always_inline)) APTI_INLINE void apti_quant_int8_body_dotprod(const apti_quant_tile *t, const int rows)
+{
+    const int8_t *b = (const int8_t *)t->b;
+    const uint8_t *a = t->a;
+    APTI_QUANT_ROWS_8(APTI_INT8_START)
+    for (int64_t k = t->groups * APT_QUANT_GROUP / 4; k > 0; k--, a += 4, b += 32) {
+        const int8x16_t w0 = vld1q_s8(b), w1 = vld1q_s8(b + 16);
+        APTI_QUANT_ROWS_8(APTI_INT8_STEP)
+    }
+    APTI_QUANT_ROWS_8(APTI_INT8_END)
+}
+#undef APTI_INT8_START
+#undef APTI_INT8_STEP
+#undef APTI_INT8_END
+
+#define APTI_QUANT_CASE_neon(i) case i + 1: apti_quant_int8_body_neon(t, i + 1); break;
+#define APTI_QUANT_CASE_dotprod(i) case i + 1: apti_quant_int8_body_dotprod(t, i + 1); break;
+
+static void apti_quant_int8_neon(const apti_quant_tile *t)
+{
+    switch (t->rows) { APTI_QUANT_ROWS_4(APTI_QUANT_CASE_neon) default: break; }
+}
+
+APTI_DOTPROD static void apti_quant_int8_dotprod(const apti_quant_tile *t)
+{
+    switch (t->rows) { APTI_QUANT_ROWS_8(APTI_QUANT_CASE_dotprod) default: break; }
+}
+
+static void apti_quant_int4_neon(const apti_quant_tile *t)
+{
+    apti_quant_int4_by(t, apti_quant_int8_neon);
+}
+
+static void apti_quant_int4_dotprod(const apti_quant_tile *t)
+{
+    apti_quant_int4_by(t, apti_quant_int8_dotprod);
+}
+
+static float apti_quant_narrow_neon(void *y, int32_t *sums, const float *x, int64_t n, bool wide)
+{
+    float scale, factor;
+    int32x4_t most = vdupq_n_s32(0);
+    if (wide || sums != NULL) return apti_quant_narrow_ref(y, sums, x, n, wide);     /* no NEON kernel asks for them */
+    for (int64_t i = 0; i < n; i += 4) {
+        const float32x4_t v = i + 4 <= n ? vld1q_f32(x + i) : apti_load_first(x + i, n - i);
+        most = vmaxq_s32(most, vandq_s32(vreinterpretq_s32_f32(v), vdupq_n_s32(0x7fffffff)));
+    }
+    apti_quant_zero(y, NULL, n, false);
+    if (!apti_quant_range((uint32_t)vmaxvq_s32(most), &scale, &factor)) return scale;
+    int8_t *to = (int8_t *)y;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const int16x4_t u = vmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i), factor)));
+        const int16x4_t v = vmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4), factor)));
+        vst1_s8(to + i, vmovn_s16(vcombine_s16(u, v)));
+    }
+    for (; i < n; i++) to[i] = (int8_t)lrintf(x[i] * factor);
+    return scale;
+}
+#define apti_quant_narrow_dotprod apti_quant_narrow_neon
+
+static const apti_quant_kernels apti_quant_kernels_neon = APTI_QUANT_TABLE(neon, "neon", 4, 8, false);
+static const apti_quant_kernels apti_quant_kernels_dotprod = APTI_QUANT_TABLE(dotprod, "neon", 8, 8, false);
+#undef apti_quant_narrow_dotprod
 #endif /* APTI_NEON */
 
 /* The implementation is interrupted here for the template, which must be visible when the header includes itself. */
@@ -3423,11 +3903,16 @@ APTI_ISA_TARGET static void APTI_FN(transpose)(float *y, int64_t ldy, const floa
 APTI_ISA_TARGET static void APTI_FN(finish)(const apti_finish *f)
 {
     for (int64_t r = 0; r < f->rows; r++) {
-        const float *z = f->z + r * f->ldz;
+        const int64_t row = r * f->ldz;
         float *c = f->c + r * f->ldc;
         APTI_EACH(j, f->cols, k) {
-            apti_v v = apti_vget(z + j, k);
-            if (f->bias != NULL) v = apti_vadd(v, apti_vget(f->bias + j, k));
+            apti_v v = f->sums != NULL ? apti_vconvert(apti_viload(f->sums + row + j)) : apti_vget(f->z + row + j, k);
+            if (f->row_scale != NULL) {
+                const apti_v s = apti_vset(f->row_scale[r]), bias = f->bias != NULL ? apti_vget(f->bias + j, k) : apti_vset(0.0f);
+                v = apti_vfma(v, f->col_scale != NULL ? apti_vmul(s, apti_vload(f->col_scale + j)) : s, bias);
+            } else if (f->bias != NULL) {
+                v = apti_vadd(v, apti_vget(f->bias + j, k));
+            }
             if (f->pre != NULL) apti_vput(f->pre + r * f->ld_pre + j, v, k);
             if (f->act >= 0) v = APTI_FN(vact)(v, f->act);
             if (f->residual != NULL) v = apti_vadd(v, apti_vget(f->residual + r * f->ld_residual + j, k));
@@ -3455,10 +3940,6 @@ APTI_ISA_TARGET static void APTI_FN(finish)(const apti_finish *f)
 #define apti_sfma(s, b, c) apti_vfma(s, b, c)
 #define apti_s apti_v
 #endif
-#define APTI_ROW_LIST_6(X) X(0, a0, 0) X(1, a0, ar) X(2, a0, 2 * ar) X(3, a3, 0) X(4, a3, ar) X(5, a3, 2 * ar)
-#define APTI_ROW_LIST_8(X) APTI_ROW_LIST_6(X) X(6, a6, 0) X(7, a6, ar)
-#define APTI_ROW_LIST_12(X) APTI_ROW_LIST_8(X) X(8, a6, 2 * ar) X(9, a9, 0) X(10, a9, ar) X(11, a9, 2 * ar)
-#define APTI_ROW_LIST_14(X) APTI_ROW_LIST_12(X) X(12, a12, 0) X(13, a12, ar)
 #define APTI_ROWS APTI_PASTE(APTI_ROW_LIST, APTI_MR)             /* X for every row of a full tile */
 #define APTI_SLIM_ROWS APTI_PASTE(APTI_ROW_LIST, APTI_SLIM)      /* X for every row of a tile one vector wide */
 
@@ -3657,11 +4138,7 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #undef APTI_MILLS_LIMIT
 #undef APTI_THIRD
 #undef APTI_ROWS
-#undef APTI_ROW_LIST_6
-#undef APTI_ROW_LIST_8
-#undef APTI_ROW_LIST_12
 #undef APTI_SLIM_ROWS
-#undef APTI_ROW_LIST_14
 #undef APTI_ROW_START
 #undef APTI_ROW_STEP
 #undef APTI_ROW_PREFETCH
@@ -3702,6 +4179,7 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #undef apti_vfloat
 #undef apti_vround
 #undef apti_vconvert
+#undef apti_viload
 #undef apti_viset
 #undef apti_viadd
 #undef apti_viand
@@ -3718,6 +4196,216 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #undef apti_sload
 #undef apti_sfma
 #undef apti_s
+#elif defined(APTI_QUANT_ISA)
+/* Products with int8 and int4 weights on x86, once per instruction set. Rows are addressed as in tile_body above; `rows` is a
+   constant of each instance. Two accumulators per row: two halves of the panel's columns in pairs, or (APTI_QUANT_DOT) the even
+   and the odd groups of four inputs, because one chain of vpdpbusd would wait for itself. */
+#define APTI_QFN(name) APTI_PASTE(apti_quant_##name, APTI_QUANT_ISA)
+#define APTI_QUANT_LIST APTI_PASTE(APTI_ROW_LIST, APTI_QUANT_MR)
+#define APTI_QUANT_BASES                                                                                    \
+    const int64_t ar = t->a_row;                                                                            \
+    const uint8_t *b = t->b, *a0 = t->a, *a3 = rows > 3 ? a0 + 3 * ar : a0, *a6 = rows > 6 ? a0 + 6 * ar : a0; \
+    const uint8_t *a9 = rows > 9 ? a0 + 9 * ar : a0, *a12 = rows > 12 ? a0 + 12 * ar : a0;                  \
+    (void)a6, (void)a9, (void)a12;
+#define APTI_QUANT_ADVANCE(bytes)                                                                           \
+    a0 += bytes;                                                                                            \
+    if (rows > 3) a3 += bytes;                                                                              \
+    if (rows > 6) a6 += bytes;                                                                              \
+    if (rows > 9) a9 += bytes;                                                                              \
+    if (rows > 12) a12 += bytes;
+
+#define APTI_INT8_START(i, base, offset) apti_qi x##i = zero, y##i = zero;
+#ifdef APTI_QUANT_DOT
+#define APTI_INT8_STEP(i, base, offset)                                                                     \
+    if (rows > i) {                                                                                         \
+        x##i = apti_qmadd_bytes(x##i, w, apti_qset(apti_load_4(base + (offset))));                          \
+        y##i = apti_qmadd_bytes(y##i, v, apti_qset(apti_load_4(base + (offset) + 4)));                      \
+    }
+#define APTI_INT8_END(i, base, offset)                                                                      \
+    if (rows > i)                                                                                           \
+        apti_qstore(t->sums + i * t->ld,                                                                    \
+                    apti_qsub(apti_qadd(x##i, y##i), apti_qset(128 * t->a_sums[i * (t->groups + 1) + t->groups])));
+#else
+#define APTI_INT8_STEP(i, base, offset)                                                                     \
+    if (rows > i) {                                                                                         \
+        const apti_qi s = apti_qset64(base + (offset));                                                     \
+        x##i = apti_qadd(x##i, apti_qmadd(w, s));                                                           \
+        y##i = apti_qadd(y##i, apti_qmadd(v, s));                                                           \
+    }
+#define APTI_INT8_END(i, base, offset) if (rows > i) apti_qstore(t->sums + i * t->ld, apti_qfold(x##i, y##i));
+#endif
+
+APTI_QUANT_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_QFN(int8_body)(const apti_quant_tile *t, const int rows)
+{
+    const apti_qi zero = apti_qset(0);
+    APTI_QUANT_BASES
+    APTI_QUANT_LIST(APTI_INT8_START)
+#ifdef APTI_QUANT_DOT
+    const apti_qi flip = apti_qset((int32_t)0x80808080u);
+    for (int64_t q = t->groups * APT_QUANT_GROUP / 8; q > 0; q--, b += 8 * APTI_QUANT_LANES) {
+        const apti_qi w = apti_qxor(apti_qload(b), flip), v = apti_qxor(apti_qload(b + 4 * APTI_QUANT_LANES), flip);
+#else
+    for (int64_t q = t->groups * APT_QUANT_GROUP / 4; q > 0; q--, b += 4 * APTI_QUANT_LANES) {
+        const apti_qi w = apti_qextend(b), v = apti_qextend(b + 2 * APTI_QUANT_LANES);
+#endif
+        APTI_QUANT_LIST(APTI_INT8_STEP)
+        APTI_QUANT_ADVANCE(8)
+    }
+    APTI_QUANT_LIST(APTI_INT8_END)
+}
+
+#define APTI_INT4_START(i, base, offset) apti_qf f##i = apti_qfset(0.0f);
+#define APTI_INT4_ZERO(i, base, offset) apti_qi x##i = apti_qset(0);
+#define APTI_INT4_STEP(i, base, offset)                                                                     \
+    if (rows > i) {                                                                                         \
+        x##i = apti_qmadd_bytes(x##i, low, apti_qset(apti_load_4(base + (offset) + 4 * h)));                \
+        x##i = apti_qmadd_bytes(x##i, high, apti_qset(apti_load_4(base + (offset) + 4 * h + APT_QUANT_GROUP / 2))); \
+    }
+#define APTI_INT4_SCALE(i, base, offset)                                                                    \
+    if (rows > i) {                                                                                         \
+        const apti_qi eight = apti_qset(8 * t->a_sums[i * (t->groups + 1) + g]);                            \
+        f##i = apti_qfma(scale, apti_qconvert(apti_qsub(apti_qmadd_sum(x##i), eight)), f##i);               \
+    }
+#define APTI_INT4_END(i, base, offset) if (rows > i) apti_qfstore(t->to + i * t->ld, f##i);
+
+APTI_QUANT_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_QFN(int4_body)(const apti_quant_tile *t, const int rows)
+{
+    const apti_qi mask = apti_qset(0x0f0f0f0f);
+    APTI_QUANT_BASES
+    APTI_QUANT_LIST(APTI_INT4_START)
+    for (int64_t g = 0; g < t->groups; g++) {
+        APTI_QUANT_LIST(APTI_INT4_ZERO)
+        for (int h = 0; h < APT_QUANT_GROUP / 8; h++, b += 4 * APTI_QUANT_LANES) {
+            const apti_qi bytes = apti_qload(b), low = apti_qand(bytes, mask), high = apti_qand(apti_qshr4(bytes), mask);
+            APTI_QUANT_LIST(APTI_INT4_STEP)
+        }
+        const apti_qf scale = apti_qfload(t->scale + g * APTI_QUANT_LANES);
+        APTI_QUANT_LIST(APTI_INT4_SCALE)
+        APTI_QUANT_ADVANCE(APT_QUANT_GROUP)
+    }
+    APTI_QUANT_LIST(APTI_INT4_END)
+}
+
+#define APTI_QUANT_TILES(i, base, offset)                                                                   \
+    APTI_QUANT_TARGET static void APTI_PASTE(APTI_QFN(int8), i)(const apti_quant_tile *t)                   \
+    {                                                                                                       \
+        APTI_QFN(int8_body)(t, i + 1);                                                                      \
+    }                                                                                                       \
+    APTI_QUANT_TARGET static void APTI_PASTE(APTI_QFN(int4), i)(const apti_quant_tile *t)                   \
+    {                                                                                                       \
+        APTI_QFN(int4_body)(t, i + 1);                                                                      \
+    }
+APTI_QUANT_LIST(APTI_QUANT_TILES)
+
+#define APTI_INT8_NAME(i, base, offset) APTI_PASTE(APTI_QFN(int8), i),
+#define APTI_INT4_NAME(i, base, offset) APTI_PASTE(APTI_QFN(int4), i),
+static void (*const APTI_QFN(int8_tiles)[APTI_QUANT_MR])(const apti_quant_tile *) = {APTI_QUANT_LIST(APTI_INT8_NAME)};
+static void (*const APTI_QFN(int4_tiles)[APTI_QUANT_MR])(const apti_quant_tile *) = {APTI_QUANT_LIST(APTI_INT4_NAME)};
+
+static void APTI_QFN(int8)(const apti_quant_tile *t)
+{
+    APTI_QFN(int8_tiles)[t->rows - 1](t);
+}
+
+static void APTI_QFN(int4)(const apti_quant_tile *t)
+{
+    APTI_QFN(int4_tiles)[t->rows - 1](t);
+}
+
+APTI_QUANT_TARGET APTI_INLINE apti_qf APTI_QFN(get)(const float *p, int64_t k)
+{
+    return k >= APTI_QUANT_LANES ? apti_qfload(p) : k > 0 ? apti_qfload_part(p, k) : apti_qfset(0.0f);
+}
+
+APTI_QUANT_TARGET static float APTI_QFN(narrow)(void *y, int32_t *sums, const float *x, int64_t n, bool wide)
+{
+    const int64_t groups = apti_ceil_div(n, APT_QUANT_GROUP);
+    int32_t lane[APTI_QUANT_LANES], max = 0, all = 0;
+    float scale, factor;
+    apti_qi most = apti_qset(0);
+    for (int64_t i = 0; i < n; i += APTI_QUANT_LANES)
+        most = apti_qmax(most, apti_qand(apti_qbits(APTI_QFN(get)(x + i, n - i)), apti_qset(0x7fffffff)));
+    apti_qstore(lane, most);
+    for (int32_t l = 0; l < APTI_QUANT_LANES; l++) max = lane[l] > max ? lane[l] : max;
+    if (!apti_quant_range((uint32_t)max, &scale, &factor)) {
+        apti_quant_zero(y, sums, n, wide);
+        return scale;
+    }
+    const apti_qf f = apti_qfset(factor);
+    for (int64_t g = 0; g < groups; g++) {
+        apti_qi total = apti_qset(0);
+        for (int64_t i = g * APT_QUANT_GROUP; i < (g + 1) * APT_QUANT_GROUP; i += APTI_QUANT_LANES) {
+            const apti_qi v = apti_qround(apti_qfmul(APTI_QFN(get)(x + i, n - i), f));
+            if (wide) apti_qput16((int16_t *)y + i, v);
+            else apti_qput8((int8_t *)y + i, v);
+            total = apti_qadd(total, v);
+        }
+        if (sums == NULL) continue;
+        apti_qstore(lane, total);
+        sums[g] = 0;
+        for (int32_t l = 0; l < APTI_QUANT_LANES; l++) sums[g] += lane[l];
+        all += sums[g];
+    }
+    if (sums != NULL) sums[groups] = all;
+    return scale;
+}
+
+#define APTI_QUANT_ISA_TABLE(isa) APTI_QUANT_TABLE(isa, APTI_QUANT_BASE, APTI_QUANT_MR, APTI_QUANT_LANES, APTI_QUANT_WIDE)
+static const apti_quant_kernels APTI_QFN(kernels) = APTI_QUANT_ISA_TABLE(APTI_QUANT_ISA);
+
+#undef APTI_QFN
+#undef APTI_QUANT_LIST
+#undef APTI_QUANT_BASES
+#undef APTI_QUANT_ADVANCE
+#undef APTI_INT8_START
+#undef APTI_INT8_STEP
+#undef APTI_INT8_END
+#undef APTI_INT4_START
+#undef APTI_INT4_ZERO
+#undef APTI_INT4_STEP
+#undef APTI_INT4_SCALE
+#undef APTI_INT4_END
+#undef APTI_QUANT_TILES
+#undef APTI_INT8_NAME
+#undef APTI_INT4_NAME
+#undef APTI_QUANT_ISA_TABLE
+#undef APTI_QUANT_ISA
+#undef APTI_QUANT_TARGET
+#undef APTI_QUANT_BASE
+#undef APTI_QUANT_LANES
+#undef APTI_QUANT_MR
+#undef APTI_QUANT_WIDE
+#ifndef APTI_QUANT_AVX512                        /* the next inclusion shares most of AVX-512's operations */
+#undef APTI_QUANT_DOT
+#undef apti_qi
+#undef apti_qf
+#undef apti_qload
+#undef apti_qstore
+#undef apti_qset
+#undef apti_qset64
+#undef apti_qextend
+#undef apti_qadd
+#undef apti_qsub
+#undef apti_qand
+#undef apti_qxor
+#undef apti_qmax
+#undef apti_qshr4
+#undef apti_qmadd
+#undef apti_qmadd_bytes
+#undef apti_qmadd_sum
+#undef apti_qfold
+#undef apti_qfload
+#undef apti_qfload_part
+#undef apti_qfstore
+#undef apti_qfset
+#undef apti_qfmul
+#undef apti_qfma
+#undef apti_qbits
+#undef apti_qround
+#undef apti_qconvert
+#undef apti_qput16
+#undef apti_qput8
+#endif
 #elif defined(APTI_INTERRUPTED)
 #undef APTI_INTERRUPTED                          /* the implementation goes on */
 #ifndef APT_ONLY_CORE
@@ -3748,6 +4436,124 @@ static const apti_kernels *apti_kernels_find(const char *name)
     return NULL;
 }
 
+/* Every table for quantised weights that this CPU can run, the better one of the same base later. */
+static int32_t apti_quant_kernels_list(const apti_quant_kernels **list, int32_t capacity)
+{
+    int32_t n = 0;
+    if (n < capacity) list[n++] = &apti_quant_kernels_ref;
+#ifdef APTI_X86
+    if (n < capacity && apti_cpu_has(APTI_CPU_AVX2)) list[n++] = &apti_quant_kernels_avx2;
+    if (n < capacity && apti_cpu_has(APTI_CPU_AVX512)) list[n++] = &apti_quant_kernels_avx512;
+    if (n < capacity && apti_cpu_has(APTI_CPU_AVX512_VNNI)) list[n++] = &apti_quant_kernels_avx512vnni;
+#endif
+#ifdef APTI_NEON
+    if (n < capacity && apti_cpu_has(APTI_CPU_NEON)) list[n++] = &apti_quant_kernels_neon;
+    if (n < capacity && apti_cpu_has(APTI_CPU_DOTPROD)) list[n++] = &apti_quant_kernels_dotprod;
+#endif
+    return n;
+}
+
+static const apti_quant_kernels *apti_quant_kernels_find(const apti_kernels *base)
+{
+    const apti_quant_kernels *list[8], *best = &apti_quant_kernels_ref;
+    const int32_t n = apti_quant_kernels_list(list, 8);
+    for (int32_t i = 0; i < n; i++)
+        if (strcmp(list[i]->base, base->name) == 0) best = list[i];
+    return best;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+   Quantised matrices
+
+   A panel is nr outputs. Four inputs of an output stand side by side: int8 data[panel][k/4][nr][4]; int4 holds in one byte an
+   input of the first half of a group (low bits) and the same of the second half, both with 8 added: data[panel][k/32][4][nr][4].
+   Inputs are filled up with zeros to whole groups. Behind the values stand the scales, in the order in which tiles read them:
+   int8 [panel][nr], int4 [panel][k/32][nr].
+   ------------------------------------------------------------------------------------------------------------------ */
+
+static bool apti_is_quant(apt_dtype type)
+{
+    return type == APT_I8 || type == APT_U8;
+}
+
+/* Bytes of the values of one panel, and how many scales it has. */
+static int64_t apti_quant_panel_bytes(int64_t nr, int64_t k, apt_dtype type)
+{
+    return apti_round_up(k, APT_QUANT_GROUP) * nr / (type == APT_I8 ? 1 : 2);
+}
+
+static int64_t apti_quant_panel_scales(int64_t nr, int64_t k, apt_dtype type)
+{
+    return type == APT_I8 ? nr : apti_ceil_div(k, APT_QUANT_GROUP) * nr;
+}
+
+/* As apti_packed_bytes; k up to APT_QUANT_IN has no overflow of its own. */
+static int64_t apti_quant_bytes(int64_t nr, int64_t n, int64_t k, apt_dtype type)
+{
+    int64_t bytes;
+    if (n < 0 || n > INT64_MAX - nr || k < 0 || k > APT_QUANT_IN) return -1;
+    const int64_t panel = apti_quant_panel_bytes(nr, k, type) + 4 * apti_quant_panel_scales(nr, k, type);
+    return apti_mul(apti_ceil_div(n, nr), panel, &bytes) ? bytes : -1;
+}
+
+static uint8_t *apti_quant_panel(const apti_packed *packed, int64_t index)
+{
+    return (uint8_t *)packed->data + index * apti_quant_panel_bytes(packed->nr, packed->k, packed->type);
+}
+
+static float *apti_quant_scales(const apti_packed *packed, int64_t index)
+{
+    const int64_t panels = apti_ceil_div(packed->n, packed->nr);
+    return (float *)(void *)apti_quant_panel(packed, panels) + index * apti_quant_panel_scales(packed->nr, packed->k, packed->type);
+}
+
+/* Where input p of a panel's output j is; int4: *shift says which half of the byte. */
+static int64_t apti_quant_at(const apti_packed *packed, int64_t p, int64_t j, int32_t *shift)
+{
+    const int64_t nr = packed->nr, g = p / APT_QUANT_GROUP, inside = p % APT_QUANT_GROUP, half = APT_QUANT_GROUP / 2;
+    *shift = packed->type == APT_U8 && inside >= half ? 4 : 0;
+    if (packed->type == APT_I8) return (p / 4 * nr + j) * 4 + p % 4;
+    return ((g * half + inside % half) / 4 * nr + j) * 4 + p % 4;
+}
+
+/* All zeros, for rows that will not be set too. */
+static void apti_quant_clear(const apti_packed *packed)
+{
+    const int64_t panels = apti_ceil_div(packed->n, packed->nr);
+    const size_t values = (size_t)(apti_quant_panel(packed, panels) - apti_quant_panel(packed, 0));
+    memset(packed->data, packed->type == APT_I8 ? 0 : 0x88, values);
+    memset(apti_quant_scales(packed, 0), 0,
+           (size_t)(panels * apti_quant_panel_scales(packed->nr, packed->k, packed->type)) * sizeof(float));
+}
+
+/* Row `row` of W: its k small integers and its scales (one, or one per group). */
+static void apti_quant_put_row(const apti_packed *packed, int64_t row, const int8_t *q, const float *scale)
+{
+    const int64_t nr = packed->nr, j = row % nr, scales = apti_quant_panel_scales(1, packed->k, packed->type);
+    uint8_t *panel = apti_quant_panel(packed, row / nr);
+    float *to = apti_quant_scales(packed, row / nr);
+    int32_t shift;
+    for (int64_t p = 0; p < packed->k; p++) {
+        uint8_t *at = panel + apti_quant_at(packed, p, j, &shift);
+        if (packed->type == APT_I8) *at = (uint8_t)q[p];
+        else *at = (uint8_t)((*at & 0xf0 >> shift) | (q[p] + 8) << shift);
+    }
+    for (int64_t g = 0; g < scales; g++) to[g * nr + j] = scale[g];
+}
+
+static void apti_quant_get_row(const apti_packed *packed, int64_t row, int8_t *q, float *scale)
+{
+    const int64_t nr = packed->nr, j = row % nr, scales = apti_quant_panel_scales(1, packed->k, packed->type);
+    const uint8_t *panel = apti_quant_panel(packed, row / nr);
+    const float *from = apti_quant_scales(packed, row / nr);
+    int32_t shift;
+    for (int64_t p = 0; p < packed->k; p++) {
+        const uint8_t byte = panel[apti_quant_at(packed, p, j, &shift)];
+        q[p] = packed->type == APT_I8 ? (int8_t)byte : (int8_t)((byte >> shift & 15) - 8);
+    }
+    for (int64_t g = 0; g < scales; g++) scale[g] = from[g * nr + j];
+}
+
 /* ---------------------------------------------------------------------------------------------------------------------
    Packed matrices
    ------------------------------------------------------------------------------------------------------------------ */
@@ -3755,6 +4561,7 @@ static const apti_kernels *apti_kernels_find(const char *name)
 /* -1 when the size overflows. */
 static int64_t apti_packed_bytes(const apt_ctx *ctx, int64_t n, int64_t k, apt_dtype type)
 {
+    if (apti_is_quant(type)) return apti_quant_bytes(ctx->quant->nr, n, k, type);
     const int64_t nr = ctx->kernels->nr;
     int64_t bytes;
     if (n < 0 || n > INT64_MAX - nr || !apti_mul(apti_round_up(n, nr), k, &bytes)) return -1;
@@ -3949,6 +4756,20 @@ static bool apti_needs_pack_a(const apti_gemm_part *part)
     return part->a_col > APTI_NR_MAX;
 }
 
+/* Where an epilogue at (i, j) of C reads and writes. */
+static void apti_gemm_place(apti_finish *f, const apti_gemm *g, int64_t i, int64_t j)
+{
+    f->c = g->c + i * g->ldc + j;
+    f->ldc = g->ldc;
+    f->bias = g->bias != NULL ? g->bias + j : NULL;
+    f->mask = g->mask != NULL ? g->mask + j : NULL;
+    f->residual = g->residual != NULL ? g->residual + i * g->ld_residual + j : NULL;
+    f->ld_residual = g->ld_residual;
+    f->pre = g->pre != NULL ? g->pre + i * g->ld_pre + j : NULL;
+    f->ld_pre = g->ld_pre;
+    f->act = g->act;
+}
+
 /* Everything after the sums for one strip of one panel: z is in `from`. */
 static void apti_gemm_finish(const apti_kernels *kernels, const apti_gemm *g, int64_t i, int64_t j, int64_t rows, int64_t cols,
     const float *z, int64_t ldz)
@@ -3958,16 +4779,9 @@ static void apti_gemm_finish(const apti_kernels *kernels, const apti_gemm *g, in
     f.cols = cols;
     f.z = z;
     f.ldz = ldz;
-    f.c = g->c + i * g->ldc + j;
-    f.ldc = g->ldc;
-    f.bias = g->bias != NULL && g->accumulate ? g->bias + j : NULL;
-    f.mask = g->mask != NULL ? g->mask + j : NULL;
-    f.residual = g->residual != NULL ? g->residual + i * g->ld_residual + j : NULL;
-    f.ld_residual = g->ld_residual;
-    f.pre = g->pre != NULL ? g->pre + i * g->ld_pre + j : NULL;
+    apti_gemm_place(&f, g, i, j);
+    if (!g->accumulate) f.bias = NULL;                           /* the sums began with it */
     if (f.pre == z && f.bias == NULL) f.pre = NULL;              /* it is there already */
-    f.ld_pre = g->ld_pre;
-    f.act = g->act;
     kernels->finish(&f);
 }
 
@@ -4277,9 +5091,130 @@ static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
     }
 }
 
+/* ---- products with quantised weights: a task narrows a block of rows and multiplies it with a range of panels ---- */
+
+#define APTI_QUANT_COLS 256                      /* widest stretch of columns, */
+#define APTI_QUANT_B_BYTES (128 << 10)           /* and the bytes of its panels: they stay in the second-level cache while */
+#define APTI_QUANT_A_BYTES (192 << 10)           /* this block of narrowed rows passes by; */
+#define APTI_QUANT_ROWS 252                      /* at most so many, a multiple of every table's mr but the reference's */
+
+/* A block of narrowed rows: row i at rows + i * bytes. */
+typedef struct apti_quant_block {
+    uint8_t *rows;
+    int64_t bytes, groups;
+    int32_t *sums;                               /* NULL: this kernel does not read them */
+    float *scale;
+    int32_t *tile;                               /* [mr][APTI_QUANT_COLS] sums (int4: floats) of one strip */
+} apti_quant_block;
+
+/* Rows of a block. Its parts lie one behind the other in the scratch. */
+static int64_t apti_quant_block_make(apti_quant_block *block, const apti_quant_kernels *quant, const apti_packed *w, void *scratch)
+{
+    const bool wide = quant->wide && w->type == APT_I8, sums = w->type == APT_U8 || !quant->wide;
+    block->groups = apti_ceil_div(w->k, APT_QUANT_GROUP);
+    block->bytes = block->groups * APT_QUANT_GROUP * (wide ? 2 : 1);
+    const int64_t rows = apti_min_i64(APTI_QUANT_ROWS, apti_max_i64(1, APTI_QUANT_A_BYTES / block->bytes / quant->mr) * quant->mr);
+    block->scale = (float *)scratch;
+    block->tile = (int32_t *)(void *)(block->scale + APTI_QUANT_ROWS);
+    int32_t *next = block->tile + APTI_QUANT_MR_MAX * APTI_QUANT_COLS;
+    block->sums = sums ? next : NULL;
+    if (sums) next += apti_round_up(rows * (block->groups + 1), 16);
+    block->rows = (uint8_t *)next;
+    return rows;
+}
+
+/* One strip (rows r0.. of the block, i.. of the product) times the panels of columns j0 .. j1. */
+static void apti_quant_strip(const apt_ctx *ctx, const apti_gemm *g, const apti_quant_block *block, int64_t i, int64_t r0,
+    int64_t rows, int64_t j0, int64_t j1)
+{
+    const apti_quant_kernels *quant = ctx->quant;
+    const apti_packed *w = g->part[0].packed;
+    const bool int8 = w->type == APT_I8;
+    apti_quant_tile t;
+    t.rows = (int32_t)rows;
+    t.groups = block->groups;
+    t.a = block->rows + r0 * block->bytes;
+    t.a_row = block->bytes;
+    t.a_sums = block->sums != NULL ? block->sums + r0 * (block->groups + 1) : NULL;
+    t.ld = APTI_QUANT_COLS;
+    for (int64_t j = j0; j < j1; j += quant->nr) {
+        t.b = apti_quant_panel(w, j / quant->nr);
+        t.scale = apti_quant_scales(w, j / quant->nr);
+        t.sums = block->tile + (j - j0);
+        t.to = (float *)(void *)t.sums;
+        if (int8) quant->int8(&t);
+        else quant->int4(&t);
+    }
+    apti_finish f = APT_ZERO;
+    f.rows = rows;
+    f.cols = j1 - j0;
+    if (int8) f.sums = block->tile;
+    else f.z = (const float *)(const void *)block->tile;
+    f.ldz = APTI_QUANT_COLS;
+    f.row_scale = block->scale + r0;
+    f.col_scale = int8 ? apti_quant_scales(w, j0 / quant->nr) : NULL;
+    apti_gemm_place(&f, g, i, j0);
+    ctx->kernels->finish(&f);
+}
+
+/* C[i0..i1) x [j0..j1); j0 is a multiple of nr. */
+static void apti_quant_region(const apt_ctx *ctx, const apti_gemm *g, int64_t i0, int64_t i1, int64_t j0, int64_t j1, void *scratch)
+{
+    const apti_quant_kernels *quant = ctx->quant;
+    const apti_gemm_part *part = &g->part[0];
+    apti_quant_block block;
+    const int64_t most = apti_quant_block_make(&block, quant, part->packed, scratch);
+    const int64_t fit = APTI_QUANT_B_BYTES / apti_quant_panel_bytes(quant->nr, part->k, part->packed->type) * quant->nr;
+    const int64_t cols = apti_max_i64(4 * quant->nr, apti_min_i64(fit, APTI_QUANT_COLS));
+    const bool wide = quant->wide && part->packed->type == APT_I8;
+    for (int64_t i = i0, end; i < i1; i = end) {
+        end = apti_min_i64(i1, i + most);
+        for (int64_t r = 0; r < end - i; r++)
+            block.scale[r] = quant->narrow(block.rows + r * block.bytes, block.sums != NULL ? block.sums + r * (block.groups + 1) : NULL,
+                                           part->a + (i + r) * part->a_row, part->k, wide);
+        const int64_t strips = apti_ceil_div(end - i, quant->mr);
+        for (int64_t j = j0; j < j1; j += cols) {
+            for (int64_t s = 0, r0 = 0, r1; s < strips; s++, r0 = r1) {
+                r1 = (end - i) * (s + 1) / strips;
+                apti_quant_strip(ctx, g, &block, i + r0, r0, r1 - r0, j, apti_min_i64(j1, j + cols));
+            }
+        }
+    }
+}
+
+static void apti_quant_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_gemm_job *job = (const apti_gemm_job *)arg;
+    const apti_gemm *g = job->g;
+    const int64_t nr = job->ctx->quant->nr, im = index % job->tiles_m, in = index / job->tiles_m;
+    const int64_t j0 = job->panels * in / job->tiles_n * nr, j1 = apti_min_i64(g->n, job->panels * (in + 1) / job->tiles_n * nr);
+    apti_quant_region(job->ctx, g, g->m * im / job->tiles_m, g->m * (im + 1) / job->tiles_m, j0, j1, job->ctx->scratch[thread]);
+}
+
+/* C = A B + bias with B = W^T of a quantised W, and what follows the product. One part, nothing to accumulate; A row by row.
+   Few rows are cut by columns, because each such task narrows all of them again: many by rows. */
+static void apti_quant_run(apt_ctx *ctx, const apti_gemm *g)
+{
+    const double work = (double)g->m * (double)g->n * (double)g->part[0].k;
+    apti_quant_block block;
+    apti_gemm_job job = APT_ZERO;
+    job.ctx = ctx;
+    job.g = g;
+    job.panels = apti_ceil_div(g->n, ctx->quant->nr);
+    const int64_t rows = apti_quant_block_make(&block, ctx->quant, g->part[0].packed, ctx->scratch[0]);
+    const int64_t share = ctx->threads == 1 ? 1 : 4 * ctx->threads, wanted = apti_min_i64(share, 1 + (int64_t)(work / APTI_GEMM_TASK));
+    job.tiles_m = apti_max_i64(apti_ceil_div(g->m, rows), apti_min_i64(wanted, g->m / (2 * ctx->quant->mr)));
+    job.tiles_n = apti_max_i64(1, apti_min_i64(wanted / job.tiles_m, job.panels / 4));
+    apti_parallel_for(ctx, job.tiles_m * job.tiles_n, apti_quant_task, &job);
+}
+
 static void apti_gemm_run(apt_ctx *ctx, const apti_gemm *g)
 {
     if (g->m <= 0 || g->n <= 0) return;
+    if (g->part[0].k > 0 && g->part[0].kind == APTI_B_PACKED && apti_is_quant(g->part[0].packed->type)) {
+        apti_quant_run(ctx, g);
+        return;
+    }
     apti_gemm flipped;
     apti_gemm_job job = APT_ZERO;
     job.ctx = ctx;
@@ -6229,25 +7164,34 @@ static void apti_append(char *out, size_t bytes, const char *text)
     out[used] = 0;
 }
 
-APT_API apt_result apt_schedule_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes)
+/* The number of a name among those that name_of gives for first, first + 1 ...; `what` is the word for them in the message. */
+static apt_result apti_kind_from_name(const char *name, int32_t *kind, const char *(*name_of)(int32_t), int32_t first,
+                                      const char *what, char *message, size_t bytes)
 {
     if (message == NULL) bytes = 0;
     if (bytes > 0) message[0] = 0;
     if (kind == NULL) return APT_E_ARGUMENT;
     const char *known;
-    for (int32_t k = 0; name != NULL && (known = apt_schedule_kind_name(k)) != NULL; k++) {
+    for (int32_t k = first; name != NULL && (known = name_of(k)) != NULL; k++) {
         if (strcmp(name, known) != 0) continue;
         *kind = k;
         return APT_OK;
     }
-    apti_append(message, bytes, "unknown schedule '");
+    apti_append(message, bytes, "unknown ");
+    apti_append(message, bytes, what);
+    apti_append(message, bytes, " '");
     apti_append(message, bytes, name != NULL ? name : "(null)");
     apti_append(message, bytes, "'; supported:");
-    for (int32_t k = 0; (known = apt_schedule_kind_name(k)) != NULL; k++) {
-        apti_append(message, bytes, k > 0 ? ", " : " ");
+    for (int32_t k = first; (known = name_of(k)) != NULL; k++) {
+        apti_append(message, bytes, k > first ? ", " : " ");
         apti_append(message, bytes, known);
     }
     return APT_E_ARGUMENT;
+}
+
+APT_API apt_result apt_schedule_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes)
+{
+    return apti_kind_from_name(name, kind, apt_schedule_kind_name, 0, "schedule", message, bytes);
 }
 
 /* Steps must rise strictly (else two sparsities would hold at once) and sparsities must not fall (a cut is final). */
@@ -8031,6 +8975,359 @@ APT_API apt_result apt_sparse_forward(apt_ctx *ctx, float *y, int64_t ldy, const
     for (int64_t i = 0; i < n; i++)
         for (int64_t o = 0; o < sparse->rows; o++) y[i * ldy + o] = apti_sparse_dot(sparse, o, x + i * ldx);
     return APT_OK;
+}
+
+// >>quantize
+/* ---------------------------------------------------------------------------------------------------------------------
+   Quantisation on raw arrays
+
+   A row is the unit of work: its scales, its integers (one in an int8_t, whatever the kind) and their packed form.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+APT_API const char *apt_quant_kind_name(int32_t kind)
+{
+    switch (kind) {
+        case APT_QUANT_INT8: return "int8";
+        case APT_QUANT_INT4: return "int4";
+        default: return NULL;
+    }
+}
+
+APT_API apt_result apt_quant_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes)
+{
+    return apti_kind_from_name(name, kind, apt_quant_kind_name, APT_QUANT_INT8, "quantisation", message, bytes);
+}
+
+APT_API int64_t apt_quant_bytes(int32_t kind, int64_t rows, int64_t cols)
+{
+    int64_t n;
+    if (apt_quant_kind_name(kind) == NULL || rows < 0 || cols < 0 || cols > APT_QUANT_IN) return -1;
+    return apti_mul(rows, kind == APT_QUANT_INT8 ? cols : (cols + 1) / 2, &n) ? n : -1;
+}
+
+/* Scales of one row. */
+static int64_t apti_quant_groups(int32_t kind, int64_t cols)
+{
+    return kind == APT_QUANT_INT8 ? 1 : apti_ceil_div(cols, APT_QUANT_GROUP);
+}
+
+APT_API int64_t apt_quant_scales(int32_t kind, int64_t rows, int64_t cols)
+{
+    int64_t n;
+    if (apt_quant_bytes(kind, rows, cols) < 0) return -1;
+    return apti_mul(rows, apti_quant_groups(kind, cols), &n) ? n : -1;
+}
+
+/* Weights that share a scale: [*from, returned end). */
+static int64_t apti_quant_group_range(int32_t kind, int64_t cols, int64_t group, int64_t *from)
+{
+    *from = kind == APT_QUANT_INT8 ? 0 : group * APT_QUANT_GROUP;
+    return kind == APT_QUANT_INT8 ? cols : apti_min_i64(cols, *from + APT_QUANT_GROUP);
+}
+
+static float apti_quant_limit(int32_t kind)
+{
+    return kind == APT_QUANT_INT8 ? 127.0f : 7.0f;
+}
+
+/* The integer next to w / scale. Cut off before rounding, so that nothing is too large for an integer. */
+APTI_INLINE int32_t apti_quant_round(float w, float scale, float limit)
+{
+    if (!(scale > 0.0f)) return 0;
+    const float x = w / scale;
+    return (int32_t)lrintf(x > limit ? limit : x < -limit ? -limit : x);
+}
+
+static float apti_quant_max(const float *w, int64_t n)
+{
+    float max = 0.0f;
+    for (int64_t i = 0; i < n; i++) max = fabsf(w[i]) > max ? fabsf(w[i]) : max;
+    return max;
+}
+
+static double apti_quant_error(const float *w, const float *importance, int64_t n, float scale, float limit)
+{
+    double error = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const double d = (double)w[i] - (double)scale * apti_quant_round(w[i], scale, limit);
+        error += (importance != NULL ? (double)importance[i] : 1.0) * d * d;
+    }
+    return error;
+}
+
+enum { APTI_QUANT_RATIOS = 31 };                 /* 1, 0.98 .. 0.4 */
+
+/* Scales of one row by max|w|, or searched. */
+static void apti_quant_row_scales(int32_t kind, float *scale, const float *w, int64_t cols, bool search, const float *importance)
+{
+    const float limit = apti_quant_limit(kind);
+    for (int64_t g = 0; g < apti_quant_groups(kind, cols); g++) {
+        int64_t from;
+        const int64_t n = apti_quant_group_range(kind, cols, g, &from) - from;
+        const float full = apti_quant_max(w + from, n) / limit, *weight = importance != NULL ? importance + from : NULL;
+        double least = search ? apti_quant_error(w + from, weight, n, full, limit) : 0;
+        scale[g] = full;
+        for (int32_t i = 1; search && i < APTI_QUANT_RATIOS; i++) {
+            const float s = full * (1.0f - 0.02f * (float)i);
+            const double error = apti_quant_error(w + from, weight, n, s, limit);
+            if (error >= least) continue;
+            least = error;
+            scale[g] = s;
+        }
+    }
+}
+
+static void apti_quant_row(int32_t kind, int8_t *q, const float *scale, const float *w, int64_t cols)
+{
+    const float limit = apti_quant_limit(kind);
+    for (int64_t g = 0; g < apti_quant_groups(kind, cols); g++) {
+        int64_t i;
+        const int64_t end = apti_quant_group_range(kind, cols, g, &i);
+        for (; i < end; i++) q[i] = (int8_t)apti_quant_round(w[i], scale[g], limit);
+    }
+}
+
+/* Between the bytes of a row and its integers. */
+static void apti_quant_row_pack(int32_t kind, uint8_t *bytes, const int8_t *q, int64_t cols)
+{
+    if (kind == APT_QUANT_INT8) {
+        memcpy(bytes, q, (size_t)cols);
+        return;
+    }
+    for (int64_t i = 0; i < cols; i += 2) bytes[i / 2] = (uint8_t)((q[i] + 8) | (i + 1 < cols ? q[i + 1] + 8 : 8) << 4);
+}
+
+/* -1, or the index of a value that no quantised matrix has (cols: behind the last weight). */
+static int64_t apti_quant_row_unpack(int32_t kind, int8_t *q, const uint8_t *bytes, int64_t cols)
+{
+    for (int64_t i = 0; i < cols; i++) {
+        q[i] = kind == APT_QUANT_INT8 ? (int8_t)bytes[i] : (int8_t)((bytes[i / 2] >> 4 * (i % 2) & 15) - 8);
+        if (q[i] < -(int32_t)apti_quant_limit(kind)) return i;
+    }
+    return kind == APT_QUANT_INT4 && cols % 2 != 0 && bytes[cols / 2] >> 4 != 8 ? cols : -1;
+}
+
+/* One job for all of it: what is NULL is not wanted. */
+typedef struct apti_quant_rows {
+    int32_t kind;
+    int64_t rows, cols, ld, ld_out;
+    const float *w, *importance;
+    float *scale, *out;
+    uint8_t *bytes;
+    bool search;
+} apti_quant_rows;
+
+enum { APTI_QUANT_PIECE = 1024 };                /* weights handled at a time: whole groups and whole bytes */
+
+static void apti_quant_scale_task(int64_t r, int32_t thread, void *arg)
+{
+    const apti_quant_rows *job = (const apti_quant_rows *)arg;
+    (void)thread;
+    apti_quant_row_scales(job->kind, job->scale + r * apti_quant_groups(job->kind, job->cols), job->w + r * job->ld, job->cols,
+                          job->search, job->importance);
+}
+
+/* The piece [from, from + n) of row r: its scales, and where its bytes are. */
+static const float *apti_quant_piece(const apti_quant_rows *job, int64_t r, int64_t from, int64_t *n, uint8_t **bytes)
+{
+    const bool int8 = job->kind == APT_QUANT_INT8;
+    *n = apti_min_i64(APTI_QUANT_PIECE, job->cols - from);
+    *bytes = job->bytes != NULL ? job->bytes + r * (int8 ? job->cols : (job->cols + 1) / 2) + (int8 ? from : from / 2) : NULL;
+    return job->scale + r * apti_quant_groups(job->kind, job->cols) + (int8 ? 0 : from / APT_QUANT_GROUP);
+}
+
+static void apti_quant_values(int32_t kind, float *y, const float *scale, const int8_t *q, int64_t cols)
+{
+    for (int64_t g = 0; g < apti_quant_groups(kind, cols); g++) {
+        int64_t i;
+        const int64_t end = apti_quant_group_range(kind, cols, g, &i);
+        for (; i < end; i++) y[i] = (float)q[i] * scale[g];
+    }
+}
+
+static void apti_quantize_task(int64_t r, int32_t thread, void *arg)
+{
+    const apti_quant_rows *job = (const apti_quant_rows *)arg;
+    int8_t q[APTI_QUANT_PIECE];
+    (void)thread;
+    for (int64_t from = 0, n; from < job->cols; from += n) {
+        uint8_t *bytes;
+        const float *scale = apti_quant_piece(job, r, from, &n, &bytes);
+        apti_quant_row(job->kind, q, scale, job->w + r * job->ld + from, n);
+        if (bytes != NULL) apti_quant_row_pack(job->kind, bytes, q, n);
+        else apti_quant_values(job->kind, job->out + r * job->ld_out + from, scale, q, n);
+    }
+}
+
+static void apti_dequantize_task(int64_t r, int32_t thread, void *arg)
+{
+    const apti_quant_rows *job = (const apti_quant_rows *)arg;
+    int8_t q[APTI_QUANT_PIECE];
+    (void)thread;
+    for (int64_t from = 0, n; from < job->cols; from += n) {
+        uint8_t *bytes;
+        const float *scale = apti_quant_piece(job, r, from, &n, &bytes);
+        (void)apti_quant_row_unpack(job->kind, q, bytes, n);
+        apti_quant_values(job->kind, job->out + r * job->ld_out + from, scale, q, n);
+    }
+}
+
+static void apti_fake_backward_task(int64_t r, int32_t thread, void *arg)
+{
+    const apti_quant_rows *job = (const apti_quant_rows *)arg;
+    const float limit = apti_quant_limit(job->kind) + 0.5f, *w = job->w + r * job->ld;
+    (void)thread;
+    for (int64_t g = 0; g < apti_quant_groups(job->kind, job->cols); g++) {
+        int64_t i;
+        const int64_t end = apti_quant_group_range(job->kind, job->cols, g, &i);
+        const float most = job->scale[r * apti_quant_groups(job->kind, job->cols) + g] * limit;
+        for (; i < end; i++)
+            if (fabsf(w[i]) > most) job->out[r * job->ld_out + i] = 0.0f;
+    }
+}
+
+/* With a context the caller learns what is wrong. */
+static apt_result apti_quant_fail(apt_ctx *ctx, apt_result r, const char *function, const char *what)
+{
+#ifndef APT_ONLY_CORE
+    if (ctx != NULL) return apti_fail(ctx, r, "%s: %s", function, what);
+#else
+    (void)ctx, (void)function, (void)what;
+#endif
+    return r;
+}
+
+static apt_result apti_quant_check(apt_ctx *ctx, const char *function, const apti_quant_rows *job)
+{
+    if (apt_quant_kind_name(job->kind) == NULL) {
+        char message[128];
+        int32_t kind;
+        (void)apt_quant_kind_from_name("", &kind, message, sizeof message);
+        return apti_quant_fail(ctx, APT_E_UNSUPPORTED, function, message);
+    }
+    if (job->rows < 0 || job->cols < 0) return apti_quant_fail(ctx, APT_E_ARGUMENT, function, "rows or cols below 0");
+    if (apt_quant_scales(job->kind, job->rows, job->cols) < 0)
+        return apti_quant_fail(ctx, APT_E_RANGE, function, "more than 131072 columns, or more weights than a size can count");
+    if (job->scale == NULL && job->rows > 0 && job->cols > 0)
+        return apti_quant_fail(ctx, APT_E_ARGUMENT, function, "scale is NULL");
+    return APT_OK;
+}
+
+/* w is read, scales are given. */
+static apt_result apti_quant_check_input(apt_ctx *ctx, const char *function, const apti_quant_rows *job, bool weights, bool scales)
+{
+    apt_result r = apti_quant_check(ctx, function, job);
+    if (r != APT_OK) return r;
+    if (weights && (r = apti_check_matrix(job->w, job->ld, job->rows, job->cols)) != APT_OK)
+        return apti_quant_fail(ctx, r, function, "w is NULL, or its rows overlap");
+    if (weights && !apti_finite_matrix(job->w, job->ld, job->rows, job->cols))
+        return apti_quant_fail(ctx, APT_E_NONFINITE, function, "w holds NaN or infinity");
+    const int64_t n = scales && job->cols > 0 ? apt_quant_scales(job->kind, job->rows, job->cols) : 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (!apti_finite(job->scale[i])) return apti_quant_fail(ctx, APT_E_NONFINITE, function, "a scale is NaN or infinity");
+        if (job->scale[i] < 0.0f) return apti_quant_fail(ctx, APT_E_RANGE, function, "a scale is below 0");
+    }
+    return APT_OK;
+}
+
+static apti_quant_rows apti_quant_job(int32_t kind, const float *scale, const float *w, int64_t ld, int64_t rows, int64_t cols)
+{
+    apti_quant_rows job = APT_ZERO;
+    job.kind = kind;
+    job.scale = (float *)(uintptr_t)scale;
+    job.w = w;
+    job.ld = ld;
+    job.rows = rows;
+    job.cols = cols;
+    return job;
+}
+
+APT_API apt_result apt_quant_absmax(apt_ctx *ctx, int32_t kind, float *scale, const float *w, int64_t ld, int64_t rows,
+                                    int64_t cols)
+{
+    apti_quant_rows job = apti_quant_job(kind, scale, w, ld, rows, cols);
+    const apt_result r = apti_quant_check_input(ctx, "apt_quant_absmax", &job, true, false);
+    if (r == APT_OK && cols > 0) apti_share(ctx, rows, apti_quant_scale_task, &job);
+    return r;
+}
+
+APT_API apt_result apt_quant_calibrate(apt_ctx *ctx, int32_t kind, float *scale, const float *w, int64_t ld, int64_t rows,
+                                       int64_t cols, const float *importance)
+{
+    apti_quant_rows job = apti_quant_job(kind, scale, w, ld, rows, cols);
+    job.search = true;
+    job.importance = importance;
+    const apt_result r = apti_quant_check_input(ctx, "apt_quant_calibrate", &job, true, false);
+    for (int64_t i = 0; r == APT_OK && importance != NULL && i < cols; i++)
+        if (!apti_finite(importance[i]) || importance[i] < 0.0f)
+            return apti_quant_fail(ctx, APT_E_NONFINITE, "apt_quant_calibrate", "importance is NaN, infinity or below 0");
+    if (r == APT_OK && cols > 0) apti_share(ctx, rows, apti_quant_scale_task, &job);
+    return r;
+}
+
+APT_API apt_result apt_quantize(apt_ctx *ctx, int32_t kind, void *q, const float *scale, const float *w, int64_t ld, int64_t rows,
+                                int64_t cols)
+{
+    apti_quant_rows job = apti_quant_job(kind, scale, w, ld, rows, cols);
+    job.bytes = (uint8_t *)q;
+    const apt_result r = apti_quant_check_input(ctx, "apt_quantize", &job, true, true);
+    if (r != APT_OK || rows == 0 || cols == 0) return r;
+    if (q == NULL) return apti_quant_fail(ctx, APT_E_ARGUMENT, "apt_quantize", "q is NULL");
+    apti_share(ctx, rows, apti_quantize_task, &job);
+    return APT_OK;
+}
+
+APT_API apt_result apt_dequantize(apt_ctx *ctx, int32_t kind, float *w, int64_t ld, const void *q, const float *scale, int64_t rows,
+                                  int64_t cols)
+{
+    apti_quant_rows job = apti_quant_job(kind, scale, NULL, 0, rows, cols);
+    job.bytes = (uint8_t *)(uintptr_t)q;
+    job.out = w;
+    job.ld_out = ld;
+    apt_result r = apti_quant_check_input(ctx, "apt_dequantize", &job, false, true);
+    if (r != APT_OK || rows == 0 || cols == 0) return r;
+    if (q == NULL || apti_check_matrix(w, ld, rows, cols) != APT_OK)
+        return apti_quant_fail(ctx, APT_E_ARGUMENT, "apt_dequantize", "q or w is NULL, or rows of w overlap");
+    for (int64_t i = 0, n; i < rows; i++) {
+        int8_t values[APTI_QUANT_PIECE];
+        for (int64_t from = 0; from < cols; from += n) {
+            uint8_t *bytes;
+            (void)apti_quant_piece(&job, i, from, &n, &bytes);
+            if (apti_quant_row_unpack(kind, values, bytes, n) >= 0)
+                return apti_quant_fail(ctx, APT_E_RANGE, "apt_dequantize", "q holds a value that is not used: -128 (int4: -8)");
+        }
+    }
+    apti_share(ctx, rows, apti_dequantize_task, &job);
+    return APT_OK;
+}
+
+static apt_result apti_fake_run(apt_ctx *ctx, const char *function, apti_quant_rows *job,
+                                void (*task)(int64_t index, int32_t thread, void *arg))
+{
+    apt_result r = apti_quant_check_input(ctx, function, job, true, true);
+    if (r != APT_OK) return r;
+    r = apti_check_matrix(job->out, job->ld_out, job->rows, job->cols);
+    if (r != APT_OK) return apti_quant_fail(ctx, r, function, "the result is NULL, or its rows overlap");
+    if (job->cols > 0) apti_share(ctx, job->rows, task, job);
+    return APT_OK;
+}
+
+APT_API apt_result apt_fake_quantize(apt_ctx *ctx, int32_t kind, float *y, int64_t ldy, const float *scale, const float *w,
+                                     int64_t ldw, int64_t rows, int64_t cols)
+{
+    apti_quant_rows job = apti_quant_job(kind, scale, w, ldw, rows, cols);
+    job.out = y;
+    job.ld_out = ldy;
+    return apti_fake_run(ctx, "apt_fake_quantize", &job, apti_quantize_task);
+}
+
+APT_API apt_result apt_fake_quantize_backward(apt_ctx *ctx, int32_t kind, float *dw, int64_t lddw, const float *scale,
+                                              const float *w, int64_t ldw, int64_t rows, int64_t cols)
+{
+    apti_quant_rows job = apti_quant_job(kind, scale, w, ldw, rows, cols);
+    job.out = dw;
+    job.ld_out = lddw;
+    return apti_fake_run(ctx, "apt_fake_quantize_backward", &job, apti_fake_backward_task);
 }
 
 #ifndef APT_ONLY_CORE
@@ -17906,6 +19203,7 @@ static apt_result apti_context_start(apt_ctx *ctx)
     if (ctx->kernels == NULL)
         return apti_fail(ctx, APT_E_UNSUPPORTED, "kernels '%.100s' are unknown, not compiled in or not supported by this CPU",
                          ctx->desc.kernels != NULL ? ctx->desc.kernels : "(best)");
+    ctx->quant = apti_quant_kernels_find(ctx->kernels);
     ctx->desc.kernels = NULL;                    /* the caller's text may go */
     ctx->threads = ctx->desc.threads > 0 ? ctx->desc.threads : apti_cpu_count();
 #ifndef APTI_THREADS
