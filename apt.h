@@ -4215,11 +4215,14 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
     if (rows > 12) a12 += bytes;
 
 #define APTI_INT8_START(i, base, offset) apti_qi x##i = zero, y##i = zero;
+/* A row is done before the next one begins: a compiler that takes all products first has no registers left for the sums. */
+#define APTI_QUANT_HERE(x, y) __asm__ volatile("" : "+v"(x), "+v"(y))
 #ifdef APTI_QUANT_DOT
 #define APTI_INT8_STEP(i, base, offset)                                                                     \
     if (rows > i) {                                                                                         \
         x##i = apti_qmadd_bytes(x##i, w, apti_qset(apti_load_4(base + (offset))));                          \
         y##i = apti_qmadd_bytes(y##i, v, apti_qset(apti_load_4(base + (offset) + 4)));                      \
+        APTI_QUANT_HERE(x##i, y##i);                                                                        \
     }
 #define APTI_INT8_END(i, base, offset)                                                                      \
     if (rows > i)                                                                                           \
@@ -4231,6 +4234,7 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
         const apti_qi s = apti_qset64(base + (offset));                                                     \
         x##i = apti_qadd(x##i, apti_qmadd(w, s));                                                           \
         y##i = apti_qadd(y##i, apti_qmadd(v, s));                                                           \
+        APTI_QUANT_HERE(x##i, y##i);                                                                        \
     }
 #define APTI_INT8_END(i, base, offset) if (rows > i) apti_qstore(t->sums + i * t->ld, apti_qfold(x##i, y##i));
 #endif
@@ -4260,6 +4264,7 @@ APTI_QUANT_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_QFN(int8_
     if (rows > i) {                                                                                         \
         x##i = apti_qmadd_bytes(x##i, low, apti_qset(apti_load_4(base + (offset) + 4 * h)));                \
         x##i = apti_qmadd_bytes(x##i, high, apti_qset(apti_load_4(base + (offset) + 4 * h + APT_QUANT_GROUP / 2))); \
+        APTI_QUANT_HERE(x##i, f##i);                                                                        \
     }
 #define APTI_INT4_SCALE(i, base, offset)                                                                    \
     if (rows > i) {                                                                                         \
@@ -4358,6 +4363,7 @@ static const apti_quant_kernels APTI_QFN(kernels) = APTI_QUANT_ISA_TABLE(APTI_QU
 #undef APTI_QUANT_BASES
 #undef APTI_QUANT_ADVANCE
 #undef APTI_INT8_START
+#undef APTI_QUANT_HERE
 #undef APTI_INT8_STEP
 #undef APTI_INT8_END
 #undef APTI_INT4_START
