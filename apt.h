@@ -344,6 +344,7 @@ typedef struct apt_config {
     int32_t bias_heads;               /* T5: columns of the relative position tables, 0: heads */
     const int32_t *bias_head;         /* T5: [layers * bias_heads] the column that each head of a layer reads; NULL: its number */
     apt_rope rope;                    /* LLaMA */
+    int32_t quant;                    /* APT_QUANT_*: the linear maps of the layers are small integers (see apt_model_quantize) */
 } apt_config;
 
 /* Packed sequences: no padding. tokens[offsets[s] .. offsets[s+1]) is sequence s. All arrays are the caller's. */
@@ -5345,12 +5346,14 @@ static void apti_fold_run(apt_ctx *ctx, float *acc, const float *partial, int64_
     apti_parallel_for(ctx, apti_ceil_div(n, APTI_OPS_COLUMNS), apti_fold_task, &job);
 }
 
+typedef enum apti_column_kind { APTI_COLUMN_SUM = 0, APTI_COLUMN_ABS, APTI_COLUMN_SQUARE } apti_column_kind;
+
 typedef struct apti_column_job {
     const apti_kernels *kernels;
     float *partial;
     const float *x;
     int64_t ldx, rows, n, chunk, blocks;
-    bool absolute;
+    apti_column_kind kind;
 } apti_column_job;
 
 /* Task (chunk of rows, block of columns) */
@@ -5363,12 +5366,18 @@ static void apti_column_task(int64_t index, int32_t thread, void *arg)
     (void)thread;
     memset(sum, 0, (size_t)w * sizeof(float));
     for (int64_t i = first; i < end; i++) {
-        if (job->absolute) job->kernels->abs_add(sum, job->x + i * job->ldx + c0, w);
-        else job->kernels->add(sum, sum, job->x + i * job->ldx + c0, w);
+        const float *x = job->x + i * job->ldx + c0;
+        if (job->kind == APTI_COLUMN_SQUARE) {
+            float square[APTI_OPS_WIDE];
+            job->kernels->mul(square, x, x, w);
+            job->kernels->add(sum, sum, square, w);
+        } else if (job->kind == APTI_COLUMN_ABS) job->kernels->abs_add(sum, x, w);
+        else job->kernels->add(sum, sum, x, w);
     }
 }
 
-static void apti_column_run(apt_ctx *ctx, float *acc, const float *x, int64_t ldx, int64_t rows, int64_t n, bool absolute)
+static void apti_column_run(apt_ctx *ctx, float *acc, const float *x, int64_t ldx, int64_t rows, int64_t n,
+                            apti_column_kind kind)
 {
     for (int64_t c0 = 0; rows > 0 && c0 < n; c0 += APTI_OPS_SLAB) {
         apti_column_job job = APT_ZERO;
@@ -5380,7 +5389,7 @@ static void apti_column_run(apt_ctx *ctx, float *acc, const float *x, int64_t ld
         job.n = apti_min_i64(APTI_OPS_SLAB, n - c0);
         job.chunk = apti_ops_chunk(ctx, rows, job.n, APTI_OPS_FOLD);
         job.blocks = apti_ceil_div(job.n, APTI_OPS_WIDE);
-        job.absolute = absolute;
+        job.kind = kind;
         const int64_t chunks = apti_ceil_div(rows, job.chunk);
         apti_parallel_for(ctx, chunks * job.blocks, apti_column_task, &job);
         apti_fold_run(ctx, acc + c0, job.partial, job.n, chunks, job.n, NULL);
@@ -5390,13 +5399,19 @@ static void apti_column_run(apt_ctx *ctx, float *acc, const float *x, int64_t ld
 /* acc(n) += sum over rows of x(rows, n) */
 static void apti_column_sum(apt_ctx *ctx, float *acc, const float *x, int64_t ldx, int64_t rows, int64_t n)
 {
-    apti_column_run(ctx, acc, x, ldx, rows, n, false);
+    apti_column_run(ctx, acc, x, ldx, rows, n, APTI_COLUMN_SUM);
 }
 
 /* acc(n) += sum over rows of |x(rows, n)|: one factor of the salience of a feature */
 static void apti_column_abs_sum(apt_ctx *ctx, float *acc, const float *x, int64_t ldx, int64_t rows, int64_t n)
 {
-    apti_column_run(ctx, acc, x, ldx, rows, n, true);
+    apti_column_run(ctx, acc, x, ldx, rows, n, APTI_COLUMN_ABS);
+}
+
+/* acc(n) += sum over rows of x(rows, n)^2: what calibration weighs each input of a matrix with */
+static void apti_column_square_sum(apt_ctx *ctx, float *acc, const float *x, int64_t ldx, int64_t rows, int64_t n)
+{
+    apti_column_run(ctx, acc, x, ldx, rows, n, APTI_COLUMN_SQUARE);
 }
 
 /* ---- linear layer with adapter ----------------------------------------------------------------------------------- */
@@ -5408,6 +5423,7 @@ typedef struct apti_linear_op {
     int64_t rank;                     /* 0: no adapter */
     float scale;                      /* s */
     const float *a, *b;               /* A(rank, in), B(out, rank), row-major */
+    float *squares;                   /* [in] NULL, or a forward pass adds the squares of x here */
 } apti_linear_op;
 
 /* What follows the product, in this order: pre = z; z = act(z) (act -1: none); z += residual; z *= mask[column]. */
@@ -5484,6 +5500,7 @@ static void apti_linear_forward(apt_ctx *ctx, const apti_linear_op *op, float *y
 {
     apti_gemm g = apti_gemm_begin(y, ldy, rows, op->out, false);
     if (rows == 0) return;
+    if (op->squares != NULL) apti_column_square_sum(ctx, op->squares, x, ldx, rows, op->in);
     if (op->rank > 0) {
         apti_gemm down = apti_gemm_begin(xa, op->rank, rows, op->rank, false);
         apti_gemm_left(&down.part[0], x, ldx, op->in);
@@ -9103,13 +9120,20 @@ static void apti_quant_row_pack(int32_t kind, uint8_t *bytes, const int8_t *q, i
     for (int64_t i = 0; i < cols; i += 2) bytes[i / 2] = (uint8_t)((q[i] + 8) | (i + 1 < cols ? q[i + 1] + 8 : 8) << 4);
 }
 
-/* -1, or the index of a value that no quantised matrix has (cols: behind the last weight). */
-static int64_t apti_quant_row_unpack(int32_t kind, int8_t *q, const uint8_t *bytes, int64_t cols)
+static void apti_quant_row_unpack(int32_t kind, int8_t *q, const uint8_t *bytes, int64_t cols)
 {
-    for (int64_t i = 0; i < cols; i++) {
-        q[i] = kind == APT_QUANT_INT8 ? (int8_t)bytes[i] : (int8_t)((bytes[i / 2] >> 4 * (i % 2) & 15) - 8);
-        if (q[i] < -(int32_t)apti_quant_limit(kind)) return i;
+    if (kind == APT_QUANT_INT8) {
+        memcpy(q, bytes, (size_t)cols);
+        return;
     }
+    for (int64_t i = 0; i < cols; i++) q[i] = (int8_t)((bytes[i / 2] >> 4 * (i % 2) & 15) - 8);
+}
+
+/* -1, or the index of a value that no quantised matrix has: -128, -8, and of int4 anything behind the last weight. */
+static int64_t apti_quant_row_broken(int32_t kind, const uint8_t *bytes, int64_t cols)
+{
+    for (int64_t i = 0; i < cols; i++)
+        if (kind == APT_QUANT_INT8 ? bytes[i] == 0x80 : (bytes[i / 2] >> 4 * (i % 2) & 15) == 0) return i;
     return kind == APT_QUANT_INT4 && cols % 2 != 0 && bytes[cols / 2] >> 4 != 8 ? cols : -1;
 }
 
@@ -9138,7 +9162,7 @@ static const float *apti_quant_piece(const apti_quant_rows *job, int64_t r, int6
 {
     const bool int8 = job->kind == APT_QUANT_INT8;
     *n = apti_min_i64(APTI_QUANT_PIECE, job->cols - from);
-    *bytes = job->bytes != NULL ? job->bytes + r * (int8 ? job->cols : (job->cols + 1) / 2) + (int8 ? from : from / 2) : NULL;
+    *bytes = job->bytes != NULL ? job->bytes + r * apt_quant_bytes(job->kind, 1, job->cols) + (int8 ? from : from / 2) : NULL;
     return job->scale + r * apti_quant_groups(job->kind, job->cols) + (int8 ? 0 : from / APT_QUANT_GROUP);
 }
 
@@ -9173,7 +9197,7 @@ static void apti_dequantize_task(int64_t r, int32_t thread, void *arg)
     for (int64_t from = 0, n; from < job->cols; from += n) {
         uint8_t *bytes;
         const float *scale = apti_quant_piece(job, r, from, &n, &bytes);
-        (void)apti_quant_row_unpack(job->kind, q, bytes, n);
+        apti_quant_row_unpack(job->kind, q, bytes, n);
         apti_quant_values(job->kind, job->out + r * job->ld_out + from, scale, q, n);
     }
 }
@@ -9294,15 +9318,10 @@ APT_API apt_result apt_dequantize(apt_ctx *ctx, int32_t kind, float *w, int64_t 
     if (r != APT_OK || rows == 0 || cols == 0) return r;
     if (q == NULL || apti_check_matrix(w, ld, rows, cols) != APT_OK)
         return apti_quant_fail(ctx, APT_E_ARGUMENT, "apt_dequantize", "q or w is NULL, or rows of w overlap");
-    for (int64_t i = 0, n; i < rows; i++) {
-        int8_t values[APTI_QUANT_PIECE];
-        for (int64_t from = 0; from < cols; from += n) {
-            uint8_t *bytes;
-            (void)apti_quant_piece(&job, i, from, &n, &bytes);
-            if (apti_quant_row_unpack(kind, values, bytes, n) >= 0)
-                return apti_quant_fail(ctx, APT_E_RANGE, "apt_dequantize", "q holds a value that is not used: -128 (int4: -8)");
-        }
-    }
+    const int64_t row = apt_quant_bytes(kind, 1, cols);
+    for (int64_t i = 0; i < rows; i++)
+        if (apti_quant_row_broken(kind, job.bytes + i * row, cols) >= 0)
+            return apti_quant_fail(ctx, APT_E_RANGE, "apt_dequantize", "q holds a value that is not used: -128 (int4: -8)");
     apti_share(ctx, rows, apti_dequantize_task, &job);
     return APT_OK;
 }
@@ -9363,7 +9382,7 @@ typedef struct apti_param {
     int32_t layer;                    /* -1: outside the layers */
     int64_t rows, cols;
     apti_axis row_axis, col_axis;
-    bool linear;                      /* multiplied from packed panels; `value` exists only while it is trained */
+    bool linear;                      /* multiplied from packed panels (in the layers maybe quantised); `value` exists only while it is trained */
     bool narrow;                      /* may be stored in fewer bits while frozen */
     bool optional_in_file;            /* task heads: seeded when a checkpoint lacks them */
     bool trainable;
@@ -9435,6 +9454,7 @@ struct apt_model {
     apti_layer *layers;
     float *masks;                     /* [units], or NULL: all 1. Order: apt_units */
     uint64_t **bitmask;               /* masks of single weights: [param_count], or NULL: none. An entry is NULL: all stay */
+    float **squares;                  /* while calibrating: see apti_linear_op.squares; [param_count] */
     apti_pass *pass;                  /* buffers of apt_model_forward, kept between calls */
 };
 
@@ -9889,20 +9909,130 @@ static void apti_param_release(apt_ctx *ctx, apti_param *p)
     apti_param_forget(p);
 }
 
+static apt_dtype apti_quant_type(int32_t kind)
+{
+    return kind == APT_QUANT_INT8 ? APT_I8 : APT_U8;
+}
+
+static int32_t apti_quant_kind(apt_dtype type)
+{
+    return type == APT_I8 ? APT_QUANT_INT8 : APT_QUANT_INT4;
+}
+
+typedef struct apti_quant_move {
+    apt_ctx *ctx;
+    const apti_packed *packed;
+    const float *values, *importance;
+    float *out;
+} apti_quant_move;
+
+/* The scratch of a task: integers of a row, and its scales */
+static float *apti_quant_row_scratch(const apti_quant_move *job, int32_t thread, int8_t **q)
+{
+    *q = (int8_t *)job->ctx->scratch[thread];
+    return (float *)(void *)(*q + APT_QUANT_IN);
+}
+
+static void apti_quant_set_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_quant_move *job = (const apti_quant_move *)arg;
+    const apti_packed *p = job->packed;
+    const int32_t kind = apti_quant_kind(p->type);
+    int8_t *q;
+    float *scale = apti_quant_row_scratch(job, thread, &q);
+    for (int64_t r = index * p->nr; r < apti_min_i64(p->n, (index + 1) * p->nr); r++) {
+        const float *w = job->values + r * p->k;
+        apti_quant_row_scales(kind, scale, w, p->k, job->importance != NULL, job->importance);
+        apti_quant_row(kind, q, scale, w, p->k);
+        apti_quant_put_row(p, r, q, scale);
+    }
+}
+
+/* Quantises values(n, k) into the panels; importance [k] NULL: scales by max|w|, else searched. */
+static void apti_quant_set(apt_ctx *ctx, const apti_packed *packed, const float *values, const float *importance)
+{
+    apti_quant_move job = APT_ZERO;
+    job.ctx = ctx;
+    job.packed = packed;
+    job.values = values;
+    job.importance = importance;
+    apti_quant_clear(packed);
+    apti_parallel_for(ctx, apti_ceil_div(packed->n, packed->nr), apti_quant_set_task, &job);
+}
+
+static void apti_quant_get_task(int64_t r, int32_t thread, void *arg)
+{
+    const apti_quant_move *job = (const apti_quant_move *)arg;
+    int8_t *q;
+    float *scale = apti_quant_row_scratch(job, thread, &q);
+    apti_quant_get_row(job->packed, r, q, scale);
+    apti_quant_values(apti_quant_kind(job->packed->type), job->out + r * job->packed->k, scale, q, job->packed->k);
+}
+
+/* out(n, k) = q * scale */
+static void apti_quant_get(apt_ctx *ctx, float *out, const apti_packed *packed)
+{
+    apti_quant_move job = APT_ZERO;
+    job.ctx = ctx;
+    job.packed = packed;
+    job.out = out;
+    apti_parallel_for(ctx, packed->n, apti_quant_get_task, &job);
+}
+
+/* The same as bytes and scales of files, at any alignment. */
+typedef struct apti_quant_file { apt_ctx *ctx; const apti_packed *packed; const uint8_t *bytes, *scales; void *out; } apti_quant_file;
+
+static void apti_quant_read_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_quant_file *job = (const apti_quant_file *)arg;
+    const apti_packed *p = job->packed;
+    const int32_t kind = apti_quant_kind(p->type);
+    const int64_t row = apt_quant_bytes(kind, 1, p->k), scales = apt_quant_scales(kind, 1, p->k) * (int64_t)sizeof(float);
+    int8_t *q = (int8_t *)job->ctx->scratch[thread];
+    float *scale = (float *)(void *)(q + APT_QUANT_IN);
+    for (int64_t r = index * p->nr; r < apti_min_i64(p->n, (index + 1) * p->nr); r++) {
+        apti_quant_row_unpack(kind, q, job->bytes + r * row, p->k);
+        memcpy(scale, job->scales + r * scales, (size_t)scales);
+        apti_quant_put_row(p, r, q, scale);
+    }
+}
+
+static void apti_quant_read(apt_ctx *ctx, const apti_packed *packed, const void *bytes, const void *scales)
+{
+    apti_quant_file job = {ctx, packed, (const uint8_t *)bytes, (const uint8_t *)scales, NULL};
+    apti_quant_clear(packed);
+    apti_parallel_for(ctx, apti_ceil_div(packed->n, packed->nr), apti_quant_read_task, &job);
+}
+
+/* out: the bytes, or, when `scales`, the scales. */
+static void apti_quant_write(apt_ctx *ctx, void *out, const apti_packed *packed, bool scales)
+{
+    const int32_t kind = apti_quant_kind(packed->type);
+    const int64_t bytes = apt_quant_bytes(kind, 1, packed->k), count = apt_quant_scales(kind, 1, packed->k);
+    int8_t *q = (int8_t *)ctx->scratch[0];
+    float *scale = (float *)(void *)(q + APT_QUANT_IN);
+    for (int64_t r = 0; r < packed->n; r++) {
+        apti_quant_get_row(packed, r, q, scale);
+        if (scales) memcpy((float *)out + r * count, scale, (size_t)count * sizeof(float));
+        else apti_quant_row_pack(kind, (uint8_t *)out + r * bytes, q, packed->k);
+    }
+}
+
 /* Reserves the packed panels of a linear parameter in its present shape. */
 static bool apti_packed_reserve(apt_ctx *ctx, apti_packed *packed, int64_t n, int64_t k, apt_dtype type)
 {
     packed->n = n;
     packed->k = k;
-    packed->nr = ctx->kernels->nr;
+    packed->nr = apti_is_quant(type) ? ctx->quant->nr : ctx->kernels->nr;
     packed->type = type;
     packed->data = apti_alloc(ctx, apti_packed_bytes(ctx, n, k, type), 1);
     return packed->data != NULL;
 }
 
-/* Only frozen matrices inside the layers and LM heads may be narrowed; other task heads are trained. */
+/* Only frozen matrices inside the layers and LM heads may be narrowed; other task heads are trained. Quantised are the layers. */
 static apt_dtype apti_param_type(const apt_model *model, const apti_param *p)
 {
+    if (model->config.quant != APT_QUANT_NONE && p->linear && p->layer >= 0) return apti_quant_type(model->config.quant);
     return p->narrow && !p->trainable ? model->weights : APT_F32;
 }
 
@@ -9925,7 +10055,8 @@ static bool apti_param_reserve(apt_model *model, apti_param *p)
 static void apti_param_set(apt_model *model, apti_param *p, const float *values)
 {
     if (p->value != NULL && p->value != values) memcpy(p->value, values, (size_t)apti_param_count(p) * sizeof(float));
-    if (p->linear) apti_pack(model->ctx, &p->packed, values, p->cols);
+    if (p->linear && apti_is_quant(p->packed.type)) apti_quant_set(model->ctx, &p->packed, values, NULL);
+    else if (p->linear) apti_pack(model->ctx, &p->packed, values, p->cols);
 }
 
 /* Reads row-major values; panels in bf16 give what the products see. */
@@ -9936,6 +10067,8 @@ static void apti_param_get(const apt_model *model, const apti_param *p, float *v
             for (int64_t j = 0; j < p->cols; j++) values[i * p->cols + j] = p->value[i * p->stride + p->columns[j]];
     } else if (p->value != NULL) {
         memcpy(values, p->value, (size_t)apti_param_count(p) * sizeof(float));
+    } else if (p->linear && apti_is_quant(p->packed.type)) {
+        apti_quant_get(model->ctx, values, &p->packed);
     } else if (p->linear) {
         apti_unpack(model->ctx, values, p->cols, &p->packed);
     }
@@ -9996,6 +10129,9 @@ static apt_result apti_config_check_layer(apt_ctx *ctx, const apt_config *c, int
         (s->kv_heads == 0) != (s->heads == 0) || (s->kv_heads > 0 && s->heads % s->kv_heads != 0))
         return apti_fail(ctx, APT_E_RANGE, "config: layer %d: heads %d, KV heads %d, neurons %d do not make a layer", (int)l,
                          (int)s->heads, (int)s->kv_heads, (int)s->neurons);
+    if (c->quant != APT_QUANT_NONE && (s->neurons > APT_QUANT_IN || (int64_t)s->heads * c->head_dim > APT_QUANT_IN))
+        return apti_fail(ctx, APT_E_RANGE, "config: layer %d: %d neurons, %d heads of %d: a quantised matrix has at most %d inputs",
+                         (int)l, (int)s->neurons, (int)s->heads, (int)c->head_dim, APT_QUANT_IN);
     if (s->neurons > 0 && !apti_has_ffn(c, l))
         return apti_fail(ctx, APT_E_RANGE, "config: layer %d is the self attention of a decoder; it has %d neurons, expected 0",
                          (int)l, (int)s->neurons);
@@ -10039,6 +10175,9 @@ static apt_result apti_config_check(apt_ctx *ctx, const apt_config *c)
     if (!apti_finite(c->norm_eps) || c->norm_eps > 1 || !apti_finite(c->init_range))
         return apti_fail(ctx, APT_E_RANGE, "config: norm_eps %g must be in 0..1, init_range %g finite", (double)c->norm_eps,
                          (double)c->init_range);
+    if (c->quant != APT_QUANT_NONE && apt_quant_kind_name(c->quant) == NULL)
+        return apti_fail(ctx, APT_E_UNSUPPORTED, "config: quantisation %d is not known; expected 0, int8 (%d) or int4 (%d)",
+                         (int)c->quant, APT_QUANT_INT8, APT_QUANT_INT4);
     apt_result r = decoder ? apti_config_check_decoder(ctx, c) : APT_OK;
     if (!decoder && (c->gated || c->decoder_layers || c->qkv_bias || c->untied))
         r = apti_fail(ctx, APT_E_ARGUMENT, "config: an encoder with fields of T5 or LLaMA");
@@ -10221,6 +10360,14 @@ APT_API void apt_model_destroy(apt_model *model)
 
 /* ------------------------------------------------------------------------------------------------ queries */
 
+/* For what would change quantised weights. */
+static apt_result apti_quant_refuse(const apt_model *model, const char *what)
+{
+    if (model->config.quant == APT_QUANT_NONE) return APT_OK;
+    return apti_fail(model->ctx, APT_E_STATE, "%s: the model is quantised (%s) and its weights cannot change any more", what,
+                     apt_quant_kind_name(model->config.quant));
+}
+
 APT_API void apt_model_config(const apt_model *model, apt_config *config)
 {
     if (model != NULL && config != NULL) *config = model->config;
@@ -10240,6 +10387,13 @@ APT_API void apt_model_query(const apt_model *model, apt_model_info *info)
     }
     info->prunable = apti_prunable(&model->config);
     info->prunable_dense = model->prunable_dense;
+}
+
+static int64_t apti_adapter_total(const apt_model *model)
+{
+    apt_model_info info;
+    apt_model_query(model, &info);
+    return info.adapter;
 }
 
 /* Entries with at least one value, in table order. */
@@ -10341,6 +10495,7 @@ APT_API apt_result apt_model_set(apt_model *model, const char *name, const float
     if (r != APT_OK) return r;
     if (!apti_finite_all(values, count))
         return apti_fail(model->ctx, APT_E_NONFINITE, "%s: the new values hold NaN or infinity", name);
+    if (apti_is_quant(p->packed.type) && p->packed.data != NULL) return apti_quant_refuse(model, name);
     const int64_t broken = apti_bitmask_broken(apti_bitmask_of(model, p), values, count);
     if (broken >= 0)
         return apti_fail(model->ctx, APT_E_STATE, "%s: weight %lld is masked and must stay 0; remove the mask with "
@@ -10560,7 +10715,8 @@ APT_API apt_result apt_model_set_bitmask(apt_model *model, const char *name, con
         return APT_OK;
     }
     if (mask == NULL) return apti_fail(model->ctx, APT_E_ARGUMENT, "%s: the mask is NULL", name);
-    const apt_result r = apti_bitmask_lookup(model, name, words, &p);
+    apt_result r = apti_bitmask_lookup(model, name, words, &p);
+    if (r == APT_OK) r = apti_quant_refuse(model, name);
     if (r != APT_OK) return r;
     const int64_t n = apti_param_count(p);
     if (!apti_bitmask_tail_ok(mask, n))
@@ -11055,6 +11211,7 @@ static apti_linear_op apti_view(const apt_model *model, const apti_param *w, con
     op.scale = model->scale;
     op.a = a != NULL ? a->value : NULL;
     op.b = b != NULL ? b->value : NULL;
+    op.squares = model->squares != NULL ? model->squares[w - model->params] : NULL;
     return op;
 }
 
@@ -12656,6 +12813,7 @@ APT_API apt_result apt_model_compact(apt_model *model)
 {
     if (model == NULL) return APT_E_ARGUMENT;
     if (model->masks == NULL) return APT_OK;
+    if (apti_quant_refuse(model, "apt_model_compact") != APT_OK) return APT_E_STATE;
     apt_ctx *ctx = model->ctx;
     apti_survivors s;
     if (model->pass != NULL) apti_pass_shrink(model->pass);
@@ -12893,6 +13051,113 @@ APT_API apt_result apt_model_merge(apt_model *model, const apt_batch *probe, flo
     apti_free(model->ctx, values);
     if (r == APT_OK && before.logits != NULL) r = apti_logit_difference(model, probe, &before, difference);
     apti_free(model->ctx, before.logits);
+    return r;
+}
+
+/* ------------------------------------------------------------------------------------------------ quantisation */
+
+/* What becomes of the model: new panels of every quantised matrix, and while calibrating the squares of its inputs. */
+typedef struct apti_quantizing {
+    apti_packed *fresh;               /* [params]; data NULL: this one stays */
+    float **squares;                  /* [params] */
+    float *square, *values;           /* [inputs of all of them]; room for the largest */
+} apti_quantizing;
+
+static bool apti_is_quantizable(const apti_param *p)
+{
+    return p->linear && p->layer >= 0 && apti_param_count(p) > 0;
+}
+
+static apt_result apti_quantize_check(const apt_model *model, const apt_quantize_desc *d)
+{
+    apt_ctx *ctx = model->ctx;
+    if (d->start_canary != 0 || d->end_canary != 0)
+        return apti_fail(ctx, APT_E_ARGUMENT, "apt_quantize_desc is not initialised: use apt_quantize_desc desc = APT_ZERO");
+    if (apt_quant_kind_name(d->kind) == NULL)
+        return apti_fail(ctx, APT_E_UNSUPPORTED, "apt_model_quantize: kind %d is not known; supported: int8 (%d), int4 (%d)",
+                         (int)d->kind, APT_QUANT_INT8, APT_QUANT_INT4);
+    if (d->batch_count < 0 || (d->batch_count > 0) != (d->batches != NULL))
+        return apti_fail(ctx, APT_E_ARGUMENT, "apt_model_quantize: %d batches at %s", (int)d->batch_count,
+                         d->batches != NULL ? "an address" : "NULL");
+    if (model->trainer != NULL)
+        return apti_fail(ctx, APT_E_STATE, "apt_model_quantize: the model has a trainer; finish and destroy it first");
+    if (apti_adapter_total(model) > 0)
+        return apti_fail(ctx, APT_E_STATE, "apt_model_quantize: the model has adapters: call apt_model_merge first");
+    if (model->config.quant != APT_QUANT_NONE) return apti_quant_refuse(model, "apt_model_quantize");
+    apt_config c = model->config;
+    c.quant = d->kind;
+    return apti_config_check(ctx, &c);
+}
+
+/* Runs the model on the batches, watching what its linear maps read. */
+static apt_result apti_quantize_observe(apt_model *model, const apt_quantize_desc *d, apti_quantizing *q)
+{
+    int64_t total = 0;
+    apt_result r = APT_OK;
+    if (d->batch_count == 0) return APT_OK;
+    for (int32_t i = 0; i < model->param_count; i++) total += apti_is_quantizable(&model->params[i]) ? model->params[i].cols : 0;
+    q->squares = (float **)apti_calloc(model->ctx, model->param_count, (int64_t)sizeof(float *));
+    q->square = (float *)apti_calloc(model->ctx, total, (int64_t)sizeof(float));
+    if (q->squares == NULL || q->square == NULL)
+        return apti_fail(model->ctx, APT_E_MEMORY, "apt_model_quantize: no memory to calibrate; nothing was changed");
+    float *next = q->square;
+    for (int32_t i = 0; i < model->param_count; i++) {
+        if (!apti_is_quantizable(&model->params[i])) continue;
+        q->squares[i] = next;
+        next += model->params[i].cols;
+    }
+    model->squares = q->squares;
+    for (int32_t b = 0; b < d->batch_count && r == APT_OK; b++) {
+        apt_output out = APT_ZERO;
+        r = apt_model_forward(model, &d->batches[b], &out);
+    }
+    model->squares = NULL;
+    if (r == APT_OK && !apti_finite_all(q->square, total))
+        r = apti_fail(model->ctx, APT_E_NONFINITE, "apt_model_quantize: calibration met activations that are NaN or infinite");
+    return r;
+}
+
+static apt_result apti_quantize_all(apt_model *model, int32_t kind, apti_quantizing *q)
+{
+    apt_ctx *ctx = model->ctx;
+    q->fresh = (apti_packed *)apti_calloc(ctx, model->param_count, (int64_t)sizeof(apti_packed));
+    q->values = (float *)apti_alloc(ctx, apti_largest_layer(model), (int64_t)sizeof(float));
+    if (q->fresh == NULL || q->values == NULL) return apti_fail(ctx, APT_E_MEMORY, "apt_model_quantize: no memory for one matrix");
+    for (int32_t i = 0; i < model->param_count; i++) {
+        const apti_param *p = &model->params[i];
+        if (!apti_is_quantizable(p)) continue;
+        apti_param_get(model, p, q->values);
+        if (!apti_finite_all(q->values, apti_param_count(p)))
+            return apti_fail(ctx, APT_E_NONFINITE, "apt_model_quantize: %s holds NaN or infinity", p->name);
+        if (!apti_packed_reserve(ctx, &q->fresh[i], p->rows, p->cols, apti_quant_type(kind)))
+            return apti_fail(ctx, APT_E_MEMORY, "apt_model_quantize: no memory for %s (%lld x %lld); nothing was changed", p->name,
+                             (long long)p->rows, (long long)p->cols);
+        apti_quant_set(ctx, &q->fresh[i], q->values, q->squares != NULL ? q->squares[i] : NULL);
+    }
+    return APT_OK;
+}
+
+APT_API apt_result apt_model_quantize(apt_model *model, const apt_quantize_desc *desc)
+{
+    if (model == NULL) return APT_E_ARGUMENT;
+    if (desc == NULL) return apti_fail(model->ctx, APT_E_ARGUMENT, "apt_model_quantize: desc is NULL");
+    apti_quantizing q = APT_ZERO;
+    apt_result r = apti_quantize_check(model, desc);
+    if (r == APT_OK) r = apti_quantize_observe(model, desc, &q);
+    if (r == APT_OK) r = apti_quantize_all(model, desc->kind, &q);
+    for (int32_t i = 0; q.fresh != NULL && i < model->param_count; i++) {
+        if (q.fresh[i].data == NULL) continue;
+        apti_free(model->ctx, r == APT_OK ? model->params[i].packed.data : q.fresh[i].data);
+        if (r == APT_OK) model->params[i].packed = q.fresh[i];
+    }
+    if (r == APT_OK) {
+        model->config.quant = desc->kind;
+        model->structure++;
+    }
+    apti_free(model->ctx, q.fresh);
+    apti_free(model->ctx, q.values);
+    apti_free(model->ctx, q.squares);
+    apti_free(model->ctx, q.square);
     return r;
 }
 
@@ -13226,13 +13491,6 @@ static bool apti_wants_adapter(const apt_trainer *t, int32_t site)
     return t->desc.method != APT_METHOD_FULL && (t->desc.adapt >> bit & 1) != 0;
 }
 
-static int64_t apti_adapter_total(const apt_model *model)
-{
-    apt_model_info info;
-    apt_model_query(model, &info);
-    return info.adapter;
-}
-
 /* Which parameters a trainer of this desc trains: task heads always, adapters, everything for FULL. */
 static bool apti_trains(const apt_trainer *t, const apti_param *p)
 {
@@ -13303,6 +13561,7 @@ APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *de
     if (model->trainer != NULL) return apti_fail(ctx, APT_E_STATE, "apt_trainer_create: the model has a trainer already");
     if (apti_adapter_total(model) > 0)
         return apti_fail(ctx, APT_E_STATE, "apt_trainer_create: the model has adapters; merge them first");
+    if (apti_quant_refuse(model, "apt_trainer_create") != APT_OK) return APT_E_STATE;
     apt_train_desc resolved = *desc;
     apti_desc_resolve(&resolved, &model->config);
     apt_result r = apti_desc_check(ctx, &resolved, &model->config);
@@ -15161,6 +15420,7 @@ static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
         apti_note_pass(r, 0);
         return APT_OK;
     }
+    if (apti_quant_refuse(r->m, "apt_estimate: training") != APT_OK) return APT_E_STATE;
     r->t.desc = *desc;
     r->t.model = r->m;
     apti_desc_resolve(&r->t.desc, &r->m->config);
@@ -17318,6 +17578,7 @@ APT_API apt_result apt_sparse_load(apt_ctx *ctx, const char *path, const char *n
    (dropout, caches, label names) are ignored. null counts as absent. A pruned model carries one object more:
    "apt": {"version": 1, "head_dim": 32, "hidden_size_dense": 384, "layers": [{"heads": 5, "neurons": 300}, ...]}
    T5 has "bias_heads" beside them and "bias_head" in each layer: the relative position bias of every head that is left.
+   "quantization" beside them is "int8" or "int4", see apti_loader_quant.
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum { APTI_CONFIG_BYTES = 1 << 24 };
@@ -17712,6 +17973,8 @@ static void apti_config_pruned(apti_config_reader *r, int32_t apt, apti_model_fi
     apti_config_even_heads(r, &file->config);
     file->config.rope.interleaved = apti_config_bool(r, "rope_interleaved", false);
     file->config.hidden_dense = apti_config_int(r, "hidden_size_dense", (int32_t)apti_max_i64(file->config.hidden, 1), 65536, -1);
+    const int32_t quant = apti_config_choice(r, "quantization", "int8|int4");
+    if (quant >= 0) file->config.quant = APT_QUANT_INT8 + quant;
     apti_config_layers(r, file);
 }
 
@@ -17809,7 +18072,7 @@ static bool apti_config_is_dense(const apt_config *c)
 {
     const apt_layer_shape *first = &c->layer[0];
     const bool encoder = c->family == APT_BERT || c->family == APT_ROBERTA;
-    bool dense = c->hidden == c->hidden_dense && first->heads > 0 && first->neurons > 0;
+    bool dense = c->hidden == c->hidden_dense && first->heads > 0 && first->neurons > 0 && c->quant == APT_QUANT_NONE;
     if (encoder) dense = dense && (int64_t)first->heads * c->head_dim == c->hidden && first->kv_heads == first->heads;
     if (c->family == APT_T5) dense = dense && first->heads == c->bias_heads;
     if (c->rope.interleaved) dense = false;                          /* Hugging Face has no word for it */
@@ -17852,6 +18115,7 @@ static void apti_config_put_apt(apti_json_out *out, const apt_config *c)
     apti_config_put_int(out, "hidden_size_dense", c->hidden_dense);
     if (c->family == APT_T5) apti_config_put_int(out, "bias_heads", c->bias_heads);
     if (c->rope.interleaved) apti_config_put_bool(out, "rope_interleaved", true);
+    if (c->quant != APT_QUANT_NONE) apti_config_put_string(out, "quantization", apt_quant_kind_name(c->quant));
     apti_json_key(out, "layers");
     apti_json_open(out, '[');
     for (int32_t l = 0; l < c->layers; l++) {
@@ -18019,7 +18283,7 @@ typedef struct apti_loader {
     apti_model_file file;
     apti_tensors *set;
     apt_model *model;
-    const apti_tensor_view **found;              /* for each parameter, NULL: not in the files */
+    const apti_tensor_view **found;              /* for each parameter, NULL: not in the files; behind them their scales */
     bool *used;                                  /* for each tensor of the set */
     float *values;                               /* room for the largest matrix that is packed */
 } apti_loader;
@@ -18125,6 +18389,54 @@ static apt_result apti_loader_shape(const apti_loader *l, const apti_param *p, c
                      apti_show_shape(expected, p->dims).text, hint);
 }
 
+#define APTI_QUANT_SUFFIX "_scale"
+
+/* One tensor of a quantised matrix: its type and shape. */
+static apt_result apti_loader_expect(const apti_loader *l, const apti_tensor_view *view, apt_dtype type, const int64_t *shape,
+                                     int32_t dims)
+{
+    bool same = view->dtype == type && view->dims == dims;
+    for (int32_t i = 0; i < dims && same; i++) same = view->shape[i] == shape[i];
+    if (same) return APT_OK;
+    return apti_fail(l->ctx, view->dtype == type ? APT_E_SHAPE : APT_E_FORMAT,
+                     "'%.600s': tensor '%s' is %s of shape %s, expected %s of shape %s", l->set->files[view->file].path,
+                     apti_show(view->name).text, apti_dtype_name(view->dtype), apti_show_shape(view->shape, view->dims).text,
+                     apti_dtype_name(type), apti_show_shape(shape, dims).text);
+}
+
+/* A quantised matrix is two tensors: NAME holds its bytes as apt_quantize writes them (int8: I8 [rows, cols], int4: U8
+   [rows, bytes of a row]), NAME_scale the scales (F32 [rows] or [rows, groups]). Every value is looked at. */
+static apt_result apti_loader_quant(apti_loader *l, int32_t index)
+{
+    const apti_param *p = &l->model->params[index];
+    const int32_t kind = l->model->config.quant;
+    const int64_t row = apt_quant_bytes(kind, 1, p->cols), shape[2] = {p->rows, row};
+    const int64_t scales[2] = {p->rows, apt_quant_scales(kind, 1, p->cols)};
+    const apti_tensor_view *view = l->found[index] = apti_loader_find(l, p, "");
+    const apti_tensor_view *scale = l->found[l->model->param_count + index] = apti_loader_find(l, p, APTI_QUANT_SUFFIX);
+    if (view == NULL || scale == NULL)
+        return apti_fail(l->ctx, APT_E_MISSING, "'%.600s': no tensor '%s%s', which config.json wants: \"apt.quantization\" is \"%s\"",
+                         l->set->path, p->name, view == NULL ? "" : APTI_QUANT_SUFFIX, apt_quant_kind_name(kind));
+    apt_result r = apti_loader_expect(l, view, apti_quant_type(kind), shape, 2);
+    if (r == APT_OK) r = apti_loader_expect(l, scale, APT_F32, scales, kind == APT_QUANT_INT8 ? 1 : 2);
+    for (int64_t i = 0; r == APT_OK && i < p->rows; i++) {
+        const int64_t at = apti_quant_row_broken(kind, view->data + i * row, p->cols);
+        if (at >= 0)
+            r = apti_fail(l->ctx, APT_E_RANGE, "'%.600s': tensor '%s': row %lld, value %lld is %s, expected at least %s",
+                          l->set->files[view->file].path, apti_show(view->name).text, (long long)i, (long long)at,
+                          at == p->cols ? "not 0" : kind == APT_QUANT_INT8 ? "-128" : "-8",
+                          at == p->cols ? "none behind the last weight" : kind == APT_QUANT_INT8 ? "-127" : "-7");
+    }
+    for (int64_t i = 0; r == APT_OK && i < scale->bytes / 4; i++) {
+        float x;
+        memcpy(&x, scale->data + 4 * i, sizeof x);
+        if (!apti_finite(x) || x < 0.0f)
+            r = apti_fail(l->ctx, APT_E_NONFINITE, "'%.600s': tensor '%s': value %lld is %g, expected a scale of 0 or more",
+                          l->set->files[scale->file].path, apti_show(scale->name).text, (long long)i, (double)x);
+    }
+    return r;
+}
+
 /* Layers of the stack whose names begin with stem[which]. */
 static int32_t apti_stem_layers(const apt_config *c, int32_t which)
 {
@@ -18168,7 +18480,8 @@ static apt_result apti_loader_match(apti_loader *l)
     apti_name_list missing, unused;
     memset(&missing, 0, sizeof missing);
     memset(&unused, 0, sizeof unused);
-    l->found = (const apti_tensor_view **)apti_calloc(l->ctx, l->model->param_count, (int64_t)sizeof(apti_tensor_view *));
+    l->found = (const apti_tensor_view **)apti_calloc(l->ctx, 2 * (int64_t)l->model->param_count,
+                                                      (int64_t)sizeof(apti_tensor_view *));
     l->used = (bool *)apti_calloc(l->ctx, l->set->count, (int64_t)sizeof(bool));
     if (l->found == NULL || l->used == NULL)
         return apti_fail(l->ctx, APT_E_MEMORY, "'%.600s': no memory to load it", l->set->path);
@@ -18176,6 +18489,11 @@ static apt_result apti_loader_match(apti_loader *l)
     for (int32_t i = 0; i < l->model->param_count; i++) {
         const apti_param *p = &l->model->params[i];
         if (apti_param_count(p) == 0) continue;
+        if (apti_is_quant(apti_param_type(l->model, p))) {
+            const apt_result r = apti_loader_quant(l, i);
+            if (r != APT_OK) return r;
+            continue;
+        }
         l->found[i] = apti_loader_either(l, p);
         if (l->found[i] == NULL && !p->optional_in_file)
             return apti_fail(l->ctx, APT_E_MISSING, "'%.600s': no tensor '%s' of shape %lld x %lld%s", l->set->path, p->name,
@@ -18215,6 +18533,10 @@ static apt_result apti_loader_fill(apti_loader *l)
         if (!apti_param_reserve(l->model, p))
             return apti_fail(l->ctx, APT_E_MEMORY, "'%.600s': no memory for %s (%lld x %lld)", l->set->path, p->name,
                              (long long)p->rows, (long long)p->cols);
+        if (apti_is_quant(p->packed.type)) {
+            apti_quant_read(l->ctx, &p->packed, l->found[i]->data, l->found[l->model->param_count + i]->data);
+            continue;
+        }
         float *target = p->linear ? l->values : p->value;
         if (l->found[i] != NULL) result = apti_loader_values(l, l->found[i], target);
         else apti_param_init(target, p, l->desc->seed, (uint64_t)i);
@@ -18289,8 +18611,8 @@ typedef struct apti_saver {
     apti_tensor_item *items;
     const apti_param **params;                   /* of the items */
     int32_t count;
+    apti_sparse_name *names;                     /* names of the items, where they are not the parameters' */
     float *values;                               /* compressing only: room for the largest matrix, embeddings too, */
-    apti_sparse_name *names;                     /* names of the items, */
     apt_sparsity *sparsity;                      /* and what was compressed */
 } apti_saver;
 
@@ -18313,6 +18635,10 @@ static apt_result apti_saver_fill(void *user, int64_t index, void *out)
 {
     const apti_saver *s = (const apti_saver *)user;
     const apti_param *p = s->params[index];
+    if (apti_is_quant(p->packed.type)) {
+        apti_quant_write(s->model->ctx, out, &p->packed, s->items[index].dtype == APT_F32);
+        return APT_OK;
+    }
     float *values = s->items[index].dtype == APT_F32 ? (float *)out : s->values;
     apti_param_get(s->model, p, values);
     const apt_result r = apti_saver_check(s, p, values);
@@ -18339,6 +18665,22 @@ static void apti_saver_compress(apti_saver *s, apti_tensor_item *item, const apt
     apti_sparsity_add(s->sparsity, p->rows, p->cols, count);
 }
 
+/* Turns the last item, a matrix of floats, into the two of a quantised one. */
+static void apti_saver_quantized(apti_saver *s, apti_tensor_item *item, const apti_param *p)
+{
+    const int32_t kind = s->model->config.quant;
+    char *name = s->names[s->count].text;
+    (void)snprintf(name, sizeof s->names[0].text, "%s%s", p->name, APTI_QUANT_SUFFIX);
+    item->dtype = p->packed.type;
+    item->shape[1] = apt_quant_bytes(kind, 1, p->cols);
+    item[1] = item[0];
+    item[1].name = name;
+    item[1].dtype = APT_F32;
+    item[1].dims = kind == APT_QUANT_INT8 ? 1 : 2;
+    item[1].shape[1] = kind == APT_QUANT_INT8 ? 0 : apt_quant_scales(kind, 1, p->cols);
+    s->params[s->count++] = p;
+}
+
 static apt_result apti_saver_items(apti_saver *s)
 {
     apt_result result = APT_OK;
@@ -18354,7 +18696,8 @@ static apt_result apti_saver_items(apti_saver *s)
         item->shape[1] = p->dims == 1 ? 0 : p->cols;
         item->data = p->columns == NULL ? p->value : NULL;
         if (item->data != NULL) result = apti_saver_check(s, p, p->value);
-        if (s->sparsity != NULL && result == APT_OK) apti_saver_compress(s, item, p);
+        if (apti_is_quant(p->packed.type)) apti_saver_quantized(s, item, p);
+        else if (s->sparsity != NULL && result == APT_OK) apti_saver_compress(s, item, p);
     }
     return result;
 }
@@ -18370,15 +18713,16 @@ static apt_result apti_save_weights(const apt_model *model, const char *path, ap
     memset(&job, 0, sizeof job);
     s.model = model;
     s.path = path;
-    s.items = (apti_tensor_item *)apti_calloc(ctx, model->param_count, (int64_t)sizeof(apti_tensor_item));
-    s.params = (const apti_param **)apti_calloc(ctx, model->param_count, (int64_t)sizeof(apti_param *));
+    const int64_t most = 2 * (int64_t)model->param_count;
+    s.items = (apti_tensor_item *)apti_calloc(ctx, most, (int64_t)sizeof(apti_tensor_item));
+    s.params = (const apti_param **)apti_calloc(ctx, most, (int64_t)sizeof(apti_param *));
+    s.names = (apti_sparse_name *)apti_calloc(ctx, most, (int64_t)sizeof(apti_sparse_name));
     apt_result result = APT_OK;
     if (sparsity != NULL) {
         s.sparsity = sparsity;
-        s.names = (apti_sparse_name *)apti_calloc(ctx, model->param_count, (int64_t)sizeof(apti_sparse_name));
         s.values = (float *)apti_alloc(ctx, apti_largest_matrix(model), (int64_t)sizeof(float));
     }
-    if (s.items == NULL || s.params == NULL || (sparsity != NULL && (s.names == NULL || s.values == NULL)))
+    if (s.items == NULL || s.params == NULL || s.names == NULL || (sparsity != NULL && s.values == NULL))
         result = apti_fail(ctx, APT_E_MEMORY, "'%.600s': no memory for a list of tensors", path);
     else result = apti_saver_items(&s);
     if (result == APT_OK) {
@@ -18492,7 +18836,8 @@ APT_API apt_result apt_model_save_sparse(apt_model *model, const char *dir, apt_
     apt_sparsity sparsity;
     if (model == NULL) return APT_E_ARGUMENT;
     apti_sparsity_none(&sparsity);
-    const apt_result r = apti_model_save(model, dir, &sparsity);
+    apt_result r = apti_quant_refuse(model, "apt_model_save_sparse");
+    if (r == APT_OK) r = apti_model_save(model, dir, &sparsity);
     if (r == APT_OK && saved != NULL) *saved = sparsity;
     return r;
 }

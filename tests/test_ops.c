@@ -337,7 +337,7 @@ typedef struct linear_case {
 static apti_linear_op linear_op(const op_case *c, apti_packed *packed)
 {
     const linear_case *l = (const linear_case *)c->op;
-    apti_linear_op op;
+    apti_linear_op op = APT_ZERO;
     memset(packed, 0, sizeof *packed);
     packed->n = l->out;
     packed->k = l->in;
