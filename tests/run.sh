@@ -112,12 +112,12 @@ compiler() {
 builds() {
     case $1 in
         cc | asan | ofast) echo "*" ;;
-        clang | nosimd) echo "kernels ops core sparsify model train" ;;
-        tsan) echo "platform kernels ops sparsify model train" ;;
+        clang | nosimd) echo "kernels ops core sparsify quantize model train" ;;
+        tsan) echo "platform kernels ops sparsify quantize model train" ;;
         nothreads) echo "platform model" ;;
         plainc) echo "platform files" ;;
         onlycore) echo "core" ;;
-        neon) echo "kernels numbers core sparsify" ;;
+        neon) echo "kernels numbers core sparsify quantize" ;;
     esac
 }
 
