@@ -587,9 +587,12 @@ APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, v
 
 typedef struct apt_estimate_info {
     int64_t weights, adapters, optimizer, activations, teacher, scratch, total;
+    int64_t shareable;                /* part of total: matrices that a run holds only once if its decisions leave them whole */
 } apt_estimate_info;
 /* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. Which units
-   a run will prune cannot be known: it is taken that all layers lose the same share of heads and neurons. */
+   a run will prune cannot be known: it is taken that all layers lose the same share of heads and neurons, and that no matrix is
+   left whole, as it is when hidden dimensions go. With a teacher, a run that keeps all hidden dimensions, and all heads or
+   neurons of some layers, shares those layers' matrices with it and takes less, but not less than total - shareable. */
 APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                 int64_t sequences, apt_estimate_info *info);
 /* The same for T5: at most `tokens` source and target_tokens target tokens (apt_estimate: as many of both; other families: 0). */
@@ -13543,7 +13546,7 @@ typedef struct apti_rehearsal {
     uint8_t *shared;                  /* [params] a buffer that the teacher holds as well */
     apt_trainer t;                    /* the resolved desc and what plans read */
     int64_t now[APTI_USES], most[APTI_USES];                 /* held; held at the peak */
-    int64_t tokens, target_tokens, sequences, pass, teacher_pass, masks, adapter_budget;
+    int64_t tokens, target_tokens, sequences, pass, teacher_pass, masks, adapter_budget, shareable;
     apti_growth growth;
 } apti_rehearsal;
 
@@ -13760,6 +13763,7 @@ static void apti_rehearse_params(apti_rehearsal *r, bool shared)
         apti_note_param(r, p, 1);
         apti_note_param(r, &old, -1);
         if (shared) apti_note(r, APTI_USE_TEACHER, apti_storage_cost(m, &old));
+        if (shared && p->linear) r->shareable += apti_storage_cost(m, p);
         if (shared) r->shared[i] = 2;
     }
     for (int32_t i = 0; i < m->param_count && !shared; i++)
@@ -13879,6 +13883,7 @@ static void apti_estimate_report(const apti_rehearsal *r, apt_estimate_info *inf
     info->activations = r->most[APTI_USE_ACTIVATIONS];
     info->teacher = r->most[APTI_USE_TEACHER];
     info->scratch = r->most[APTI_USE_SCRATCH];
+    info->shareable = r->shareable;
     info->total = 0;
     for (int32_t i = 0; i < APTI_USES; i++) info->total += r->most[i];
 }

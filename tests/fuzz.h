@@ -138,7 +138,7 @@ static int fuzz_command(int argc, char **argv)
         return 0;
     }
 #endif
-    return argc > 2 && strcmp(argv[1], "--replay") == 0 ? fuzz_replay(argc - 2, argv + 2) : -1;
+    return argc > 1 && strcmp(argv[1], "--replay") == 0 ? fuzz_replay(argc - 2, argv + 2) : -1;
 }
 
 #ifdef APT_FUZZ

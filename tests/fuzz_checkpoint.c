@@ -2,7 +2,7 @@
    right, so that the trainer's own checks are reached: apt_checkpoint_load must refuse or give a trainer that can go on.
    clang -g -O1 -DAPT_FUZZ -fsanitize=fuzzer,address,undefined fuzz_checkpoint.c -lm -lpthread && ./a.out corpus/checkpoint
 
-   --seeds DIR writes DIR/run, a checkpoint of the small run that it loads into, for when the format of checkpoints has changed. */
+   --seeds DIR writes DIR/run, a checkpoint of the small run that it loads into, for when the format has changed. */
 #define APT_IMPLEMENTATION
 #include "../apt.h"
 

@@ -9,7 +9,8 @@ static const char *const fuzz_formats[] = {"config.json", NULL};
 static void compare(const apt_config *a, const apt_config *b)
 {
     fuzz_check(a->family == b->family && a->task == b->task && a->vocab == b->vocab && a->positions == b->positions);
-    fuzz_check(a->types == b->types && a->hidden == b->hidden && a->hidden_dense == b->hidden_dense && a->head_dim == b->head_dim);
+    fuzz_check(a->types == b->types && a->hidden == b->hidden && a->hidden_dense == b->hidden_dense);
+    fuzz_check(a->head_dim == b->head_dim);
     fuzz_check(a->layers == b->layers && a->labels == b->labels && a->pad_id == b->pad_id && a->activation == b->activation);
     fuzz_check(apti_bits(a->norm_eps) == apti_bits(b->norm_eps) && apti_bits(a->init_range) == apti_bits(b->init_range));
     fuzz_check(memcmp(a->layer, b->layer, (size_t)a->layers * sizeof(*a->layer)) == 0);

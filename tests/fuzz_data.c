@@ -12,8 +12,8 @@
 #include "../examples/common/ex_report.h"
 #include "../examples/common/ex_token_rows.h"
 
-static const char *const fuzz_formats[] = {"rows of TSV", "rows of JSONL", "SQuAD", "metrics.jsonl", "pairs of CSV", "pairs of TSV",
-                                           "pairs of JSONL", "pairs of JSON", NULL};
+static const char *const fuzz_formats[] = {"rows of TSV", "rows of JSONL", "SQuAD", "metrics.jsonl", "pairs of CSV",
+                                           "pairs of TSV", "pairs of JSONL", "pairs of JSON", NULL};
 #include "fuzz.h"
 
 /* A tokenizer of single letters. */

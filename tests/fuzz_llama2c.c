@@ -9,13 +9,7 @@
 #include "../examples/common/ex_base.h"
 #define APT_IMPLEMENTATION
 #include "../apt.h"
-#include "../examples/common/ex_args.h"
-#include "../examples/common/ex_data.h"
-#include "../examples/common/ex_log.h"
-#include "../examples/common/ex_metrics.h"
-#include "../examples/common/ex_pairs.h"
-#include "../examples/common/ex_progress.h"
-#include "../examples/common/ex_run.h"
+#include "../examples/common/ex_tokenizer.h"
 #include "../examples/common/ex_llama2c.h"
 
 static const char *const fuzz_formats[] = {"checkpoint", "checkpoint with a head of its own", "tokenizer", NULL};

@@ -1,4 +1,5 @@
-/* apt_estimate against what real runs take: within 5 %, for every method, task and batch shape.
+/* apt_estimate against what real runs take: within 5 %, for every method, task and batch shape; less where a run may share whole
+   matrices with its teacher, by what the estimate says at most.
    build: cc -std=c11 -O2 tests/test_estimate.c -o test_estimate -lcmocka -lpthread -lm */
 #define APT_IMPLEMENTATION
 #include "../apt.h"
@@ -23,9 +24,13 @@ static void full_batch(test_batch *b, const apt_config *c, batch_shape s, int64_
     for (int32_t i = 0; i < b->target_offsets[s.sequences]; i++) b->labels[i] = (int32_t)apt_rng_below(&rng, (uint32_t)c->vocab);
 }
 
-/* Peak bytes of a run from the creation of its context to its end; desc NULL: one forward. */
-static int64_t peak_of(const apt_config *c, const apt_train_desc *desc, batch_shape s, int32_t threads)
+/* What a run takes, from the creation of its context to its end. */
+typedef struct taken { int64_t peak; bool hidden_whole; } taken;
+
+/* desc NULL: one forward. */
+static taken run_once(const apt_config *c, const apt_train_desc *desc, batch_shape s, int32_t threads)
 {
+    taken result;
     live l;
     memset(&l, 0, sizeof l);
     l.ctx = test_context(threads, &l.messages);
@@ -44,9 +49,10 @@ static int64_t peak_of(const apt_config *c, const apt_train_desc *desc, batch_sh
         }
         assert_ok(l.ctx, apt_trainer_finish(l.trainer));
     }
-    const int64_t peak = apt_memory_info(l.ctx).peak_bytes;
+    result.peak = apt_memory_info(l.ctx).peak_bytes;
+    result.hidden_whole = l.model->config.hidden == c->hidden;
     stop(&l);
-    return peak;
+    return result;
 }
 
 static apt_config wide_config(apt_task_kind task)                     /* two layers of MiniLM */
@@ -77,7 +83,8 @@ static apt_config deep_config(apt_task_kind task)                     /* narrowe
     return c;
 }
 
-/* T5 with two layers in each stack, v1.0 and v1.1; LLaMA with grouped queries and a head of its own, with biases and a tied one. */
+/* T5 with two layers in each stack, v1.0 and v1.1; LLaMA with grouped queries and a head of its own, with biases and a tied
+   one. */
 static apt_config decoder_config(int32_t which)
 {
     apt_config c = test_decoder(which);
@@ -128,7 +135,9 @@ static apt_train_desc method_desc(int32_t method)
 }
 
 static double g_worst;
+static int32_t g_whole;                                               /* runs with a teacher that lost no hidden dimension */
 
+/* Within 5 % of the estimate; where the run lost no hidden dimension, of any number between total - shareable and total. */
 static void compare(const apt_config *c, int32_t method, batch_shape s, int32_t threads)
 {
     apt_train_desc d = method_desc(method);
@@ -140,14 +149,17 @@ static void compare(const apt_config *c, int32_t method, batch_shape s, int32_t 
     else assert_ok(ctx, apt_estimate_pair(ctx, c, method == 0 ? NULL : &d, tokens, target, s.sequences, &info));
     apt_destroy(ctx);
     const int64_t sum = info.weights + info.adapters + info.optimizer + info.activations + info.teacher + info.scratch;
-    const int64_t peak = peak_of(c, method == 0 ? NULL : &d, s, threads);
-    const double error = (double)(info.total - peak) / (double)peak;
-    assert_true(info.total == sum);
-    if (fabs(error) > 0.05)
-        fail_msg("%s, task %d, hidden %d, %d x %d tokens, %d threads: %lld bytes estimated, %lld taken", g_methods[method],
-                 (int)c->task, (int)c->hidden, (int)s.sequences, (int)s.length, (int)threads, (long long)info.total,
-                 (long long)peak);
-    if (fabs(error) > g_worst) g_worst = fabs(error);
+    const taken run = run_once(c, method == 0 ? NULL : &d, s, threads);
+    assert_true(info.total == sum && info.shareable >= 0 && info.shareable <= info.weights);
+    assert_true(info.shareable == 0 || info.teacher > 0);
+    const int64_t least = run.hidden_whole ? info.total - info.shareable : info.total, peak = run.peak;
+    const double over = (double)(least - peak) / (double)peak, under = (double)(peak - info.total) / (double)peak;
+    if (over > 0.05 || under > 0.05)
+        fail_msg("%s, task %d, hidden %d, %d x %d tokens, %d threads: %lld to %lld bytes estimated, %lld taken",
+                 g_methods[method], (int)c->task, (int)c->hidden, (int)s.sequences, (int)s.length, (int)threads, (long long)least,
+                 (long long)info.total, (long long)peak);
+    if (run.hidden_whole && info.shareable > 0) g_whole++;
+    if (fmax(over, under) > g_worst) g_worst = fmax(over, under);
 }
 
 static void compare_all(apt_config (*config)(apt_task_kind task), int32_t threads)
@@ -174,21 +186,25 @@ static void test_deep(void **state)
     compare_all(deep_config, 2);
 }
 
-/* T5 with as many target tokens as source tokens (apt_estimate), more, fewer (apt_estimate_pair). One short sequence alone makes a
-   random T5 lose no hidden dimension at all, so that its teacher shares what an estimate cannot know: that shape is LLaMA's. */
+/* T5 with as many target tokens as source tokens (apt_estimate), more, fewer (apt_estimate_pair). With one short sequence a
+   random T5 v1.1 keeps all hidden dimensions and the decoder's heads. */
 static void test_decoders(void **state)
 {
     (void)state;
-    static const batch_shape two[3] = {{4, 32, 0}, {12, 16, 24}, {8, 24, 9}}, one[3] = {{4, 32, 0}, {12, 16, 0}, {1, 64, 0}};
+    static const batch_shape two[4] = {{4, 32, 0}, {12, 16, 24}, {1, 64, 0}, {8, 24, 9}};
+    static const batch_shape one[3] = {{4, 32, 0}, {12, 16, 0}, {1, 64, 0}};
     static const int32_t which[4] = {0, 1, 2, 4};
     g_worst = 0;
+    g_whole = 0;
     for (int32_t method = 0; method < DECODER_METHODS; method++)
         for (int32_t i = 0; i < 4; i++) {
             const apt_config c = decoder_config(which[i]);
             if (method != 3 && method != 8 && (method + i) % 2 != 0) continue;
-            compare(&c, method, i < 2 ? two[(method + i) % 3] : one[(method + i) % 3], 1 + i % 2);
+            compare(&c, method, i < 2 ? two[(method + i) % 4] : one[(method + i) % 3], 1 + i % 2);
         }
-    print_message("    off by %.1f %% at most\n", 100 * g_worst);
+    print_message("    off by %.1f %% at most; %d runs kept all hidden dimensions beside a teacher\n", 100 * g_worst,
+                  (int)g_whole);
+    assert_true(g_whole > 0);
 }
 
 int main(void)
