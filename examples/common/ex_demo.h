@@ -24,6 +24,7 @@ typedef struct ex_demo_plan {
     /* Writes and reads the data of d->sizes; the baseline's row of the table, where there is one. */
     bool (*make_data)(ex_demo *d, ex_cells *baseline);
     void (*shape)(const ex_demo *d, apt_config *config);      /* config comes zeroed */
+    bool (*begin)(ex_demo *d, apt_ctx *ctx, apt_model *model);        /* changes the random weights; NULL: they stay */
     apt_batch (*prepare)(ex_run *run, ex_batch *batch);       /* of pretraining; run->user is d. NULL: the rows as they are */
     bool (*show)(ex_demo *d, apt_ctx *ctx, apt_model *model); /* what the pretrained model can do, on the screen */
     ex_source (*rows)(const ex_demo *d, ex_demo_set which);
@@ -96,6 +97,7 @@ EX_API bool exi_demo_pretrain(ex_demo *d)
     plan->shape(d, &config);
     bool fine = ctx != NULL && (apt_model_create(ctx, &config, (uint64_t)d->seed, &model) == APT_OK ||
                                 ex_fail(&d->error, "%s", apt_error(ctx)));
+    fine = fine && (plan->begin == NULL || plan->begin(d, ctx, model));
     exi_demo_run(d, &run, plan->objective, ctx, model, EX_DEMO_CORPUS, d->base);
     run.desc.method = APT_METHOD_FULL;
     run.desc.steps = d->sizes.pretrain_steps;
