@@ -100,7 +100,7 @@ static void tiny_t5(const ex_demo *d, apt_config *config)
 /* A T5 knows places only by its position biases. They begin near 0, and Adam moves a number by its learning rate at most: in a
    run this short they stay so small that words have no order ("the clerk who saw the sailor" is also the other way round), and
    no adapter repairs that. Here they begin as those of trained models end: most heads look at one distance, the last two look
-   everywhere. bias: [buckets][heads]; distances up to 7 have buckets of their own, in the encoder those ahead in the upper half. */
+   everywhere. bias: [buckets][heads]; distances up to 7 have buckets of their own, ahead those in the encoder's upper half. */
 static bool find_places(ex_demo *d, apt_ctx *ctx, apt_model *model)
 {
     enum { HEADS = 8, BUCKETS = 32, AHEAD = BUCKETS / 2, FREE = 2 };
