@@ -1,5 +1,5 @@
-/* demo_t5.c - what `make run-t5` runs: a T5 from nothing to a smaller, faster one that puts facts into words, in about two
-   minutes on two cores.
+/* demo_t5.c - what `make run-t5` runs: a T5 from nothing to a smaller, faster one that puts facts into words, in less
+   than two minutes on two cores.
 
        cc -O2 -std=c11 examples/demo_t5.c -o demo_t5 -lm -lpthread -lutf8proc
 
