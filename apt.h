@@ -888,6 +888,217 @@ typedef struct apt_distill_map { int32_t pairs, teacher[4], student[4]; } apt_di
    nearest student layer that is not wholly pruned (ties: the lower one). whole_pruned: [layers] 0/1, NULL: none; all
    pruned gives pairs 0. Layers count from 0 and are the same in both stacks. */
 APT_API apt_result apt_distill_match(apt_distill_map *map, const uint8_t *whole_pruned, int32_t layers, apt_rng *rng);
+
+/* --- learned sparsity ---
+
+   A mask m with values in 0..1 says which positions of a sequence are computed in full (1) and which are only interpolated
+   (0). Sparsity = 1 - mean(m). A loss pulls it towards a target, a scheduler moves the target, and the BK-core computes a
+   feature of each position whose cost does not depend on the distance at which positions see each other. */
+
+/* e = sparsity - target. */
+typedef enum apt_sparsity_kind {
+    APT_SPARSITY_L2 = 0,              /* e^2 */
+    APT_SPARSITY_L1,                  /* |e|                                        (slope 0 at e = 0) */
+    APT_SPARSITY_KL,                  /* KL(target || sparsity), both read as the chance that a position is masked. The sparsity
+                                         is clamped to 1e-6 .. 1 - 1e-6. A target outside that range, for which the divergence
+                                         has no minimum, gives L2; at a clamped sparsity the slope is L2's, which is finite */
+    APT_SPARSITY_HUBER                /* e^2/2 up to |e| = 0.1, then 0.1*(|e| - 0.05) */
+} apt_sparsity_kind;
+/* "l2", "l1", "kl", "huber"; NULL for any other value. */
+APT_API const char *apt_sparsity_kind_name(int32_t kind);
+/* The reverse, with the messages of apt_schedule_kind_from_name. */
+APT_API apt_result apt_sparsity_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes);
+/* *loss of the mask(n), n >= 1;  grad(n) += grad_scale * d loss/d mask, NULL: not wanted. APT_E_RANGE: a mask or the target is
+   outside 0..1. */
+APT_API apt_result apt_sparsity_loss(double *loss, float *grad, const float *mask, int64_t n, int32_t kind, float target,
+                                     float grad_scale);
+
+/* total = accuracy_part + sparsity_part;  accuracy_part = accuracy_weight * accuracy, sparsity_part likewise. */
+typedef struct apt_balanced {
+    double accuracy, sparsity;        /* the losses as they came in */
+    double accuracy_weight, sparsity_weight;
+    double accuracy_part, sparsity_part, total;
+} apt_balanced;
+/* Weights >= 0, else APT_E_RANGE. */
+APT_API apt_result apt_balanced_loss(apt_balanced *out, double accuracy, double sparsity, double accuracy_weight,
+                                     double sparsity_weight);
+
+/* Target and weight of the sparsity loss over a run: value = first + share*(last - first), u = (step - warmup)/(steps - warmup)
+   clamped to 0..1. */
+typedef enum apt_adaptive_kind {
+    APT_ADAPTIVE_LINEAR = 0,          /* share = u */
+    APT_ADAPTIVE_COSINE,              /* (1 - cos(pi u)) / 2 */
+    APT_ADAPTIVE_STEP                 /* 0, then 0.33, 0.67, 1 from u = 0.25, 0.5, 0.75 on */
+} apt_adaptive_kind;
+/* "linear", "cosine", "step"; NULL for any other value. */
+APT_API const char *apt_adaptive_kind_name(int32_t kind);
+APT_API apt_result apt_adaptive_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes);
+
+/* Zero means the default named in the comment. For a start of 0 say a small number. */
+typedef struct apt_adaptive_desc {
+    int32_t kind;                     /* apt_adaptive_kind */
+    int64_t steps;                    /* required: the last value holds from here on */
+    int64_t warmup;                   /* 1000; negative: none. Below steps */
+    float sparsity_first, sparsity_last;   /* 0.2, 0.5; each in 0..1 */
+    float weight_first, weight_last;       /* 0.001, 0.01; >= 0 */
+    float threshold;                  /* validation loss above which the pressure is eased; 0: never */
+} apt_adaptive_desc;
+/* Plain data, a copy is a snapshot. Read it as you like, change it through the functions. */
+typedef struct apt_adaptive {
+    apt_adaptive_desc desc;           /* defaults filled in; no warm-up: -1 */
+    int64_t step;                     /* of the last call */
+    double best;                      /* lowest validation loss */
+    int64_t best_step, validations;   /* validations 0: no best yet */
+    int64_t eased_count;              /* validations that were above the threshold */
+    int32_t eased;                    /* the last one was */
+    float target, weight;             /* now */
+} apt_adaptive;
+APT_API apt_result apt_adaptive_init(apt_adaptive *state, const apt_adaptive_desc *desc);
+/* Sets target and weight for `step` >= 0. validation: a new validation loss, or NULL. Above the threshold the scheduled target is
+   multiplied by 0.9 and the weight by 0.5 until a validation loss comes in that is not above it. */
+APT_API apt_result apt_adaptive_step(apt_adaptive *state, int64_t step, const double *validation);
+/* Back to step 0, nothing validated. */
+APT_API apt_result apt_adaptive_reset(apt_adaptive *state);
+/* Saved bytes are the same on every machine, with a check sum. Restore: APT_E_FORMAT for other data, APT_E_CHECKSUM for damaged. */
+#define APT_ADAPTIVE_BYTES 100
+APT_API apt_result apt_adaptive_save(const apt_adaptive *state, void *out, size_t bytes);
+APT_API apt_result apt_adaptive_restore(apt_adaptive *state, const void *in, size_t bytes);
+
+/* How many experts there are at a step: `first` up to begin, `last` from end on, a straight line (rounded up) between. */
+typedef struct apt_expert_schedule { int32_t first, last; int64_t begin, end; } apt_expert_schedule;
+/* 1 <= last <= first, begin <= end, else APT_E_RANGE. */
+APT_API apt_result apt_expert_count(const apt_expert_schedule *schedule, int64_t step, int32_t *count);
+
+/* BK-core: the diagonal of (T - zI)^-1. T is tridiagonal: -2 + v[i] on the diagonal (the discrete Laplacian with potential v), 1
+   beside it. The entry beside it, between i-1 and i, has the square mask[i-1]*mask[i]: with a mask of 0 and 1 a masked position is
+   cut off from both neighbours, so the others get the exact diagonal of what remains, and it gets 1/(-2 + v[i] - z). Values between
+   0 and 1 are allowed, and everything is differentiable in the mask.
+       left pivot r[i] = d[i] - c[i]/r[i-1],   right pivot s[i] = d[i] - c[i+1]/s[i+1],   G[i] = 1/(r[i] + s[i] - d[i]),
+   d = -2 + v - z, c = mask[i-1]*mask[i]: ratios of the theta and phi recursions, which neither overflow nor underflow.
+   z must not be real: 0.05 <= |im|. Then no pivot is smaller than |im|, |G| <= 1/|im|, and what lies w positions away counts less
+   than (1 + im^2)^-w. Long rows are cut into pieces with so much overlap that what is left out is below 1e-9; the pieces run side by
+   side. The cut depends on n and z only, so the result is the same for any number of threads. */
+typedef struct apt_bk { float re, im; } apt_bk;      /* z; im 0 means 1. NULL where one is wanted: z = i */
+/* Bytes of scratch; -1 when an argument is invalid. */
+APT_API int64_t apt_bk_scratch(int64_t rows, int64_t n, const apt_bk *z);
+/* re, im, v, mask: (rows, n) dense, one sequence per row. mask NULL: all 1. APT_E_NONFINITE: v; APT_E_RANGE: mask or z. */
+APT_API apt_result apt_bk_forward(float *re, float *im, const float *v, const float *mask, int64_t rows, int64_t n,
+                                  const apt_bk *z, void *scratch, size_t scratch_bytes);
+/* From dre, dim = dL/d re, dL/d im:  dv += dL/dv,  dmask += dL/dmask,  dz[0] += dL/d re(z), dz[1] += dL/d im(z). Each of the three may
+   be NULL; dmask needs a mask. */
+APT_API apt_result apt_bk_backward(float *dv, float *dmask, double *dz, const float *dre, const float *dim, const float *v,
+                                   const float *mask, int64_t rows, int64_t n, const apt_bk *z, void *scratch, size_t scratch_bytes);
+
+#ifndef APT_ONLY_CORE
+/* The same on the context's threads, with its own scratch: bit for bit the same numbers. */
+APT_API apt_result apt_bk_forward_threads(apt_ctx *ctx, float *re, float *im, const float *v, const float *mask, int64_t rows,
+                                          int64_t n, const apt_bk *z);
+APT_API apt_result apt_bk_backward_threads(apt_ctx *ctx, float *dv, float *dmask, double *dz, const float *dre, const float *dim,
+                                           const float *v, const float *mask, int64_t rows, int64_t n, const apt_bk *z);
+
+/* Modules: small layers with parameters of their own, for a network of the caller's. One forward, then (if wanted) sparsity losses,
+   then one backward with the same inputs. Gradients of parameters are added up until apt_module_adam uses and clears them;
+   gradients of inputs are written. A batch is `sequences` sequences of `length` positions, rows = sequences * length. */
+typedef struct apt_module apt_module;
+typedef struct apt_module_tensor { const char *name; int64_t rows, cols; float *value, *grad; } apt_module_tensor;
+/* Belongs to ctx; apt_destroy frees it too. A part of another module (apt_bk_layer_core ...) lives as long as that: it is left alone. */
+APT_API void apt_module_destroy(apt_module *module);
+/* Its parts' parameters included. Pointers and numbers hold until experts are removed. */
+APT_API int32_t apt_module_tensors(const apt_module *module);
+APT_API apt_result apt_module_get(const apt_module *module, int32_t index, apt_module_tensor *tensor);
+APT_API int64_t apt_module_parameters(const apt_module *module);
+/* Adam (0.9, 0.999, 1e-8) with every gradient, then clears them. step counts from 1. APT_E_NONFINITE: a gradient; nothing changes. */
+APT_API apt_result apt_module_adam(apt_module *module, float learning_rate, int64_t step);
+
+/* Experts: y = sum over the top_k best-gated experts of gate * (DOWN gelu(UP x)), gate = softmax over their gate logits. */
+typedef struct apt_moe_desc {
+    int32_t hidden;                   /* required */
+    int32_t experts;                  /* 4; at most 64 */
+    int32_t top_k;                    /* 2, or the experts if fewer */
+    int32_t neurons;                  /* of each expert: 4 * hidden */
+    uint64_t seed;
+} apt_moe_desc;
+APT_API apt_result apt_moe_create(apt_ctx *ctx, const apt_moe_desc *desc, apt_module **module);
+/* train 1: usage is counted. */
+APT_API apt_result apt_moe_forward(apt_module *module, float *y, const float *x, int64_t rows, int32_t train);
+/* dx may be NULL. */
+APT_API apt_result apt_moe_backward(apt_module *module, float *dx, const float *dy, const float *x, int64_t rows);
+/* Current number of experts, and how often each was chosen since the last removal: counts[experts], NULL: not wanted. */
+APT_API apt_result apt_moe_usage(const apt_module *module, int32_t *experts, int64_t *counts, int32_t capacity);
+typedef struct apt_expert_event {
+    int64_t step;
+    int32_t before, after;
+    double least_share;               /* of all choices, of the least used expert before */
+    double lost_share;                /* of those that went, together */
+} apt_expert_event;
+/* Removes, physically, every expert that got less than `share` of the choices (0: 0.05), never the last (the most used one stays);
+   usage then starts again at 0. *removed may be NULL. APT_E_STATE when nothing was counted. The optimizer's state of the others
+   goes on. A removal ends the validity of the last forward. */
+APT_API apt_result apt_moe_prune(apt_module *module, float share, int64_t step, int32_t *removed);
+/* Removes the least used experts (ties: the later one) until as many are left as the schedule says. */
+APT_API apt_result apt_moe_progress(apt_module *module, const apt_expert_schedule *schedule, int64_t step, int32_t *removed);
+APT_API int32_t apt_moe_events(const apt_module *module);
+APT_API apt_result apt_moe_event(const apt_module *module, int32_t index, apt_expert_event *event);
+
+/* Sparse BK-core. Importance u = w2 relu(W1 x + b1) + b2 (hidden/2 wide), p = sigmoid((u + noise)/temperature), mask m, G = BK-core of v
+   with that mask, interpolation I = three 1-D convolutions (2 -> 16 -> 16 -> 2, width 3, ReLU between) over m*G. Features (re, im) =
+   m*G + (1-m)*I. Where m is 0 or 1 the backward goes straight through the threshold: dL/dp = dL/dm. */
+typedef enum apt_mask_mode {
+    APT_MASK_FIXED = 0,               /* m = (u > 0), no noise: inference */
+    APT_MASK_SAMPLE,                  /* Gumbel noise, m = (p > 1/2): training. Same seed, same draws */
+    APT_MASK_SOFT                     /* Gumbel noise, m = p: exact gradients */
+} apt_mask_mode;
+typedef struct apt_bk_core_desc {
+    int32_t hidden;                   /* required, >= 2 */
+    float temperature;                /* 1 */
+    apt_bk z;
+    uint64_t seed;
+} apt_bk_core_desc;
+APT_API apt_result apt_bk_core_create(apt_ctx *ctx, const apt_bk_core_desc *desc, apt_module **module);
+/* features(rows, 2) from x(rows, hidden) and the potential v(rows). Each call with noise takes the next draw of the seed. */
+APT_API apt_result apt_bk_core_forward(apt_module *module, float *features, const float *x, const float *v, int64_t sequences,
+                                       int64_t length, int32_t mode);
+/* dx, dv may be NULL. */
+APT_API apt_result apt_bk_core_backward(apt_module *module, float *dx, float *dv, const float *dfeatures, const float *x,
+                                        const float *v, int64_t sequences, int64_t length);
+
+/* A layer: e = experts(x);  v = clamp(w_v e + b_v, +-3);  f = clamp(sparse BK-core(x, v), +-10);  y = e + scale * (W_o f + b_o). */
+typedef struct apt_bk_layer_desc {
+    apt_moe_desc moe;                 /* moe.hidden is the layer's */
+    float temperature;
+    apt_bk z;
+    float scale;                      /* 1 */
+    uint64_t seed;                    /* in place of moe.seed */
+} apt_bk_layer_desc;
+APT_API apt_result apt_bk_layer_create(apt_ctx *ctx, const apt_bk_layer_desc *desc, apt_module **module);
+/* x, y: (rows, hidden). With APT_MASK_FIXED the experts' usage is not counted. */
+APT_API apt_result apt_bk_layer_forward(apt_module *module, float *y, const float *x, int64_t sequences, int64_t length, int32_t mode);
+APT_API apt_result apt_bk_layer_backward(apt_module *module, float *dx, const float *dy, const float *x, int64_t sequences,
+                                         int64_t length);
+APT_API apt_module *apt_bk_layer_core(apt_module *module);
+APT_API apt_module *apt_bk_layer_moe(apt_module *module);
+
+/* For a sparse BK-core or a layer, between forward and backward. Loss on the mask; its gradient, times grad_scale, waits for the backward
+   (several calls add up). */
+APT_API apt_result apt_module_sparsity_loss(apt_module *module, double *loss, int32_t kind, float target, float grad_scale);
+/* The same with grad_scale sparsity_weight, and the balanced loss with the caller's `accuracy` loss (whose gradient is the caller's). */
+APT_API apt_result apt_module_balanced_loss(apt_module *module, apt_balanced *out, int32_t kind, float target, double accuracy,
+                                            double accuracy_weight, double sparsity_weight);
+APT_API apt_result apt_module_temperature(apt_module *module, float temperature);
+typedef struct apt_bk_stats {
+    int64_t positions;
+    int64_t masked;                   /* mask below 1/2 */
+    double sparsity;                  /* masked / positions */
+    double probability;               /* mean of p: of staying */
+    double least, most;               /* sparsity of the single sequences */
+    int64_t potential_clamped, features_clamped;   /* values (layer only) */
+    int32_t experts;                  /* layer only */
+} apt_bk_stats;
+/* Of the last forward; APT_E_STATE when there was none. */
+APT_API apt_result apt_module_stats(const apt_module *module, apt_bk_stats *stats);
+/* The mask of the last forward, (rows). */
+APT_API apt_result apt_module_mask(const apt_module *module, float *mask, int64_t rows);
+#endif /* APT_ONLY_CORE */
 #ifdef __cplusplus
 }
 #endif
@@ -5967,25 +6178,34 @@ static void apti_append(char *out, size_t bytes, const char *text)
     out[used] = 0;
 }
 
-APT_API apt_result apt_schedule_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes)
+/* The number of a name, or a message that lists what there is. name_of gives NULL behind the last number. */
+static apt_result apti_kind_from_name(const char *what, const char *(*name_of)(int32_t), const char *name, int32_t *kind,
+                                      char *message, size_t bytes)
 {
     if (message == NULL) bytes = 0;
     if (bytes > 0) message[0] = 0;
     if (kind == NULL) return APT_E_ARGUMENT;
     const char *known;
-    for (int32_t k = 0; name != NULL && (known = apt_schedule_kind_name(k)) != NULL; k++) {
+    for (int32_t k = 0; name != NULL && (known = name_of(k)) != NULL; k++) {
         if (strcmp(name, known) != 0) continue;
         *kind = k;
         return APT_OK;
     }
-    apti_append(message, bytes, "unknown schedule '");
+    apti_append(message, bytes, "unknown ");
+    apti_append(message, bytes, what);
+    apti_append(message, bytes, " '");
     apti_append(message, bytes, name != NULL ? name : "(null)");
     apti_append(message, bytes, "'; supported:");
-    for (int32_t k = 0; (known = apt_schedule_kind_name(k)) != NULL; k++) {
+    for (int32_t k = 0; (known = name_of(k)) != NULL; k++) {
         apti_append(message, bytes, k > 0 ? ", " : " ");
         apti_append(message, bytes, known);
     }
     return APT_E_ARGUMENT;
+}
+
+APT_API apt_result apt_schedule_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes)
+{
+    return apti_kind_from_name("schedule", apt_schedule_kind_name, name, kind, message, bytes);
 }
 
 /* Steps must rise strictly (else two sparsities would hold at once) and sparsities must not fall (a cut is final). */
@@ -7192,6 +7412,682 @@ APT_API apt_train_desc apt_preset(apt_preset_kind kind)
     return desc;
 }
 #endif /* APT_ONLY_CORE */
+
+/* ---------------------------------------------------------------------------------------------------------------------
+   Learned sparsity: losses on a mask, their scheduler, the BK-core; then, where there is a context, the modules
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* --- sparsity losses --- */
+
+#define APTI_KL_EDGE 1e-6
+#define APTI_HUBER_DELTA 0.1
+
+APT_API const char *apt_sparsity_kind_name(int32_t kind)
+{
+    switch (kind) {
+        case APT_SPARSITY_L2: return "l2";
+        case APT_SPARSITY_L1: return "l1";
+        case APT_SPARSITY_KL: return "kl";
+        case APT_SPARSITY_HUBER: return "huber";
+        default: return NULL;
+    }
+}
+
+APT_API apt_result apt_sparsity_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes)
+{
+    return apti_kind_from_name("sparsity loss", apt_sparsity_kind_name, name, kind, message, bytes);
+}
+
+/* Loss of a sparsity s and its slope. */
+static double apti_sparsity_value(int32_t kind, double s, double target, double *slope)
+{
+    const double e = s - target, size = fabs(e), edge = APTI_KL_EDGE;
+    if (kind == APT_SPARSITY_L1) {
+        *slope = (double)(e > 0) - (double)(e < 0);
+        return size;
+    }
+    if (kind == APT_SPARSITY_HUBER) {
+        const bool near = size <= APTI_HUBER_DELTA;
+        *slope = near ? e : e > 0 ? APTI_HUBER_DELTA : -APTI_HUBER_DELTA;
+        return near ? 0.5 * e * e : APTI_HUBER_DELTA * (size - 0.5 * APTI_HUBER_DELTA);
+    }
+    *slope = 2 * e;
+    if (kind == APT_SPARSITY_L2 || target < edge || target > 1 - edge) return e * e;
+    const double q = s < edge ? edge : s > 1 - edge ? 1 - edge : s;
+    if (s >= edge && s <= 1 - edge) *slope = e / (q * (1 - q));
+    return target * log(target / q) + (1 - target) * log((1 - target) / (1 - q));
+}
+
+/* Finite, in 0..1 */
+static apt_result apti_check_share(const float *x, int64_t n)
+{
+    if (!apti_finite_all(x, n)) return APT_E_NONFINITE;
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < n; i++) bad |= (uint32_t)(x[i] < 0.0f) | (uint32_t)(x[i] > 1.0f);
+    return bad != 0 ? APT_E_RANGE : APT_OK;
+}
+
+APT_API apt_result apt_sparsity_loss(double *loss, float *grad, const float *mask, int64_t n, int32_t kind, float target,
+                                     float grad_scale)
+{
+    if (loss == NULL || mask == NULL || n < 1 || apt_sparsity_kind_name(kind) == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite(grad_scale)) return APT_E_NONFINITE;
+    apt_result r = apti_check_share(&target, 1);
+    if (r == APT_OK) r = apti_check_share(mask, n);
+    if (r != APT_OK) return r;
+    double slope;
+    *loss = apti_sparsity_value(kind, 1 - apti_sum(mask, n) / (double)n, (double)target, &slope);
+    const float each = (float)(-(double)grad_scale * slope / (double)n);      /* more mask is less sparsity */
+    for (int64_t i = 0; grad != NULL && i < n; i++) grad[i] += each;
+    return APT_OK;
+}
+
+APT_API apt_result apt_balanced_loss(apt_balanced *out, double accuracy, double sparsity, double accuracy_weight,
+                                     double sparsity_weight)
+{
+    if (out == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite_f64(accuracy) || !apti_finite_f64(sparsity)) return APT_E_NONFINITE;
+    if (!apti_finite_f64(accuracy_weight) || !apti_finite_f64(sparsity_weight)) return APT_E_NONFINITE;
+    if (accuracy_weight < 0 || sparsity_weight < 0) return APT_E_RANGE;
+    out->accuracy = accuracy;
+    out->sparsity = sparsity;
+    out->accuracy_weight = accuracy_weight;
+    out->sparsity_weight = sparsity_weight;
+    out->accuracy_part = accuracy_weight * accuracy;
+    out->sparsity_part = sparsity_weight * sparsity;
+    out->total = out->accuracy_part + out->sparsity_part;
+    return APT_OK;
+}
+
+/* --- the scheduler of target and weight --- */
+
+APT_API const char *apt_adaptive_kind_name(int32_t kind)
+{
+    switch (kind) {
+        case APT_ADAPTIVE_LINEAR: return "linear";
+        case APT_ADAPTIVE_COSINE: return "cosine";
+        case APT_ADAPTIVE_STEP: return "step";
+        default: return NULL;
+    }
+}
+
+APT_API apt_result apt_adaptive_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes)
+{
+    return apti_kind_from_name("schedule", apt_adaptive_kind_name, name, kind, message, bytes);
+}
+
+static void apti_default_float(float *value, float standard)
+{
+    if (apti_bits(*value) << 1 == 0) *value = standard;          /* +-0, by the bits */
+}
+
+static apt_result apti_check_adaptive(const apt_adaptive_desc *d)
+{
+    const float all[5] = {d->sparsity_first, d->sparsity_last, d->weight_first, d->weight_last, d->threshold};
+    if (apt_adaptive_kind_name(d->kind) == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite_all(all, 5)) return APT_E_NONFINITE;
+    if (d->warmup < -1 || d->steps < 1 || d->warmup >= d->steps) return APT_E_RANGE;
+    if (apti_check_share(all, 2) != APT_OK) return APT_E_RANGE;
+    return d->weight_first < 0 || d->weight_last < 0 || d->threshold < 0 ? APT_E_RANGE : APT_OK;
+}
+
+static double apti_adaptive_share(const apt_adaptive_desc *d, int64_t step)
+{
+    const double warmup = d->warmup > 0 ? (double)d->warmup : 0;
+    if (step >= d->steps) return 1;
+    const double u = ((double)step - warmup) / ((double)d->steps - warmup);
+    if (u <= 0) return 0;
+    if (d->kind == APT_ADAPTIVE_LINEAR) return u;
+    if (d->kind == APT_ADAPTIVE_COSINE) return 0.5 * (1 - cos(3.14159265358979324 * u));
+    return u < 0.25 ? 0 : u < 0.5 ? 0.33 : u < 0.75 ? 0.67 : 1;
+}
+
+/* The easing acts on the curve, not on the last value: after a bad validation and a good one the run is where it would be. */
+static void apti_adaptive_update(apt_adaptive *s)
+{
+    const apt_adaptive_desc *d = &s->desc;
+    const double share = apti_adaptive_share(d, s->step);
+    const double target = d->sparsity_first + share * ((double)d->sparsity_last - d->sparsity_first);
+    const double weight = d->weight_first + share * ((double)d->weight_last - d->weight_first);
+    s->target = (float)(s->eased != 0 ? 0.9 * target : target);
+    s->weight = (float)(s->eased != 0 ? 0.5 * weight : weight);
+}
+
+APT_API apt_result apt_adaptive_init(apt_adaptive *state, const apt_adaptive_desc *desc)
+{
+    if (state == NULL || desc == NULL) return APT_E_ARGUMENT;
+    apt_adaptive_desc d = *desc;
+    if (d.warmup == 0) d.warmup = 1000;
+    if (d.warmup < 0) d.warmup = -1;
+    apti_default_float(&d.sparsity_first, 0.2f);
+    apti_default_float(&d.sparsity_last, 0.5f);
+    apti_default_float(&d.weight_first, 0.001f);
+    apti_default_float(&d.weight_last, 0.01f);
+    const apt_result r = apti_check_adaptive(&d);
+    if (r != APT_OK) return r;
+    state->desc = d;
+    return apt_adaptive_reset(state);
+}
+
+APT_API apt_result apt_adaptive_reset(apt_adaptive *state)
+{
+    if (state == NULL) return APT_E_ARGUMENT;
+    const apt_adaptive_desc desc = state->desc;
+    const apt_result r = apti_check_adaptive(&desc);             /* refuses a state that was never made */
+    if (r != APT_OK) return r;
+    memset(state, 0, sizeof *state);
+    state->desc = desc;
+    apti_adaptive_update(state);
+    return APT_OK;
+}
+
+APT_API apt_result apt_adaptive_step(apt_adaptive *state, int64_t step, const double *validation)
+{
+    if (state == NULL) return APT_E_ARGUMENT;
+    const apt_result r = apti_check_adaptive(&state->desc);
+    if (r != APT_OK) return r;
+    if (step < 0) return APT_E_RANGE;
+    if (validation != NULL && !apti_finite_f64(*validation)) return APT_E_NONFINITE;
+    state->step = step;
+    if (validation != NULL) {
+        if (state->validations == 0 || *validation < state->best) {
+            state->best = *validation;
+            state->best_step = step;
+        }
+        state->validations++;
+        state->eased = state->desc.threshold > 0 && *validation > (double)state->desc.threshold;
+        state->eased_count += state->eased;
+    }
+    apti_adaptive_update(state);
+    return APT_OK;
+}
+
+/* Little-endian fields through one cursor, in both directions, so that save and restore cannot disagree. */
+typedef struct apti_field_cursor { uint8_t *out; const uint8_t *in; size_t at; } apti_field_cursor;
+
+static void apti_field_bits(apti_field_cursor *c, uint64_t *value, int32_t bytes)
+{
+    uint64_t read = 0;
+    for (int32_t i = 0; i < bytes; i++) {
+        if (c->out != NULL) c->out[c->at + (size_t)i] = (uint8_t)(*value >> (8 * i));
+        else read |= (uint64_t)c->in[c->at + (size_t)i] << (8 * i);
+    }
+    c->at += (size_t)bytes;
+    if (c->out == NULL) *value = read;
+}
+
+static void apti_field_i64(apti_field_cursor *c, int64_t *value)
+{
+    uint64_t bits;
+    memcpy(&bits, value, sizeof bits);
+    apti_field_bits(c, &bits, 8);
+    memcpy(value, &bits, sizeof bits);
+}
+
+static void apti_field_i32(apti_field_cursor *c, int32_t *value)
+{
+    uint32_t narrow;
+    memcpy(&narrow, value, sizeof narrow);
+    uint64_t bits = narrow;
+    apti_field_bits(c, &bits, 4);
+    narrow = (uint32_t)bits;
+    memcpy(value, &narrow, sizeof narrow);
+}
+
+static void apti_field_f32(apti_field_cursor *c, float *value)
+{
+    uint64_t bits = apti_bits(*value);
+    apti_field_bits(c, &bits, 4);
+    *value = apti_float((uint32_t)bits);
+}
+
+static uint64_t apti_byte_mix(const uint8_t *data, size_t n)
+{
+    uint64_t sum = n;
+    for (size_t i = 0; i < n; i++) sum = apti_mix64(sum ^ data[i]) + i;
+    return sum;
+}
+
+#define APTI_ADAPTIVE_MAGIC 0x3144415045545041u                  /* "APTEPAD1" */
+
+static void apti_adaptive_fields(apti_field_cursor *c, uint64_t *magic, apt_adaptive *s)
+{
+    uint64_t best;
+    memcpy(&best, &s->best, sizeof best);
+    apti_field_bits(c, magic, 8);
+    apti_field_i32(c, &s->desc.kind);
+    apti_field_i64(c, &s->desc.steps);
+    apti_field_i64(c, &s->desc.warmup);
+    apti_field_f32(c, &s->desc.sparsity_first);
+    apti_field_f32(c, &s->desc.sparsity_last);
+    apti_field_f32(c, &s->desc.weight_first);
+    apti_field_f32(c, &s->desc.weight_last);
+    apti_field_f32(c, &s->desc.threshold);
+    apti_field_i64(c, &s->step);
+    apti_field_bits(c, &best, 8);
+    apti_field_i64(c, &s->best_step);
+    apti_field_i64(c, &s->validations);
+    apti_field_i64(c, &s->eased_count);
+    apti_field_i32(c, &s->eased);
+    memcpy(&s->best, &best, sizeof best);
+}
+
+APT_API apt_result apt_adaptive_save(const apt_adaptive *state, void *out, size_t bytes)
+{
+    if (state == NULL || out == NULL) return APT_E_ARGUMENT;
+    if (bytes < APT_ADAPTIVE_BYTES) return APT_E_SCRATCH;
+    const apt_result r = apti_check_adaptive(&state->desc);
+    if (r != APT_OK) return r;
+    apt_adaptive copy = *state;
+    uint64_t magic = APTI_ADAPTIVE_MAGIC;
+    apti_field_cursor c = {(uint8_t *)out, NULL, 0};
+    apti_adaptive_fields(&c, &magic, &copy);
+    uint64_t sum = apti_byte_mix((const uint8_t *)out, c.at);
+    apti_field_bits(&c, &sum, 8);
+    return APT_OK;
+}
+
+APT_API apt_result apt_adaptive_restore(apt_adaptive *state, const void *in, size_t bytes)
+{
+    if (state == NULL || in == NULL) return APT_E_ARGUMENT;
+    if (bytes < APT_ADAPTIVE_BYTES) return APT_E_FORMAT;
+    apt_adaptive read;
+    memset(&read, 0, sizeof read);
+    uint64_t magic = 0, sum = 0;
+    apti_field_cursor c = {NULL, (const uint8_t *)in, 0};
+    apti_adaptive_fields(&c, &magic, &read);
+    if (magic != APTI_ADAPTIVE_MAGIC) return APT_E_FORMAT;
+    const uint64_t wanted = apti_byte_mix((const uint8_t *)in, c.at);
+    apti_field_bits(&c, &sum, 8);
+    if (sum != wanted) return APT_E_CHECKSUM;
+    if (apti_check_adaptive(&read.desc) != APT_OK || read.step < 0 || !apti_finite_f64(read.best)) return APT_E_FORMAT;
+    if (read.validations < 0 || read.eased_count < 0 || read.eased_count > read.validations) return APT_E_FORMAT;
+    if (read.eased < 0 || read.eased > 1) return APT_E_FORMAT;
+    apti_adaptive_update(&read);
+    *state = read;
+    return APT_OK;
+}
+
+APT_API apt_result apt_expert_count(const apt_expert_schedule *schedule, int64_t step, int32_t *count)
+{
+    if (schedule == NULL || count == NULL) return APT_E_ARGUMENT;
+    if (schedule->last < 1 || schedule->first < schedule->last || schedule->end < schedule->begin) return APT_E_RANGE;
+    *count = schedule->first;
+    if (step >= schedule->end) *count = schedule->last;
+    else if (step > schedule->begin) {
+        const double u = ((double)step - (double)schedule->begin) / ((double)schedule->end - (double)schedule->begin);
+        const int64_t gone = (int64_t)(u * ((double)schedule->first - (double)schedule->last));
+        *count = (int32_t)(schedule->first - gone);
+    }
+    return APT_OK;
+}
+
+/* --- BK-core ---
+
+   A row is cut into pieces; 16 pieces, of any rows, run in step as the lanes of one group: the recursions are chains of complex
+   divisions, so one piece alone would wait for every quotient, and 16 side by side fill the vectors of any CPU as plain C.
+
+   Why a piece may begin anywhere. Let y = |im z|. All pivots lie in the half plane beyond distance y of the real line. In its
+   hyperbolic metric r -> -c/r moves two points no further apart, and brings both within 1/y of the line (c <= 1); the step
+   away from the line by y then shrinks their distance by (1/y)/(1/y + y) = 1/(1 + y^2) or more. Two left pivots of one place that
+   come from different beginnings differ by ln(1 + 1/y^2) at most, and w places further by (1 + y^2)^-w of that. The same holds for
+   right pivots and, as the backward recursions are the derivatives of these, for gradients. So a piece starts w places outside,
+   w so large that the rest is below 1e-9: 33 for z = i. */
+
+enum {
+    APTI_BK_LANES = 16,
+    APTI_BK_PIECE = 512,              /* positions, at least: with the overlap and all arrays they stay in a second-level cache */
+    APTI_BK_TILE = 32,                /* positions that are turned from rows into lanes at a time */
+    APTI_BK_FORWARD = 4,              /* arrays of a group: d and c, then r or G */
+    APTI_BK_BACKWARD = 9
+};
+#define APTI_BK_LEAST 0.05f
+
+typedef struct apti_bk_job {
+    const float *v, *mask;
+    int64_t rows, n;
+    float shift, y;                   /* d = (v + shift) - iy */
+    int64_t piece, pieces, jobs, overlap, groups;
+    float *out_re, *out_im;           /* forward */
+    const float *dre, *dim;           /* backward */
+    float *dv, *dmask;
+    double *dz;                       /* the caller's, or NULL */
+    int64_t bytes;                    /* of scratch */
+} apti_bk_job;
+
+/* One group: where its lanes begin. */
+typedef struct apti_bk_group {
+    int64_t row[APTI_BK_LANES], first[APTI_BK_LANES], count[APTI_BK_LANES];   /* positions [first, first + count) of the row */
+    int64_t lead, total;              /* step t is position first - lead + t; t < total */
+    float *x[APTI_BK_BACKWARD];       /* [total][16] each */
+} apti_bk_group;
+
+/* Sizes and the cut. The arrays are the caller's to fill in. */
+static apt_result apti_bk_plan(apti_bk_job *job, int64_t rows, int64_t n, const apt_bk *z)
+{
+    const apt_bk standard = {0, 1};
+    int64_t size, bytes;
+    memset(job, 0, sizeof *job);
+    if (z == NULL) z = &standard;
+    if (!apti_mul(rows, n, &size) || !apti_mul(size, (int64_t)sizeof(float), &bytes)) return APT_E_ARGUMENT;
+    if (!apti_finite(z->re) || !apti_finite(z->im)) return APT_E_NONFINITE;
+    job->y = z->im;
+    apti_default_float(&job->y, 1.0f);
+    const double y = fabs((double)job->y), decay = log(1 + y * y);
+    if (y < (double)APTI_BK_LEAST || y > 1e6 || fabs(z->re) > 1e6f) return APT_E_RANGE;
+    const double overlap = log(2e9 * (1 + 1 / (y * y))) / decay;
+    job->overlap = 2 + (int64_t)(overlap > 0 ? overlap : 0);
+    job->rows = rows;
+    job->n = n;
+    job->shift = -2.0f - z->re;
+    job->pieces = apti_max_i64(1, apti_ceil_div(n, apti_max_i64(APTI_BK_PIECE, 4 * job->overlap)));
+    job->piece = apti_max_i64(1, apti_ceil_div(n, job->pieces));
+    job->pieces = apti_max_i64(1, apti_ceil_div(n, job->piece));
+    if (!apti_mul(rows, job->pieces, &job->jobs)) return APT_E_ARGUMENT;
+    if (n == 0) job->jobs = 0;
+    job->groups = apti_ceil_div(job->jobs, APTI_BK_LANES);
+    /* At most twice the overlap on each side; one piece needs none. */
+    const int64_t total = job->piece + (job->pieces > 1 ? 4 * job->overlap : 0);
+    if (!apti_mul(total, APTI_BK_LANES * APTI_BK_BACKWARD * (int64_t)sizeof(float), &job->bytes)) return APT_E_ARGUMENT;
+    job->bytes = apti_round_up(job->bytes, 64) + 64;
+    return APT_OK;
+}
+
+static void apti_bk_begin(apti_bk_group *g, const apti_bk_job *job, int64_t group, int64_t lead, int32_t arrays, char *scratch)
+{
+    g->lead = job->pieces > 1 ? lead : 0;
+    g->total = job->piece + 2 * g->lead;
+    for (int32_t l = 0; l < APTI_BK_LANES; l++) {                /* a lane without a piece repeats the last one and stores nothing */
+        const int64_t j = group * APTI_BK_LANES + l, at = apti_min_i64(j, job->jobs - 1);
+        g->row[l] = at / job->pieces;
+        g->first[l] = at % job->pieces * job->piece;
+        g->count[l] = j < job->jobs ? apti_min_i64(job->piece, job->n - g->first[l]) : 0;
+    }
+    float *next = (float *)(void *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
+    for (int32_t i = 0; i < arrays; i++, next += g->total * APTI_BK_LANES) g->x[i] = next;
+}
+
+/* What is turned into lanes: from[p] + add or, as a link, from[p - 1] * from[p] (from NULL: 1), where the lane has that position. */
+typedef struct apti_bk_source { const float *from; float add; int64_t margin; bool link; } apti_bk_source;
+
+/* Steps [t0, t1) of lane l: begin and end are the steps that count, the others get 0. */
+static void apti_bk_column(float *to, const apti_bk_source *s, const float *x, int64_t t0, int64_t begin, int64_t end, int64_t t1)
+{
+    for (int64_t t = t0; t < begin; t++) to[t * APTI_BK_LANES] = 0;
+    if (s->link && s->from == NULL) for (int64_t t = begin; t < end; t++) to[t * APTI_BK_LANES] = 1;
+    else if (s->link) for (int64_t t = begin; t < end; t++) to[t * APTI_BK_LANES] = x[t - 1] * x[t];
+    else for (int64_t t = begin; t < end; t++) to[t * APTI_BK_LANES] = x[t] + s->add;
+    for (int64_t t = end; t < t1; t++) to[t * APTI_BK_LANES] = 0;
+}
+
+/* to[t][l], for every step and lane */
+static void apti_bk_load(float *to, const apti_bk_group *g, const apti_bk_job *job, const apti_bk_source *s)
+{
+    for (int64_t t0 = 0; t0 < g->total; t0 += APTI_BK_TILE) {
+        const int64_t t1 = apti_min_i64(g->total, t0 + APTI_BK_TILE);
+        for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+            const int64_t base = g->first[l] - g->lead;          /* position of step 0; may be negative */
+            const int64_t low = apti_max_i64(s->link, g->first[l] - s->margin);
+            const int64_t high = apti_min_i64(job->n, g->first[l] + job->piece + s->margin);
+            const int64_t begin = apti_min_i64(t1, apti_max_i64(t0, low - base));
+            const int64_t end = apti_max_i64(begin, apti_min_i64(t1, high - base));
+            const float *x = s->from != NULL && end > begin ? s->from + (g->row[l] * job->n + base) : s->from;
+            apti_bk_column(to + l, s, x, t0, begin, end, t1);
+        }
+    }
+}
+
+/* to(row, position) = or += from[t][l], for the positions of each piece */
+static void apti_bk_store(float *to, const apti_bk_group *g, const apti_bk_job *job, const float *from, bool add)
+{
+    for (int64_t t0 = 0; t0 < job->piece; t0 += APTI_BK_TILE) {
+        for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+            const int64_t t1 = apti_min_i64(g->count[l], t0 + APTI_BK_TILE);
+            float *y = to + (g->row[l] * job->n + g->first[l]);
+            const float *x = from + g->lead * APTI_BK_LANES + l;
+            if (add) for (int64_t t = t0; t < t1; t++) y[t] += x[t * APTI_BK_LANES];
+            else for (int64_t t = t0; t < t1; t++) y[t] = x[t * APTI_BK_LANES];
+        }
+    }
+}
+
+static void apti_bk_load_matrix(const apti_bk_group *g, const apti_bk_job *job)
+{
+    const apti_bk_source diagonal = {job->v, job->shift, job->n, false}, links = {job->mask, 0, job->n, true};
+    apti_bk_load(g->x[0], g, job, &diagonal);
+    apti_bk_load(g->x[1], g, job, &links);
+}
+
+/* w[t] = 1/r[t-1]: reciprocals of the left pivots r = d - c w. a = Re d. */
+static void apti_bk_left(const apti_bk_group *g, float y)
+{
+    const float *APTI_RESTRICT a = g->x[0], *APTI_RESTRICT c = g->x[1];
+    float *APTI_RESTRICT w_re = g->x[2], *APTI_RESTRICT w_im = g->x[3];
+    float w[APTI_BK_LANES] = {0}, h[APTI_BK_LANES] = {0};        /* w now, h its imaginary part */
+    for (int64_t t = 0; t < g->total * APTI_BK_LANES; t += APTI_BK_LANES) {
+        for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+            const float re = a[t + l] - c[t + l] * w[l], im = -y - c[t + l] * h[l];
+            const float scale = 1.0f / (re * re + im * im);
+            w_re[t + l] = w[l];
+            w_im[t + l] = h[l];
+            w[l] = re * scale;
+            h[l] = -im * scale;
+        }
+    }
+}
+
+/* From the right: u = 1/s[t+1], s = d - c[t+1] u, G = 1/(s - c w), which takes the place of w. */
+static void apti_bk_right(const apti_bk_group *g, float y)
+{
+    const float *APTI_RESTRICT a = g->x[0], *APTI_RESTRICT c = g->x[1];
+    float *APTI_RESTRICT w_re = g->x[2], *APTI_RESTRICT w_im = g->x[3];
+    float u[APTI_BK_LANES] = {0}, h[APTI_BK_LANES] = {0}, next[APTI_BK_LANES] = {0};
+    for (int64_t t = (g->total - 1) * APTI_BK_LANES; t >= 0; t -= APTI_BK_LANES) {
+        for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+            const float re = a[t + l] - next[l] * u[l], im = -y - next[l] * h[l];
+            const float q_re = re - c[t + l] * w_re[t + l], q_im = im - c[t + l] * w_im[t + l];
+            const float scale = 1.0f / (re * re + im * im), q_scale = 1.0f / (q_re * q_re + q_im * q_im);
+            w_re[t + l] = q_re * q_scale;
+            w_im[t + l] = -q_im * q_scale;
+            u[l] = re * scale;
+            h[l] = -im * scale;
+            next[l] = c[t + l];
+        }
+    }
+}
+
+static void apti_bk_forward_group(const apti_bk_job *job, int64_t group, char *scratch)
+{
+    apti_bk_group g;
+    apti_bk_begin(&g, job, group, job->overlap, APTI_BK_FORWARD, scratch);
+    apti_bk_load_matrix(&g, job);
+    apti_bk_left(&g, job->y);
+    apti_bk_right(&g, job->y);
+    apti_bk_store(job->out_re, &g, job, g.x[2], false);
+    apti_bk_store(job->out_im, &g, job, g.x[3], false);
+}
+
+/* With D the derivative of the loss by a complex number (dL = Re(D dx)):
+       G = 1/q            Dq = -DG G^2
+       q = r + s - d      Dr = Dq + (from the right) c[t+1] Dr[t+1] / r^2        Ds = Dq + (from the left) c Ds[t-1] / s^2
+       d                  Dd = Dr + Ds - Dq
+       c                  Dc = -Re(Dr / r[t-1]) - Re(Ds[t-1] / s)
+   This pass goes with apti_bk_right: Dr takes the place of w, Dq that of DG, u and the first half of Dc are stored. */
+static void apti_bk_right_backward(const apti_bk_group *g, float y)
+{
+    const float *APTI_RESTRICT a = g->x[0], *APTI_RESTRICT c = g->x[1];
+    float *APTI_RESTRICT w_re = g->x[2], *APTI_RESTRICT w_im = g->x[3], *APTI_RESTRICT q_re = g->x[4], *APTI_RESTRICT q_im = g->x[5];
+    float *APTI_RESTRICT u_re = g->x[6], *APTI_RESTRICT u_im = g->x[7], *APTI_RESTRICT dc = g->x[8];
+    float u[APTI_BK_LANES] = {0}, h[APTI_BK_LANES] = {0}, next[APTI_BK_LANES] = {0};
+    float in_re[APTI_BK_LANES] = {0}, in_im[APTI_BK_LANES] = {0};        /* c[t+1] Dr[t+1] / r^2 */
+    for (int64_t t = (g->total - 1) * APTI_BK_LANES; t >= 0; t -= APTI_BK_LANES) {
+        for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+            const float re = a[t + l] - next[l] * u[l], im = -y - next[l] * h[l], wr = w_re[t + l], wi = w_im[t + l];
+            const float x = re - c[t + l] * wr, z = im - c[t + l] * wi;
+            const float scale = 1.0f / (re * re + im * im), g_scale = 1.0f / (x * x + z * z);
+            const float gr = x * g_scale, gi = -z * g_scale, g2r = gr * gr - gi * gi, g2i = 2 * gr * gi;
+            const float dr = q_re[t + l], di = -q_im[t + l];             /* DG = dL/d re - i dL/d im */
+            const float dqr = di * g2i - dr * g2r, dqi = -dr * g2i - di * g2r;
+            const float drr = dqr + in_re[l], dri = dqi + in_im[l];
+            const float w2r = c[t + l] * (wr * wr - wi * wi), w2i = c[t + l] * (2 * wr * wi);
+            q_re[t + l] = dqr;
+            q_im[t + l] = dqi;
+            w_re[t + l] = drr;
+            w_im[t + l] = dri;
+            dc[t + l] = dri * wi - drr * wr;
+            u_re[t + l] = u[l];
+            u_im[t + l] = h[l];
+            in_re[l] = drr * w2r - dri * w2i;
+            in_im[l] = drr * w2i + dri * w2r;
+            u[l] = re * scale;
+            h[l] = -im * scale;
+            next[l] = c[t + l];
+        }
+    }
+}
+
+/* The last pass, from the left: Dd takes the place of a (re) and of Re u (im); Dc is completed. */
+static void apti_bk_left_backward(const apti_bk_group *g)
+{
+    float *APTI_RESTRICT a = g->x[0], *APTI_RESTRICT u_re = g->x[6], *APTI_RESTRICT dc = g->x[8];
+    const float *APTI_RESTRICT c = g->x[1], *APTI_RESTRICT r_re = g->x[2], *APTI_RESTRICT r_im = g->x[3];
+    const float *APTI_RESTRICT q_re = g->x[4], *APTI_RESTRICT q_im = g->x[5], *APTI_RESTRICT u_im = g->x[7];
+    float s_re[APTI_BK_LANES] = {0}, s_im[APTI_BK_LANES] = {0};          /* Ds[t-1] */
+    float ur[APTI_BK_LANES] = {0}, ui[APTI_BK_LANES] = {0};              /* 1/s[t] */
+    for (int64_t t = 0; t < g->total * APTI_BK_LANES; t += APTI_BK_LANES) {
+        for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+            const float u2r = c[t + l] * (ur[l] * ur[l] - ui[l] * ui[l]), u2i = c[t + l] * (2 * ur[l] * ui[l]);
+            const float in_re = s_re[l] * u2r - s_im[l] * u2i, in_im = s_re[l] * u2i + s_im[l] * u2r;
+            dc[t + l] += s_im[l] * ui[l] - s_re[l] * ur[l];
+            s_re[l] = q_re[t + l] + in_re;
+            s_im[l] = q_im[t + l] + in_im;
+            ur[l] = u_re[t + l];
+            ui[l] = u_im[t + l];
+            a[t + l] = r_re[t + l] + in_re;
+            u_re[t + l] = r_im[t + l] + in_im;
+        }
+    }
+}
+
+/* dmask[p] += Dc[p] mask[p-1] + Dc[p+1] mask[p+1] */
+static void apti_bk_store_mask(const apti_bk_group *g, const apti_bk_job *job)
+{
+    for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+        const float *m = job->mask + g->row[l] * job->n, *dc = g->x[8] + g->lead * APTI_BK_LANES + l;
+        float *dm = job->dmask + g->row[l] * job->n;
+        for (int64_t t = 0; t < g->count[l]; t++) {
+            const int64_t p = g->first[l] + t;
+            if (p > 0) dm[p] += dc[t * APTI_BK_LANES] * m[p - 1];
+            if (p + 1 < job->n) dm[p] += dc[(t + 1) * APTI_BK_LANES] * m[p + 1];
+        }
+    }
+}
+
+/* d = -2 + v - z: dL/d re(z) = -sum Re Dd, dL/d im(z) = sum Im Dd */
+static void apti_bk_sum_z(const apti_bk_group *g, double sum[2])
+{
+    sum[0] = sum[1] = 0;
+    for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+        const int64_t at = g->lead * APTI_BK_LANES + l;
+        for (int64_t t = 0; t < g->count[l]; t++) {
+            sum[0] -= (double)g->x[0][at + t * APTI_BK_LANES];
+            sum[1] += (double)g->x[6][at + t * APTI_BK_LANES];
+        }
+    }
+}
+
+/* sum: dL/dz of the group, or NULL */
+static void apti_bk_backward_group(const apti_bk_job *job, int64_t group, char *scratch, double *sum)
+{
+    apti_bk_group g;
+    apti_bk_begin(&g, job, group, 2 * job->overlap, APTI_BK_BACKWARD, scratch);
+    const apti_bk_source re = {job->dre, 0, job->overlap, false}, im = {job->dim, 0, job->overlap, false};
+    apti_bk_load_matrix(&g, job);
+    apti_bk_load(g.x[4], &g, job, &re);
+    apti_bk_load(g.x[5], &g, job, &im);
+    apti_bk_left(&g, job->y);
+    apti_bk_right_backward(&g, job->y);
+    apti_bk_left_backward(&g);
+    if (job->dv != NULL) apti_bk_store(job->dv, &g, job, g.x[0], true);
+    if (job->dmask != NULL) apti_bk_store_mask(&g, job);
+    if (sum != NULL) apti_bk_sum_z(&g, sum);
+}
+
+APT_API int64_t apt_bk_scratch(int64_t rows, int64_t n, const apt_bk *z)
+{
+    apti_bk_job job;
+    return apti_bk_plan(&job, rows, n, z) == APT_OK ? job.bytes : -1;
+}
+
+/* Everything that can be said without reading the arrays */
+static apt_result apti_bk_forward_plan(apti_bk_job *job, float *re, float *im, const float *v, const float *mask, int64_t rows,
+                                       int64_t n, const apt_bk *z)
+{
+    const apt_result r = apti_bk_plan(job, rows, n, z);
+    if (r != APT_OK) return r;
+    if (job->jobs > 0 && (re == NULL || im == NULL || v == NULL)) return APT_E_ARGUMENT;
+    job->v = v;
+    job->mask = mask;
+    job->out_re = re;
+    job->out_im = im;
+    return APT_OK;
+}
+
+static apt_result apti_bk_backward_plan(apti_bk_job *job, float *dv, float *dmask, double *dz, const float *dre, const float *dim,
+                                        const float *v, const float *mask, int64_t rows, int64_t n, const apt_bk *z)
+{
+    const apt_result r = apti_bk_plan(job, rows, n, z);
+    if (r != APT_OK) return r;
+    if (job->jobs > 0 && (dre == NULL || dim == NULL || v == NULL)) return APT_E_ARGUMENT;
+    if (dmask != NULL && mask == NULL) return APT_E_ARGUMENT;
+    job->v = v;
+    job->mask = mask;
+    job->dre = dre;
+    job->dim = dim;
+    job->dv = dv;
+    job->dmask = dmask;
+    job->dz = dz;
+    return APT_OK;
+}
+
+/* Values [at, at + n) of the inputs */
+static apt_result apti_bk_check(const apti_bk_job *job, int64_t at, int64_t n)
+{
+    if (!apti_finite_all(job->v + at, n)) return APT_E_NONFINITE;
+    if (job->dre != NULL && !(apti_finite_all(job->dre + at, n) && apti_finite_all(job->dim + at, n))) return APT_E_NONFINITE;
+    return job->mask != NULL ? apti_check_share(job->mask + at, n) : APT_OK;
+}
+
+static apt_result apti_bk_ready(const apti_bk_job *job, const void *scratch, size_t scratch_bytes)
+{
+    const apt_result r = apti_bk_check(job, 0, job->jobs > 0 ? job->rows * job->n : 0);
+    if (r != APT_OK) return r;
+    return job->jobs > 0 && (scratch == NULL || scratch_bytes < (size_t)job->bytes) ? APT_E_SCRATCH : APT_OK;
+}
+
+APT_API apt_result apt_bk_forward(float *re, float *im, const float *v, const float *mask, int64_t rows, int64_t n,
+                                  const apt_bk *z, void *scratch, size_t scratch_bytes)
+{
+    apti_bk_job job;
+    apt_result r = apti_bk_forward_plan(&job, re, im, v, mask, rows, n, z);
+    if (r == APT_OK) r = apti_bk_ready(&job, scratch, scratch_bytes);
+    for (int64_t i = 0; r == APT_OK && i < job.groups; i++) apti_bk_forward_group(&job, i, (char *)scratch);
+    return r;
+}
+
+APT_API apt_result apt_bk_backward(float *dv, float *dmask, double *dz, const float *dre, const float *dim, const float *v,
+                                   const float *mask, int64_t rows, int64_t n, const apt_bk *z, void *scratch, size_t scratch_bytes)
+{
+    apti_bk_job job;
+    apt_result r = apti_bk_backward_plan(&job, dv, dmask, dz, dre, dim, v, mask, rows, n, z);
+    if (r == APT_OK) r = apti_bk_ready(&job, scratch, scratch_bytes);
+    for (int64_t i = 0; r == APT_OK && i < job.groups; i++) {
+        double sum[2];
+        apti_bk_backward_group(&job, i, (char *)scratch, dz != NULL ? sum : NULL);
+        for (int32_t k = 0; dz != NULL && k < 2; k++) dz[k] += sum[k];
+    }
+    return r;
+}
 #ifndef APT_ONLY_CORE
 // >>model
 /* ---------------------------------------------------------------------------------------------------------------------
