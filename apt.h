@@ -23,6 +23,7 @@
        >>kernels       matrix products and vectors, one table per instruction set
        >>ops           forward and backward of every layer
        >>core          the method on raw arrays
+       >>sparsify      magnitude pruning, compressed matrices
        >>model         parameters, families, one pass, generation, compaction, merge
        >>train         optimizer, salience, decisions, distillation, a step
        >>files         JSON, safetensors, Hugging Face folders, checkpoints
@@ -81,7 +82,8 @@
    1. The core alone. #define APT_ONLY_CORE before including: pure functions on your own float arrays (schedule, salience,
       search, masks, gather, adapters, distillation losses). No files, no threads, no allocation. See examples/custom_trainer.c.
    2. Model and trainer, as above.
-   3. The example programs: examples/roberta.c is a complete command-line trainer.
+   3. The example programs: examples/roberta.c, examples/t5.c and examples/llama.c are complete command-line trainers, one for
+      each kind of model: encoders, encoder-decoders, decoders.
 
    BUILD OPTIONS, defined before the implementation is included
 
@@ -133,7 +135,10 @@
    for a prompt); a T5 batch has sources in offsets and tokens, and target_offsets with labels for what is to be written. The
    vocabulary's logits are never whole in memory: loss and gradient are taken in chunks of rows. Head units are KV heads with
    their query heads, a neuron of a gated FFN is a row of both input maps, and a T5 decoder layer counts as two layers: its
-   self attention, then its cross attention with the FFN. The LM head is frozen unless the method is APT_METHOD_FULL.
+   self attention, then its cross attention with the FFN. The LM head is frozen unless the method is APT_METHOD_FULL or
+   apt_train_desc.adapt has APT_ADAPT_HEAD. That adapter ("lora_A.lm_head") belongs to the product with the vocabulary alone:
+   where the head is tied, the word embeddings stay what they are while it learns, and so merging it gives the head a matrix of
+   its own (apt_config.untied; scaled_head goes into it).
    apt_generate continues texts with a cache of keys and values in the shapes that pruning has left:
 
        apt_generate_desc how = APT_ZERO;
@@ -423,8 +428,8 @@ typedef struct apt_generate_desc {
 APT_API apt_result apt_generate(apt_model *model, const apt_batch *batch, const apt_generate_desc *desc, int32_t *tokens,
                                 int32_t *lengths);
 
-/* Folds W + s*B*A into W for every adapter and removes them. *difference (may be NULL) receives the largest absolute
-   logit difference on `probe` (NULL: not measured). */
+/* Folds W + s*B*A into W for every adapter and removes them (a tied LM head that has one is tied no longer). *difference (may
+   be NULL) receives the largest absolute logit difference on `probe` (NULL: not measured). */
 APT_API apt_result apt_model_merge(apt_model *model, const apt_batch *probe, float *difference);
 
 /* Parameter access by Hugging Face name, in current shapes (adapters: "lora_A.NAME", "lora_B.NAME" without ".weight").
@@ -458,7 +463,8 @@ enum {
     APT_ADAPT_OUTPUT = 8,
     APT_ADAPT_UP = 16,                /* T5 wi or wi_0, LLaMA up_proj */
     APT_ADAPT_DOWN = 32,
-    APT_ADAPT_GATE = 64               /* gated FFN: the other input map: T5 wi_1, LLaMA gate_proj */
+    APT_ADAPT_GATE = 64,              /* gated FFN: the other input map: T5 wi_1, LLaMA gate_proj */
+    APT_ADAPT_HEAD = 128              /* T5, LLaMA: the LM head, see ON DECODERS */
 };
 enum { APT_PRUNE_HEADS = 1, APT_PRUNE_NEURONS = 2, APT_PRUNE_HIDDEN = 4 };
 
@@ -582,7 +588,8 @@ APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, v
 typedef struct apt_estimate_info {
     int64_t weights, adapters, optimizer, activations, teacher, scratch, total;
 } apt_estimate_info;
-/* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. */
+/* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. Which units
+   a run will prune cannot be known: it is taken that all layers lose the same share of heads and neurons. */
 APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                 int64_t sequences, apt_estimate_info *info);
 /* The same for T5: at most `tokens` source and target_tokens target tokens (apt_estimate: as many of both; other families: 0). */
@@ -888,6 +895,166 @@ typedef struct apt_distill_map { int32_t pairs, teacher[4], student[4]; } apt_di
    nearest student layer that is not wholly pruned (ties: the lower one). whole_pruned: [layers] 0/1, NULL: none; all
    pruned gives pairs 0. Layers count from 0 and are the same in both stacks. */
 APT_API apt_result apt_distill_match(apt_distill_map *map, const uint8_t *whole_pruned, int32_t layers, apt_rng *rng);
+
+/* ---------------------------------------------------------------------------------------------------------------------
+   Magnitude pruning: single weights go, the smallest first
+
+   The rules of the core hold, with two additions. Where a function takes a context, its threads share the work; the result is
+   the same for any number of them, and NULL does it in the calling thread (with APT_ONLY_CORE nothing makes a context: pass
+   NULL). And weights are ranked by (|w|, index): of equal magnitudes the lower index goes first.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+#ifdef APT_ONLY_CORE
+typedef struct apt_ctx apt_ctx;
+#endif
+
+/* --- bitmasks: one bit per weight, 1 = it stays --- */
+
+/* Bit i%64 of word i/64 belongs to weight i; bits behind the last weight are 0. -1 when n is below 0. */
+APT_API int64_t apt_bitmask_words(int64_t n);
+/* How many of n weights stay; -1 for NULL or n below 0. */
+APT_API int64_t apt_bitmask_kept(const uint64_t *mask, int64_t n);
+/* w = +0 where the mask is 0; all other weights keep their bits. Runs at the speed of the memory. */
+APT_API apt_result apt_bitmask_apply(apt_ctx *ctx, float *w, const uint64_t *mask, int64_t n);
+
+/* --- which weights go --- */
+
+#define APT_MAGNITUDE_THRESHOLD 0.01f
+/* Weights with |w| < threshold go. zeros (may be NULL, as below): how many that are. */
+APT_API apt_result apt_magnitude_threshold(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t n,
+                                           float threshold);
+/* Exactly floor(n*sparsity) weights go (the product is one of doubles), 0 <= sparsity < 1. By selection, in O(n): three
+   passes over the weights count digits of |w|, one writes the mask. */
+APT_API apt_result apt_magnitude_sparsity(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t n,
+                                          double sparsity);
+/* One threshold over several arrays, as if they stood one behind the other: a layer of small weights loses more of them. */
+typedef struct apt_weights {
+    const float *w;
+    int64_t n;
+    uint64_t *mask;                   /* [apt_bitmask_words(n)] out */
+    int64_t zeros;                    /* out */
+} apt_weights;
+APT_API apt_result apt_magnitude_global(apt_ctx *ctx, apt_weights *part, int32_t parts, double sparsity);
+/* N:M patterns: of every `of` weights side by side in a row of w(rows, cols), dense, at most `keep` stay. 1 <= keep < of <= 64;
+   2:4 and 4:8 are what hardware knows. A rest of a row that is shorter than `of` keeps `keep` weights too. */
+APT_API apt_result apt_magnitude_pattern(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t rows,
+                                         int64_t cols, int32_t keep, int32_t of);
+/* Iterative pruning: s(t) = first * (last/first)^(t/iterations), t in 0..iterations; s(iterations) is exactly last.
+   0 < first <= last < 1. Iteration number t (1, 2 ...) prunes to s(t). */
+APT_API apt_result apt_magnitude_schedule(double *sparsity, double first, double last, int32_t iterations, int32_t t);
+
+/* --- compressed matrices: a bitmask and the values that are not 0 --- */
+
+/* A view of the caller's arrays (apt_sparse_make takes memory of a context instead). Rows of the mask begin a new word. */
+typedef struct apt_sparse {
+    int64_t rows, cols;
+    uint64_t *bits;                   /* [rows * apt_bitmask_words(cols)] */
+    int64_t *start;                   /* [rows + 1] where a row's values begin; start[rows]: how many there are */
+    float *values;                    /* [start[rows]] row by row, in the order of their columns */
+} apt_sparse;
+
+/* Values of w(rows, cols) that are not +0 (-0 and NaN count, so that packing loses nothing); -1 for bad arguments. */
+APT_API int64_t apt_sparse_count(const float *w, int64_t ld, int64_t rows, int64_t cols);
+/* Bytes of such a matrix in a file: 8 for the shape, ceil(cols/8) of mask for each row, up to a multiple of 4, and 4 for each
+   value. -1: bad arguments. */
+APT_API int64_t apt_sparse_bytes(int64_t rows, int64_t cols, int64_t count);
+/* Fills bits, start and values of `sparse`, whose rows, cols and pointers are set and whose values have room for `capacity`
+   (APT_E_SCRATCH when that is too little; contents are then undefined). */
+APT_API apt_result apt_sparse_pack(apt_sparse *sparse, int64_t capacity, const float *w, int64_t ld);
+/* w(rows, cols) = the matrix with its zeros. */
+APT_API apt_result apt_sparse_unpack(float *w, int64_t ld, const apt_sparse *sparse);
+/* y(n, rows) = x(n, cols) W^T, x and y not overlapping. With a context: the sums of a dense product without the terms that are
+   0, in the same order, so the same bits (the "ref" kernels apart); NULL: plain C. The view must be as apt_sparse_pack
+   leaves it: whether bits and starts agree is not looked at here. */
+APT_API apt_result apt_sparse_forward(apt_ctx *ctx, float *y, int64_t ldy, const apt_sparse *sparse, const float *x, int64_t ldx,
+                                      int64_t n);
+
+#ifndef APT_ONLY_CORE
+/* The same with memory of ctx; w stays the caller's. A failed make leaves nothing to free. */
+APT_API apt_result apt_sparse_make(apt_ctx *ctx, apt_sparse *sparse, const float *w, int64_t ld, int64_t rows, int64_t cols);
+/* Of apt_sparse_make and apt_sparse_load only. A zeroed or freed one is fine. */
+APT_API void apt_sparse_free(apt_ctx *ctx, apt_sparse *sparse);
+/* A safetensors file that holds matrix i as the tensor names[i].sparse, written through a temporary file. bytes (may be NULL):
+   its length. */
+APT_API apt_result apt_sparse_save(apt_ctx *ctx, const char *path, const char *const *names, const apt_sparse *matrix,
+                                   int32_t count, int64_t *bytes);
+/* One of them, in memory of ctx. Finite values only. */
+APT_API apt_result apt_sparse_load(apt_ctx *ctx, const char *path, const char *name, apt_sparse *sparse);
+
+/* --- magnitude pruning of a model ---
+
+   The masks belong to the model: they outlive the trainer, follow their matrix through compaction, and stand in checkpoints.
+   While there is a trainer, masked weights of a trained matrix get no gradient and are set to 0 after every update. A
+   frozen matrix (LoRA) is masked once and its adapter stays dense; apt_model_merge then masks the merged matrix too, so
+   that zeros stay zero: *difference tells what this cost. apt_model_set refuses other values than 0 where a mask is 0.
+   apt_model_save writes the zeros and not the masks. */
+
+typedef struct apt_sparsity {
+    int32_t matrices;
+    int64_t weights, zeros;           /* weights - zeros are active */
+    double sparsity;                  /* zeros / weights */
+    int64_t dense_bytes, sparse_bytes;/* as float32, and compressed (apt_sparse_bytes) */
+    double compression;               /* dense_bytes / sparse_bytes; 1 when there are no weights */
+} apt_sparsity;
+/* By the masks. name NULL: all matrices that have one; else that parameter, masked or not. */
+APT_API apt_result apt_model_sparsity(const apt_model *model, const char *name, apt_sparsity *sparsity);
+/* The mask of a matrix: apt_bitmask_words(rows*cols) words. All ones where it has none. */
+APT_API apt_result apt_model_get_bitmask(const apt_model *model, const char *name, uint64_t *mask, int64_t words);
+/* Sets it, and the weights under it to 0. mask NULL (words 0) removes it; the weights stay as they are. Adapters have none. */
+APT_API apt_result apt_model_set_bitmask(apt_model *model, const char *name, const uint64_t *mask, int64_t words);
+/* apt_model_save with every matrix compressed that gets smaller by it, whether by masks or not. apt_model_load reads such a
+   folder like any other; transformers cannot. saved (may be NULL): what is compressed in the file. */
+APT_API apt_result apt_model_save_sparse(apt_model *model, const char *dir, apt_sparsity *saved);
+
+/* What to prune and how: by threshold when sparsity and pattern are 0. */
+typedef struct apt_magnitude_desc {
+    uint32_t start_canary;
+    /* Matrices whose names contain one of these texts, in which * stands for anything: "output.dense", "layer.3.*query", "fc". A
+       text that no matrix has is an error. NULL: the linear maps of all layers. */
+    const char *const *patterns;
+    int32_t pattern_count;
+    int32_t global;                   /* one threshold for all of them; 0: `sparsity` of each */
+    double sparsity;                  /* 0..1 */
+    float threshold;                  /* APT_MAGNITUDE_THRESHOLD */
+    int32_t keep, of;                 /* N:M pattern: 2, 4 or 4, 8; 0: none */
+    uint32_t end_canary;
+} apt_magnitude_desc;
+/* Prunes at once. Fires APT_EVENT_PRUNE with the active weights of the chosen matrices. Earlier masks of these matrices are
+   replaced: zeros go first, so they stay unless less is asked for than was (then some weights come back as 0 and learn).
+   sparsity (may be NULL): of the chosen matrices, afterwards. */
+APT_API apt_result apt_trainer_magnitude(apt_trainer *trainer, const apt_magnitude_desc *desc, apt_sparsity *sparsity);
+
+/* Iterative pruning: evaluate, prune a little, evaluate, retrain, evaluate, and again. */
+typedef struct apt_iterative_desc {
+    uint32_t start_canary;
+    const char *const *patterns;      /* these three as in apt_magnitude_desc */
+    int32_t pattern_count;
+    int32_t global;
+    double first, last;               /* of apt_magnitude_schedule: 0.2 and 0.8 */
+    int32_t iterations;               /* 5 */
+    int32_t lower_is_better;          /* 1: the metric of APT_EVENT_EVALUATE is a loss or a perplexity */
+    int64_t begin;                    /* step before which the first iteration prunes; 0 means 0 */
+    int64_t retrain;                  /* steps behind each pruning; 0: equal parts of what is left behind begin */
+    uint32_t end_canary;
+} apt_iterative_desc;
+/* For a fresh trainer, and again before apt_checkpoint_load. From here on apt_trainer_step does it: it prunes in front of steps
+   begin, begin + retrain, ... and fires APT_EVENT_EVALUATE before and after each (once where one iteration ends and the
+   next begins), APT_EVENT_PRUNE, and APT_EVENT_CHECKPOINT where an iteration ends. */
+APT_API apt_result apt_trainer_iterative(apt_trainer *trainer, const apt_iterative_desc *desc);
+
+enum { APT_MEASURED_BEFORE = 1, APT_MEASURED_AFTER = 2, APT_MEASURED_RETRAINED = 4 };
+typedef struct apt_iteration {
+    int32_t number;                   /* 1, 2, ... */
+    int32_t measured;                 /* which of the metrics the callback gave: APT_MEASURED_* */
+    int64_t step;                     /* steps done when it pruned */
+    double target;
+    apt_sparsity reached;
+    double before, after, retrained;  /* metrics */
+    double degradation;               /* of retrained against the first iteration's before, as a share of that; below 0: better */
+} apt_iteration;
+/* Iterations begun so far; the last one has no `retrained` before it ends. */
+APT_API int32_t apt_trainer_iterations(const apt_trainer *trainer);
+APT_API apt_result apt_trainer_iteration(const apt_trainer *trainer, int32_t index, apt_iteration *iteration);
 
 /* --- learned sparsity ---
 
@@ -1250,6 +1417,27 @@ APTI_INLINE bool apti_add(int64_t a, int64_t b, int64_t *out)
     if (a < 0 || b < 0 || a > INT64_MAX - b) return false;
     *out = a + b;
     return true;
+}
+
+APTI_INLINE int32_t apti_popcount(uint64_t bits)
+{
+#ifdef __GNUC__
+    return __builtin_popcountll(bits);
+#else
+    int32_t n = 0;
+    for (; bits != 0; bits &= bits - 1) n++;
+    return n;
+#endif
+}
+
+/* Number of the lowest bit that is set; bits != 0. */
+APTI_INLINE int32_t apti_lowest_bit(uint64_t bits)
+{
+#ifdef __GNUC__
+    return __builtin_ctzll(bits);
+#else
+    return apti_popcount((bits & (0 - bits)) - 1);
+#endif
 }
 
 APTI_INLINE uint32_t apti_bits(float x)
@@ -2554,6 +2742,19 @@ typedef struct apti_finish {
     int32_t act;
 } apti_finish;
 
+/* What the kernel of a compressed matrix reads: for each output its bits of one stretch of inputs and its values. x(64*words,
+   width) holds these inputs sideways, width = vectors * lanes rows of the batch; sums(outputs, width) go on.
+   sums[o][.] += value * x[k][.] for every set bit k, lowest first: links of the chain that the rule above describes. */
+typedef struct apti_sparse_tile {
+    int32_t vectors;                             /* 1, 2, 4 or APTI_SPARSE_VECTORS */
+    int64_t outputs, words, row;                 /* words: of the stretch; row: between outputs */
+    const uint64_t *bits;
+    const float *values, *x;
+    int64_t *at;                                 /* [outputs] each output's next value; moves on */
+    float *sums;
+} apti_sparse_tile;
+#define APTI_SPARSE_VECTORS 8                    /* as many independent sums as two FMA pipes can have under way */
+
 /* Vectors of n floats, any alignment, n >= 0; y may be x or a. A NaN that goes in comes out, also under -Ofast. */
 typedef struct apti_kernels {
     const char *name;
@@ -2564,6 +2765,7 @@ typedef struct apti_kernels {
     void (*tile)(const apti_tile *tile);
     void (*thin)(const apti_tile *tile);         /* 1..3 rows, two panels: to[] is rows x 2 nr. For one token at a time */
     void (*finish)(const apti_finish *f);
+    void (*sparse)(const apti_sparse_tile *t);
     void (*transpose)(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t cols);   /* y[c][r] = x[r][c] */
     /* y[r][0..cols) = x[r][0..cols). Writes whole vectors, the rest of them zeros, rows in order: later rows may overlap. */
     void (*copy)(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t cols);
@@ -2710,6 +2912,20 @@ static void apti_finish_ref(const apti_finish *f)
     }
 }
 
+static void apti_sparse_ref(const apti_sparse_tile *t)
+{
+    const int64_t width = t->vectors;            /* one lane */
+    for (int64_t o = 0; o < t->outputs; o++) {
+        float *sum = t->sums + o * width;
+        for (int64_t w = 0; w < t->words; w++) {
+            for (uint64_t bits = t->bits[o * t->row + w]; bits != 0; bits &= bits - 1) {
+                const float *x = t->x + (64 * w + apti_lowest_bit(bits)) * width, value = t->values[t->at[o]++];
+                for (int64_t i = 0; i < width; i++) sum[i] += value * x[i];
+            }
+        }
+    }
+}
+
 static void apti_transpose_ref(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t cols)
 {
     for (int64_t r = 0; r < rows; r++)
@@ -2831,10 +3047,10 @@ static void apti_adam_ref(float *w, float *m, float *v, const float *g, int64_t 
 
 /* Every table names its functions apti_NAME_isa. */
 #define APTI_TABLE(isa, mr, nr, slim, lanes, narrow) {                                                                  \
-    #isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_transpose_##isa,       \
-    apti_copy_##isa, apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa, apti_dot_##isa,          \
-    apti_sq_dev_##isa, apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa, apti_abs_add_##isa,           \
-    apti_act_##isa, apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa }
+    #isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_sparse_##isa,          \
+    apti_transpose_##isa, apti_copy_##isa, apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa,    \
+    apti_dot_##isa, apti_sq_dev_##isa, apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa,               \
+    apti_abs_add_##isa, apti_act_##isa, apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa }
 
 static const apti_kernels apti_kernels_ref = APTI_TABLE(ref, 4, 8, 4, 1, NULL);
 
@@ -3616,6 +3832,42 @@ APTI_ISA_TARGET static void APTI_FN(thin)(const apti_tile *t)
     }
 }
 
+/* Compressed matrices: the sums of one output stay in registers while its set bits are walked. */
+#define APTI_EIGHT(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define APTI_SPARSE_START(j) apti_v s##j = nv > j ? apti_vload(sum + j * APTI_LANES) : zero;
+#define APTI_SPARSE_STEP(j) if (nv > j) s##j = apti_sfma(value, apti_vload(x + j * APTI_LANES), s##j);
+#define APTI_SPARSE_END(j) if (nv > j) apti_vstore(sum + j * APTI_LANES, s##j);
+
+APTI_ISA_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_FN(sparse_body)(const apti_sparse_tile *t, const int nv)
+{
+    const apti_v zero = apti_vset(0.0f);
+    const int64_t width = nv * APTI_LANES;
+    for (int64_t o = 0; o < t->outputs; o++) {
+        float *sum = t->sums + o * width;
+        const float *v = t->values + t->at[o], *from = t->x;
+        APTI_EIGHT(APTI_SPARSE_START)
+        for (int64_t w = 0; w < t->words; w++, from += 64 * width) {
+            for (uint64_t bits = t->bits[o * t->row + w]; bits != 0; bits &= bits - 1) {
+                const float *x = from + apti_lowest_bit(bits) * width;
+                const apti_s value = apti_sload(v++);
+                APTI_EIGHT(APTI_SPARSE_STEP)
+            }
+        }
+        APTI_EIGHT(APTI_SPARSE_END)
+        t->at[o] = v - t->values;
+    }
+}
+
+APTI_ISA_TARGET static void APTI_FN(sparse)(const apti_sparse_tile *t)
+{
+    switch (t->vectors) {
+        case 1: APTI_FN(sparse_body)(t, 1); break;
+        case 2: APTI_FN(sparse_body)(t, 2); break;
+        case 4: APTI_FN(sparse_body)(t, 4); break;
+        default: APTI_FN(sparse_body)(t, APTI_SPARSE_VECTORS); break;
+    }
+}
+
 #define APTI_ISA_TABLE(isa) APTI_TABLE(isa, APTI_MR, APTI_NV * APTI_LANES, APTI_SLIM, APTI_LANES, APTI_NARROW)
 static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 
@@ -3650,6 +3902,10 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #undef APTI_THIN_STEP
 #undef APTI_THIN_END
 #undef APTI_THIN_LOOP
+#undef APTI_EIGHT
+#undef APTI_SPARSE_START
+#undef APTI_SPARSE_STEP
+#undef APTI_SPARSE_END
 #undef apti_v
 #undef apti_vi
 #undef apti_vfirst
@@ -6010,62 +6266,69 @@ static double apti_span_loss(apt_ctx *ctx, float *dlogits, const float *logits, 
 
 /* ---- language modelling heads ------------------------------------------------------------------------------------- */
 
+/* Logits that exist at a time, at most: 64 MiB. Every chunk of rows streams the whole matrix through the caches and, for the
+   gradient of h, transposes it, so a chunk needs some hundred rows before that is cheap beside the product. */
+#define APTI_LOGITS ((int64_t)1 << 24)
+
+/* The product with the vocabulary, and its gradients: a linear layer of which only some rows exist at a time. */
 typedef struct apti_lm_op {
-    int64_t vocab, d;
-    const apti_packed *packed;        /* E(vocab, d) in panels, or NULL: */
-    const float *e;                   /* E row-major */
-    const float *bias;                /* [vocab] or NULL */
+    apti_linear_op head;              /* W(vocab, d), bias, adapter; head.w NULL: no panels and no adapter, but */
+    const float *e;                   /* W row-major */
+    float *xa, *dya;                  /* (rows, rank) each: room for what the adapter takes and its gradient */
 } apti_lm_op;
 
-/* logits(rows, vocab) = h E^T + bias, h(rows, d) */
+/* logits(rows, vocab) = h W^T + xa B^T + bias, h(rows, d) */
 static void apti_lm_logits(apt_ctx *ctx, const apti_lm_op *op, float *logits, int64_t ldl, const float *h, int64_t ldh,
                            int64_t rows)
 {
-    apti_gemm g = apti_gemm_begin(logits, ldl, rows, op->vocab, false);
+    apti_gemm g = apti_gemm_begin(logits, ldl, rows, op->head.out, false);
+    if (op->head.w != NULL) {
+        apti_linear_forward(ctx, &op->head, logits, ldl, h, ldh, rows, op->xa, NULL);
+        return;
+    }
     if (rows == 0) return;
-    apti_gemm_left(&g.part[0], h, ldh, op->d);
-    if (op->packed) apti_gemm_packed(&g.part[0], APTI_B_PACKED, op->packed);
-    else apti_gemm_right(&g.part[0], APTI_B_PLAIN_T, op->e, op->d);
-    g.bias = op->bias;
+    apti_gemm_left(&g.part[0], h, ldh, op->head.in);
+    apti_gemm_right(&g.part[0], APTI_B_PLAIN_T, op->e, op->head.in);
+    g.bias = op->head.bias;
     apti_gemm_run(ctx, &g);
 }
 
-/* dh(rows, d) (+)= dlogits E */
-static void apti_lm_input_grad(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_t lddh, bool accumulate,
-                               const float *dlogits, int64_t ldd, int64_t rows)
+/* dh(rows, d) (+)= dlogits W + dya A, or NULL; grad: += as in apti_linear_backward. Behind apti_lm_logits of the same rows, for
+   it reads xa. */
+static void apti_lm_grads(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_t lddh, bool accumulate, const float *dlogits,
+                          int64_t ldd, const float *h, int64_t ldh, int64_t rows, const apti_linear_grad *grad)
 {
-    apti_gemm g = apti_gemm_begin(dh, lddh, rows, op->d, accumulate);
-    apti_gemm_left(&g.part[0], dlogits, ldd, op->vocab);
-    if (op->packed) apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->packed);
-    else apti_gemm_right(&g.part[0], APTI_B_PLAIN, op->e, op->d);
-    apti_gemm_run(ctx, &g);
+    if (op->head.w != NULL) {
+        apti_linear_backward(ctx, &op->head, dh, lddh, accumulate, dlogits, ldd, h, ldh, op->xa, op->dya, rows, grad);
+        return;
+    }
+    if (dh) {
+        apti_gemm g = apti_gemm_begin(dh, lddh, rows, op->head.in, accumulate);
+        apti_gemm_left(&g.part[0], dlogits, ldd, op->head.out);
+        apti_gemm_right(&g.part[0], APTI_B_PLAIN, op->e, op->head.in);
+        apti_gemm_run(ctx, &g);
+    }
+    if (grad->w) apti_weight_grad(ctx, grad->w, op->head.out, op->head.in, dlogits, ldd, h, ldh, rows);
+    if (grad->bias) apti_column_sum(ctx, grad->bias, dlogits, ldd, rows, op->head.out);
 }
 
-/* dE += dlogits^T h, dbias += column sums; each may be NULL */
-static void apti_lm_weight_grad(apt_ctx *ctx, const apti_lm_op *op, float *de, float *dbias, const float *dlogits, int64_t ldd,
-                                const float *h, int64_t ldh, int64_t rows)
+/* Cross entropy of the logits of h against labels[rows], `chunk` rows at a time, so that no more than chunk x vocab logits ever
+   exist: work holds chunk * apti_ld(vocab) floats. With grad (its parts are added to; NULL: the loss alone) dh(rows, d) is
+   overwritten, unless it is NULL. Labels, gradient and counts as in apti_cross_entropy. */
+static double apti_lm_loss(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_t lddh, const apti_linear_grad *grad,
+                           const float *h, int64_t ldh, const int32_t *labels, int64_t rows, int32_t ignore_label,
+                           float grad_scale, float *work, int64_t chunk, int64_t *count, int64_t *correct)
 {
-    if (de) apti_weight_grad(ctx, de, op->vocab, op->d, dlogits, ldd, h, ldh, rows);
-    if (dbias) apti_column_sum(ctx, dbias, dlogits, ldd, rows, op->vocab);
-}
-
-/* Cross entropy of h E^T + bias against labels[rows], `chunk` rows at a time, so that no more than chunk x vocab logits ever
-   exist: work holds chunk * apti_ld(vocab) floats. dh(rows, d) is overwritten, de(vocab, d) and dbias(vocab) are added to;
-   each may be NULL. Labels, gradient and counts as in apti_cross_entropy. */
-static double apti_lm_loss(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_t lddh, float *de, float *dbias, const float *h,
-                           int64_t ldh, const int32_t *labels, int64_t rows, int32_t ignore_label, float grad_scale, float *work,
-                           int64_t chunk, int64_t *count, int64_t *correct)
-{
-    const int64_t ld = apti_ld(op->vocab);
+    const int64_t vocab = op->head.out, ld = apti_ld(vocab);
     apti_loss_job job = APT_ZERO;
     double total = 0;
     *count = *correct = 0;
-    for (int64_t i = 0; i < rows; i++) *count += apti_loss_counts(labels[i], op->vocab, ignore_label);
+    for (int64_t i = 0; i < rows; i++) *count += apti_loss_counts(labels[i], vocab, ignore_label);
     job.ctx = ctx;
-    job.dlogits = dh || de || dbias ? work : NULL;
+    job.dlogits = grad ? work : NULL;
     job.logits = work;
     job.ldd = job.ldl = ld;
-    job.classes = op->vocab;
+    job.classes = vocab;
     job.ignore = ignore_label;
     job.weight[0] = *count > 0 ? (double)grad_scale / (double)*count : 0.0;
     for (int64_t first = 0; first < rows; first += chunk) {
@@ -6076,8 +6339,7 @@ static double apti_lm_loss(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_
         apti_lm_logits(ctx, op, work, ld, from, ldh, job.rows);
         total += apti_loss_run(&job, apti_cross_entropy_task, &hits);
         *correct += hits;
-        if (dh) apti_lm_input_grad(ctx, op, dh + first * lddh, lddh, false, work, ld, job.rows);
-        apti_lm_weight_grad(ctx, op, de, dbias, work, ld, from, ldh, job.rows);
+        if (grad) apti_lm_grads(ctx, op, dh ? dh + first * lddh : NULL, lddh, false, work, ld, from, ldh, job.rows, grad);
     }
     return total;
 }
@@ -7430,6 +7692,154 @@ APT_API apt_train_desc apt_preset(apt_preset_kind kind)
 }
 #endif /* APT_ONLY_CORE */
 
+// >>sparsify
+/* ---------------------------------------------------------------------------------------------------------------------
+   Magnitude pruning on raw arrays
+
+   |w| is ranked by the 31 bits of its magnitude, which order floats as integers do: exact, the same under -Ofast, and the k-th
+   smallest is found digit by digit by counting, with no copy of the weights and no memory but the counters: three digits of
+   11, 10 and 10 bits, or, where a context lends its scratch and there are weights enough, two of 16 and 15.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* Runs task(i, thread, arg) for i < count, by the context's threads where there is one. */
+static void apti_share(apt_ctx *ctx, int64_t count, void (*task)(int64_t index, int32_t thread, void *arg), void *arg)
+{
+#ifndef APT_ONLY_CORE
+    if (ctx != NULL) {
+        apti_parallel_for(ctx, count, task, arg);
+        return;
+    }
+#else
+    (void)ctx;
+#endif
+    for (int64_t i = 0; i < count; i++) task(i, 0, arg);
+}
+
+APTI_INLINE uint32_t apti_magnitude(float x)
+{
+    return apti_bits(x) & 0x7fffffffu;
+}
+
+/* --- bitmasks --- */
+
+APT_API int64_t apt_bitmask_words(int64_t n)
+{
+    return n < 0 ? -1 : apti_ceil_div(n, 64);
+}
+
+APT_API int64_t apt_bitmask_kept(const uint64_t *mask, int64_t n)
+{
+    int64_t kept = 0;
+    if (n < 0 || (mask == NULL && n > 0)) return -1;
+    for (int64_t i = 0; i < apt_bitmask_words(n); i++) kept += apti_popcount(mask[i]);
+    return kept;
+}
+
+/* w[j] = 0 where bit j of `bits` is not set, j < count <= 64. Whole words of ones need no write, words of zeros no read. */
+APTI_INLINE void apti_bitmask_word(float *w, uint64_t bits, int64_t count)
+{
+    if (bits == ~(uint64_t)0) return;
+    if (bits == 0) {
+        memset(w, 0, (size_t)count * sizeof(float));
+        return;
+    }
+    for (int64_t j = 0; j < count; j++) w[j] = apti_float(apti_bits(w[j]) & (0u - (uint32_t)(bits >> j & 1)));
+}
+
+/* mask begins at weight 0 of w. */
+static void apti_bitmask_run(float *w, const uint64_t *mask, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) apti_bitmask_word(w + i, mask[i / 64], 64);
+    if (i < n) apti_bitmask_word(w + i, mask[i / 64], n - i);
+}
+
+typedef struct apti_bitmask_job { float *w; const uint64_t *mask; int64_t n; } apti_bitmask_job;
+#define APTI_BITMASK_BLOCK 65536                 /* weights of a task; a multiple of 64 */
+
+static void apti_bitmask_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_bitmask_job *job = (const apti_bitmask_job *)arg;
+    const int64_t at = index * APTI_BITMASK_BLOCK;
+    (void)thread;
+    apti_bitmask_run(job->w + at, job->mask + at / 64, apti_min_i64(APTI_BITMASK_BLOCK, job->n - at));
+}
+
+APT_API apt_result apt_bitmask_apply(apt_ctx *ctx, float *w, const uint64_t *mask, int64_t n)
+{
+    if (n < 0 || (n > 0 && (w == NULL || mask == NULL))) return APT_E_ARGUMENT;
+    apti_bitmask_job job = {w, mask, n};
+    apti_share(ctx, apti_ceil_div(n, APTI_BITMASK_BLOCK), apti_bitmask_task, &job);
+    return APT_OK;
+}
+
+/* --- selection --- */
+
+#define APTI_DIGITS 2048                         /* values of the first digit of three ... */
+#define APTI_WIDE_DIGITS 65536                   /* ... and of two, for chunks of at least ... */
+#define APTI_WIDE_WORDS 16384                    /* ... so many words of mask */
+#define APTI_CHUNKS 64                           /* at most so many, one per thread */
+#define APTI_CHUNK_WORDS 256                     /* a chunk is worth at least so many words */
+
+/* The arrays as one row of mask words, cut into one chunk per thread: no two threads write to the same word. */
+typedef struct apti_select {
+    apt_weights *part;
+    int32_t parts, chunks;
+    int64_t words;
+    uint32_t digits;                             /* values of the first digit */
+    int32_t shift, up;                           /* the digit counted now is bits [shift, up); bits above must be `prefix` */
+    uint32_t prefix;
+    uint64_t *count[APTI_CHUNKS];                /* [digits] each */
+    uint32_t border;                             /* weights below it go, and of those that are equal to it ... */
+    uint64_t drop[APTI_CHUNKS];                  /* ... the first so many of each chunk */
+} apti_select;
+
+/* Stretches of a chunk: weights [from, to) of one part, from being a multiple of 64. */
+typedef struct apti_stretch { int32_t part; int64_t from, to, skip, left; } apti_stretch;
+
+static apti_stretch apti_stretch_first(const apti_select *s, int64_t chunk)
+{
+    apti_stretch r;
+    memset(&r, 0, sizeof r);
+    r.part = -1;
+    r.skip = s->words / s->chunks * chunk + apti_min_i64(chunk, s->words % s->chunks);
+    r.left = s->words / s->chunks + (chunk < s->words % s->chunks);
+    return r;
+}
+
+static bool apti_stretch_next(const apti_select *s, apti_stretch *r)
+{
+    while (r->left > 0 && ++r->part < s->parts) {
+        const int64_t words = apt_bitmask_words(s->part[r->part].n), skip = apti_min_i64(r->skip, words);
+        const int64_t take = apti_min_i64(words - skip, r->left);
+        r->skip -= skip;
+        r->left -= take;
+        r->from = 64 * skip;
+        r->to = apti_min_i64(64 * (skip + take), s->part[r->part].n);
+        if (take > 0) return true;
+    }
+    return false;
+}
+
+static void apti_digit_task(int64_t chunk, int32_t thread, void *arg)
+{
+    const apti_select *s = (const apti_select *)arg;
+    uint64_t *count = s->count[chunk];
+    apti_stretch r = apti_stretch_first(s, chunk);
+    const int32_t shift = s->shift, up = s->up;
+    const uint32_t prefix = s->prefix, low = (1u << (up - shift)) - 1;
+    (void)thread;
+    memset(count, 0, s->digits * sizeof(uint64_t));
+    while (apti_stretch_next(s, &r)) {
+        const float *w = s->part[r.part].w;
+        if (up == 31) {                          /* the first digit: every weight counts */
+            for (int64_t i = r.from; i < r.to; i++) count[apti_magnitude(w[i]) >> shift]++;
+            continue;
+        }
+        for (int64_t i = r.from; i < r.to; i++) {
+            const uint32_t m = apti_magnitude(w[i]);
+            if (m >> up == prefix) count[m >> shift & low]++;
+
 /* ---------------------------------------------------------------------------------------------------------------------
    Learned sparsity: losses on a mask, their scheduler, the BK-core; then, where there is a context, the modules
    ------------------------------------------------------------------------------------------------------------------ */
@@ -8558,6 +8968,219 @@ static void apti_moe_combine_task(int64_t index, int32_t thread, void *arg)
     }
 }
 
+/* Bit j: |w[j]| >= least, j < 64. Magnitudes are below 2^31, so the sign of the difference tells. */
+APTI_INLINE uint64_t apti_at_least(const float *w, uint32_t least)
+{
+    uint64_t bits = 0;
+    for (int32_t j = 64; j > 0; j -= 8) {
+        uint32_t byte = 0;
+#define APTI_BELOW(t) byte |= (apti_magnitude(w[j - 8 + t]) - least) >> 31 << t;
+        APTI_BELOW(0) APTI_BELOW(1) APTI_BELOW(2) APTI_BELOW(3) APTI_BELOW(4) APTI_BELOW(5) APTI_BELOW(6) APTI_BELOW(7)
+#undef APTI_BELOW
+        bits = bits << 8 | byte;
+    }
+    return ~bits;
+}
+
+/* The rule itself, for the words where the fast test is not enough: bits of the first n <= 64 weights; *drop counts down. */
+static uint64_t apti_border_word(const float *w, int64_t n, uint32_t border, uint64_t *drop)
+{
+    uint64_t bits = 0;
+    for (int64_t j = 0; j < n; j++) {
+        const uint32_t m = apti_magnitude(w[j]);
+        const bool dropped = m == border && *drop > 0;
+        *drop -= dropped;
+        bits |= (uint64_t)(m >= border && !dropped) << j;
+    }
+    return bits;
+}
+
+/* While weights on the border are still to be dropped, a word in which the border makes a difference holds some of them. */
+static void apti_mask_task(int64_t chunk, int32_t thread, void *arg)
+{
+    apti_select *s = (apti_select *)arg;
+    uint64_t drop = s->drop[chunk];
+    const uint32_t border = s->border;
+    apti_stretch r = apti_stretch_first(s, chunk);
+    (void)thread;
+    while (apti_stretch_next(s, &r)) {
+        for (int64_t i = r.from; i < r.to; i += 64) {
+            const float *w = s->part[r.part].w + i;
+            uint64_t *mask = &s->part[r.part].mask[i / 64];
+            if (r.to - i < 64) {
+                *mask = apti_border_word(w, r.to - i, border, &drop);
+                continue;
+            }
+            *mask = apti_at_least(w, border);
+            if (drop > 0 && apti_at_least(w, border + 1) != *mask) *mask = apti_border_word(w, 64, border, &drop);
+        }
+    }
+}
+
+/* One digit further: which one holds the k-th smallest of those that match the prefix. *k becomes its rank among those that match
+   the longer one. */
+static uint32_t apti_select_digit(apt_ctx *ctx, apti_select *s, uint64_t *k)
+{
+    uint32_t digit = 0;
+    apti_share(ctx, s->chunks, apti_digit_task, s);
+    for (;; digit++) {
+        uint64_t sum = 0;
+        for (int32_t c = 0; c < s->chunks; c++) sum += s->count[c][digit];
+        if (*k < sum || digit + 1 == s->digits) return digit;
+        *k -= sum;
+    }
+}
+
+/* Chunks, and their counters: in the scratch of the context's threads, or `own` for a single chunk. */
+static void apti_select_begin(apt_ctx *ctx, apti_select *s, apt_weights *part, int32_t parts, uint64_t *own)
+{
+    memset(s, 0, sizeof *s);
+    s->part = part;
+    s->parts = parts;
+    for (int32_t i = 0; i < parts; i++) s->words += apt_bitmask_words(part[i].n);
+    s->chunks = 1;
+    s->count[0] = own;
+    s->digits = APTI_DIGITS;
+#ifndef APT_ONLY_CORE
+    if (ctx == NULL) return;
+    s->chunks = (int32_t)apti_min_i64(ctx->threads, apti_max_i64(1, s->words / APTI_CHUNK_WORDS));
+    for (int32_t c = 0; c < s->chunks; c++) s->count[c] = (uint64_t *)ctx->scratch[c];
+    if (s->words / s->chunks >= APTI_WIDE_WORDS) s->digits = APTI_WIDE_DIGITS;
+#else
+    (void)ctx;
+#endif
+}
+
+static void apti_select_end(apt_ctx *ctx, apti_select *s)
+{
+    apti_share(ctx, s->chunks, apti_mask_task, s);
+    for (int32_t i = 0; i < s->parts; i++) s->part[i].zeros = s->part[i].n - apt_bitmask_kept(s->part[i].mask, s->part[i].n);
+}
+
+/* Counts the first digit, which also tells whether all weights are finite. */
+static apt_result apti_select_scan(apt_ctx *ctx, apti_select *s, uint64_t *k, uint32_t *digit)
+{
+    s->up = 31;
+    s->shift = s->digits == APTI_DIGITS ? 20 : 15;
+    *digit = apti_select_digit(ctx, s, k);
+    for (int32_t c = 0; c < s->chunks; c++)
+        for (uint32_t d = 0x7f800000u >> s->shift; d < s->digits; d++)
+            if (s->count[c][d] != 0) return APT_E_NONFINITE;
+    return APT_OK;
+}
+
+static apt_result apti_weights_check(const apt_weights *part, int32_t parts, int64_t *n)
+{
+    *n = 0;
+    if (parts < 0 || (parts > 0 && part == NULL)) return APT_E_ARGUMENT;
+    for (int32_t i = 0; i < parts; i++) {
+        if (part[i].n < 0 || (part[i].n > 0 && (part[i].w == NULL || part[i].mask == NULL))) return APT_E_ARGUMENT;
+        if (!apti_add(*n, part[i].n, n)) return APT_E_RANGE;
+    }
+    return APT_OK;
+}
+
+static apt_result apti_check_sparsity(double sparsity)
+{
+    if (!apti_finite_f64(sparsity)) return APT_E_NONFINITE;
+    return sparsity >= 0 && sparsity < 1 ? APT_OK : APT_E_RANGE;
+}
+
+/* The k-th smallest is the border; what is left of k behind the smaller ones is dropped from the equal ones, chunk by chunk. */
+APT_API apt_result apt_magnitude_global(apt_ctx *ctx, apt_weights *part, int32_t parts, double sparsity)
+{
+    apti_select s;
+    uint64_t own[APTI_DIGITS], k;
+    uint32_t digit = 0;
+    int64_t n = 0;
+    apt_result r = apti_weights_check(part, parts, &n);
+    if (r == APT_OK) r = apti_check_sparsity(sparsity);
+    if (r != APT_OK) return r;
+    const uint64_t gone = (uint64_t)apti_min_i64((int64_t)((double)n * sparsity), apti_max_i64(n - 1, 0));
+    apti_select_begin(ctx, &s, part, parts, own);
+    k = gone > 0 ? gone - 1 : 0;
+    r = apti_select_scan(ctx, &s, &k, &digit);
+    if (r != APT_OK) return r;
+    if (gone > 0) {
+        s.prefix = digit;
+        while (s.shift > 0) {
+            s.up = s.shift;
+            s.shift = s.up == 20 ? 10 : 0;
+            digit = apti_select_digit(ctx, &s, &k);
+            s.prefix = s.prefix << (s.up - s.shift) | digit;
+        }
+        s.border = s.prefix;
+        k++;
+        for (int32_t c = 0; c < s.chunks && k > 0; c++) {
+            s.drop[c] = s.count[c][digit] < k ? s.count[c][digit] : k;
+            k -= s.drop[c];
+        }
+    }
+    apti_select_end(ctx, &s);
+    return APT_OK;
+}
+
+APT_API apt_result apt_magnitude_sparsity(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t n,
+                                          double sparsity)
+{
+    apt_weights part = {w, n, mask, 0};
+    const apt_result r = apt_magnitude_global(ctx, &part, 1, sparsity);
+    if (r == APT_OK && zeros != NULL) *zeros = part.zeros;
+    return r;
+}
+
+APT_API apt_result apt_magnitude_threshold(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t n,
+                                           float threshold)
+{
+    apt_weights part = {w, n, mask, 0};
+    apti_select s;
+    uint64_t own[APTI_DIGITS], k = 0;
+    uint32_t digit = 0;
+    apt_result r = apti_weights_check(&part, 1, &n);
+    if (r != APT_OK) return r;
+    if (!apti_finite(threshold)) return APT_E_NONFINITE;
+    if (threshold < 0) return APT_E_RANGE;
+    apti_select_begin(ctx, &s, &part, 1, own);
+    r = apti_select_scan(ctx, &s, &k, &digit);
+    if (r != APT_OK) return r;
+    s.border = apti_magnitude(threshold);        /* what is equal to it stays: nothing is dropped */
+    apti_select_end(ctx, &s);
+    if (zeros != NULL) *zeros = part.zeros;
+    return APT_OK;
+}
+
+/* --- patterns --- */
+
+typedef struct apti_pattern_job { uint64_t *mask; const float *w; int64_t rows, cols; int32_t keep, of; } apti_pattern_job;
+
+/* The bits of one group of n weights: its `keep` last ones by (|w|, index). */
+static uint64_t apti_pattern_group(const float *w, int32_t n, int32_t keep)
+{
+    uint64_t bits = 0;
+    for (int32_t i = 0; i < n; i++) {
+        int32_t better = 0;                      /* weights that go after this one */
+        const uint32_t m = apti_magnitude(w[i]);
+        for (int32_t j = 0; j < n; j++) better += apti_magnitude(w[j]) > m || (j > i && apti_magnitude(w[j]) == m);
+        bits |= (uint64_t)(better < keep) << i;
+    }
+    return bits;
+}
+
+/* 64 rows begin and end with a word of the mask, whatever their length. */
+static void apti_pattern_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_pattern_job *job = (const apti_pattern_job *)arg;
+    const int64_t first = 64 * index, last = apti_min_i64(first + 64, job->rows), cols = job->cols;
+    (void)thread;
+    memset(job->mask + first * cols / 64, 0, (size_t)apt_bitmask_words((last - first) * cols) * sizeof(uint64_t));
+    for (int64_t r = first; r < last; r++) {
+        for (int64_t c = 0; c < cols; c += job->of) {
+            const int64_t at = r * cols + c;
+            const int32_t n = (int32_t)apti_min_i64(job->of, cols - c);
+            const uint64_t bits = apti_pattern_group(job->w + at, n, job->keep);
+            job->mask[at / 64] |= bits << at % 64;
+            if (at % 64 + n > 64) job->mask[at / 64 + 1] |= bits >> (64 - at % 64);
+
 /* d out = weight * dy in the place of out; d weight = dy . out; through the softmax of the chosen to d logits, in the place of
    logits */
 static void apti_moe_gate_task(int64_t index, int32_t thread, void *arg)
@@ -9018,6 +9641,211 @@ static void apti_core_gate_backward_task(int64_t index, int32_t thread, void *ar
     }
 }
 
+APT_API apt_result apt_magnitude_pattern(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t rows,
+                                         int64_t cols, int32_t keep, int32_t of)
+{
+    int64_t n;
+    if (rows < 0 || cols < 0) return APT_E_ARGUMENT;
+    if (!apti_mul(rows, cols, &n)) return APT_E_RANGE;
+    if (n > 0 && (mask == NULL || w == NULL)) return APT_E_ARGUMENT;
+    if (keep < 1 || of <= keep || of > 64) return APT_E_RANGE;
+    if (!apti_finite_all(w, n)) return APT_E_NONFINITE;
+    apti_pattern_job job = {mask, w, rows, cols, keep, of};
+    if (n > 0) apti_share(ctx, apti_ceil_div(rows, 64), apti_pattern_task, &job);
+    if (zeros != NULL) *zeros = n - apt_bitmask_kept(mask, n);
+    return APT_OK;
+}
+
+APT_API apt_result apt_magnitude_schedule(double *sparsity, double first, double last, int32_t iterations, int32_t t)
+{
+    if (sparsity == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite_f64(first) || !apti_finite_f64(last)) return APT_E_NONFINITE;
+    if (!(first > 0) || last < first || last >= 1 || iterations < 1 || t < 0 || t > iterations) return APT_E_RANGE;
+    *sparsity = t == iterations ? last : first * pow(last / first, (double)t / iterations);
+    return APT_OK;
+}
+
+/* --- compressed matrices --- */
+
+APT_API int64_t apt_sparse_count(const float *w, int64_t ld, int64_t rows, int64_t cols)
+{
+    int64_t count = 0;
+    if (apti_check_matrix(w, ld, rows, cols) != APT_OK) return -1;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) count += apti_bits(w[r * ld + c]) != 0;
+    return count;
+}
+
+APT_API int64_t apt_sparse_bytes(int64_t rows, int64_t cols, int64_t count)
+{
+    int64_t mask, values, bytes;
+    if (rows < 0 || cols < 0 || count < 0 || !apti_mul(rows, apti_ceil_div(cols, 8), &mask) || !apti_mul(4, count, &values) ||
+        !apti_add(mask, 8 + 3, &mask) || !apti_add(mask / 4 * 4, values, &bytes))
+        return -1;
+    return bytes;
+}
+
+/* Pointers and sizes of a view. filled: also where its rows begin (that their bits agree is for apti_sparse_check_bits). */
+static apt_result apti_sparse_check(const apt_sparse *s, bool filled)
+{
+    int64_t words;
+    if (s == NULL || s->rows < 0 || s->cols < 0 || s->start == NULL) return APT_E_ARGUMENT;
+    if (!apti_mul(s->rows, apt_bitmask_words(s->cols), &words)) return APT_E_RANGE;
+    if (words > 0 && s->bits == NULL) return APT_E_ARGUMENT;
+    if (!filled) return APT_OK;
+    if (s->start[0] != 0 || (s->values == NULL && s->start[s->rows] > 0)) return APT_E_ARGUMENT;
+    for (int64_t r = 0; r < s->rows; r++)
+        if (s->start[r + 1] < s->start[r] || s->start[r + 1] - s->start[r] > s->cols) return APT_E_SHAPE;
+    return APT_OK;
+}
+
+/* Each row has as many values as bits, and no bit behind its last column. Too slow for every product of a few rows. */
+static apt_result apti_sparse_check_bits(const apt_sparse *s)
+{
+    const int64_t row = apt_bitmask_words(s->cols);
+    for (int64_t r = 0; r < s->rows; r++) {
+        const uint64_t *bits = s->bits + r * row;
+        if (s->start[r + 1] - s->start[r] != apt_bitmask_kept(bits, s->cols)) return APT_E_SHAPE;
+        if (s->cols % 64 != 0 && bits[row - 1] >> s->cols % 64 != 0) return APT_E_SHAPE;
+    }
+    return APT_OK;
+}
+
+APT_API apt_result apt_sparse_pack(apt_sparse *sparse, int64_t capacity, const float *w, int64_t ld)
+{
+    apt_result r = apti_sparse_check(sparse, false);
+    if (r == APT_OK) r = apti_check_matrix(w, ld, sparse->rows, sparse->cols);
+    if (r == APT_OK && sparse->values == NULL && capacity > 0) r = APT_E_ARGUMENT;
+    if (r != APT_OK) return r;
+    const int64_t row = apt_bitmask_words(sparse->cols);
+    int64_t n = 0;
+    for (int64_t i = 0; i < sparse->rows; i++) {
+        uint64_t *bits = sparse->bits + i * row;
+        sparse->start[i] = n;
+        if (row > 0) memset(bits, 0, (size_t)row * sizeof(uint64_t));
+        for (int64_t c = 0; c < sparse->cols; c++) {
+            const float x = w[i * ld + c];
+            if (apti_bits(x) == 0) continue;
+            if (n >= capacity) return APT_E_SCRATCH;
+            bits[c / 64] |= (uint64_t)1 << c % 64;
+            sparse->values[n++] = x;
+        }
+    }
+    sparse->start[sparse->rows] = n;
+    return APT_OK;
+}
+
+APT_API apt_result apt_sparse_unpack(float *w, int64_t ld, const apt_sparse *sparse)
+{
+    apt_result r = apti_sparse_check(sparse, true);
+    if (r == APT_OK) r = apti_sparse_check_bits(sparse);
+    if (r == APT_OK) r = apti_check_matrix(w, ld, sparse->rows, sparse->cols);
+    if (r != APT_OK) return r;
+    const int64_t row = apt_bitmask_words(sparse->cols);
+    const float *value = sparse->values;
+    for (int64_t i = 0; i < sparse->rows; i++)
+        for (int64_t c = 0; c < sparse->cols; c++)
+            w[i * ld + c] = sparse->bits[i * row + c / 64] >> c % 64 & 1 ? *value++ : 0.0f;
+    return APT_OK;
+}
+
+/* One element of the product by its definition. */
+static float apti_sparse_dot(const apt_sparse *s, int64_t row, const float *x)
+{
+    const uint64_t *bits = s->bits + row * apt_bitmask_words(s->cols);
+    const float *value = s->values + s->start[row];
+    float sum = 0;
+    for (int64_t at = 0; at < s->cols; at += 64)
+        for (uint64_t b = bits[at / 64]; b != 0; b &= b - 1) sum += *value++ * x[at + apti_lowest_bit(b)];
+    return sum;
+}
+
+#ifndef APT_ONLY_CORE
+/* A task is one block of rows of x, as wide as the kernel's sums are many, times a range of outputs. x goes sideways into the
+   scratch, APTI_SPARSE_K inputs at a time, so that a value of W meets all rows of the block in consecutive vectors; the
+   sums rest there too until all inputs have been through. */
+typedef struct apti_sparse_job {
+    apt_ctx *ctx;
+    const apt_sparse *s;
+    float *y;
+    const float *x;
+    int64_t ldy, ldx, n, width, blocks, outputs;          /* rows of x in a block; blocks; outputs of a task */
+} apti_sparse_job;
+
+#define APTI_SPARSE_K 128                        /* a multiple of 64: with 64 rows they fill a first-level cache */
+#define APTI_SPARSE_OUTPUTS 1024
+
+static void apti_sparse_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_sparse_job *job = (const apti_sparse_job *)arg;
+    const apti_kernels *kernels = job->ctx->kernels;
+    const apt_sparse *s = job->s;
+    const int64_t i0 = index % job->blocks * job->width, rows = apti_min_i64(job->width, job->n - i0);
+    const int64_t o0 = index / job->blocks * job->outputs, outputs = apti_min_i64(job->outputs, s->rows - o0);
+    const int64_t row = apt_bitmask_words(s->cols);
+    apti_sparse_tile t;
+    int64_t *at = (int64_t *)job->ctx->scratch[thread];
+    float *x = (float *)(at + APTI_SPARSE_OUTPUTS), *sums = x + APTI_SPARSE_K * job->width;
+    memcpy(at, s->start + o0, (size_t)outputs * sizeof(int64_t));
+    memset(sums, 0, (size_t)(outputs * job->width) * sizeof(float));
+    memset(x, 0, (size_t)(APTI_SPARSE_K * job->width) * sizeof(float));    /* rows that are not there stay 0 */
+    t.vectors = (int32_t)(job->width / kernels->lanes);
+    t.outputs = outputs;
+    t.row = row;
+    t.at = at;
+    t.values = s->values;
+    t.x = x;
+    t.sums = sums;
+    for (int64_t k = 0; k < s->cols; k += APTI_SPARSE_K) {
+        const int64_t cols = apti_min_i64(APTI_SPARSE_K, s->cols - k);
+        kernels->transpose(x, job->width, job->x + i0 * job->ldx + k, job->ldx, rows, cols);
+        t.bits = s->bits + o0 * row + k / 64;
+        t.words = apt_bitmask_words(cols);
+        kernels->sparse(&t);
+    }
+    kernels->transpose(job->y + i0 * job->ldy + o0, job->ldy, sums, job->width, outputs, rows);
+}
+
+static void apti_sparse_run(apt_ctx *ctx, const apt_sparse *s, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t n)
+{
+    apti_sparse_job job;
+    const int64_t lanes = ctx->kernels->lanes;
+    job.ctx = ctx;
+    job.s = s;
+    job.y = y;
+    job.x = x;
+    job.ldy = ldy;
+    job.ldx = ldx;
+    job.n = n;
+    job.width = lanes;
+    while (job.width < n && job.width < APTI_SPARSE_VECTORS * lanes) job.width *= 2;
+    job.blocks = apti_ceil_div(n, job.width);
+    const int64_t wanted = apti_ceil_div(4 * ctx->threads, job.blocks), most = apti_ceil_div(s->rows, APTI_SPARSE_OUTPUTS);
+    job.outputs = apti_ceil_div(s->rows, apti_max_i64(most, apti_min_i64(wanted, apti_ceil_div(s->rows, 32))));
+    apti_parallel_for(ctx, job.blocks * apti_ceil_div(s->rows, job.outputs), apti_sparse_task, &job);
+}
+#endif /* APT_ONLY_CORE */
+
+APT_API apt_result apt_sparse_forward(apt_ctx *ctx, float *y, int64_t ldy, const apt_sparse *sparse, const float *x, int64_t ldx,
+                                      int64_t n)
+{
+    apt_result r = apti_sparse_check(sparse, true);
+    if (r == APT_OK) r = apti_check_matrix(x, ldx, n, sparse->cols);
+    if (r == APT_OK) r = apti_check_matrix(y, ldy, n, sparse->rows);
+    if (r != APT_OK || n == 0 || sparse->rows == 0) return r;
+#ifndef APT_ONLY_CORE
+    if (ctx != NULL) {
+        apti_sparse_run(ctx, sparse, y, ldy, x, ldx, n);
+        return APT_OK;
+    }
+#else
+    (void)ctx;
+#endif
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t o = 0; o < sparse->rows; o++) y[i * ldy + o] = apti_sparse_dot(sparse, o, x + i * ldx);
+    return APT_OK;
+}
+
 /* du = dm p (1-p) / temperature, in the place of u */
 static void apti_core_logit_task(int64_t index, int32_t thread, void *arg)
 {
@@ -9395,6 +10223,7 @@ APT_API apt_result apt_module_mask(const apt_module *module, float *mask, int64_
 
 typedef struct apti_pass apti_pass;
 static void apti_pass_free(apt_ctx *ctx, apti_pass *pass);
+static void apti_bitmasks_free(apt_model *model);
 
 /* Which dimension the rows or the columns of a parameter follow. */
 typedef enum apti_axis {
@@ -9480,14 +10309,16 @@ struct apt_model {
     int32_t param_count;
     apti_param *none;                 /* 0 x 0, behind the counted ones: adapters of linear maps that a layer does not have */
     apti_param *embed[APTI_EMBED_SLOTS], *head[APTI_HEAD_SLOTS];  /* slots that the family or the task lacks are NULL */
+    apti_param *head_a, *head_b;      /* adapter of the LM head, as in apti_layer */
     apti_layer *layers;
     float *masks;                     /* [units], or NULL: all 1. Order: apt_units */
+    uint64_t **bitmask;               /* masks of single weights: [param_count], or NULL: none. An entry is NULL: all stay */
     apti_pass *pass;                  /* buffers of apt_model_forward, kept between calls */
 };
 
 /* ------------------------------------------------------------------------------------------------ names and layout */
 
-typedef enum apti_when { APTI_ALWAYS = 0, APTI_IF_GATED, APTI_IF_PLAIN, APTI_IF_BIAS, APTI_IF_UNTIED } apti_when;
+typedef enum apti_when { APTI_ALWAYS = 0, APTI_IF_GATED, APTI_IF_PLAIN, APTI_IF_BIAS } apti_when;
 
 /* One row per parameter of a layer: where it lives, how the file calls it, what its axes follow, which models have it. */
 typedef struct apti_param_row {
@@ -9615,8 +10446,8 @@ static const apti_param_row apti_llama_embed_rows[] = {
     {APTI_WORD, "embed_tokens.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
     {APTI_FINAL_NORM, "norm.weight", 1, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, 1, APTI_ALWAYS},
 };
-static const apti_param_row apti_lm_rows[] = {
-    {APTI_HEAD_OUT_W, "lm_head.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_IF_UNTIED},
+static const apti_param_row apti_lm_rows[] = {             /* without rows while the word embeddings are the head */
+    {APTI_HEAD_OUT_W, "lm_head.weight", 2, APTI_AXIS_FIXED, APTI_AXIS_HIDDEN, APTI_INIT_NORMAL, APTI_ALWAYS},
 };
 
 typedef struct apti_rows { const apti_param_row *row; int32_t count; } apti_rows;
@@ -9696,7 +10527,6 @@ static bool apti_row_applies(const apti_param_row *row, const apt_config *c)
     case APTI_IF_GATED: return c->gated != 0;
     case APTI_IF_PLAIN: return c->gated == 0;
     case APTI_IF_BIAS: return c->qkv_bias != 0;
-    case APTI_IF_UNTIED: return c->untied != 0;
     case APTI_ALWAYS: default: return true;
     }
 }
@@ -9759,13 +10589,19 @@ static int64_t apti_fixed_embed_rows(const apt_config *c, int32_t slot)
     }
 }
 
+/* The word embeddings are the LM head. */
+static bool apti_is_tied(const apt_config *c)
+{
+    return c->task == APT_TASK_LM && !c->untied;
+}
+
 /* FIXED lengths inside task heads: the dense layer keeps the dense hidden size, the output its width. */
 static int64_t apti_fixed_head_size(const apt_config *c, int32_t slot, bool rows)
 {
     switch (slot) {
     case APTI_HEAD_DENSE_W: return rows ? c->hidden_dense : 0;
     case APTI_HEAD_DENSE_B: return rows ? 1 : c->hidden_dense;
-    case APTI_HEAD_OUT_W: return rows ? apti_head_width(c) : c->hidden_dense;
+    case APTI_HEAD_OUT_W: return !rows ? c->hidden_dense : apti_is_tied(c) ? 0 : apti_head_width(c);
     case APTI_HEAD_OUT_B: return rows ? 1 : apti_head_width(c);
     default: return 1;
     }
@@ -9806,6 +10642,18 @@ static void apti_layout_rows(apt_model *model, int32_t l, const apti_rows *rows,
     }
 }
 
+/* The adapter of w, of rank 0 at first. */
+static void apti_layout_adapter(apt_model *model, const apti_param *w, apti_param **a, apti_param **b)
+{
+    const apti_param_row ra = {0, NULL, 2, APTI_AXIS_RANK, w->col_axis, 0, APTI_ALWAYS},
+                         rb = {0, NULL, 2, w->row_axis, APTI_AXIS_RANK, 0, APTI_ALWAYS};
+    const int stem = (int)(strlen(w->name) - strlen(".weight"));
+    *a = apti_param_add(model, &ra, w->layer, 0, 0);
+    *b = apti_param_add(model, &rb, w->layer, model->config.vocab, 0);       /* rows that follow nothing are the LM head's */
+    snprintf((*a)->name, sizeof((*a)->name), "lora_A.%.*s", stem, w->name);
+    snprintf((*b)->name, sizeof((*b)->name), "lora_B.%.*s", stem, w->name);
+}
+
 static void apti_layout_layer(apt_model *model, int32_t l)
 {
     const apt_config *c = &model->config;
@@ -9813,18 +10661,10 @@ static void apti_layout_layer(apt_model *model, int32_t l)
     const bool cross = apti_is_cross(c, l);
     apti_layout_rows(model, l, cross ? &block->cross : &block->attention, cross);
     if (apti_has_ffn(c, l)) apti_layout_rows(model, l, &block->ffn, cross ? 2 : 1);
-    for (int32_t i = 0; i < APTI_LINEARS; i++) {                      /* adapters start with rank 0 */
-        const apti_param *w = model->layers[l].slot[2 * i];
-        model->layers[l].lora_a[i] = model->layers[l].lora_b[i] = model->none;
-        if (w == NULL) continue;
-        const apti_param_row a = {0, NULL, 2, APTI_AXIS_RANK, w->col_axis, 0, APTI_ALWAYS},
-                             b = {0, NULL, 2, w->row_axis, APTI_AXIS_RANK, 0, APTI_ALWAYS};
-        const int stem = (int)(strlen(w->name) - strlen(".weight"));
-        apti_param *pa = apti_param_add(model, &a, l, 0, 0), *pb = apti_param_add(model, &b, l, 0, 0);
-        snprintf(pa->name, sizeof(pa->name), "lora_A.%.*s", stem, w->name);
-        snprintf(pb->name, sizeof(pb->name), "lora_B.%.*s", stem, w->name);
-        model->layers[l].lora_a[i] = pa;
-        model->layers[l].lora_b[i] = pb;
+    for (int32_t i = 0; i < APTI_LINEARS; i++) {
+        apti_layer *layer = &model->layers[l];
+        layer->lora_a[i] = layer->lora_b[i] = model->none;
+        if (layer->slot[2 * i] != NULL) apti_layout_adapter(model, layer->slot[2 * i], &layer->lora_a[i], &layer->lora_b[i]);
     }
 }
 
@@ -9837,7 +10677,7 @@ static void apti_layout(apt_model *model)
         const apti_param_row *row = &model->block->embed.row[i];
         apti_param *p = apti_param_add(model, row, -1, apti_fixed_embed_rows(c, row->slot),
                                        row->slot >= APTI_RELATIVE && row->slot < APTI_FINAL_NORM ? c->bias_heads : 1);
-        p->linear = p->narrow = row->slot == APTI_WORD && c->task == APT_TASK_LM && !c->untied;   /* it is the LM head too */
+        p->linear = p->narrow = row->slot == APTI_WORD && apti_is_tied(c);
         snprintf(p->name, sizeof(p->name), "%s%s", model->block->prefix, row->suffix);
         model->embed[row->slot] = p;
     }
@@ -9853,6 +10693,41 @@ static void apti_layout(apt_model *model)
         snprintf(p->name, sizeof(p->name), "%s", row->suffix);
         model->head[row->slot] = p;
     }
+    model->head_a = model->head_b = model->none;
+    if (c->task == APT_TASK_LM) apti_layout_adapter(model, model->head[APTI_HEAD_OUT_W], &model->head_a, &model->head_b);
+}
+
+/* ------------------------------------------------------------------------------------------------ places of adapters
+
+   Every linear map of every layer, then the LM head if there is one, are numbered through: place k is linear map
+   k % APTI_LINEARS of layer k / APTI_LINEARS. */
+
+typedef struct apti_site { apti_param *w, *a, *b; } apti_site;        /* w NULL: this layer has no such map, a and b are `none` */
+
+static int32_t apti_layer_sites(const apt_model *m)
+{
+    return m->config.layers * APTI_LINEARS;
+}
+
+static int32_t apti_sites(const apt_model *m)
+{
+    return apti_layer_sites(m) + (m->config.task == APT_TASK_LM);
+}
+
+static apti_site apti_site_of(const apt_model *m, int32_t k)
+{
+    apti_site site;
+    if (k < apti_layer_sites(m)) {
+        const apti_layer *layer = &m->layers[k / APTI_LINEARS];
+        site.w = layer->slot[2 * (k % APTI_LINEARS)];
+        site.a = layer->lora_a[k % APTI_LINEARS];
+        site.b = layer->lora_b[k % APTI_LINEARS];
+    } else {
+        site.w = apti_is_tied(&m->config) ? m->embed[APTI_WORD] : m->head[APTI_HEAD_OUT_W];
+        site.a = m->head_a;
+        site.b = m->head_b;
+    }
+    return site;
 }
 
 /* ------------------------------------------------------------------------------------------------ parameter storage */
@@ -9860,6 +10735,11 @@ static void apti_layout(apt_model *model)
 static int64_t apti_param_count(const apti_param *p)
 {
     return p->rows * p->cols;
+}
+
+static bool apti_is_adapter(const apti_param *p)
+{
+    return p->row_axis == APTI_AXIS_RANK || p->col_axis == APTI_AXIS_RANK;
 }
 
 /* The description stays, the buffers are someone else's business. */
@@ -10074,13 +10954,14 @@ static void apti_model_free(apt_model *model)
     apti_free(ctx, model->shape);
     apti_free(ctx, model->bias_head);
     apti_free(ctx, model->masks);
+    apti_bitmasks_free(model);
     apti_free(ctx, model);
 }
 
 /* Entries of the parameter table: at most so many, and one that is always empty. */
 static int64_t apti_param_capacity(int64_t layers)
 {
-    return APTI_EMBED_SLOTS + APTI_HEAD_SLOTS + layers * (APTI_LAYER_SLOTS + 2 * APTI_LINEARS) + 1;
+    return APTI_EMBED_SLOTS + APTI_HEAD_SLOTS + 2 + layers * (APTI_LAYER_SLOTS + 2 * APTI_LINEARS) + 1;
 }
 
 /* The shape of layer l when all layers are equal. */
@@ -10227,7 +11108,7 @@ APT_API void apt_model_query(const apt_model *model, apt_model_info *info)
         const int64_t n = apti_param_count(p);
         info->parameters += n;
         if (p->trainable) info->trainable += n;
-        if (p->row_axis == APTI_AXIS_RANK || p->col_axis == APTI_AXIS_RANK) info->adapter += n;
+        if (apti_is_adapter(p)) info->adapter += n;
     }
     info->prunable = apti_prunable(&model->config);
     info->prunable_dense = model->prunable_dense;
@@ -10312,6 +11193,19 @@ static bool apti_param_own(apt_model *model, apti_param *p)
     return true;
 }
 
+static const uint64_t *apti_bitmask_of(const apt_model *model, const apti_param *p)
+{
+    return model->bitmask != NULL ? model->bitmask[p - model->params] : NULL;
+}
+
+/* -1: values are 0 wherever the mask is; else the first that is not. */
+static int64_t apti_bitmask_broken(const uint64_t *mask, const float *values, int64_t n)
+{
+    for (int64_t i = 0; mask != NULL && i < n; i++)
+        if ((mask[i / 64] >> i % 64 & 1) == 0 && apti_magnitude(values[i]) != 0) return i;
+    return -1;
+}
+
 APT_API apt_result apt_model_set(apt_model *model, const char *name, const float *values, int64_t count)
 {
     apti_param *p = NULL;
@@ -10319,6 +11213,10 @@ APT_API apt_result apt_model_set(apt_model *model, const char *name, const float
     if (r != APT_OK) return r;
     if (!apti_finite_all(values, count))
         return apti_fail(model->ctx, APT_E_NONFINITE, "%s: the new values hold NaN or infinity", name);
+    const int64_t broken = apti_bitmask_broken(apti_bitmask_of(model, p), values, count);
+    if (broken >= 0)
+        return apti_fail(model->ctx, APT_E_STATE, "%s: weight %lld is masked and must stay 0; remove the mask with "
+                         "apt_model_set_bitmask first", name, (long long)broken);
     if (!apti_param_own(model, p))
         return apti_fail(model->ctx, APT_E_MEMORY, "no memory to set %s beside the teacher's copy", name);
     apti_param_set(model, p, values);
@@ -10406,6 +11304,156 @@ APT_API apt_result apt_model_set_masks(apt_model *model, const float *masks, int
     apti_masks_simplify(model);
     return APT_OK;
 }
+/* ------------------------------------------------------------------------------------------------ masks of single weights */
+
+/* What can be pruned weight by weight. */
+static bool apti_is_matrix(const apti_param *p)
+{
+    return p->dims == 2 && !apti_is_adapter(p) && apti_param_count(p) > 0;
+}
+
+static bool apti_bitmasks_reserve(apt_model *model)
+{
+    if (model->bitmask == NULL)
+        model->bitmask = (uint64_t **)apti_calloc(model->ctx, model->param_count, (int64_t)sizeof(uint64_t *));
+    return model->bitmask != NULL;
+}
+
+static void apti_bitmasks_free(apt_model *model)
+{
+    for (int32_t i = 0; model->bitmask != NULL && i < model->param_count; i++) apti_free(model->ctx, model->bitmask[i]);
+    apti_free(model->ctx, model->bitmask);
+    model->bitmask = NULL;
+}
+
+/* Gives the parameter a mask (a block that becomes the model's) and sets weights and moments under it to 0. `values`: room for
+   the matrix where it lives in panels only. Cannot fail: the parameter is the model's own and the list of masks is there. */
+static void apti_bitmask_adopt(apt_model *model, apti_param *p, uint64_t *mask, float *values)
+{
+    const int64_t n = apti_param_count(p);
+    uint64_t **slot = &model->bitmask[p - model->params];
+    float *w = p->value != NULL ? p->value : values;
+    if (p->value == NULL) apti_param_get(model, p, w);
+    (void)apt_bitmask_apply(model->ctx, w, mask, n);
+    apti_param_set(model, p, w);
+    if (p->moment1 != NULL) (void)apt_bitmask_apply(model->ctx, p->moment1, mask, n);
+    if (p->moment2 != NULL) (void)apt_bitmask_apply(model->ctx, p->moment2, mask, n);
+    apti_free(model->ctx, *slot);
+    *slot = mask;
+}
+
+static void apti_sparsity_add(apt_sparsity *s, int64_t rows, int64_t cols, int64_t kept)
+{
+    s->matrices++;
+    s->weights += rows * cols;
+    s->zeros += rows * cols - kept;
+    s->dense_bytes += 4 * rows * cols;
+    s->sparse_bytes += apt_sparse_bytes(rows, cols, kept);
+    s->sparsity = (double)s->zeros / (double)apti_max_i64(s->weights, 1);
+    s->compression = (double)s->dense_bytes / (double)s->sparse_bytes;
+}
+
+static void apti_sparsity_none(apt_sparsity *s)
+{
+    const apt_sparsity none = APT_ZERO;
+    *s = none;
+    s->compression = 1;
+}
+
+/* Weights that its mask lets stay. */
+static int64_t apti_param_kept(const apt_model *model, const apti_param *p)
+{
+    const uint64_t *mask = apti_bitmask_of(model, p);
+    return mask != NULL ? apt_bitmask_kept(mask, apti_param_count(p)) : apti_param_count(p);
+}
+
+/* Of those parameters that `chosen` has (NULL: that have a mask). */
+static void apti_sparsity_of(const apt_model *model, const uint8_t *chosen, apt_sparsity *s)
+{
+    apti_sparsity_none(s);
+    for (int32_t i = 0; i < model->param_count; i++) {
+        const apti_param *p = &model->params[i];
+        const bool wanted = chosen != NULL ? chosen[i] != 0 : apti_bitmask_of(model, p) != NULL;
+        if (wanted && apti_param_count(p) > 0) apti_sparsity_add(s, p->rows, p->cols, apti_param_kept(model, p));
+    }
+}
+
+APT_API apt_result apt_model_sparsity(const apt_model *model, const char *name, apt_sparsity *sparsity)
+{
+    if (model == NULL || sparsity == NULL) return APT_E_ARGUMENT;
+    if (name == NULL) {
+        apti_sparsity_of(model, NULL, sparsity);
+        return APT_OK;
+    }
+    const apti_param *p = apti_param_find(model, name);
+    if (p == NULL) return apti_fail(model->ctx, APT_E_MISSING, "the model has no parameter named %s", name);
+    apti_sparsity_none(sparsity);
+    apti_sparsity_add(sparsity, p->rows, p->cols, apti_param_kept(model, p));
+    return APT_OK;
+}
+
+static apt_result apti_bitmask_lookup(const apt_model *model, const char *name, int64_t words, apti_param **out)
+{
+    if (model == NULL || name == NULL) return APT_E_ARGUMENT;
+    *out = apti_param_find(model, name);
+    if (*out == NULL) return apti_fail(model->ctx, APT_E_MISSING, "the model has no parameter named %s", name);
+    if (!apti_is_matrix(*out)) return apti_fail(model->ctx, APT_E_ARGUMENT, "%s is no matrix that can have a mask", name);
+    const int64_t expected = apt_bitmask_words(apti_param_count(*out));
+    if (words != expected)
+        return apti_fail(model->ctx, APT_E_SHAPE, "%s: the mask of %lld x %lld weights has %lld words, the caller gives %lld",
+                         name, (long long)(*out)->rows, (long long)(*out)->cols, (long long)expected, (long long)words);
+    return APT_OK;
+}
+
+/* Bits behind the last weight would be counted as weights. */
+static bool apti_bitmask_tail_ok(const uint64_t *mask, int64_t n)
+{
+    return n % 64 == 0 || mask[n / 64] >> n % 64 == 0;
+}
+
+APT_API apt_result apt_model_get_bitmask(const apt_model *model, const char *name, uint64_t *mask, int64_t words)
+{
+    apti_param *p = NULL;
+    if (mask == NULL) return APT_E_ARGUMENT;
+    const apt_result r = apti_bitmask_lookup(model, name, words, &p);
+    if (r != APT_OK) return r;
+    const uint64_t *own = apti_bitmask_of(model, p);
+    const int64_t n = apti_param_count(p);
+    if (own != NULL) memcpy(mask, own, (size_t)words * sizeof(uint64_t));
+    else memset(mask, 0xff, (size_t)words * sizeof(uint64_t));
+    if (own == NULL && n % 64 != 0) mask[n / 64] = ((uint64_t)1 << n % 64) - 1;
+    return APT_OK;
+}
+
+APT_API apt_result apt_model_set_bitmask(apt_model *model, const char *name, const uint64_t *mask, int64_t words)
+{
+    apti_param *p = NULL;
+    if (model == NULL || name == NULL) return APT_E_ARGUMENT;
+    if (mask == NULL && words == 0) {
+        p = apti_param_find(model, name);
+        if (p == NULL) return apti_fail(model->ctx, APT_E_MISSING, "the model has no parameter named %s", name);
+        if (model->bitmask == NULL) return APT_OK;
+        apti_free(model->ctx, model->bitmask[p - model->params]);
+        model->bitmask[p - model->params] = NULL;
+        return APT_OK;
+    }
+    if (mask == NULL) return apti_fail(model->ctx, APT_E_ARGUMENT, "%s: the mask is NULL", name);
+    const apt_result r = apti_bitmask_lookup(model, name, words, &p);
+    if (r != APT_OK) return r;
+    const int64_t n = apti_param_count(p);
+    if (!apti_bitmask_tail_ok(mask, n))
+        return apti_fail(model->ctx, APT_E_RANGE, "%s: the mask has bits behind its %lld weights", name, (long long)n);
+    uint64_t *copy = (uint64_t *)apti_alloc(model->ctx, words, (int64_t)sizeof(uint64_t));
+    float *values = (float *)apti_alloc(model->ctx, p->value == NULL ? n : 0, (int64_t)sizeof(float));
+    const bool fine = copy != NULL && values != NULL && apti_bitmasks_reserve(model) && apti_param_own(model, p);
+    if (fine) {
+        memcpy(copy, mask, (size_t)words * sizeof(uint64_t));
+        apti_bitmask_adopt(model, p, copy, values);
+    } else apti_free(model->ctx, copy);
+    apti_free(model->ctx, values);
+    return fine ? APT_OK : apti_fail(model->ctx, APT_E_MEMORY, "%s: no memory for its mask", name);
+}
+
 /* ------------------------------------------------------------------------------------------------ one pass: buffers
 
    A pass owns every activation of one batch in a single block, planned before anything is computed. The same planning
@@ -10478,6 +11526,7 @@ struct apti_pass {
     /* embeddings and head */
     float *embed_z, *embed_stats;
     float *head_in, *head_pre, *head_out, *head_stats, *head_norm, *logits, *dlogits, *dhead, *dhead_in, *mlm_work, *kl_work;
+    float *head_xa, *head_dya;        /* adapter of the LM head: apti_lm_op */
     int64_t mlm_chunk;
     /* shared by all layers */
     float *head_mask;                 /* grouped queries: the mask of each query head of the layer at work */
@@ -10626,7 +11675,7 @@ static void apti_plan_head(apti_bump *b, apti_pass *pass, int64_t rows, int64_t 
     const apt_config *c = &pass->model->config;
     const int64_t width = apti_head_width(c), d = c->hidden, f = (int64_t)sizeof(float);
     const bool lm = c->task == APT_TASK_LM, mlm = c->task == APT_TASK_MLM || lm, span = c->task == APT_TASK_SPAN;
-    const int64_t n = mlm ? rows : sequences, dense = mlm ? d : c->hidden_dense;
+    const int64_t n = mlm ? rows : sequences, dense = mlm ? d : c->hidden_dense, rank = pass->model->head_a->rows;
     if (!span) pass->head_in = apti_bump_matrix(b, n, d);
     if (!span && !lm) {
         pass->head_pre = apti_bump_matrix(b, n, dense);
@@ -10635,9 +11684,11 @@ static void apti_plan_head(apti_bump *b, apti_pass *pass, int64_t rows, int64_t 
     if (mlm) {
         pass->head_stats = (float *)apti_bump_take(b, lm ? 0 : 2 * n, f);
         pass->head_norm = lm ? pass->head_in : apti_bump_matrix(b, n, d);       /* what the decoder reads */
-        pass->mlm_chunk = apti_max_i64(1, apti_min_i64(n, ((int64_t)1 << 21) / apti_ld(width)));
+        pass->mlm_chunk = apti_max_i64(1, apti_min_i64(n, APTI_LOGITS / apti_ld(width)));
         pass->mlm_work = apti_bump_matrix(b, pass->mlm_chunk, width);
         pass->kl_work = kept && lm ? apti_bump_matrix(b, pass->mlm_chunk, width) : NULL;
+        pass->head_xa = (float *)apti_bump_take(b, n * rank, f);
+        pass->head_dya = (float *)apti_bump_take(b, kept ? pass->mlm_chunk * rank : 0, f);
     } else {
         pass->logits = (float *)apti_bump_take(b, (span ? rows : sequences) * width, f);
     }
@@ -11378,21 +12429,38 @@ static apt_result apti_forward(apti_pass *pass, const apt_batch *batch, uint32_t
     return APT_OK;
 }
 
-/* The matrix of the decoder, with its bias where MLM has one. */
-typedef struct apti_decoder { apti_lm_op op; apti_param *e, *bias; } apti_decoder;
-
-static apti_decoder apti_decoder_of(const apt_model *m)
+/* The matrix of the decoder, with its bias where MLM has one and its adapter where LM has one. */
+static apti_param *apti_decoder_matrix(const apt_model *m)
 {
-    apti_decoder x;
-    const bool own = m->config.task == APT_TASK_LM && m->config.untied;
-    x.e = own ? m->head[APTI_HEAD_OUT_W] : m->embed[APTI_WORD];
-    x.bias = m->head[APTI_HEAD_OUT_B];
-    x.op.vocab = m->config.vocab;
-    x.op.d = m->config.hidden;
-    x.op.packed = x.e->linear ? &x.e->packed : NULL;
-    x.op.e = x.e->value;
-    x.op.bias = x.bias != NULL ? x.bias->value : NULL;
-    return x;
+    return m->config.task == APT_TASK_LM && m->config.untied ? m->head[APTI_HEAD_OUT_W] : m->embed[APTI_WORD];
+}
+
+static apti_lm_op apti_decoder_of(const apti_pass *p)
+{
+    const apt_model *m = p->model;
+    const apti_param *w = apti_decoder_matrix(m);
+    apti_lm_op op;
+    op.head = apti_view(m, w, m->head[APTI_HEAD_OUT_B], m->head_a, m->head_b);
+    if (!w->linear) op.head.w = NULL;
+    op.e = w->value;
+    op.xa = p->head_xa;
+    op.dya = p->head_dya;
+    return op;
+}
+
+static apti_linear_grad apti_grads(const apti_param *w, const apti_param *bias, const apti_param *a, const apti_param *b)
+{
+    apti_linear_grad g;
+    g.w = w->grad;
+    g.bias = bias != NULL ? bias->grad : NULL;
+    g.a = a != NULL ? a->grad : NULL;
+    g.b = b != NULL ? b->grad : NULL;
+    return g;
+}
+
+static apti_linear_grad apti_decoder_grads(const apt_model *m)
+{
+    return apti_grads(apti_decoder_matrix(m), m->head[APTI_HEAD_OUT_B], m->head_a, m->head_b);
 }
 
 /* ------------------------------------------------------------------------------------------------ losses
@@ -11420,10 +12488,10 @@ static void apti_task_loss(apti_pass *p, bool grad, float grad_scale)
         p->loss_sum = apti_span_loss(m->ctx, dlogits, p->logits, 2, b->labels, b->offsets, b->sequences, grad_scale,
                                      &p->loss_count, &p->correct);
     } else {
-        const apti_decoder x = apti_decoder_of(m);
+        const apti_lm_op op = apti_decoder_of(p);
+        const apti_linear_grad grads = apti_decoder_grads(m);
         const int64_t ld = apti_ld(m->config.hidden);
-        p->loss_sum = apti_lm_loss(m->ctx, &x.op, grad ? p->dhead : NULL, ld, grad ? x.e->grad : NULL,
-                                   grad && x.bias != NULL ? x.bias->grad : NULL, p->head_norm, ld, p->mlm_labels, p->labelled,
+        p->loss_sum = apti_lm_loss(m->ctx, &op, p->dhead, ld, grad ? &grads : NULL, p->head_norm, ld, p->mlm_labels, p->labelled,
                                    -100, grad_scale, p->mlm_work, p->mlm_chunk, &p->loss_count, &p->correct);
     }
 }
@@ -11434,16 +12502,6 @@ static double apti_mean_loss(const apti_pass *p)
 }
 
 /* ------------------------------------------------------------------------------------------------ backward */
-
-static apti_linear_grad apti_grads(const apti_param *w, const apti_param *bias, const apti_param *a, const apti_param *b)
-{
-    apti_linear_grad g;
-    g.w = w->grad;
-    g.bias = bias != NULL ? bias->grad : NULL;
-    g.a = a != NULL ? a->grad : NULL;
-    g.b = b != NULL ? b->grad : NULL;
-    return g;
-}
 
 static apti_linear_grad apti_layer_grads(const apt_model *model, int32_t l, int32_t i)
 {
@@ -11691,12 +12749,14 @@ static void apti_stack_backward(apti_pass *p, int32_t which, int32_t lowest)
     if (lowest < 0) apti_embed_backward_pass(p, stack);
 }
 
-/* From dlogits down to the lowest place that wants a gradient; with a probe down to the first layer's input. Gradients are +=. */
+/* From dlogits down to the lowest place that wants a gradient; with a probe or a loss of the trainer's at some layer down to the
+   first layer's input. Gradients are +=. */
 static void apti_backward(apti_pass *p)
 {
     apt_model *m = p->model;
     const int64_t d = m->config.hidden, ld = apti_ld(d);
-    const int32_t trained = apti_lowest_trainable(m), lowest = p->probe != NULL && trained > 0 ? 0 : trained;
+    const bool whole = p->probe != NULL || p->inject != NULL;
+    const int32_t trained = apti_lowest_trainable(m), lowest = whole && trained > 0 ? 0 : trained;
     if (m->config.task == APT_TASK_LM) apti_lm_backward(p);
     else if (m->config.task == APT_TASK_MLM) apti_mlm_backward(p);
     else apti_head_backward(p);
@@ -11724,9 +12784,9 @@ static apt_result apti_output_logits(apti_pass *p, apt_output *out)
         return apti_fail(p->model->ctx, APT_E_SCRATCH, "output: %lld logits, room for %lld", (long long)(n * width),
                          (long long)out->logits_capacity);
     if (c->task == APT_TASK_MLM || lm) {
-        const apti_decoder x = apti_decoder_of(p->model);
+        const apti_lm_op op = apti_decoder_of(p);
         if (lm) apti_head_scale(p, last->out, n);                     /* nobody reads it after this */
-        apti_lm_logits(p->model->ctx, &x.op, out->logits, width, lm ? last->out : p->head_norm, apti_ld(c->hidden), n);
+        apti_lm_logits(p->model->ctx, &op, out->logits, width, lm ? last->out : p->head_norm, apti_ld(c->hidden), n);
     } else if (c->task == APT_TASK_SPAN) {
         for (int64_t i = 0; i < n; i++) {
             out->logits[i] = p->logits[2 * i];
@@ -11933,10 +12993,10 @@ static apt_result apti_generator_step(apti_generator *g, bool first)
     const apt_result r = apti_forward(p, &g->batch, 0);
     p->cache = NULL;
     if (r != APT_OK) return r;
-    const apti_decoder x = apti_decoder_of(m);
+    const apti_lm_op op = apti_decoder_of(p);
     apti_gather_rows(m->ctx, p->head_in, ld, p->stack[p->stacks - 1].out, ld, g->last, g->active, d);
     apti_head_scale(p, p->head_in, g->active);
-    apti_lm_logits(m->ctx, &x.op, g->logits, vocab, p->head_in, ld, g->active);
+    apti_lm_logits(m->ctx, &op, g->logits, vocab, p->head_in, ld, g->active);
     for (int32_t i = 0; i < g->active; i++)
         if (!apti_finite_all(g->logits + i * vocab, vocab))
             return apti_fail(m->ctx, APT_E_NONFINITE, "apt_generate: sequence %d has a logit that is NaN or infinite",
@@ -12421,10 +13481,37 @@ static void apti_param_shrink(apt_model *model, apti_param *p, const apti_cut *c
     p->moment2 = (float *)apti_trim(ctx, p->moment2, bytes);
 }
 
+/* Where entry i of a cut axis was before the cut. */
+static int64_t apti_axis_source(const apt_axis *axis, int64_t i)
+{
+    const int64_t unit = i / axis->width;
+    return (axis->index != NULL ? axis->index[unit] : unit) * axis->width + i % axis->width;
+}
+
+/* The bits of what a cut leaves, moved together in the same memory: none moves back. cols: of the matrix before the cut. */
+static void apti_bitmask_cut(uint64_t *mask, int64_t cols, const apti_cut *cut)
+{
+    int64_t out = 0;
+    uint64_t word = 0;
+    for (int64_t i = 0; i < cut->r; i++) {
+        const int64_t row = apti_axis_source(&cut->rows, i);
+        for (int64_t j = 0; j < cut->c; j++, out++) {
+            const int64_t at = row * cols + apti_axis_source(&cut->cols, j);
+            word |= (mask[at / 64] >> at % 64 & 1) << out % 64;
+            if (out % 64 != 63) continue;
+            mask[out / 64] = word;
+            word = 0;
+        }
+    }
+    if (out % 64 != 0) mask[out / 64] = word;
+}
+
 static void apti_compact_commit(apt_model *model, const apti_param *fresh, const apti_survivors *s, float *whole)
 {
     for (int32_t i = 0; i < model->param_count; i++) {
         const apti_cut cut = apti_cut_of(s, &model->params[i]);
+        if (model->bitmask != NULL && model->bitmask[i] != NULL && cut.changes)
+            apti_bitmask_cut(model->bitmask[i], model->params[i].cols, &cut);
         if (fresh[i].name[0] != 0) {
             apti_param_release(model->ctx, &model->params[i]);
             model->params[i] = fresh[i];
@@ -12523,10 +13610,10 @@ static apt_adapter apti_adapter_view(const apt_model *model, float *a, float *b,
 }
 
 /* Buffers for one adapter at `rank`, in fresh[0] (A) and fresh[1] (B); none where no heads or neurons are left to adapt. */
-static bool apti_adapter_reserve(apt_model *model, apti_param *fresh, int32_t l, int32_t linear, int64_t rank, bool trainable)
+static bool apti_adapter_reserve(apt_model *model, apti_param *fresh, int32_t site, int64_t rank, bool trainable)
 {
-    fresh[0] = *model->layers[l].lora_a[linear];
-    fresh[1] = *model->layers[l].lora_b[linear];
+    fresh[0] = *apti_site_of(model, site).a;
+    fresh[1] = *apti_site_of(model, site).b;
     fresh[0].rows = fresh[1].cols = rank;
     for (int32_t i = 0; i < 2; i++) {
         apti_param_forget(&fresh[i]);
@@ -12538,9 +13625,9 @@ static bool apti_adapter_reserve(apt_model *model, apti_param *fresh, int32_t l,
 
 /* Moves one adapter into reserved buffers: new A rows random, new B columns and all their moments 0; the output does not
    change. */
-static void apti_adapter_adopt(apt_model *model, const apti_param *fresh, int32_t l, int32_t linear, apt_rng *rng)
+static void apti_adapter_adopt(apt_model *model, const apti_param *fresh, int32_t site, apt_rng *rng)
 {
-    apti_param *pa = model->layers[l].lora_a[linear], *pb = model->layers[l].lora_b[linear];
+    apti_param *pa = apti_site_of(model, site).a, *pb = apti_site_of(model, site).b;
     const apti_param *a = &fresh[0], *b = &fresh[1];
     if (a->value == NULL) return;
     const apt_adapter grown = apti_adapter_view(model, a->value, b->value, a, b);
@@ -12562,43 +13649,85 @@ static void apti_adapter_adopt(apt_model *model, const apti_param *fresh, int32_
 }
 
 /* A first adapter of `rank`, or one raised to it. */
-static apt_result apti_adapter_resize(apt_model *model, int32_t l, int32_t linear, int64_t rank, bool trainable, apt_rng *rng)
+static apt_result apti_adapter_resize(apt_model *model, int32_t site, int64_t rank, bool trainable, apt_rng *rng)
 {
     apti_param fresh[2];
-    if (!apti_adapter_reserve(model, fresh, l, linear, rank, trainable)) {
+    if (!apti_adapter_reserve(model, fresh, site, rank, trainable)) {
         apti_param_release(model->ctx, &fresh[0]);
         apti_param_release(model->ctx, &fresh[1]);
         return apti_fail(model->ctx, APT_E_MEMORY, "no memory for %s at rank %lld", fresh[0].name, (long long)rank);
     }
-    apti_adapter_adopt(model, fresh, l, linear, rng);
+    apti_adapter_adopt(model, fresh, site, rng);
     return APT_OK;
 }
 
-static void apti_adapter_remove(apt_model *model, int32_t l, int32_t linear)
+static void apti_adapter_remove(apt_model *model, int32_t site)
 {
-    apti_param *pa = model->layers[l].lora_a[linear], *pb = model->layers[l].lora_b[linear];
+    apti_param *pa = apti_site_of(model, site).a, *pb = apti_site_of(model, site).b;
     apti_param_release(model->ctx, pa);
     apti_param_release(model->ctx, pb);
     pa->rows = pb->cols = 0;
     pa->trainable = pb->trainable = false;
 }
 
-/* The linear maps that adapters can be fused into have those in+out sizes; used by growth budgets. */
-static int64_t apti_adapter_per_rank(const apt_model *model, int32_t l, int32_t linear)
+/* Values that one more rank takes. */
+static int64_t apti_adapter_per_rank(const apti_site *site)
 {
-    return model->layers[l].lora_a[linear]->cols + model->layers[l].lora_b[linear]->rows;
+    return site->a->cols + site->b->rows;
+}
+
+/* values = W + s B A, with the zeros of W's mask */
+static void apti_merge_values(const apt_model *model, const apti_site *site, float *values)
+{
+    const apt_adapter view = apti_adapter_view(model, site->a->value, site->b->value, site->a, site->b);
+    apti_param_get(model, site->w, values);
+    (void)apt_adapter_merge(&view, values, site->w->cols);
+    if (apti_bitmask_of(model, site->w) != NULL)
+        (void)apt_bitmask_apply(model->ctx, values, apti_bitmask_of(model, site->w), apti_param_count(site->w));
 }
 
 /* W + s B A, written back in place of W. Only the adapters' own memory is given up afterwards. */
-static void apti_merge_one(apt_model *model, int32_t l, int32_t linear, float *values)
+static void apti_merge_one(apt_model *model, int32_t k, float *values)
 {
-    apti_param *w = model->layers[l].slot[2 * linear];
-    const apti_param *pa = model->layers[l].lora_a[linear], *pb = model->layers[l].lora_b[linear];
-    const apt_adapter view = apti_adapter_view(model, pa->value, pb->value, pa, pb);
-    apti_param_get(model, w, values);
-    (void)apt_adapter_merge(&view, values, w->cols);
-    apti_param_set(model, w, values);
-    apti_adapter_remove(model, l, linear);
+    const apti_site site = apti_site_of(model, k);
+    apti_merge_values(model, &site, values);
+    apti_param_set(model, site.w, values);
+    apti_adapter_remove(model, k);
+}
+
+/* What a tied LM head with an adapter becomes: a matrix of its own, and word embeddings that are only looked up. */
+typedef struct apti_untied { bool wanted; apti_param head, word; } apti_untied;
+
+static bool apti_untie_reserve(apt_model *m, apti_untied *u)
+{
+    u->wanted = apti_is_tied(&m->config) && m->head_a->rows > 0;
+    if (!u->wanted) return true;
+    u->head = *m->head[APTI_HEAD_OUT_W];
+    u->head.rows = m->config.vocab;
+    u->word = *m->embed[APTI_WORD];
+    u->word.linear = u->word.narrow = false;
+    apti_param_forget(&u->word);
+    if (apti_param_reserve(m, &u->head) && apti_param_reserve(m, &u->word)) return true;
+    apti_param_release(m->ctx, &u->head);
+    apti_param_release(m->ctx, &u->word);
+    return false;
+}
+
+/* T5's division by sqrt(d) goes into the matrix: a reader of Hugging Face files expects it of tied heads only. */
+static void apti_untie(apt_model *m, const apti_untied *u, float *values)
+{
+    const apti_site site = apti_site_of(m, apti_layer_sites(m));
+    const int64_t n = apti_param_count(site.w);
+    apti_param_get(m, site.w, u->word.value);
+    apti_merge_values(m, &site, values);
+    if (m->config.scaled_head) m->ctx->kernels->scale(values, values, 1.0f / sqrtf((float)m->config.hidden_dense), n);
+    apti_param_release(m->ctx, m->embed[APTI_WORD]);
+    *m->embed[APTI_WORD] = u->word;
+    *m->head[APTI_HEAD_OUT_W] = u->head;
+    m->config.untied = 1;
+    m->config.scaled_head = 0;
+    apti_param_set(m, m->head[APTI_HEAD_OUT_W], values);
+    apti_adapter_remove(m, apti_layer_sites(m));
 }
 
 /* Logits of `probe` before and after a merge: room for both, and the first half filled. */
@@ -12633,12 +13762,16 @@ APT_API apt_result apt_model_merge(apt_model *model, const apt_batch *probe, flo
     if (model == NULL) return APT_E_ARGUMENT;
     apt_result r = APT_OK;
     apt_output before = APT_ZERO;
-    float *values = (float *)apti_alloc(model->ctx, apti_largest_layer(model), (int64_t)sizeof(float));
+    apti_untied untied = APT_ZERO;
+    const int64_t most = model->head_a->rows > 0 ? apti_largest_linear(model) : apti_largest_layer(model);
+    float *values = (float *)apti_alloc(model->ctx, most, (int64_t)sizeof(float));
     if (values == NULL) r = apti_fail(model->ctx, APT_E_MEMORY, "merge: no memory for one matrix");
     if (r == APT_OK && probe != NULL && difference != NULL) r = apti_probe_logits(model, probe, &before);
-    for (int32_t l = 0; l < model->config.layers && r == APT_OK; l++)
-        for (int32_t i = 0; i < APTI_LINEARS; i++)
-            if (apti_rank(model, l, i) > 0) apti_merge_one(model, l, i, values);
+    if (r == APT_OK && !apti_untie_reserve(model, &untied))
+        r = apti_fail(model->ctx, APT_E_MEMORY, "merge: no memory for an LM head of its own");
+    if (r == APT_OK && untied.wanted) apti_untie(model, &untied, values);
+    for (int32_t k = 0; k < apti_sites(model) && r == APT_OK; k++)
+        if (apti_site_of(model, k).a->rows > 0) apti_merge_one(model, k, values);
     if (r == APT_OK) model->structure++;
     apti_free(model->ctx, values);
     if (r == APT_OK && before.logits != NULL) r = apti_logit_difference(model, probe, &before, difference);
@@ -12718,6 +13851,14 @@ typedef enum apti_stage {
     APTI_STAGES
 } apti_stage;
 
+/* Iterative magnitude pruning. */
+typedef struct apti_iterative {
+    apt_iterative_desc desc;          /* resolved, without the caller's patterns */
+    uint8_t *chosen;                  /* [param_count] 1: pruned; NULL: there is no plan */
+    apt_iteration *history;           /* [iterations] */
+    int32_t done;                     /* iterations that have pruned */
+} apti_iterative;
+
 struct apt_trainer {
     apt_ctx *ctx;
     apt_model *model;
@@ -12739,7 +13880,7 @@ struct apt_trainer {
     bool working, half_done;          /* inside a call that fires events; its changes are not complete */
     double sparsity;                  /* by the last decision, of the dense prunable parameters */
     /* adapters */
-    float *importance;                /* [layers * APTI_LINEARS] moving average of I */
+    float *importance;                /* [apti_sites] moving average of I */
     int64_t adapter_budget;           /* adapter values at the start */
     /* self-distillation */
     apt_model *teacher;
@@ -12752,9 +13893,18 @@ struct apt_trainer {
     float layer_scale;                /* factor of the layer loss's gradient in the present backward */
     double best_metric;
     bool has_metric;
+    apti_iterative iterative;
 };
 
 static void apti_teacher_drop(apt_trainer *t);
+
+static void apti_iterative_drop(apt_trainer *t)
+{
+    const apti_iterative none = APT_ZERO;
+    apti_free(t->ctx, t->iterative.chosen);
+    apti_free(t->ctx, t->iterative.history);
+    t->iterative = none;
+}
 
 /* Streams of the trainer's seed. */
 enum { APTI_STREAM_ADAPTER = 1, APTI_STREAM_GROW = 2, APTI_STREAM_LAYERS = 3, APTI_STREAM_TRANSFORM = 4 };
@@ -12827,6 +13977,12 @@ static void apti_field_put(apti_field **at, const char *name, double value, doub
     *(*at)++ = field;
 }
 
+/* What there is to adapt, as APT_ADAPT_*. */
+static int32_t apti_adaptable(const apt_config *c)
+{
+    return 63 | (c->gated ? APT_ADAPT_GATE : 0) | (c->task == APT_TASK_LM ? APT_ADAPT_HEAD : 0);
+}
+
 static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_field *fields)
 {
     const double most = 9e15, steps = (double)d->steps, begin = (double)d->prune_begin;
@@ -12849,7 +14005,7 @@ static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_
     apti_field_put(&f, "rank", d->rank, 1, 4096);
     apti_field_put(&f, "max_rank", d->max_rank, d->rank, 4096);
     apti_field_put(&f, "scale", d->scale, 1e-6, 1e6);
-    apti_field_put(&f, "adapt", d->adapt, 1, c->gated ? 127 : 63);
+    apti_field_put(&f, "adapt", d->adapt, 1, apti_adaptable(c));
     apti_field_put(&f, "disable_growth", d->disable_growth, 0, 1);
     apti_field_put(&f, "growth", d->growth, 1, 4096);
     apti_field_put(&f, "target_sparsity", d->target_sparsity, 0, 0.999999);
@@ -12893,6 +14049,9 @@ static apt_result apti_desc_check(apt_ctx *ctx, const apt_train_desc *d, const a
         if (!apti_finite_f64(field[i].value) || !(field[i].value >= field[i].low && field[i].value <= field[i].high))
             return apti_fail(ctx, APT_E_RANGE, "apt_train_desc.%s is %g; expected %g..%g", field[i].name, field[i].value,
                              field[i].low, field[i].high);
+    if ((d->adapt & ~apti_adaptable(c)) != 0)
+        return apti_fail(ctx, APT_E_RANGE, "apt_train_desc.adapt is %d, but this FFN has no gate; expected a sum of bits of %d",
+                         (int)d->adapt, (int)apti_adaptable(c));
     return APT_OK;
 }
 
@@ -12943,9 +14102,11 @@ static void apti_unit_arrays_adopt(apt_trainer *t, const apti_unit_arrays *a, in
     t->probe.rows = 0;
 }
 
-static bool apti_wants_adapter(const apt_trainer *t, int32_t linear)
+/* APT_ADAPT_* are 1 << apti_linear_id; behind them comes the LM head. */
+static bool apti_wants_adapter(const apt_trainer *t, int32_t site)
 {
-    return t->desc.method != APT_METHOD_FULL && (t->desc.adapt >> linear & 1) != 0;   /* APT_ADAPT_* are 1 << apti_linear_id */
+    const int32_t bit = site < apti_layer_sites(t->model) ? site % APTI_LINEARS : APTI_LINEARS;
+    return t->desc.method != APT_METHOD_FULL && (t->desc.adapt >> bit & 1) != 0;
 }
 
 static int64_t apti_adapter_total(const apt_model *model)
@@ -12958,8 +14119,7 @@ static int64_t apti_adapter_total(const apt_model *model)
 /* Which parameters a trainer of this desc trains: task heads always, adapters, everything for FULL. */
 static bool apti_trains(const apt_trainer *t, const apti_param *p)
 {
-    const bool adapter = p->row_axis == APTI_AXIS_RANK || p->col_axis == APTI_AXIS_RANK;
-    return adapter || p->optional_in_file || t->desc.method == APT_METHOD_FULL;
+    return apti_is_adapter(p) || p->optional_in_file || t->desc.method == APT_METHOD_FULL;
 }
 
 /* Adapters at their first rank, task head (and for FULL everything) trainable. */
@@ -12973,9 +14133,8 @@ static apt_result apti_trainer_attach(apt_trainer *t)
         if (m->head[i] != NULL && apti_trains(t, m->head[i])) r = apti_param_train(m, m->head[i]);
     for (int32_t i = 0; i < m->param_count && r == APT_OK && t->desc.method == APT_METHOD_FULL; i++)
         r = apti_param_train(m, &m->params[i]);
-    for (int32_t l = 0; l < m->config.layers && r == APT_OK; l++)
-        for (int32_t i = 0; i < APTI_LINEARS && r == APT_OK; i++)
-            if (apti_wants_adapter(t, i)) r = apti_adapter_resize(m, l, i, t->desc.rank, true, &rng);
+    for (int32_t k = 0; k < apti_sites(m) && r == APT_OK; k++)
+        if (apti_wants_adapter(t, k)) r = apti_adapter_resize(m, k, t->desc.rank, true, &rng);
     t->adapter_budget = apti_adapter_total(m);
     return r;
 }
@@ -12998,6 +14157,7 @@ APT_API void apt_trainer_destroy(apt_trainer *trainer)
     apti_unit_arrays_free(ctx, &arrays);
     apti_pass_free(ctx, trainer->pass);
     apti_teacher_drop(trainer);
+    apti_iterative_drop(trainer);
     apti_free(ctx, trainer->importance);
     apti_free(ctx, trainer);
 }
@@ -13012,7 +14172,7 @@ static apt_result apti_trainer_fill(apt_trainer *t)
     if (r != APT_OK) return r;
     apti_unit_arrays_adopt(t, &arrays, probes);
     memset(t->keep, 1, (size_t)u.total);
-    t->importance = (float *)apti_calloc(t->ctx, (int64_t)t->model->config.layers * APTI_LINEARS, (int64_t)sizeof(float));
+    t->importance = (float *)apti_calloc(t->ctx, apti_sites(t->model), (int64_t)sizeof(float));
     if (t->importance == NULL) return apti_fail(t->ctx, APT_E_MEMORY, "trainer: no memory for adapter importance");
     r = apti_pass_create(t->model, &t->pass);
     return r == APT_OK ? apti_trainer_attach(t) : r;
@@ -13038,8 +14198,7 @@ APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *de
     model->trainer = t;
     r = apti_trainer_fill(t);
     if (r != APT_OK) {
-        for (int32_t l = 0; l < model->config.layers; l++)
-            for (int32_t i = 0; i < APTI_LINEARS; i++) apti_adapter_remove(model, l, i);
+        for (int32_t k = 0; k < apti_sites(model); k++) apti_adapter_remove(model, k);
         apt_trainer_destroy(t);
         return r;
     }
@@ -13141,10 +14300,11 @@ static double apti_learning_rate(const apt_train_desc *d, int64_t step)
 /* w -= lr*sqrt(c2)/c1 * m / (sqrt(v) + eps*sqrt(c2)) + lr*decay*w, which is Adam with both bias corrections folded in. */
 typedef struct apti_adam_job {
     apti_param *p;
+    const uint64_t *mask;             /* or NULL: weights that stay 0 */
     const apti_kernels *kernels;
     float grad_scale, beta1, beta2, step_size, eps, decay;
 } apti_adam_job;
-#define APTI_ADAM_BLOCK 8192
+#define APTI_ADAM_BLOCK 8192          /* whole words of a mask, which is applied while the block is in the cache */
 
 static void apti_adam_task(int64_t index, int32_t thread, void *arg)
 {
@@ -13153,6 +14313,7 @@ static void apti_adam_task(int64_t index, int32_t thread, void *arg)
     (void)thread;
     j->kernels->adam(j->p->value + at, j->p->moment1 + at, j->p->moment2 + at, j->p->grad + at, n, j->grad_scale, j->beta1,
                      j->beta2, j->step_size, j->eps, j->decay);
+    if (j->mask != NULL) apti_bitmask_run(j->p->value + at, j->mask + at / 64, n);
 }
 
 /* Weight decay leaves vectors (biases, norms) alone, as usual. */
@@ -13163,8 +14324,9 @@ static void apti_adam_update(apt_trainer *t, double grad_scale, double lr)
     apti_param *p;
     for (int32_t i = 0; (p = apti_trained(t, i)) != NULL; i++) {
         if (!apti_is_trained(p)) continue;
+        const uint64_t *mask = i < t->model->param_count ? apti_bitmask_of(t->model, p) : NULL;
         apti_adam_job job = {
-            p,        t->ctx->kernels,          (float)grad_scale,           d->beta1,
+            p,        mask,                     t->ctx->kernels,             (float)grad_scale,  d->beta1,
             d->beta2, (float)(lr * root2 / c1), (float)(d->epsilon * root2), p->dims == 2 ? (float)(lr * d->weight_decay) : 0.0f};
         apti_parallel_for(t->ctx, apti_ceil_div(apti_param_count(p), APTI_ADAM_BLOCK), apti_adam_task, &job);
         apti_param_repack(t->model, p);
@@ -13441,21 +14603,21 @@ static void apti_kl_task(int64_t index, int32_t thread, void *arg)
 static double apti_distill_lm(apt_trainer *t, double scale)
 {
     apti_pass *s = t->pass, *teacher = t->teacher_pass;
-    const apti_decoder x = apti_decoder_of(s->model), y = apti_decoder_of(teacher->model);
-    const int64_t ld = apti_ld(x.op.vocab), ldx = apti_ld(x.op.d), ldy = apti_ld(y.op.d), rows = s->labelled;
+    const apti_lm_op x = apti_decoder_of(s), y = apti_decoder_of(teacher);
+    const apti_linear_grad grad = apti_decoder_grads(s->model);
+    const int64_t vocab = x.head.out, ld = apti_ld(vocab), ldx = apti_ld(x.head.in), ldy = apti_ld(y.head.in), rows = s->labelled;
     const double each = rows > 0 ? 1.0 / (double)rows : 0;
     double *row_loss = apti_distill_plan(t, (char *)t->distill_block, s->most_rows).row_sum, total = 0;
-    apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, x.op.vocab, t->desc.distill_temperature,
+    apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, vocab, t->desc.distill_temperature,
                        (float)(scale * each)};
     for (int64_t first = 0; first < rows; first += s->mlm_chunk) {
         const int64_t n = apti_min_i64(s->mlm_chunk, rows - first);
         const float *h = s->head_in + first * ldx;
-        apti_lm_logits(t->ctx, &x.op, s->mlm_work, ld, h, ldx, n);
-        apti_lm_logits(t->ctx, &y.op, teacher->mlm_work, ld, teacher->head_in + first * ldy, ldy, n);
+        apti_lm_logits(t->ctx, &x, s->mlm_work, ld, h, ldx, n);
+        apti_lm_logits(t->ctx, &y, teacher->mlm_work, ld, teacher->head_in + first * ldy, ldy, n);
         apti_parallel_for(t->ctx, n, apti_kl_task, &job);
         for (int64_t i = 0; i < n; i++) total += row_loss[i] * each;
-        apti_lm_input_grad(t->ctx, &x.op, s->dhead + first * ldx, ldx, true, s->kl_work, ld, n);
-        apti_lm_weight_grad(t->ctx, &x.op, x.e->grad, NULL, s->kl_work, ld, h, ldx, n);
+        apti_lm_grads(t->ctx, &x, s->dhead + first * ldx, ldx, true, s->kl_work, ld, h, ldx, n, &grad);
     }
     return total;
 }
@@ -13609,21 +14771,20 @@ static void apti_probe_clear(apt_trainer *t)
 /* I of every adapter (method.md, "Adapters"), averaged. */
 static apt_result apti_importance_update(apt_trainer *t)
 {
-    for (int32_t l = 0; l < t->model->config.layers; l++)
-        for (int32_t i = 0; i < APTI_LINEARS; i++) {
-            const apti_param *pa = t->model->layers[l].lora_a[i], *pb = t->model->layers[l].lora_b[i];
-            float now = 0;
-            if (pa->rows == 0) continue;
-            const apt_adapter view = apti_adapter_view(t->model, pa->value, pb->value, pa, pb);
-            apt_result r = apt_adapter_importance(&view, pb->grad, &now);
-            if (r == APT_OK) r = apt_salience_ema(&t->importance[l * APTI_LINEARS + i], &now, 1, t->desc.salience_momentum);
-            if (r != APT_OK) return apti_fail(t->ctx, r, "importance of %s is NaN or infinite", pb->name);
-        }
+    for (int32_t k = 0; k < apti_sites(t->model); k++) {
+        const apti_param *pa = apti_site_of(t->model, k).a, *pb = apti_site_of(t->model, k).b;
+        float now = 0;
+        if (pa->rows == 0) continue;
+        const apt_adapter view = apti_adapter_view(t->model, pa->value, pb->value, pa, pb);
+        apt_result r = apt_adapter_importance(&view, pb->grad, &now);
+        if (r == APT_OK) r = apt_salience_ema(&t->importance[k], &now, 1, t->desc.salience_momentum);
+        if (r != APT_OK) return apti_fail(t->ctx, r, "importance of %s is NaN or infinite", pb->name);
+    }
     return APT_OK;
 }
 
-/* The adapters that there are (linear maps without one would make the upper half too large): place[i] is layer * APTI_LINEARS +
-   linear, next[i] the rank after the growth, fresh[2 * i] and the entry behind it the buffers of one that grows. */
+/* The adapters that there are (places without one would make the upper half too large): place[i] is the number of its place,
+   next[i] the rank after the growth, fresh[2 * i] and the entry behind it the buffers of one that grows. */
 typedef struct apti_growth {
     int32_t *place, *rank, *next, count;
     int64_t *per_rank;
@@ -13646,20 +14807,20 @@ static int64_t apti_growth_plan(apti_growth *g, char *base, int64_t n)
 
 static bool apti_growth_reserve(apt_model *m, const apti_growth *g, int32_t i)
 {
-    return apti_adapter_reserve(m, &g->fresh[2 * i], g->place[i] / APTI_LINEARS, g->place[i] % APTI_LINEARS, g->next[i], true);
+    return apti_adapter_reserve(m, &g->fresh[2 * i], g->place[i], g->next[i], true);
 }
 
 /* importance NULL (an estimate): the entries of B stand for it, since I is a sum over them. */
 static void apti_growth_list(const apt_model *m, apti_growth *g, const float *importance)
 {
     g->count = 0;
-    for (int32_t k = 0; k < m->config.layers * APTI_LINEARS; k++) {
-        const int32_t l = k / APTI_LINEARS, linear = k % APTI_LINEARS;
-        if (apti_rank(m, l, linear) == 0) continue;
+    for (int32_t k = 0; k < apti_sites(m); k++) {
+        const apti_site site = apti_site_of(m, k);
+        if (site.a->rows == 0) continue;
         g->place[g->count] = k;
-        g->rank[g->count] = (int32_t)apti_rank(m, l, linear);
-        g->per_rank[g->count] = apti_adapter_per_rank(m, l, linear);
-        g->importance[g->count++] = importance != NULL ? importance[k] : (float)apti_param_count(m->layers[l].lora_b[linear]);
+        g->rank[g->count] = (int32_t)site.a->rows;
+        g->per_rank[g->count] = apti_adapter_per_rank(&site);
+        g->importance[g->count++] = importance != NULL ? importance[k] : (float)apti_param_count(site.b);
     }
 }
 
@@ -13675,7 +14836,7 @@ static apt_result apti_growth_ranks(apti_growth *g, const apt_train_desc *d, int
 static apt_result apti_growth_make(apt_trainer *t, apti_growth *g)
 {
     apt_model *m = t->model;
-    const int32_t most = m->config.layers * APTI_LINEARS;
+    const int32_t most = apti_sites(m);
     g->block = apti_calloc(t->ctx, apti_growth_plan(g, NULL, most), 1);
     if (g->block == NULL) return apti_fail(t->ctx, APT_E_MEMORY, "growth: no memory for its plan");
     (void)apti_growth_plan(g, (char *)g->block, most);
@@ -13699,7 +14860,7 @@ static apt_result apti_grow(apt_trainer *t)
     apt_rng rng = apti_trainer_rng(t, APTI_STREAM_GROW);
     for (int32_t i = 0; i < g.count; i++) {
         apti_param *fresh = &g.fresh[2 * i];
-        if (r == APT_OK) apti_adapter_adopt(m, fresh, g.place[i] / APTI_LINEARS, g.place[i] % APTI_LINEARS, &rng);
+        if (r == APT_OK) apti_adapter_adopt(m, fresh, g.place[i], &rng);
         else for (int32_t k = 0; k < 2; k++) apti_param_release(t->ctx, &fresh[k]);
     }
     t->structure = m->structure;
@@ -14005,16 +15166,8 @@ static apt_result apti_prune_event(apt_trainer *t, bool *decided)
     *decided = r == APT_OK;
     return r;
 }
-/* ------------------------------------------------------------------------------------------------ a step */
 
-static apt_result apti_trainer_ready(apt_trainer *t, const apt_batch *batch)
-{
-    if (t->model->structure != t->structure)
-        return apti_fail(t->ctx, APT_E_STATE, "the model was merged or compacted from outside; this trainer cannot go on");
-    if (t->step >= t->desc.steps && t->stage == APTI_STAGE_NONE)
-        return apti_fail(t->ctx, APT_E_STATE, "all %lld steps are done", (long long)t->desc.steps);
-    return apti_check_batch(t->model, batch, true);
-}
+/* ------------------------------------------------------------------------------------------------ magnitude pruning */
 
 /* Calls that look at the trainer between steps: the model is ours and the last step is through. */
 static apt_result apti_trainer_whole(const apt_trainer *t, const char *what)
@@ -14025,6 +15178,305 @@ static apt_result apti_trainer_whole(const apt_trainer *t, const char *what)
         return apti_fail(t->ctx, APT_E_STATE, "%s: step %lld failed behind its update; repeat it first", what,
                          (long long)t->step);
     return APT_OK;
+}
+
+/* Whether `name` contains the pieces of `pattern` between its stars, in their order. */
+static bool apti_name_matches(const char *name, const char *pattern)
+{
+    for (;;) {
+        const char *star = strchr(pattern, '*');
+        const size_t n = star != NULL ? (size_t)(star - pattern) : strlen(pattern);
+        while (strncmp(name, pattern, n) != 0)
+            if (*name++ == 0) return false;
+        if (star == NULL) return true;
+        name += n;
+        pattern = star + 1;
+    }
+}
+
+/* chosen[i] = 1 for the parameters that patterns (NULL: none given) name. */
+static apt_result apti_magnitude_choose(const apt_model *m, const char *const *patterns, int32_t count, uint8_t *chosen)
+{
+    if (count < 0 || (patterns == NULL && count > 0) || (patterns != NULL && count == 0))
+        return apti_fail(m->ctx, APT_E_ARGUMENT, "magnitude pruning: patterns is %s, pattern_count %d",
+                         patterns != NULL ? "given" : "NULL", (int)count);
+    for (int32_t i = 0; i < m->param_count; i++)
+        chosen[i] = patterns == NULL && apti_is_matrix(&m->params[i]) && m->params[i].linear && m->params[i].layer >= 0;
+    for (int32_t k = 0; k < count; k++) {
+        const char *pattern = patterns[k];
+        bool any = false;
+        if (pattern == NULL || pattern[0] == 0)
+            return apti_fail(m->ctx, APT_E_ARGUMENT, "magnitude pruning: pattern %d is %s", (int)k,
+                             pattern == NULL ? "NULL" : "empty");
+        for (int32_t i = 0; i < m->param_count; i++) {
+            if (!apti_is_matrix(&m->params[i]) || !apti_name_matches(m->params[i].name, pattern)) continue;
+            any = true;
+            chosen[i] = 1;
+        }
+        if (!any)
+            return apti_fail(m->ctx, APT_E_MISSING, "magnitude pruning: no matrix of the model has '%.200s' in its name; the "
+                             "first of its layers is %s", pattern, m->layers[0].slot[2 * APTI_QUERY]->name);
+    }
+    return APT_OK;
+}
+
+static apt_result apti_magnitude_check(apt_ctx *ctx, const apt_magnitude_desc *d)
+{
+    if (d->start_canary != 0 || d->end_canary != 0)
+        return apti_fail(ctx, APT_E_ARGUMENT, "apt_magnitude_desc is not initialised: use apt_magnitude_desc desc = APT_ZERO");
+    if (!apti_finite_f64(d->sparsity) || !(d->sparsity >= 0 && d->sparsity < 1))
+        return apti_fail(ctx, APT_E_RANGE, "magnitude pruning: sparsity %g; expected 0 <= sparsity < 1", d->sparsity);
+    if (!apti_finite(d->threshold) || d->threshold < 0)
+        return apti_fail(ctx, APT_E_RANGE, "magnitude pruning: threshold %g; expected a number from 0 on", (double)d->threshold);
+    if ((d->keep != 0 || d->of != 0) && (d->keep < 1 || d->of <= d->keep || d->of > 64))
+        return apti_fail(ctx, APT_E_RANGE, "magnitude pruning: pattern %d:%d; expected 1 <= keep < of <= 64", (int)d->keep,
+                         (int)d->of);
+    const int32_t ways = (d->of != 0) + (d->sparsity > 0) + (d->threshold > 0);
+    if (ways > 1 || (d->global && !(d->sparsity > 0)))
+        return apti_fail(ctx, APT_E_ARGUMENT, "magnitude pruning: sparsity %g, threshold %g, pattern %d:%d, global %d: give one "
+                         "of the first three, and global with sparsity only", d->sparsity, (double)d->threshold, (int)d->keep,
+                         (int)d->of, (int)d->global);
+    return APT_OK;
+}
+
+/* New masks of the chosen matrices, until they take effect all together. */
+typedef struct apti_pruning {
+    apt_weights *part;                /* [count] */
+    apti_param **param;               /* [count] */
+    float *values;                    /* room for one matrix that lives in panels; for all of them when the threshold is global */
+    int32_t count;
+} apti_pruning;
+
+static void apti_magnitude_free(apt_ctx *ctx, apti_pruning *g)
+{
+    for (int32_t i = 0; g->part != NULL && i < g->count; i++) apti_free(ctx, g->part[i].mask);
+    apti_free(ctx, g->part);
+    apti_free(ctx, (void *)g->param);
+    apti_free(ctx, g->values);
+}
+
+/* All memory that a pruning takes. A teacher that shares a matrix keeps it as it is. */
+static apt_result apti_magnitude_reserve(apt_model *m, const apt_magnitude_desc *d, const uint8_t *chosen, apti_pruning *g)
+{
+    int64_t sum = 0, most = 0;
+    for (int32_t i = 0; i < m->param_count; i++) g->count += chosen[i] && apti_param_count(&m->params[i]) > 0;
+    g->part = (apt_weights *)apti_calloc(m->ctx, g->count, (int64_t)sizeof(apt_weights));
+    g->param = (apti_param **)apti_calloc(m->ctx, g->count, (int64_t)sizeof(apti_param *));
+    bool fine = g->part != NULL && g->param != NULL && apti_bitmasks_reserve(m);
+    for (int32_t i = 0, at = 0; i < m->param_count && fine; i++) {
+        apti_param *p = &m->params[i];
+        if (!chosen[i] || apti_param_count(p) == 0) continue;
+        apt_weights *w = &g->part[at];
+        g->param[at++] = p;
+        w->n = apti_param_count(p);
+        w->mask = (uint64_t *)apti_alloc(m->ctx, apt_bitmask_words(w->n), (int64_t)sizeof(uint64_t));
+        fine = w->mask != NULL && apti_param_own(m, p);
+        if (p->value != NULL) continue;
+        sum += w->n;
+        most = apti_max_i64(most, w->n);
+    }
+    g->values = (float *)apti_alloc(m->ctx, d->global ? sum : most, (int64_t)sizeof(float));
+    if (fine && g->values != NULL) return APT_OK;
+    return apti_fail(m->ctx, APT_E_MEMORY, "magnitude pruning: no memory for %d masks", (int)g->count);
+}
+
+static apt_result apti_magnitude_one(apt_ctx *ctx, const apt_magnitude_desc *d, const apti_param *p, apt_weights *w)
+{
+    if (d->of != 0) return apt_magnitude_pattern(ctx, w->mask, &w->zeros, w->w, p->rows, p->cols, d->keep, d->of);
+    if (d->sparsity > 0) return apt_magnitude_sparsity(ctx, w->mask, &w->zeros, w->w, w->n, d->sparsity);
+    const float threshold = d->threshold > 0 ? d->threshold : APT_MAGNITUDE_THRESHOLD;
+    return apt_magnitude_threshold(ctx, w->mask, &w->zeros, w->w, w->n, threshold);
+}
+
+static apt_result apti_magnitude_masks(apt_model *m, const apt_magnitude_desc *d, apti_pruning *g)
+{
+    float *values = g->values;
+    apt_result r = APT_OK;
+    for (int32_t i = 0; i < g->count && r == APT_OK; i++) {
+        const apti_param *p = g->param[i];
+        apt_weights *w = &g->part[i];
+        w->w = p->value != NULL ? p->value : values;
+        if (p->value == NULL) apti_param_get(m, p, values);
+        if (p->value == NULL && d->global) values += w->n;
+        if (d->global) r = apti_finite_all(w->w, w->n) ? APT_OK : APT_E_NONFINITE;
+        else r = apti_magnitude_one(m->ctx, d, p, w);
+        if (r != APT_OK) return apti_fail(m->ctx, r, "magnitude pruning: %s holds NaN or infinity", p->name);
+    }
+    return d->global ? apt_magnitude_global(m->ctx, g->part, g->count, d->sparsity) : APT_OK;
+}
+
+/* A transaction: on failure no mask and no weight has changed. The event tells of active weights. */
+static apt_result apti_magnitude_prune(apt_trainer *t, const apt_magnitude_desc *d, const uint8_t *chosen, apt_sparsity *reached)
+{
+    apt_model *m = t->model;
+    apti_pruning g = APT_ZERO;
+    apt_sparsity before;
+    apti_sparsity_of(m, chosen, &before);
+    apt_result r = apti_magnitude_reserve(m, d, chosen, &g);
+    if (r == APT_OK) r = apti_magnitude_masks(m, d, &g);
+    for (int32_t i = 0; i < g.count && r == APT_OK; i++) {
+        apti_bitmask_adopt(m, g.param[i], g.part[i].mask, g.values);
+        g.part[i].mask = NULL;
+    }
+    apti_magnitude_free(t->ctx, &g);
+    if (r != APT_OK) return r;
+    apti_sparsity_of(m, chosen, reached);
+    if (!(t->desc.target_sparsity > 0)) t->sparsity = t->info.sparsity = reached->sparsity;
+    apt_event e = apti_event_of(t, APT_EVENT_PRUNE);
+    e.parameters_before = before.weights - before.zeros;
+    e.parameters_after = reached->weights - reached->zeros;
+    apti_fire(t, &e);
+    return APT_OK;
+}
+
+APT_API apt_result apt_trainer_magnitude(apt_trainer *trainer, const apt_magnitude_desc *desc, apt_sparsity *sparsity)
+{
+    apt_sparsity reached;
+    if (trainer == NULL) return APT_E_ARGUMENT;
+    apt_trainer *t = trainer;
+    if (desc == NULL) return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_trainer_magnitude: desc is NULL");
+    apt_result r = apti_trainer_whole(t, "apt_trainer_magnitude");
+    if (r == APT_OK && t->micro != 0) r = apti_fail(t->ctx, APT_E_STATE, "apt_trainer_magnitude: a step is half accumulated");
+    if (r == APT_OK) r = apti_magnitude_check(t->ctx, desc);
+    if (r != APT_OK) return r;
+    uint8_t *chosen = (uint8_t *)apti_calloc(t->ctx, t->model->param_count, 1);
+    if (chosen == NULL) return apti_fail(t->ctx, APT_E_MEMORY, "magnitude pruning: no memory for its plan");
+    r = apti_magnitude_choose(t->model, desc->patterns, desc->pattern_count, chosen);
+    if (r == APT_OK) r = apti_work_begin(t, "apt_trainer_magnitude");
+    if (r == APT_OK) {
+        r = apti_magnitude_prune(t, desc, chosen, &reached);
+        if (r == APT_OK && sparsity != NULL) *sparsity = reached;
+        r = apti_work_end(t, r);
+    }
+    apti_free(t->ctx, chosen);
+    return r;
+}
+
+/* Masked weights have no gradient, so they do not count in the norm that clips the others either. */
+static void apti_mask_gradients(apt_trainer *t)
+{
+    for (int32_t i = 0; t->model->bitmask != NULL && i < t->model->param_count; i++) {
+        const apti_param *p = &t->model->params[i];
+        if (t->model->bitmask[i] != NULL && apti_is_trained(p))
+            (void)apt_bitmask_apply(t->ctx, p->grad, t->model->bitmask[i], apti_param_count(p));
+    }
+}
+
+/* --- iterative --- */
+
+APT_API apt_result apt_trainer_iterative(apt_trainer *trainer, const apt_iterative_desc *desc)
+{
+    if (trainer == NULL) return APT_E_ARGUMENT;
+    apt_trainer *t = trainer;
+    if (desc == NULL || desc->start_canary != 0 || desc->end_canary != 0)
+        return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_trainer_iterative: desc is NULL or not initialised with APT_ZERO");
+    if (t->step != 0 || t->micro != 0 || t->working)
+        return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_iterative: for a fresh trainer only");
+    apt_iterative_desc d = *desc;
+    double first = 0;
+    if (d.first == 0 && apti_finite_f64(d.first)) d.first = 0.2;
+    if (d.last == 0 && apti_finite_f64(d.last)) d.last = 0.8;
+    apti_default_i(&d.iterations, 5);
+    if (apt_magnitude_schedule(&first, d.first, d.last, d.iterations, 0) != APT_OK || d.iterations > 10000)
+        return apti_fail(t->ctx, APT_E_RANGE, "iterative pruning from %g to %g in %d iterations; expected 0 < first <= last < 1 "
+                         "and 1..10000", d.first, d.last, (int)d.iterations);
+    if (d.retrain == 0 && d.begin >= 0 && d.begin < t->desc.steps) d.retrain = (t->desc.steps - d.begin) / d.iterations;
+    if (d.begin < 0 || d.begin >= t->desc.steps || d.retrain < 1 || d.retrain > (t->desc.steps - d.begin) / d.iterations)
+        return apti_fail(t->ctx, APT_E_RANGE, "iterative pruning: %d times %lld steps behind step %lld do not fit %lld steps",
+                         (int)d.iterations, (long long)d.retrain, (long long)d.begin, (long long)t->desc.steps);
+    uint8_t *chosen = (uint8_t *)apti_calloc(t->ctx, t->model->param_count, 1);
+    apt_iteration *history = (apt_iteration *)apti_calloc(t->ctx, d.iterations, (int64_t)sizeof(apt_iteration));
+    apt_result r = APT_OK;
+    if (chosen == NULL || history == NULL) r = apti_fail(t->ctx, APT_E_MEMORY, "iterative pruning: no memory for its plan");
+    if (r == APT_OK) r = apti_magnitude_choose(t->model, d.patterns, d.pattern_count, chosen);
+    if (r != APT_OK) {
+        apti_free(t->ctx, chosen);
+        apti_free(t->ctx, history);
+        return r;
+    }
+    d.patterns = NULL;                           /* the caller's; what they chose is known */
+    apti_iterative_drop(t);
+    t->iterative.desc = d;
+    t->iterative.chosen = chosen;
+    t->iterative.history = history;
+    return APT_OK;
+}
+
+APT_API int32_t apt_trainer_iterations(const apt_trainer *trainer)
+{
+    return trainer != NULL ? trainer->iterative.done : 0;
+}
+
+APT_API apt_result apt_trainer_iteration(const apt_trainer *trainer, int32_t index, apt_iteration *iteration)
+{
+    if (trainer == NULL || iteration == NULL) return APT_E_ARGUMENT;
+    if (index < 0 || index >= trainer->iterative.done)
+        return apti_fail(trainer->ctx, APT_E_RANGE, "iteration %d of %d", (int)index, (int)trainer->iterative.done);
+    *iteration = trainer->iterative.history[index];
+    return APT_OK;
+}
+
+/* Asks the callback; false: it gave no metric. */
+static bool apti_measure(apt_trainer *t, double *metric)
+{
+    apt_event e = apti_event_of(t, APT_EVENT_EVALUATE);
+    apti_fire(t, &e);
+    if (e.has_metric) *metric = e.metric;
+    return e.has_metric && apti_finite_f64(e.metric);
+}
+
+/* In front of a step: the next iteration, when it is due. Begun again after a failure, it measures again. */
+static apt_result apti_iterate(apt_trainer *t)
+{
+    apti_iterative *it = &t->iterative;
+    if (it->chosen == NULL || it->done >= it->desc.iterations || t->step != it->desc.begin + it->done * it->desc.retrain)
+        return APT_OK;
+    apt_magnitude_desc how = APT_ZERO;
+    apt_iteration h = APT_ZERO;
+    const apt_iteration *last = it->done > 0 ? &it->history[it->done - 1] : NULL;
+    h.number = it->done + 1;
+    h.step = t->step;
+    (void)apt_magnitude_schedule(&h.target, it->desc.first, it->desc.last, it->desc.iterations, h.number);
+    if (last != NULL && (last->measured & APT_MEASURED_RETRAINED) != 0) {
+        h.before = last->retrained;
+        h.measured = APT_MEASURED_BEFORE;
+    } else if (apti_measure(t, &h.before)) h.measured = APT_MEASURED_BEFORE;
+    how.sparsity = h.target;
+    how.global = it->desc.global;
+    const apt_result r = apti_magnitude_prune(t, &how, it->chosen, &h.reached);
+    if (r != APT_OK) return r;
+    if (apti_measure(t, &h.after)) h.measured |= APT_MEASURED_AFTER;
+    it->history[it->done++] = h;
+    return APT_OK;
+}
+
+/* Whether the step that was just done is the last one of an iteration. */
+static bool apti_iteration_ends(const apt_trainer *t)
+{
+    const apti_iterative *it = &t->iterative;
+    return it->done > 0 && t->step == it->desc.begin + it->done * it->desc.retrain;
+}
+
+static void apti_iteration_end(apt_trainer *t, double metric)
+{
+    apt_iteration *h = &t->iterative.history[t->iterative.done - 1];
+    const apt_iteration *first = &t->iterative.history[0];
+    h->retrained = metric;
+    h->measured |= APT_MEASURED_RETRAINED;
+    if ((first->measured & APT_MEASURED_BEFORE) == 0 || first->before == 0) return;
+    const double lost = t->iterative.desc.lower_is_better ? metric - first->before : first->before - metric;
+    h->degradation = lost / fabs(first->before);
+}
+
+/* ------------------------------------------------------------------------------------------------ a step */
+
+static apt_result apti_trainer_ready(apt_trainer *t, const apt_batch *batch)
+{
+    if (t->model->structure != t->structure)
+        return apti_fail(t->ctx, APT_E_STATE, "the model was merged or compacted from outside; this trainer cannot go on");
+    if (t->step >= t->desc.steps && t->stage == APTI_STAGE_NONE)
+        return apti_fail(t->ctx, APT_E_STATE, "all %lld steps are done", (long long)t->desc.steps);
+    return apti_check_batch(t->model, batch, true);
 }
 
 static uint32_t apti_train_mode(const apt_trainer *t, bool probe, bool distill)
@@ -14080,17 +15532,18 @@ static apt_result apti_regular_events(apt_trainer *t)
     const apt_train_desc *d = &t->desc;
     apt_event e = apti_event_of(t, APT_EVENT_STEP);
     apt_result r = APT_OK;
-    const bool again = t->stage == APTI_STAGE_EVALUATE;
+    const bool again = t->stage == APTI_STAGE_EVALUATE, ends = apti_iteration_ends(t);
     t->half_done = false;
     t->stage = APTI_STAGE_NONE;
     if (!again) apti_fire(t, &e);
-    if (d->evaluate_every > 0 && t->step % d->evaluate_every == 0) {
+    if (ends || (d->evaluate_every > 0 && t->step % d->evaluate_every == 0)) {
         e = apti_event_of(t, APT_EVENT_EVALUATE);
         apti_fire(t, &e);
-        if (e.has_metric) r = apt_trainer_metric(t, e.metric);
+        if (e.has_metric) r = apt_trainer_metric(t, t->iterative.desc.lower_is_better ? -e.metric : e.metric);
+        if (e.has_metric && ends && r == APT_OK) apti_iteration_end(t, e.metric);
         if (r != APT_OK) t->stage = APTI_STAGE_EVALUATE;
     }
-    if (r == APT_OK && d->checkpoint_every > 0 && t->step % d->checkpoint_every == 0) {
+    if (r == APT_OK && (ends || (d->checkpoint_every > 0 && t->step % d->checkpoint_every == 0))) {
         e = apti_event_of(t, APT_EVENT_CHECKPOINT);
         apti_fire(t, &e);
     }
@@ -14101,6 +15554,7 @@ static apt_result apti_regular_events(apt_trainer *t)
 static apt_result apti_update(apt_trainer *t, bool probe)
 {
     apt_result r = APT_OK;
+    apti_mask_gradients(t);
     const bool finite = apti_finite((float)apti_gradient_norm(t));
     if (finite && probe) r = apti_salience_update(t);
     if (finite && r == APT_OK && apti_is_apt(t) && !t->desc.disable_growth) r = apti_importance_update(t);
@@ -14159,9 +15613,10 @@ APT_API apt_result apt_trainer_step(apt_trainer *trainer, const apt_batch *batch
         const bool probe = apti_prunes_at(t, t->step);
         if (t->micro == 0) {
             apti_info_begin(t);
+            r = apti_iterate(t);
             apti_probe_clear(t);
         }
-        r = apti_micro_batch(t, batch, probe);
+        if (r == APT_OK) r = apti_micro_batch(t, batch, probe);
         if (r != APT_OK) return apti_work_end(t, r);
         if (++t->micro == t->desc.accumulate) r = apti_update(t, probe);
     }
@@ -14323,12 +15778,6 @@ static int64_t apti_storage_cost(const apt_model *m, const apti_param *p)
     const int64_t panels = p->linear ? apti_cost(apti_packed_bytes(m->ctx, p->rows, p->cols, apti_param_type(m, p))) : 0;
     return panels + (!p->linear || p->trainable ? apti_cost(n * (int64_t)sizeof(float)) : 0);
 }
-
-static bool apti_is_adapter(const apti_param *p)
-{
-    return p->row_axis == APTI_AXIS_RANK || p->col_axis == APTI_AXIS_RANK;
-}
-
 /* sign 1: the parameter comes; -1: it goes. */
 static void apti_note_param(apti_rehearsal *r, const apti_param *p, int64_t sign)
 {
@@ -14385,7 +15834,7 @@ static int64_t apti_unit_arrays_cost(const apt_model *m)
 static void apti_rehearse_attach(apti_rehearsal *r)
 {
     apt_model *m = r->m;
-    const int64_t importance = (int64_t)m->config.layers * APTI_LINEARS * (int64_t)sizeof(float);
+    const int64_t importance = apti_sites(m) * (int64_t)sizeof(float);
     apti_note(r, APTI_USE_OPTIMIZER, apti_cost((int64_t)sizeof(apt_trainer)) + apti_cost(importance) + apti_unit_arrays_cost(m));
     apti_note(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(m));
     for (int32_t i = 0; i < m->param_count; i++) {
@@ -14395,15 +15844,14 @@ static void apti_rehearse_attach(apti_rehearsal *r)
         apti_note_param(r, p, 1);
         apti_note_param(r, &old, -1);
     }
-    for (int32_t l = 0; l < m->config.layers; l++)
-        for (int32_t i = 0; i < APTI_LINEARS; i++) {
-            apti_param *a = m->layers[l].lora_a[i], *b = m->layers[l].lora_b[i];
-            a->trainable = b->trainable = true;
-            if (!apti_wants_adapter(&r->t, i) || a->cols == 0 || b->rows == 0) continue;
-            a->rows = b->cols = r->t.desc.rank;
-            apti_note_param(r, a, 1);
-            apti_note_param(r, b, 1);
-        }
+    for (int32_t k = 0; k < apti_sites(m); k++) {
+        apti_param *a = apti_site_of(m, k).a, *b = apti_site_of(m, k).b;
+        a->trainable = b->trainable = true;
+        if (!apti_wants_adapter(&r->t, k) || a->cols == 0 || b->rows == 0) continue;
+        a->rows = b->cols = r->t.desc.rank;
+        apti_note_param(r, a, 1);
+        apti_note_param(r, b, 1);
+    }
     r->adapter_budget = apti_adapter_total(m);
 }
 
@@ -14426,6 +15874,24 @@ static void apti_rehearse_teacher(apti_rehearsal *r)
     r->t.map.pairs = (int32_t)apti_min_i64(4, apti_distill_layers(&m->config));
     r->teacher_pass += apti_cost(apti_distill_plan(&r->t, NULL, apti_max_i64(r->tokens, r->target_tokens)).bytes);
     r->t.teacher = NULL;
+}
+
+/* The teacher goes at distill_end, in front of that step's cut; embeddings of which the student reads some columns get a table of
+   those. */
+static void apti_rehearse_drop(apti_rehearsal *r)
+{
+    apt_model *m = r->m;
+    apti_note(r, APTI_USE_TEACHER, -r->now[APTI_USE_TEACHER]);
+    r->teacher_pass = 0;
+    for (int32_t i = 0; i < m->param_count; i++) {
+        apti_param *p = &m->params[i], old = *p;
+        r->shared[i] = 0;
+        if (!apti_is_embedding(m, p) || p->cols == m->config.hidden) continue;
+        p->cols = m->config.hidden;
+        apti_note_param(r, p, 1);
+        apti_note_param(r, &old, -1);
+        apti_note(r, APTI_USE_WEIGHTS, -apti_cost(p->cols * (int64_t)sizeof(int32_t)));
+    }
 }
 
 /* Shapes at which `left` of the dense prunable parameters is left. */
@@ -14513,8 +15979,7 @@ static void apti_rehearse_growth(apti_rehearsal *r, int64_t step)
     if (apti_growth_ranks(g, &r->t.desc, step, r->adapter_budget) != APT_OK) g->count = 0;
     for (int32_t pass = 0; pass < 2; pass++)
         for (int32_t i = 0; i < g->count; i++) {
-            apti_param *a = m->layers[g->place[i] / APTI_LINEARS].lora_a[g->place[i] % APTI_LINEARS],
-                       *b = m->layers[g->place[i] / APTI_LINEARS].lora_b[g->place[i] % APTI_LINEARS];
+            apti_param *a = apti_site_of(m, g->place[i]).a, *b = apti_site_of(m, g->place[i]).b;
             const int64_t rank = pass == 0 ? g->next[i] : g->rank[i];
             if (g->next[i] == g->rank[i]) continue;
             a->rows = b->cols = rank;
@@ -14560,6 +16025,7 @@ static void apti_rehearse_pruning(apti_rehearsal *r, uint32_t mode)
     for (int64_t step = d->prune_begin, n = 0; step <= d->prune_end; n++) {
         const int64_t far = (d->prune_end - d->prune_begin) / d->update_frequency / 16 + 1;
         (void)apt_schedule_sparsity(&s, step, &sparsity);
+        if (step >= d->distill_end) apti_rehearse_drop(r);
         if (sparsity > 0) {
             if (last > 0) apti_rehearse_cut(r, 1 - (double)last);
             apti_rehearse_decision(r, step, last <= 0, mode);
@@ -14632,7 +16098,7 @@ APT_API apt_result apt_estimate_pair(apt_ctx *ctx, const apt_config *config, con
     r.acts = (apti_acts *)apti_calloc(ctx, r.m->config.layers, (int64_t)sizeof(apti_acts));
     r.dense = (apt_layer_shape *)apti_alloc(ctx, r.m->config.layers, (int64_t)sizeof(apt_layer_shape));
     r.shared = (uint8_t *)apti_calloc(ctx, r.m->param_count, 1);
-    const int64_t adapters = (int64_t)r.m->config.layers * APTI_LINEARS;
+    const int32_t adapters = apti_sites(r.m);
     r.growth.block = apti_alloc(ctx, apti_growth_plan(&r.growth, NULL, adapters), 1);
     if (r.acts != NULL && r.dense != NULL && r.shared != NULL && r.growth.block != NULL) {
         (void)apti_growth_plan(&r.growth, (char *)r.growth.block, adapters);
@@ -16469,6 +17935,280 @@ static apt_result apti_ckpt_find(const apti_ckpt_reader *r, const char *name, ap
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
+   Compressed matrices: a U8 tensor "NAME.sparse" instead of NAME. In it, little endian: rows and columns (int32), ceil(cols/8)
+   bytes of mask for each row, zeros up to a multiple of 4, one float32 for each bit that is set. One form only is
+   accepted: no bit behind the last column, no value that is +0 or not finite, not a byte more.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+#define APTI_SPARSE_SUFFIX ".sparse"
+#define APTI_SPARSE_HEAD 8
+
+typedef struct apti_sparse_view {
+    int32_t rows, cols;
+    int64_t row_bytes, count;
+    const uint8_t *mask, *values;                /* any alignment */
+} apti_sparse_view;
+
+static bool apti_ends_with(const char *text, const char *end)
+{
+    const size_t n = strlen(text), m = strlen(end);
+    return n >= m && strcmp(text + n - m, end) == 0;
+}
+
+static bool apti_is_sparse_name(const char *name)
+{
+    return apti_ends_with(name, APTI_SPARSE_SUFFIX);
+}
+
+static int64_t apti_sparse_mask_bytes(int64_t rows, int64_t cols)
+{
+    return apti_round_up(rows * apti_ceil_div(cols, 8), 4);
+}
+
+/* Bits of a row, which must have none behind the last column; -1: it has. */
+static int64_t apti_sparse_row_bits(const uint8_t *mask, int32_t cols)
+{
+    int64_t count = 0;
+    if (cols % 8 != 0 && mask[cols / 8] >> cols % 8 != 0) return -1;
+    for (int64_t i = 0; i < apti_ceil_div(cols, 8); i++) count += apti_popcount(mask[i]);
+    return count;
+}
+
+/* Mask and values of a tensor whose shape is known; NULL when all is well, else what is not. */
+static const char *apti_sparse_parse(const apti_tensor_view *view, apti_sparse_view *v)
+{
+    if (v->rows < 0 || v->cols < 0 || (v->cols == 0 && v->rows > 0)) return "has an impossible shape";
+    const int64_t mask = apti_sparse_mask_bytes(v->rows, v->cols), rest = view->bytes - APTI_SPARSE_HEAD;
+    if (mask > rest) return "is too short for its mask";
+    v->row_bytes = apti_ceil_div(v->cols, 8);
+    v->mask = view->data + APTI_SPARSE_HEAD;
+    v->values = v->mask + mask;
+    for (int64_t i = 0; i < v->rows; i++) {
+        const int64_t bits = apti_sparse_row_bits(v->mask + i * v->row_bytes, v->cols);
+        if (bits < 0) return "has bits behind its last column";
+        v->count += bits;
+    }
+    for (int64_t i = v->rows * v->row_bytes; i < mask; i++)
+        if (v->mask[i] != 0) return "has something between mask and values";
+    if (rest - mask != 4 * v->count) return "has not as many values as bits";
+    for (int64_t i = 0; i < v->count; i++) {
+        float x;
+        memcpy(&x, v->values + 4 * i, 4);
+        if (apti_bits(x) == 0 || !apti_finite(x)) return "holds a value that is +0, NaN or infinite";
+    }
+    return NULL;
+}
+
+/* Checks every byte of a tensor. */
+static apt_result apti_sparse_open(apt_ctx *ctx, const char *path, const apti_tensor_view *view, apti_sparse_view *out)
+{
+    const char *what = "is no list of U8 with a shape in front";
+    int32_t shape[2] = {0, 0};
+    memset(out, 0, sizeof *out);
+    if (view->dtype == APT_U8 && view->dims == 1 && view->bytes >= APTI_SPARSE_HEAD) {
+        memcpy(shape, view->data, APTI_SPARSE_HEAD);
+        out->rows = shape[0];
+        out->cols = shape[1];
+        what = apti_sparse_parse(view, out);
+    }
+    if (what == NULL) return APT_OK;
+    return apti_fail(ctx, APT_E_FORMAT, "'%.600s': compressed tensor '%s' of %d x %d weights %s", path,
+                     apti_show(view->name).text, (int)shape[0], (int)shape[1], what);
+}
+
+/* w(rows, cols) of a view that was opened. */
+static void apti_sparse_expand(float *w, const apti_sparse_view *v)
+{
+    const uint8_t *value = v->values;
+    for (int64_t i = 0; i < v->rows; i++) {
+        const uint8_t *mask = v->mask + i * v->row_bytes;
+        for (int64_t c = 0; c < v->cols; c++, w++) {
+            *w = 0;
+            if ((mask[c / 8] >> c % 8 & 1) == 0) continue;
+            memcpy(w, value, 4);
+            value += 4;
+        }
+    }
+}
+
+/* What apti_sparse_open reads, of a dense matrix with `count` values that are not +0. */
+static void apti_sparse_encode(uint8_t *out, const float *w, int64_t rows, int64_t cols)
+{
+    const int32_t shape[2] = {(int32_t)rows, (int32_t)cols};
+    const int64_t row_bytes = apti_ceil_div(cols, 8), bytes = apti_sparse_mask_bytes(rows, cols);
+    uint8_t *mask = out + APTI_SPARSE_HEAD, *value = mask + bytes;
+    memcpy(out, shape, APTI_SPARSE_HEAD);
+    memset(mask, 0, (size_t)bytes);
+    for (int64_t i = 0; i < rows; i++, mask += row_bytes) {
+        for (int64_t c = 0; c < cols; c++, w++) {
+            if (apti_bits(*w) == 0) continue;
+            mask[c / 8] = (uint8_t)(mask[c / 8] | 1u << c % 8);
+            memcpy(value, w, 4);
+            value += 4;
+        }
+    }
+}
+
+/* --- files of compressed matrices alone --- */
+
+typedef struct apti_sparse_name { char text[160]; } apti_sparse_name;
+
+
+typedef struct apti_sparse_saver {
+    apt_ctx *ctx;
+    const char *path, *const *names;
+    const apt_sparse *matrix;
+    float *dense;                                /* room for the largest */
+} apti_sparse_saver;
+
+static apt_result apti_sparse_fill(void *user, int64_t index, void *out)
+{
+    const apti_sparse_saver *s = (const apti_sparse_saver *)user;
+    const apt_sparse *m = &s->matrix[index];
+    (void)apt_sparse_unpack(s->dense, m->cols, m);
+    if (!apti_finite_all(s->dense, m->rows * m->cols))
+        return apti_fail(s->ctx, APT_E_NONFINITE, "'%.600s' is not written: %s holds NaN or infinity", s->path, s->names[index]);
+    apti_sparse_encode((uint8_t *)out, s->dense, m->rows, m->cols);
+    return APT_OK;
+}
+
+/* Checks the matrices; *most: weights of the largest. Values that are +0 are not written, so they do not count. */
+static apt_result apti_sparse_items(const apti_sparse_saver *s, apti_tensor_item *items, apti_sparse_name *names, int32_t count,
+                                    int64_t *most)
+{
+    *most = 0;
+    for (int32_t i = 0; i < count; i++) {
+        const apt_sparse *m = &s->matrix[i];
+        int64_t n = 0, zeros = 0;
+        apt_result r = s->names[i] != NULL ? apti_sparse_check(m, true) : APT_E_ARGUMENT;
+        if (r == APT_OK) r = apti_sparse_check_bits(m);
+        if (r == APT_OK && (m->rows > INT32_MAX || m->cols > INT32_MAX || !apti_mul(m->rows, m->cols, &n))) r = APT_E_RANGE;
+        if (r == APT_OK && m->cols == 0 && m->rows > 0) r = APT_E_SHAPE;
+        if (r != APT_OK)
+            return apti_fail(s->ctx, r, "'%.600s' is not written: matrix %d (%.100s) is none", s->path, (int)i,
+                             s->names[i] != NULL ? s->names[i] : "no name");
+        for (int64_t k = 0; k < m->start[m->rows]; k++) zeros += apti_bits(m->values[k]) == 0;
+        (void)snprintf(names[i].text, sizeof names[i].text, "%.140s%s", s->names[i], APTI_SPARSE_SUFFIX);
+        items[i].name = names[i].text;
+        items[i].dtype = APT_U8;
+        items[i].dims = 1;
+        items[i].shape[0] = apt_sparse_bytes(m->rows, m->cols, m->start[m->rows] - zeros);
+        *most = apti_max_i64(*most, n);
+    }
+    return APT_OK;
+}
+
+APT_API apt_result apt_sparse_save(apt_ctx *ctx, const char *path, const char *const *names, const apt_sparse *matrix,
+                                   int32_t count, int64_t *bytes)
+{
+    const apti_meta meta[1] = {{"format", "apt-sparse"}};
+    apti_sparse_saver s = {ctx, path, names, matrix, NULL};
+    apti_tensor_job job;
+    apti_writer w;
+    int64_t most = 0;
+    if (ctx == NULL) return APT_E_ARGUMENT;
+    if (path == NULL || count < 0 || (count > 0 && (names == NULL || matrix == NULL)))
+        return apti_fail(ctx, APT_E_ARGUMENT, "apt_sparse_save: path, names or matrices are missing");
+    apti_tensor_item *items = (apti_tensor_item *)apti_calloc(ctx, count, (int64_t)sizeof(apti_tensor_item));
+    apti_sparse_name *keys = (apti_sparse_name *)apti_calloc(ctx, count, (int64_t)sizeof(apti_sparse_name));
+    apt_result r = APT_OK;
+    if (items == NULL || keys == NULL) r = apti_fail(ctx, APT_E_MEMORY, "'%.600s': no memory for %d matrices", path, (int)count);
+    if (r == APT_OK) r = apti_sparse_items(&s, items, keys, count, &most);
+    if (r == APT_OK) {
+        s.dense = (float *)apti_alloc(ctx, most, (int64_t)sizeof(float));
+        if (s.dense == NULL) r = apti_fail(ctx, APT_E_MEMORY, "'%.600s': no memory for %lld weights", path, (long long)most);
+    }
+    if (r == APT_OK) r = apti_write_begin(ctx, path, &w);
+    if (r == APT_OK) {
+        memset(&job, 0, sizeof job);
+        job.path = path;
+        job.items = items;
+        job.count = count;
+        job.meta = meta;
+        job.meta_count = 1;
+        job.fill = apti_sparse_fill;
+        job.user = &s;
+        r = apti_tensors_emit(&w, &job);
+        if (bytes != NULL && r == APT_OK) *bytes = w.bytes;
+        if (r == APT_OK) r = apti_write_commit(&w);
+        else apti_write_abort(&w);
+    }
+    apti_free(ctx, items);
+    apti_free(ctx, keys);
+    apti_free(ctx, s.dense);
+    return r;
+}
+
+/* Room for a matrix of this size, all rows empty. */
+static apt_result apti_sparse_reserve(apt_ctx *ctx, apt_sparse *sparse, int64_t rows, int64_t cols, int64_t count)
+{
+    int64_t words = -1;
+    memset(sparse, 0, sizeof *sparse);
+    if (apti_mul(rows, apt_bitmask_words(cols), &words)) {
+        sparse->bits = (uint64_t *)apti_calloc(ctx, words, (int64_t)sizeof(uint64_t));
+        sparse->start = (int64_t *)apti_calloc(ctx, rows + 1, (int64_t)sizeof(int64_t));
+        sparse->values = (float *)apti_alloc(ctx, count, (int64_t)sizeof(float));
+    }
+    sparse->rows = rows;
+    sparse->cols = cols;
+    if (sparse->bits != NULL && sparse->start != NULL && sparse->values != NULL) return APT_OK;
+    apt_sparse_free(ctx, sparse);
+    return apti_fail(ctx, APT_E_MEMORY, "no memory for a compressed matrix of %lld x %lld weights", (long long)rows,
+                     (long long)cols);
+}
+
+APT_API void apt_sparse_free(apt_ctx *ctx, apt_sparse *sparse)
+{
+    if (ctx == NULL || sparse == NULL) return;
+    apti_free(ctx, sparse->bits);
+    apti_free(ctx, sparse->start);
+    apti_free(ctx, sparse->values);
+    memset(sparse, 0, sizeof *sparse);
+}
+
+APT_API apt_result apt_sparse_make(apt_ctx *ctx, apt_sparse *sparse, const float *w, int64_t ld, int64_t rows, int64_t cols)
+{
+    if (ctx == NULL) return APT_E_ARGUMENT;
+    const int64_t count = apt_sparse_count(w, ld, rows, cols);
+    if (sparse == NULL || count < 0)
+        return apti_fail(ctx, APT_E_ARGUMENT, "apt_sparse_make: %lld x %lld weights, %lld apart, are no matrix", (long long)rows,
+                         (long long)cols, (long long)ld);
+    const apt_result r = apti_sparse_reserve(ctx, sparse, rows, cols, count);
+    return r == APT_OK ? apt_sparse_pack(sparse, count, w, ld) : r;
+}
+
+static void apti_sparse_copy(apt_sparse *out, const apti_sparse_view *v)
+{
+    const int64_t words = apt_bitmask_words(v->cols);
+    for (int64_t i = 0; i < v->rows; i++) {
+        const uint8_t *mask = v->mask + i * v->row_bytes;
+        for (int64_t b = 0; b < v->row_bytes; b++) out->bits[i * words + b / 8] |= (uint64_t)mask[b] << 8 * (b % 8);
+        out->start[i + 1] = out->start[i] + apti_sparse_row_bits(mask, v->cols);
+    }
+    if (v->count > 0) memcpy(out->values, v->values, (size_t)v->count * sizeof(float));
+}
+
+APT_API apt_result apt_sparse_load(apt_ctx *ctx, const char *path, const char *name, apt_sparse *sparse)
+{
+    apti_tensors *set = NULL;
+    apti_sparse_view view;
+    char key[160];
+    if (ctx == NULL) return APT_E_ARGUMENT;
+    if (path == NULL || name == NULL || sparse == NULL)
+        return apti_fail(ctx, APT_E_ARGUMENT, "apt_sparse_load: path, name or sparse is NULL");
+    apt_result r = apti_tensors_open_file(ctx, path, &set);
+    if (r != APT_OK) return r;
+    (void)snprintf(key, sizeof key, "%.140s%s", name, APTI_SPARSE_SUFFIX);
+    const apti_tensor_view *tensor = apti_tensors_find(set, key);
+    if (tensor == NULL) r = apti_fail(ctx, APT_E_MISSING, "'%.600s': no tensor '%s'", path, apti_show(key).text);
+    if (r == APT_OK) r = apti_sparse_open(ctx, path, tensor, &view);
+    if (r == APT_OK) r = apti_sparse_reserve(ctx, sparse, view.rows, view.cols, view.count);
+    if (r == APT_OK) apti_sparse_copy(sparse, &view);
+    apti_tensors_close(set);
+    return r;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
    config.json. Keys that change what a model computes are read or refused; keys that only concern training elsewhere
    (dropout, caches, label names) are ignored. null counts as absent. A pruned model carries one object more:
    "apt": {"version": 1, "head_dim": 32, "hidden_size_dense": 384, "layers": [{"heads": 5, "neurons": 300}, ...]}
@@ -16569,9 +18309,16 @@ static int32_t apti_config_choice(apti_config_reader *r, const char *key, const 
     return -1;
 }
 
+/* The key, if it is there, must say what is computed here. */
+static void apti_config_expect(apti_config_reader *r, const char *key, bool value)
+{
+    if (apti_config_bool(r, key, value) != value)
+        apti_config_refuse(r, APT_E_UNSUPPORTED, key, apti_config_find(r, key), value ? "true" : "false");
+}
+
 static void apti_config_refuse_true(apti_config_reader *r, const char *key)
 {
-    if (apti_config_bool(r, key, false)) apti_config_refuse(r, APT_E_UNSUPPORTED, key, apti_config_find(r, key), "false");
+    apti_config_expect(r, key, false);
 }
 
 /* The family, and what would make the file mean something else than what this library computes. */
@@ -16585,7 +18332,7 @@ static apt_family apti_config_family(apti_config_reader *r)
     (void)apti_config_choice(r, "torch_dtype", "float32|float16|bfloat16|float64");
     (void)apti_config_choice(r, "dtype", "float32|float16|bfloat16|float64");
     apti_config_refuse_true(r, "is_decoder");
-    if (family >= 0 && families[family] != APT_T5) apti_config_refuse_true(r, "is_encoder_decoder");
+    if (family >= 0) apti_config_expect(r, "is_encoder_decoder", families[family] == APT_T5);
     apti_config_refuse_true(r, "add_cross_attention");
     int32_t node = apti_config_find(r, "quantization_config");
     if (node >= 0) apti_config_refuse(r, APT_E_UNSUPPORTED, "quantization_config", node, "plain weights");
@@ -16598,11 +18345,14 @@ static apt_family apti_config_family(apti_config_reader *r)
 static void apti_config_t5(apti_config_reader *r, apti_model_file *file)
 {
     static const apt_activation kinds[] = {APT_RELU, APT_GELU_TANH, APT_GELU_TANH, APT_SILU, APT_RELU};
+    static const char *const names[] = {"relu", "gelu_new", "gelu_new", "silu", "relu"};
     apt_config *c = &file->config;
     const int32_t table = 1 << 24;
     const int32_t ffn = apti_config_choice(r, "feed_forward_proj", "relu|gated-gelu|gated-gelu_new|gated-silu|gated-relu");
     c->activation = kinds[ffn < 0 ? 0 : ffn];
     c->gated = ffn > 0;
+    (void)apti_config_choice(r, "dense_act_fn", names[ffn < 0 ? 0 : ffn]);        /* both follow from feed_forward_proj */
+    apti_config_expect(r, "is_gated_act", c->gated != 0);
     c->vocab = apti_config_int(r, "vocab_size", 1, table, -1);
     c->hidden = c->hidden_dense = apti_config_int(r, "d_model", 1, 65536, -1);
     c->head_dim = apti_config_int(r, "d_kv", 1, 256, -1);
@@ -16616,8 +18366,9 @@ static void apti_config_t5(apti_config_reader *r, apti_model_file *file)
     if (c->max_distance <= c->buckets / 2)
         apti_config_refuse(r, APT_E_RANGE, "relative_attention_max_distance",
                            apti_config_find(r, "relative_attention_max_distance"), "more than half of the buckets");
-    c->pad_id = apti_config_int(r, "pad_token_id", 0, table, 0);
-    c->start_id = apti_config_int(r, "decoder_start_token_id", 0, table, c->pad_id);
+    const int32_t top = c->vocab > 0 ? c->vocab - 1 : table;
+    c->pad_id = apti_config_int(r, "pad_token_id", 0, top, 0);
+    c->start_id = apti_config_int(r, "decoder_start_token_id", 0, top, c->pad_id);
     c->end_id = apti_config_int(r, "eos_token_id", 0, table, 1);
     c->norm_eps = apti_config_float(r, "layer_norm_epsilon", 1e-30, 1.0, 1e-6f);
     c->init_range = apti_config_float(r, "initializer_factor", 0.0, 100.0, 1.0f);
@@ -16630,12 +18381,21 @@ static void apti_config_t5(apti_config_reader *r, apti_model_file *file)
     c->positions = table;
 }
 
+/* Every pair of a head turns. */
+static void apti_config_whole_heads(apti_config_reader *r)
+{
+    if (apti_config_float(r, "partial_rotary_factor", 0, 1e6, 1.0f) != 1.0f)
+        apti_config_refuse(r, APT_E_UNSUPPORTED, "partial_rotary_factor", apti_config_find(r, "partial_rotary_factor"), "1");
+}
+
 /* rope_theta and rope_scaling, or both inside rope_parameters. */
 static void apti_config_rope(apti_config_reader *r, apt_rope *rope, int32_t positions)
 {
     const int32_t root = r->object, newer = apti_config_find(r, "rope_parameters"), older = apti_config_find(r, "rope_scaling");
     const int32_t node = newer >= 0 ? newer : older;
     rope->theta = apti_config_float(r, "rope_theta", 1e-3, 1e12, 10000.0f);
+    apti_config_whole_heads(r);
+    if (newer >= 0 && older >= 0) apti_config_refuse(r, APT_E_FORMAT, "rope_scaling", older, "null beside rope_parameters");
     if (node < 0) return;
     if (r->json->nodes[node].kind != APTI_JSON_OBJECT)
         apti_config_refuse(r, APT_E_FORMAT, newer >= 0 ? "rope_parameters" : "rope_scaling", node, "an object");
@@ -16643,6 +18403,7 @@ static void apti_config_rope(apti_config_reader *r, apt_rope *rope, int32_t posi
     r->object = node;
     (void)snprintf(r->scope, sizeof r->scope, "%s.", newer >= 0 ? "rope_parameters" : "rope_scaling");
     rope->theta = apti_config_float(r, "rope_theta", 1e-3, 1e12, rope->theta);
+    apti_config_whole_heads(r);
     const int32_t kind = apti_config_choice(r, "rope_type", "default|llama3");
     const int32_t old = apti_config_choice(r, "type", "default|llama3");
     if (kind == 1 || (kind < 0 && old == 1)) {
@@ -16669,6 +18430,25 @@ static int32_t apti_config_end(apti_config_reader *r, int32_t top)
     return r->result == APT_OK ? (int32_t)value : 2;
 }
 
+/* Their dimensions turn in pairs. */
+static void apti_config_even_heads(apti_config_reader *r, const apt_config *c)
+{
+    if (c->family == APT_LLAMA && c->head_dim % 2 != 0)
+        apti_config_refuse(r, APT_E_RANGE, "head_dim", apti_config_find(r, "head_dim"), "an even number");
+}
+
+/* Newer files name the attention of every layer. */
+static void apti_config_layer_types(apti_config_reader *r)
+{
+    const int32_t list = apti_config_find(r, "layer_types");
+    if (list < 0) return;
+    if (r->json->nodes[list].kind != APTI_JSON_ARRAY) apti_config_refuse(r, APT_E_FORMAT, "layer_types", list, "a list of names");
+    const int32_t n = r->json->nodes[list].count;
+    for (int32_t i = 0, item = list + 1; i < n && r->result == APT_OK; i++, item = r->json->nodes[item].next)
+        if (!apti_json_is(r->json, item, "full_attention"))
+            apti_config_refuse(r, APT_E_UNSUPPORTED, "layer_types", item, "full_attention in every layer");
+}
+
 /* LLaMA 1, 2, 3, and Qwen2, which is the same with biases on query, key and value. */
 static void apti_config_llama(apti_config_reader *r, apti_model_file *file)
 {
@@ -16678,6 +18458,7 @@ static void apti_config_llama(apti_config_reader *r, apti_model_file *file)
     if (qwen) apti_config_refuse_true(r, "use_sliding_window");
     const int32_t window = apti_config_find(r, "sliding_window");
     if (window >= 0 && !qwen) apti_config_refuse(r, APT_E_UNSUPPORTED, "sliding_window", window, "null");
+    apti_config_layer_types(r);
     (void)apti_config_choice(r, "hidden_act", "silu");
     apti_config_refuse_true(r, "attention_bias");
     apti_config_refuse_true(r, "mlp_bias");
@@ -16698,6 +18479,7 @@ static void apti_config_llama(apti_config_reader *r, apti_model_file *file)
     c->end_id = apti_config_end(r, table);
     c->untied = !apti_config_bool(r, "tie_word_embeddings", false);
     apti_config_rope(r, &c->rope, c->positions);
+    apti_config_even_heads(r, c);
     if (r->result == APT_OK && c->heads % c->kv_heads != 0)
         apti_config_refuse(r, APT_E_SHAPE, "num_key_value_heads", apti_config_find(r, "num_key_value_heads"),
                            "a divisor of num_attention_heads");
@@ -16732,12 +18514,6 @@ static void apti_config_labels(apti_config_reader *r, apti_model_file *file)
     if (r->json->nodes[names].kind != APTI_JSON_OBJECT || n < 1 || n > 65536 || (file->labels > 0 && file->labels != n))
         apti_config_refuse(r, APT_E_FORMAT, "id2label", names, "an object with one name for each label");
     file->labels = n;
-}
-
-static bool apti_ends_with(const char *text, const char *end)
-{
-    const size_t n = strlen(text), m = strlen(end);
-    return n >= m && strcmp(text + n - m, end) == 0;
 }
 
 /* Heads of another kind than ours leave the task open: the caller may want the body only. */
@@ -16828,6 +18604,7 @@ static void apti_config_pruned(apti_config_reader *r, int32_t apt, apti_model_fi
     const int32_t version = apti_config_int(r, "version", 1, INT32_MAX, -1);
     if (version > 1) apti_config_refuse(r, APT_E_UNSUPPORTED, "version", apti_config_find(r, "version"), "1");
     file->config.head_dim = apti_config_int(r, "head_dim", 1, 256, -1);
+    apti_config_even_heads(r, &file->config);
     file->config.rope.interleaved = apti_config_bool(r, "rope_interleaved", false);
     file->config.hidden_dense = apti_config_int(r, "hidden_size_dense", (int32_t)apti_max_i64(file->config.hidden, 1), 65536, -1);
     apti_config_layers(r, file);
@@ -16843,6 +18620,10 @@ static void apti_config_dense(apti_config_reader *r, apt_config *c)
                               r->path, (int)c->hidden, (int)c->heads);
     else if (c->head_dim > 256)
         r->result = apti_fail(r->ctx, APT_E_RANGE, "'%.600s': heads of %d dimensions, at most 256 are supported", r->path,
+                              (int)c->head_dim);
+    else if (c->family == APT_LLAMA && c->head_dim % 2 != 0)
+        r->result = apti_fail(r->ctx, APT_E_RANGE,
+                              "'%.600s': \"hidden_size\" / \"num_attention_heads\" is %d, expected an even number", r->path,
                               (int)c->head_dim);
 }
 
@@ -17193,12 +18974,13 @@ static bool apti_spelling(const apti_param *p, const char *prefix, int32_t varia
     return true;
 }
 
-static const apti_tensor_view *apti_loader_find(apti_loader *l, const apti_param *p)
+static const apti_tensor_view *apti_loader_find(apti_loader *l, const apti_param *p, const char *suffix)
 {
     const char *prefix = l->model->block->prefix;
-    char name[128];
+    char spelled[128], name[144];
     for (int32_t variant = 0; variant < APTI_SPELLINGS; variant++) {
-        if (!apti_spelling(p, prefix, variant, name)) continue;
+        if (!apti_spelling(p, prefix, variant, spelled)) continue;
+        (void)snprintf(name, sizeof name, "%s%s", spelled, suffix);
         const apti_tensor_view *view = apti_tensors_find(l->set, name);
         if (view == NULL) continue;
         l->used[view - l->set->views] = true;
@@ -17207,10 +18989,25 @@ static const apti_tensor_view *apti_loader_find(apti_loader *l, const apti_param
     return NULL;
 }
 
+/* Under its own name or compressed. */
+static const apti_tensor_view *apti_loader_either(apti_loader *l, const apti_param *p)
+{
+    const apti_tensor_view *view = apti_loader_find(l, p, "");
+    return view != NULL ? view : apti_loader_find(l, p, APTI_SPARSE_SUFFIX);
+}
+
 static apt_result apti_loader_shape(const apti_loader *l, const apti_param *p, const apti_tensor_view *view)
 {
     const int64_t expected[2] = {p->dims == 1 ? p->cols : p->rows, p->cols};
     char hint[96] = "";
+    apti_sparse_view sparse;
+    if (apti_is_sparse_name(view->name)) {
+        const char *path = l->set->files[view->file].path;
+        const apt_result r = apti_sparse_open(l->ctx, path, view, &sparse);
+        if (r != APT_OK || (sparse.rows == expected[0] && sparse.cols == expected[1] && p->dims == 2)) return r;
+        return apti_fail(l->ctx, APT_E_SHAPE, "'%.600s': tensor '%s' has shape [%d,%d], expected %s", path,
+                         apti_show(view->name).text, (int)sparse.rows, (int)sparse.cols, apti_show_shape(expected, p->dims).text);
+    }
     bool same = view->dims == p->dims;
     for (int32_t i = 0; i < p->dims && same; i++) same = view->shape[i] == expected[i];
     if (same) return APT_OK;
@@ -17245,6 +19042,21 @@ static apt_result apti_loader_layers(const apti_loader *l)
     return APT_OK;
 }
 
+/* Files of a tied head may hold it once more, but not as another matrix: config.json or the file would be wrong. */
+static apt_result apti_loader_tied(const apti_loader *l)
+{
+    const apt_model *m = l->model;
+    const apti_tensor_view *head = apti_is_tied(&m->config) ? apti_tensors_find(l->set, "lm_head.weight") : NULL;
+    if (head == NULL) return APT_OK;
+    const apti_tensor_view *word = l->found[m->embed[APTI_WORD] - m->params];
+    const bool same = head->dtype == word->dtype && head->dims == word->dims && head->bytes == word->bytes &&
+                      memcmp(head->shape, word->shape, (size_t)head->dims * sizeof(head->shape[0])) == 0 &&
+                      memcmp(head->data, word->data, (size_t)head->bytes) == 0;
+    return same ? APT_OK
+                : apti_fail(l->ctx, APT_E_FORMAT, "'%.600s': tensor 'lm_head.weight' is not '%s', but \"tie_word_embeddings\" is "
+                            "true in config.json", l->set->files[head->file].path, apti_show(word->name).text);
+}
+
 /* Finds every parameter in the files; only task heads may be missing. */
 static apt_result apti_loader_match(apti_loader *l)
 {
@@ -17255,22 +19067,35 @@ static apt_result apti_loader_match(apti_loader *l)
     l->used = (bool *)apti_calloc(l->ctx, l->set->count, (int64_t)sizeof(bool));
     if (l->found == NULL || l->used == NULL)
         return apti_fail(l->ctx, APT_E_MEMORY, "'%.600s': no memory to load it", l->set->path);
+    const apti_param *head = l->model->config.task == APT_TASK_LM ? l->model->head[APTI_HEAD_OUT_W] : NULL;
     for (int32_t i = 0; i < l->model->param_count; i++) {
         const apti_param *p = &l->model->params[i];
         if (apti_param_count(p) == 0) continue;
-        l->found[i] = apti_loader_find(l, p);
+        l->found[i] = apti_loader_either(l, p);
         if (l->found[i] == NULL && !p->optional_in_file)
-            return apti_fail(l->ctx, APT_E_MISSING, "'%.600s': no tensor '%s' of shape %lld x %lld", l->set->path, p->name,
-                             (long long)p->rows, (long long)p->cols);
+            return apti_fail(l->ctx, APT_E_MISSING, "'%.600s': no tensor '%s' of shape %lld x %lld%s", l->set->path, p->name,
+                             (long long)p->rows, (long long)p->cols,
+                             p == head ? ", which config.json wants: \"tie_word_embeddings\" is false" : "");
         if (l->found[i] == NULL) apti_name_list_add(&missing, p->name);
-        else if (apti_loader_shape(l, p, l->found[i]) != APT_OK) return APT_E_SHAPE;
+        const apt_result r = l->found[i] != NULL ? apti_loader_shape(l, p, l->found[i]) : APT_OK;
+        if (r != APT_OK) return r;
     }
     if (apti_loader_layers(l) != APT_OK) return APT_E_SHAPE;
+    if (apti_loader_tied(l) != APT_OK) return APT_E_FORMAT;
     for (int32_t i = 0; i < l->set->count; i++)
         if (!l->used[i]) apti_name_list_add(&unused, l->set->views[i].name);
     apti_name_list_log(l->ctx, &missing, l->set->path, "not in the files, so initialised from the seed");
     apti_name_list_log(l->ctx, &unused, l->set->path, "tensors that this model does not use");
     return APT_OK;
+}
+
+static apt_result apti_loader_values(const apti_loader *l, const apti_tensor_view *view, float *out)
+{
+    apti_sparse_view sparse;
+    if (!apti_is_sparse_name(view->name)) return apti_tensor_to_f32(l->set, view, out);
+    const apt_result r = apti_sparse_open(l->ctx, l->set->files[view->file].path, view, &sparse);
+    if (r == APT_OK) apti_sparse_expand(out, &sparse);
+    return r;
 }
 
 /* Memory and values of every parameter. The seeded ones get what apt_model_create would give them. */
@@ -17286,7 +19111,7 @@ static apt_result apti_loader_fill(apti_loader *l)
             return apti_fail(l->ctx, APT_E_MEMORY, "'%.600s': no memory for %s (%lld x %lld)", l->set->path, p->name,
                              (long long)p->rows, (long long)p->cols);
         float *target = p->linear ? l->values : p->value;
-        if (l->found[i] != NULL) result = apti_tensor_to_f32(l->set, l->found[i], target);
+        if (l->found[i] != NULL) result = apti_loader_values(l, l->found[i], target);
         else apti_param_init(target, p, l->desc->seed, (uint64_t)i);
         if (result == APT_OK) apti_param_set(l->model, p, target);
     }
@@ -17332,7 +19157,9 @@ APT_API apt_result apt_model_load(apt_ctx *ctx, const char *dir, const apt_load_
     apt_result result = apti_load_check(ctx, l.desc);
     if (result == APT_OK) result = apti_loader_config(&l, dir);
     if (result == APT_OK) result = apti_tensors_open(ctx, dir, &l.set);
-    if (result == APT_OK && l.file.either && apti_tensors_find(l.set, "lm_head.weight") != NULL) l.file.config.untied = 1;
+    if (result == APT_OK && l.file.either && (apti_tensors_find(l.set, "lm_head.weight") != NULL ||
+                                              apti_tensors_find(l.set, "lm_head.weight" APTI_SPARSE_SUFFIX) != NULL))
+        l.file.config.untied = 1;
     if (result == APT_OK) result = apti_model_frame(ctx, &l.file.config, l.desc->weights, &l.model);
     if (result == APT_OK) result = apti_loader_match(&l);
     if (result == APT_OK) result = apti_loader_fill(&l);
@@ -17357,7 +19184,18 @@ typedef struct apti_saver {
     apti_tensor_item *items;
     const apti_param **params;                   /* of the items */
     int32_t count;
+    float *values;                               /* compressing only: room for the largest matrix, embeddings too, */
+    apti_sparse_name *names;                     /* names of the items, */
+    apt_sparsity *sparsity;                      /* and what was compressed */
 } apti_saver;
+
+static int64_t apti_largest_matrix(const apt_model *model)
+{
+    int64_t most = 0;
+    for (int32_t i = 0; i < model->param_count; i++)
+        if (model->params[i].dims == 2) most = apti_max_i64(most, apti_param_count(&model->params[i]));
+    return most;
+}
 
 static apt_result apti_saver_check(const apti_saver *s, const apti_param *p, const float *values)
 {
@@ -17370,8 +19208,30 @@ static apt_result apti_saver_fill(void *user, int64_t index, void *out)
 {
     const apti_saver *s = (const apti_saver *)user;
     const apti_param *p = s->params[index];
-    apti_param_get(s->model, p, (float *)out);
-    return apti_saver_check(s, p, (const float *)out);
+    float *values = s->items[index].dtype == APT_F32 ? (float *)out : s->values;
+    apti_param_get(s->model, p, values);
+    const apt_result r = apti_saver_check(s, p, values);
+    if (r == APT_OK && values != out) apti_sparse_encode((uint8_t *)out, values, p->rows, p->cols);
+    return r;
+}
+
+/* Turns the last item into a compressed one where that is smaller. */
+static void apti_saver_compress(apti_saver *s, apti_tensor_item *item, const apti_param *p)
+{
+    if (p->dims != 2) return;
+    apti_param_get(s->model, p, s->values);
+    const int64_t count = apt_sparse_count(s->values, p->cols, p->rows, p->cols);
+    const int64_t bytes = apt_sparse_bytes(p->rows, p->cols, count);
+    if (bytes >= 4 * apti_param_count(p)) return;
+    char *name = s->names[s->count - 1].text;
+    (void)snprintf(name, sizeof s->names[0].text, "%s%s", p->name, APTI_SPARSE_SUFFIX);
+    item->name = name;
+    item->dtype = APT_U8;
+    item->dims = 1;
+    item->shape[0] = bytes;
+    item->shape[1] = 0;
+    item->data = NULL;
+    apti_sparsity_add(s->sparsity, p->rows, p->cols, count);
 }
 
 static apt_result apti_saver_items(apti_saver *s)
@@ -17389,14 +19249,15 @@ static apt_result apti_saver_items(apti_saver *s)
         item->shape[1] = p->dims == 1 ? 0 : p->cols;
         item->data = p->columns == NULL ? p->value : NULL;
         if (item->data != NULL) result = apti_saver_check(s, p, p->value);
+        if (s->sparsity != NULL && result == APT_OK) apti_saver_compress(s, item, p);
     }
     return result;
 }
 
-/* Into an open writer. */
-static apt_result apti_save_weights(const apt_model *model, const char *path, apti_writer *w)
+/* Into an open writer. sparsity not NULL: compressed, and told there. */
+static apt_result apti_save_weights(const apt_model *model, const char *path, apti_writer *w, apt_sparsity *sparsity)
 {
-    const apti_meta meta[1] = {{"format", "pt"}};
+    const apti_meta meta[1] = {{"format", sparsity != NULL ? "apt-sparse" : "pt"}};
     apt_ctx *ctx = model->ctx;
     apti_saver s;
     apti_tensor_job job;
@@ -17407,7 +19268,12 @@ static apt_result apti_save_weights(const apt_model *model, const char *path, ap
     s.items = (apti_tensor_item *)apti_calloc(ctx, model->param_count, (int64_t)sizeof(apti_tensor_item));
     s.params = (const apti_param **)apti_calloc(ctx, model->param_count, (int64_t)sizeof(apti_param *));
     apt_result result = APT_OK;
-    if (s.items == NULL || s.params == NULL)
+    if (sparsity != NULL) {
+        s.sparsity = sparsity;
+        s.names = (apti_sparse_name *)apti_calloc(ctx, model->param_count, (int64_t)sizeof(apti_sparse_name));
+        s.values = (float *)apti_alloc(ctx, apti_largest_matrix(model), (int64_t)sizeof(float));
+    }
+    if (s.items == NULL || s.params == NULL || (sparsity != NULL && (s.names == NULL || s.values == NULL)))
         result = apti_fail(ctx, APT_E_MEMORY, "'%.600s': no memory for a list of tensors", path);
     else result = apti_saver_items(&s);
     if (result == APT_OK) {
@@ -17422,6 +19288,8 @@ static apt_result apti_save_weights(const apt_model *model, const char *path, ap
     }
     apti_free(ctx, s.items);
     apti_free(ctx, (void *)s.params);
+    apti_free(ctx, s.names);
+    apti_free(ctx, s.values);
     return result;
 }
 
@@ -17458,14 +19326,14 @@ static apt_result apti_save_commit(apti_writer *w, apti_writer *c, const char *w
 }
 
 /* Both files are written beside their targets before the first one is put in place. */
-static apt_result apti_save_files(const apt_model *model, const char *weights, const char *config)
+static apt_result apti_save_files(const apt_model *model, const char *weights, const char *config, apt_sparsity *sparsity)
 {
     apti_writer w, c;
     apt_result result = apti_write_begin(model->ctx, weights, &w);
     if (result != APT_OK) return result;
     result = apti_write_begin(model->ctx, config, &c);
     if (result == APT_OK) {
-        result = apti_save_weights(model, weights, &w);
+        result = apti_save_weights(model, weights, &w, sparsity);
         if (result == APT_OK) result = apti_save_config(model, &c);
         if (result == APT_OK) result = apti_write_ready(&w);
         if (result == APT_OK) result = apti_write_ready(&c);
@@ -17481,7 +19349,7 @@ static apt_result apti_save_check(const apt_model *model)
 {
     for (int32_t i = 0; i < model->param_count; i++) {
         const apti_param *p = &model->params[i];
-        if ((p->row_axis == APTI_AXIS_RANK || p->col_axis == APTI_AXIS_RANK) && apti_param_count(p) > 0)
+        if (apti_is_adapter(p) && apti_param_count(p) > 0)
             return apti_fail(model->ctx, APT_E_STATE, "apt_model_save: the model has adapters (%s): call apt_model_merge first",
                              p->name);
     }
@@ -17494,9 +19362,8 @@ static apt_result apti_save_check(const apt_model *model)
     return APT_OK;
 }
 
-APT_API apt_result apt_model_save(apt_model *model, const char *dir)
+static apt_result apti_model_save(apt_model *model, const char *dir, apt_sparsity *sparsity)
 {
-    if (model == NULL) return APT_E_ARGUMENT;
     apt_ctx *ctx = model->ctx;
     if (dir == NULL || dir[0] == 0) return apti_fail(ctx, APT_E_ARGUMENT, "apt_model_save: dir is NULL or empty");
     apt_result result = apti_save_check(model);
@@ -17504,10 +19371,25 @@ APT_API apt_result apt_model_save(apt_model *model, const char *dir)
     if (result != APT_OK) return result;
     char *weights = apti_join_path(ctx, dir, "model.safetensors"), *config = apti_join_path(ctx, dir, "config.json");
     if (weights == NULL || config == NULL) result = apti_fail(ctx, APT_E_MEMORY, "'%.600s': no memory for a path", dir);
-    else result = apti_save_files(model, weights, config);
+    else result = apti_save_files(model, weights, config, sparsity);
     apti_free(ctx, weights);
     apti_free(ctx, config);
     return result;
+}
+
+APT_API apt_result apt_model_save(apt_model *model, const char *dir)
+{
+    return model != NULL ? apti_model_save(model, dir, NULL) : APT_E_ARGUMENT;
+}
+
+APT_API apt_result apt_model_save_sparse(apt_model *model, const char *dir, apt_sparsity *saved)
+{
+    apt_sparsity sparsity;
+    if (model == NULL) return APT_E_ARGUMENT;
+    apti_sparsity_none(&sparsity);
+    const apt_result r = apti_model_save(model, dir, &sparsity);
+    if (r == APT_OK && saved != NULL) *saved = sparsity;
+    return r;
 }
 
 #endif /* APT_ONLY_CORE */
@@ -17653,6 +19535,8 @@ static void apti_ckpt_put_model(apti_ckpt_writer *w, const char *part, apt_model
         for (int32_t i = 0; i < APTI_LINEARS; i++) ranks[i] = (int32_t)apti_rank(m, l, i);
         (void)apti_ckpt_put_copy(w, apti_ckpt_key(part, name).text, APT_I32, 1, rank_shape, ranks);
     }
+    const int32_t head_rank = (int32_t)m->head_a->rows;
+    if (m->head_a != m->none) (void)apti_ckpt_put_copy(w, apti_ckpt_key(part, "ranks.head").text, APT_I32, 1, one, &head_rank);
     if (m->masks != NULL) (void)apti_ckpt_put(w, apti_ckpt_key(part, "masks").text, APT_F32, 1, units, m->masks);
     for (int32_t i = 0; i < m->param_count; i++) {
         const apti_param *p = &m->params[i];
@@ -17691,7 +19575,7 @@ static void apti_ckpt_put_trainer(apti_ckpt_writer *w, apt_trainer *t)
     (void)apti_ckpt_put_copy(w, "state.desc", APT_F64, 1, nd, desc);
     (void)apti_ckpt_put(w, "state.keep", APT_U8, 1, nu, t->keep);
     apti_ckpt_put_floats(w, "state", "salience", t->salience, 1, u.total);
-    apti_ckpt_put_floats(w, "state", "importance", t->importance, t->model->config.layers, APTI_LINEARS);
+    apti_ckpt_put_floats(w, "state", "importance", t->importance, 1, apti_sites(t->model));
     if (t->micro > 0 || t->stage != APTI_STAGE_NONE)
         apti_ckpt_put_floats(w, "state", "probe", t->probe.act, 3, apti_probe_count(t->model));
 }
@@ -17706,6 +19590,73 @@ static void apti_ckpt_put_teacher(apti_ckpt_writer *w, apt_trainer *t)
     apti_ckpt_put_moments(w, &tr->a, t->micro > 0);
     apti_ckpt_put_moments(w, &tr->b, t->micro > 0);
     (void)apti_ckpt_put(w, "teacher.place", APT_I32, 1, places, tr->place);
+}
+
+/* ---- masks of single weights, and iterative pruning ---- */
+
+enum { APTI_PLAN_REALS = 7, APTI_ITERATION_REALS = 11 };
+
+static void apti_iterative_plan(const apti_iterative *it, double x[APTI_PLAN_REALS])
+{
+    const apt_iterative_desc *d = &it->desc;
+    const double plan[APTI_PLAN_REALS] = {d->first, d->last, (double)d->iterations, (double)d->begin,
+                                          (double)d->retrain, d->lower_is_better ? 1.0 : 0.0, d->global ? 1.0 : 0.0};
+    memcpy(x, plan, sizeof plan);
+}
+
+static void apti_iteration_pack(const apt_iteration *h, double x[APTI_ITERATION_REALS])
+{
+    const double all[APTI_ITERATION_REALS] = {(double)h->measured, (double)h->step, h->target, (double)h->reached.matrices,
+                                              (double)h->reached.weights, (double)h->reached.zeros,
+                                              (double)h->reached.sparse_bytes, h->before, h->after, h->retrained, h->degradation};
+    memcpy(x, all, sizeof all);
+}
+
+/* Counts are exact in a double and in their ranges, or the file is refused. */
+static bool apti_iteration_unpack(apt_iteration *h, const double *x)
+{
+    const double most = 9007199254740992.0;
+    for (int32_t i = 0; i < APTI_ITERATION_REALS; i++)
+        if (!apti_finite_f64(x[i]) || (i < 7 && (x[i] < 0 || x[i] > most))) return false;
+    if (x[0] > 7 || x[3] > 2147483647.0 || x[5] > x[4] || x[4] > most / 4) return false;
+    h->measured = (int32_t)x[0];
+    h->step = (int64_t)x[1];
+    h->target = x[2];
+    h->reached.matrices = (int32_t)x[3];
+    h->reached.weights = (int64_t)x[4];
+    h->reached.zeros = (int64_t)x[5];
+    h->reached.sparse_bytes = (int64_t)x[6];
+    h->reached.dense_bytes = 4 * h->reached.weights;
+    h->reached.sparsity = (double)h->reached.zeros / (double)apti_max_i64(h->reached.weights, 1);
+    h->reached.compression = (double)h->reached.dense_bytes / (double)apti_max_i64(h->reached.sparse_bytes, 1);
+    h->before = x[7];
+    h->after = x[8];
+    h->retrained = x[9];
+    h->degradation = x[10];
+    return true;
+}
+
+static void apti_ckpt_put_masks(apti_ckpt_writer *w, const apt_trainer *t)
+{
+    const apt_model *m = t->model;
+    const apti_iterative *it = &t->iterative;
+    double plan[APTI_PLAN_REALS], x[APTI_ITERATION_REALS];
+    for (int32_t i = 0; m->bitmask != NULL && i < m->param_count; i++) {
+        const int64_t words[1] = {apt_bitmask_words(apti_param_count(&m->params[i]))};
+        if (m->bitmask[i] != NULL)
+            (void)apti_ckpt_put(w, apti_ckpt_key("bitmask", m->params[i].name).text, APT_I64, 1, words, m->bitmask[i]);
+    }
+    if (it->chosen == NULL) return;
+    const int64_t plans[1] = {APTI_PLAN_REALS}, params[1] = {m->param_count}, reals[1] = {APTI_ITERATION_REALS};
+    apti_iterative_plan(it, plan);
+    (void)apti_ckpt_put_copy(w, "iterative.plan", APT_F64, 1, plans, plan);
+    (void)apti_ckpt_put(w, "iterative.chosen", APT_U8, 1, params, it->chosen);
+    for (int32_t i = 0; i < it->done; i++) {
+        char name[32];
+        (void)snprintf(name, sizeof name, "%d", (int)i);
+        apti_iteration_pack(&it->history[i], x);
+        (void)apti_ckpt_put_copy(w, apti_ckpt_key("iterative", name).text, APT_F64, 1, reals, x);
+    }
 }
 
 APT_API apt_result apt_checkpoint_save(apt_trainer *trainer, const char *path, const void *user, size_t user_bytes)
@@ -17726,6 +19677,7 @@ APT_API apt_result apt_checkpoint_save(apt_trainer *trainer, const char *path, c
     apti_ckpt_put_model(w, "model", t->model, NULL);
     for (int32_t i = 0; i < t->model->param_count; i++) apti_ckpt_put_moments(w, &t->model->params[i], t->micro > 0);
     if (t->teacher != NULL) apti_ckpt_put_teacher(w, t);
+    apti_ckpt_put_masks(w, t);
     if (user_bytes > 0) (void)apti_ckpt_put(w, "user", APT_U8, 1, bytes, user);
     return apti_ckpt_finish(w, path);
 }
@@ -17745,11 +19697,29 @@ static bool apti_ckpt_has_key(apti_ckpt_reader *r, const char *part, const char 
     return apti_ckpt_has(r, apti_ckpt_key(part, name).text);
 }
 
+/* Ranks of the adapters at `count` places from `first` on. */
+static apt_result apti_ckpt_ranks(apti_ckpt_reader *r, const char *key, apt_model *m, int32_t first, int32_t count)
+{
+    const void *ranks = NULL;
+    int32_t rank[APTI_LINEARS];
+    const apt_result result = apti_ckpt_find(r, key, APT_I32, count, &ranks, NULL);
+    if (result != APT_OK) return result;
+    memcpy(rank, ranks, (size_t)count * sizeof(int32_t));
+    for (int32_t i = 0; i < count; i++) {
+        const apti_site site = apti_site_of(m, first + i);
+        const bool none = site.a == m->none;
+        if (rank[i] < 0 || rank[i] > (none ? 0 : 65536))
+            return apti_fail(m->ctx, APT_E_RANGE, "checkpoint: rank %d in %s", (int)rank[i], key);
+        if (!none) site.a->rows = site.b->cols = rank[i];
+    }
+    return APT_OK;
+}
+
 /* Frame of the saved student or teacher with its shapes and ranks; no parameter memory yet. */
 static apt_result apti_ckpt_frame(apt_trainer *t, apti_ckpt_reader *r, const char *part, apt_model **out)
 {
     apt_config c = t->model->config;
-    const void *hidden = NULL, *shapes = NULL, *ranks = NULL, *columns = NULL;
+    const void *hidden = NULL, *shapes = NULL, *columns = NULL;
     apt_result result = apti_ckpt_find(r, apti_ckpt_key(part, "hidden").text, APT_I64, 1, &hidden, NULL);
     if (result == APT_OK)
         result = apti_ckpt_find(r, apti_ckpt_key(part, "shapes").text, APT_I32, 3 * (int64_t)c.layers, &shapes, NULL);
@@ -17768,18 +19738,11 @@ static apt_result apti_ckpt_frame(apt_trainer *t, apti_ckpt_reader *r, const cha
     result = apti_model_frame(t->ctx, &c, t->model->weights, out);
     for (int32_t l = 0; l < c.layers && result == APT_OK; l++) {
         char name[32];
-        int32_t rank[APTI_LINEARS];
         snprintf(name, sizeof(name), "ranks.%d", (int)l);
-        result = apti_ckpt_find(r, apti_ckpt_key(part, name).text, APT_I32, APTI_LINEARS, &ranks, NULL);
-        if (result != APT_OK) break;
-        memcpy(rank, ranks, sizeof(rank));
-        for (int32_t i = 0; i < APTI_LINEARS && result == APT_OK; i++) {
-            const bool none = (*out)->layers[l].lora_a[i] == (*out)->none;
-            if (rank[i] < 0 || rank[i] > (none ? 0 : 65536))
-                result = apti_fail(t->ctx, APT_E_RANGE, "checkpoint: rank %d in layer %d", (int)rank[i], (int)l);
-            if (!none) (*out)->layers[l].lora_a[i]->rows = (*out)->layers[l].lora_b[i]->cols = rank[i];
-        }
+        result = apti_ckpt_ranks(r, apti_ckpt_key(part, name).text, *out, l * APTI_LINEARS, APTI_LINEARS);
     }
+    if (result == APT_OK && (*out)->head_a != (*out)->none)
+        result = apti_ckpt_ranks(r, apti_ckpt_key(part, "ranks.head").text, *out, apti_layer_sites(*out), 1);
     if (result != APT_OK && *out != NULL) {
         apti_model_free(*out);
         *out = NULL;
@@ -17856,6 +19819,68 @@ static apt_result apti_ckpt_read_transform(apt_trainer *t, apti_ckpt_reader *r, 
     return result;
 }
 
+/* Into a student that has its weights; 0 stands wherever a mask is 0. */
+static apt_result apti_ckpt_read_masks(apti_ckpt_reader *r, apt_model *m)
+{
+    for (int32_t i = 0; i < m->param_count; i++) {
+        const apti_param *p = &m->params[i];
+        const int64_t n = apti_param_count(p), words = apt_bitmask_words(n);
+        const void *data = NULL, *values = NULL;
+        if (!apti_ckpt_has_key(r, "bitmask", p->name)) continue;
+        if (!apti_is_matrix(p)) return apti_fail(m->ctx, APT_E_FORMAT, "checkpoint: a mask of %s, which is no matrix", p->name);
+        apt_result result = apti_ckpt_find(r, apti_ckpt_key("bitmask", p->name).text, APT_I64, words, &data, NULL);
+        if (result == APT_OK) result = apti_ckpt_find(r, apti_ckpt_key("model", p->name).text, APT_F32, n, &values, NULL);
+        if (result != APT_OK) return result;
+        uint64_t *mask = (uint64_t *)apti_alloc(m->ctx, words, (int64_t)sizeof(uint64_t));
+        if (mask != NULL) memcpy(mask, data, (size_t)words * sizeof(uint64_t));
+        if (mask == NULL || !apti_bitmasks_reserve(m)) {
+            apti_free(m->ctx, mask);
+            return apti_fail(m->ctx, APT_E_MEMORY, "checkpoint: no memory for the mask of %s", p->name);
+        }
+        m->bitmask[i] = mask;
+        if (!apti_bitmask_tail_ok(mask, n) || apti_bitmask_broken(mask, (const float *)values, n) >= 0)
+            return apti_fail(m->ctx, APT_E_FORMAT, "checkpoint: the mask of %s does not fit its weights", p->name);
+    }
+    return APT_OK;
+}
+
+/* The plan must be this trainer's; *done and history[0..done) come from the file. */
+static apt_result apti_ckpt_read_iterations(const apt_trainer *t, apti_ckpt_reader *r, const char *path, apt_iteration **history,
+                                            int32_t *done)
+{
+    const apti_iterative *it = &t->iterative;
+    const bool planned = it->chosen != NULL;
+    const void *plan = NULL, *chosen = NULL, *data = NULL;
+    double mine[APTI_PLAN_REALS], x[APTI_ITERATION_REALS];
+    *done = 0;
+    if (apti_ckpt_has(r, "iterative.plan") != planned)
+        return apti_fail(t->ctx, APT_E_STATE, "%s: it was written %s apt_trainer_iterative; this trainer runs %s", path,
+                         planned ? "without" : "with", planned ? "with it" : "without: call it before apt_checkpoint_load");
+    if (!planned) return APT_OK;
+    apt_result result = apti_ckpt_find(r, "iterative.plan", APT_F64, APTI_PLAN_REALS, &plan, NULL);
+    if (result == APT_OK) result = apti_ckpt_find(r, "iterative.chosen", APT_U8, t->model->param_count, &chosen, NULL);
+    if (result != APT_OK) return result;
+    apti_iterative_plan(it, mine);
+    if (memcmp(mine, plan, sizeof mine) != 0 || memcmp(it->chosen, chosen, (size_t)t->model->param_count) != 0)
+        return apti_fail(t->ctx, APT_E_STATE, "%s: it was written with another plan of iterative pruning", path);
+    *history = (apt_iteration *)apti_calloc(t->ctx, it->desc.iterations, (int64_t)sizeof(apt_iteration));
+    if (*history == NULL) return apti_fail(t->ctx, APT_E_MEMORY, "checkpoint: no memory for its iterations");
+    for (int32_t i = 0; i < it->desc.iterations && result == APT_OK; i++) {
+        char name[32];
+        (void)snprintf(name, sizeof name, "%d", (int)i);
+        const apti_ckpt_name key = apti_ckpt_key("iterative", name);
+        if (!apti_ckpt_has(r, key.text)) break;
+        result = apti_ckpt_find(r, key.text, APT_F64, APTI_ITERATION_REALS, &data, NULL);
+        if (result != APT_OK) break;
+        memcpy(x, data, sizeof x);
+        if (!apti_iteration_unpack(&(*history)[i], x))
+            return apti_fail(t->ctx, APT_E_RANGE, "%s: iteration %d holds numbers out of range", path, (int)i);
+        (*history)[i].number = i + 1;
+        *done = i + 1;
+    }
+    return result;
+}
+
 /* All that a load makes before it touches the trainer. */
 typedef struct apti_ckpt_load {
     apt_model *student, *teacher;
@@ -17863,6 +19888,8 @@ typedef struct apti_ckpt_load {
     apti_transform transform;
     apti_unit_arrays arrays;
     float *importance, **capture;
+    apt_iteration *history;
+    int32_t iterations;
     int64_t ints[APTI_CKPT_INTS], probes;
     double reals[APTI_CKPT_REALS];
 } apti_ckpt_load;
@@ -17879,6 +19906,7 @@ static void apti_ckpt_load_free(apt_ctx *ctx, apti_ckpt_load *c)
     apti_unit_arrays_free(ctx, &c->arrays);
     apti_free(ctx, c->importance);
     apti_free(ctx, c->capture);
+    apti_free(ctx, c->history);
 }
 
 /* A file with right checksums may still be hostile: counters that later code multiplies or compares stay in their ranges. */
@@ -17921,7 +19949,7 @@ static apt_result apti_ckpt_read_units(apt_trainer *t, apti_ckpt_reader *r, apti
 {
     apt_units u;
     const void *keep = NULL;
-    const int64_t n = (int64_t)t->model->config.layers * APTI_LINEARS;
+    const int64_t n = apti_sites(t->model);
     apt_model_units(c->student, &u);
     c->probes = apti_probe_count(c->student);
     apt_result result = apti_unit_arrays_make(c->student, &c->arrays, u.total, c->probes);
@@ -17989,6 +20017,12 @@ static void apti_ckpt_adopt(apt_trainer *t, apti_ckpt_load *c)
     c->importance = NULL;
     c->capture = NULL;
     c->teacher = NULL;
+    if (c->history != NULL) {
+        apti_free(t->ctx, t->iterative.history);
+        t->iterative.history = c->history;
+        c->history = NULL;
+    }
+    t->iterative.done = c->iterations;
     memset(&c->transform, 0, sizeof(c->transform));
     t->structure = t->model->structure;
     t->step = c->ints[APTI_CKPT_STEP];
@@ -18044,6 +20078,8 @@ APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, v
     const bool gradients = c.ints[APTI_CKPT_MICRO] > 0;
     if (result == APT_OK) result = apti_ckpt_frame(t, r, "model", &c.student);
     if (result == APT_OK) result = apti_ckpt_read_model(t, r, "model", c.student, NULL, true, gradients);
+    if (result == APT_OK) result = apti_ckpt_read_masks(r, c.student);
+    if (result == APT_OK) result = apti_ckpt_read_iterations(t, r, path, &c.history, &c.iterations);
     if (result == APT_OK) result = apti_ckpt_read_units(t, r, &c);
     if (result == APT_OK) result = apti_pass_create(c.student, &c.pass);
     if (result == APT_OK && apti_ckpt_has_key(r, "teacher", "hidden")) result = apti_ckpt_read_teacher(t, r, &c, gradients);

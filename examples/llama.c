@@ -37,20 +37,13 @@ static const char *const g_methods[] = {"apt", "lora", "full", "prune-after", "p
 enum { FORM_AUTO, FORM_PLAIN, FORM_ALPACA };
 
 typedef struct app {
-    /* the command line: run is what every training example has, lm a part of the rest */
-    ex_options run;
+    ex_program p;                     /* what every training example has */
     ex_lm lm;
     ex_sampling how;
-    const char *model, *out, *prompt, *import, *tokenizer;
-    int32_t method, form;
-    int64_t limit;
-    ex_arg *table;
-    /* what it becomes */
+    const char *prompt, *import, *tokenizer;
+    int32_t form;
     ex_lm_file train, dev;
-    apt_ctx *ctx;
-    apt_model *loaded;
     ex_text talk;                     /* chat: all turns until now */
-    ex_error error;
 } app;
 
 /* ------------------------------------------------------------------------------------------------ arguments */
@@ -70,77 +63,52 @@ static ex_arg *make_table(app *a)
 {
     const ex_arg rows[] = {
         EX_GROUP("Data"),
-        EX_TEXT("model", "DIR", &a->model, "checkpoint folder: config.json, safetensors, tokenizer"),
-        EX_TEXT("train", "FILE", &a->train.path, ".json, .jsonl, .csv, .tsv: prompts with answers; others: plain text"),
-        EX_TEXT("dev", "FILE", &a->dev.path, "the same, to evaluate on"),
-        EX_TEXT("out", "DIR", &a->out, "result folder"),
-        EX_INT("limit", "N", &a->limit, 0, 1e12, "training examples to read of a file with answers; 0: all"),
-        EX_INT("length", "N", &a->lm.length, 0, 1e6, "tokens per row; 0: 256, or the model's positions"),
+        EX_TEXT("model", "DIR", &a->p.model, "LLaMA or Qwen2 folder: config.json, safetensors, tokenizer"),
+        EX_TEXT("train", "FILE", &a->train.path, ".json, .jsonl, .csv, .tsv: prompts with answers; any other name: plain text"),
+        EX_TEXT("dev", "FILE", &a->dev.path, "the same kinds, to evaluate on"),
+        EX_TEXT("out", "DIR", &a->p.out, "receives the smaller model, metrics.jsonl, report.html"),
+        EX_INT("limit", "N", &a->p.limit, 0, 1e12, "training examples to read of a file with answers; 0: all"),
+        EX_INT("length", "N", &a->lm.length, 0, 1e6, "tokens of a row; 0: 256, or the model's positions if fewer"),
         EX_FLAG("pack", &a->lm.pack, "examples with answers share a row, without seeing each other"),
         EX_FLAG("learn-prompt", &a->lm.learn_prompt, "learn the prompts, too, not only the answers"),
-        EX_TEXT("import", "FILE", &a->import, "a llama2.c checkpoint (.bin) that becomes the folder OUT; needs --tokenizer"),
-        EX_TEXT("tokenizer", "FILE", &a->tokenizer, "its tokenizer (.bin)"),
+        EX_TEXT("import", "FILE", &a->import, "alone: a llama2.c checkpoint (.bin) that becomes folder OUT"),
+        EX_TEXT("tokenizer", "FILE", &a->tokenizer, "import: the tokenizer of that checkpoint (.bin)"),
         EX_GROUP("Method"),
-        EX_CHOICE("method", &a->method, EX_METHODS "|perplexity|generate|chat",
-                  "prune-first: one-shot prune, then LoRA; prune-after: the prune comes in between"),
-        EX_OPTIONS_ROWS(&a->run),
+        EX_CHOICE("method", &a->p.method, EX_METHODS "|perplexity|generate|chat",
+                  "apt: prune while tuning; prune-first: prune at once (30 %), then LoRA; prune-after: LoRA, prune, LoRA; "
+                  "perplexity: measure --dev; generate: go on with --prompt; chat: answer every line of stdin"),
+        EX_OPTIONS_ROWS(&a->p.options),
         EX_GROUP("Writing"),
         EX_TEXT("prompt", "TEXT", &a->prompt, "generate: the text to go on with"),
         EX_CHOICE("template", &a->form, "auto|plain|alpaca", "the prompt as it is, or as an instruction; auto: chat only"),
         EX_SAMPLING_ROWS(&a->how),
         EX_ARGS_END};
-    ex_arg *table = (ex_arg *)ex_alloc(sizeof(rows) / sizeof(rows[0]), sizeof(ex_arg));
-    memcpy(table, rows, sizeof(rows));
-    return table;
-}
-
-static void set_defaults(app *a)
-{
-    ex_options_init(&a->run);
-    a->run.batch = 8;
-    a->lm.pack = true;
-    a->lm.error = &a->error;
-    ex_sampling_init(&a->how, 256);
-    a->prompt = "";
-}
-
-static bool training(const app *a)
-{
-    return a->method < EX_METHODS_SHARED;
+    return ex_program_table(rows, sizeof(rows));
 }
 
 static bool check_import(app *a)
 {
-    if (a->model != NULL || a->train.path != NULL || a->dev.path != NULL)
-        return ex_fail(&a->error, "--import stands alone: the folder that it makes is the --model of further commands");
-    if (a->tokenizer == NULL || a->out == NULL) return ex_fail(&a->error, "--import needs --tokenizer FILE and --out DIR");
-    a->run.resume = false;
-    return ex_options_check_out(&a->run, a->import, a->out, &a->error);
+    if (a->p.model != NULL || a->train.path != NULL || a->dev.path != NULL)
+        return ex_fail(&a->p.error, "--import stands alone: the folder that it makes is the --model of further commands");
+    if (a->tokenizer == NULL || a->p.out == NULL) return ex_fail(&a->p.error, "--import needs --tokenizer FILE and --out DIR");
+    a->p.options.resume = false;
+    return ex_options_check_out(&a->p.options, a->import, a->p.out, &a->p.error);
 }
 
 /* What the table cannot check: which options belong together. */
-static bool check_options(app *a)
+static bool check_options(void *user)
 {
-    const char *method = g_methods[a->method];
+    app *a = (app *)user;
+    ex_program *p = &a->p;
+    a->how.seed = p->options.seed;
+    if (p->method == EX_METHOD_PRUNE_FIRST && !ex_args_given(p->table, "sparsity")) p->options.sparsity = 0.3;
     if (a->import != NULL) return check_import(a);
-    if (a->tokenizer != NULL) return ex_fail(&a->error, "--tokenizer goes with --import; a --model folder has its own");
-    if (a->model == NULL) return ex_fail(&a->error, "--model DIR is missing");
-    if (!ex_sampling_check(&a->how, &a->error)) return false;
-    if (a->method == METHOD_PERPLEXITY && a->dev.path == NULL)
-        return ex_fail(&a->error, "--method perplexity needs --dev FILE");
-    if (!training(a)) return !a->run.resume || ex_fail(&a->error, "--resume goes with a training method, not with %s", method);
-    if (a->train.path == NULL || a->out == NULL)
-        return ex_fail(&a->error, "--method %s needs --train FILE and --out DIR", method);
-    if (a->method == EX_METHOD_FULL && a->run.weights == 1)
-        return ex_fail(&a->error, "--weights bf16 is for frozen matrices; --method full has none");
-    return ex_options_check(&a->run, &a->error) && ex_options_check_out(&a->run, a->model, a->out, &a->error);
-}
-
-/* What a preset and the method fill in where the command line is silent. */
-static void fill_options(app *a)
-{
-    ex_options_preset(&a->run, a->table);
-    if (a->method == EX_METHOD_PRUNE_FIRST && !ex_args_given(a->table, "sparsity")) a->run.sparsity = 0.3;
+    if (a->tokenizer != NULL) return ex_fail(&p->error, "--tokenizer goes with --import; a --model folder has its own");
+    if (p->model == NULL) return ex_fail(&p->error, "--model DIR is missing");
+    if (!ex_sampling_check(&a->how, &p->error)) return false;
+    if (p->method == METHOD_PERPLEXITY && a->dev.path == NULL)
+        return ex_fail(&p->error, "--method perplexity needs --dev FILE");
+    return ex_program_check(p, a->train.path, p->model);
 }
 
 /* ------------------------------------------------------------------------------------------------ training */
@@ -153,38 +121,28 @@ static bool evaluate(void *user, apt_ctx *ctx, apt_model *model, ex_scores *scor
 
 static int train(app *a)
 {
-    ex_program p;
-    memset(&p, 0, sizeof(p));
-    p.method = g_methods[a->method];
-    p.kind = a->method;
-    p.options = &a->run;
-    p.arguments = a->table;
-    p.model = a->model;
-    p.train = a->train.path;
-    p.out = a->out;
-    p.rows = ex_token_rows_source(&a->train.rows);
-    p.rows_name = "rows";
-    p.longest = a->train.longest;
-    p.sequences = a->train.sequences;
-    char *data = ex_format("train %s (%lld rows, %lld tokens to learn, at most %lld each), dev %s", a->train.path,
-                           (long long)a->train.rows.rows, (long long)a->train.rows.learned, (long long)a->train.longest,
-                           a->dev.path != NULL ? a->dev.path : "none");
-    p.data = data;
-    p.ctx = a->ctx;
-    p.loaded = a->loaded;
-    p.evaluate = a->dev.path != NULL ? evaluate : NULL;
-    p.user = a;
-    p.error = &a->error;
-    const int status = ex_program_train(&p);
-    free(data);
-    return status;
+    const ex_token_rows *rows = &a->train.rows;
+    ex_training t;
+    memset(&t, 0, sizeof(t));
+    t.program = &a->p;
+    t.train = a->train.path;
+    t.dev = a->dev.path;
+    t.tokenizer = a->p.model;
+    t.rows = ex_token_rows_source(rows);
+    t.rows_name = "rows";
+    t.longest = a->train.longest;
+    t.sequences = a->train.sequences;
+    t.data = ex_format("%lld rows, %lld tokens to learn, at most %lld each", (long long)rows->rows, (long long)rows->learned,
+                       (long long)a->train.longest);
+    t.evaluate = evaluate;
+    return ex_program_train(&t);
 }
 
 static bool measure(app *a)
 {
     ex_scores scores;
     ex_score_info info;
-    if (!ex_lm_evaluate(&a->lm, a->ctx, a->loaded, &a->dev, &scores, &info)) return false;
+    if (!ex_lm_evaluate(&a->lm, a->p.ctx, a->p.loaded, &a->dev, &scores, &info)) return false;
     ex_scores_print(&scores, &info);
     return true;
 }
@@ -197,7 +155,7 @@ static bool generate(app *a)
     char *prompt = a->form == FORM_ALPACA ? ex_alpaca_prompt(text, NULL) : ex_copy(text, strlen(text));
     ex_text answer = {NULL, 0, 0};
     if (a->form != FORM_ALPACA) fputs(prompt, stdout);
-    const bool fine = ex_lm_answer(&a->lm, a->ctx, a->loaded, prompt, &a->how, &answer);
+    const bool fine = ex_lm_answer(&a->lm, a->p.ctx, a->p.loaded, prompt, &a->how, &answer);
     ex_text_free(&answer);
     free(prompt);
     free(text);
@@ -221,7 +179,7 @@ static bool chat_turn(void *user, const char *line)
         talk->length = 0;
         ex_text_put(talk, turn);
     }
-    fine = fine && ex_lm_answer(&a->lm, a->ctx, a->loaded, talk->at, &a->how, &answer);
+    fine = fine && ex_lm_answer(&a->lm, a->p.ctx, a->p.loaded, talk->at, &a->how, &answer);
     if (fine) ex_text_add(talk, answer.at, answer.length);
     ex_text_free(&answer);
     free(turn);
@@ -239,49 +197,43 @@ static bool chat(app *a)
 
 /* ------------------------------------------------------------------------------------------------ main */
 
-static int work(app *a)
+static int work(void *user)
 {
+    app *a = (app *)user;
     if (a->import != NULL) {
-        if (!ex_llama2c_import(a->ctx, a->import, a->tokenizer, a->out, &a->error)) return 1;
-        printf("The model is in %s\n", a->out);
+        if (!ex_llama2c_import(a->p.ctx, a->import, a->tokenizer, a->p.out, &a->p.error)) return 1;
+        printf("The model is in %s\n", a->p.out);
         return 0;
     }
     /* what is written goes to stdout: everything else that these methods have to say goes elsewhere */
-    FILE *said = a->method == METHOD_GENERATE || a->method == METHOD_CHAT ? stderr : stdout;
-    if (!ex_lm_load(&a->lm, a->ctx, a->model, APT_LLAMA, &a->run, said, &a->loaded)) return 1;
-    if (a->method == METHOD_GENERATE) return generate(a) ? 0 : 1;
-    if (a->method == METHOD_CHAT) return chat(a) ? 0 : 1;
-    if (training(a) && !ex_lm_read(&a->lm, &a->train, "train", a->limit)) return 1;
+    FILE *said = a->p.method == METHOD_GENERATE || a->p.method == METHOD_CHAT ? stderr : stdout;
+    if (!ex_lm_load(&a->lm, &a->p, said)) return 1;
+    if (a->p.method == METHOD_GENERATE) return generate(a) ? 0 : 1;
+    if (a->p.method == METHOD_CHAT) return chat(a) ? 0 : 1;
+    if (ex_program_trains(&a->p) && !ex_lm_read(&a->lm, &a->train, "train", a->p.limit)) return 1;
     if (!ex_lm_read(&a->lm, &a->dev, "dev", 0)) return 1;
-    return training(a) ? train(a) : measure(a) ? 0 : 1;
-}
-
-static void app_free(app *a)
-{
-    ex_lm_file_free(&a->train);
-    ex_lm_file_free(&a->dev);
-    ex_tokenizer_free(a->lm.tokenizer);
-    apt_destroy(a->ctx);
-    free(a->table);
+    return ex_program_trains(&a->p) ? train(a) : measure(a) ? 0 : 1;
 }
 
 int main(int argc, char **argv)
 {
     app a;
     memset(&a, 0, sizeof(a));
-    set_defaults(&a);
-    a.table = make_table(&a);
-    const ex_args_result parsed = ex_args_parse(a.table, &g_about, argc, argv, &a.error);
-    int status = parsed == EX_ARGS_HELP ? 0 : 2;
-    if (parsed == EX_ARGS_OK) {
-        fill_options(&a);
-        if (check_options(&a)) {
-            a.how.seed = a.run.seed;
-            a.ctx = ex_run_context(a.run.threads, a.run.kernels, &a.error);
-            status = a.ctx != NULL ? work(&a) : 1;
-        }
-    }
-    if (status == 1 || status == 2) fprintf(stderr, "llama: %s\n%s", a.error.text, status == 2 ? "Try --help.\n" : "");
-    app_free(&a);
+    a.p.methods = g_methods;
+    a.p.check = check_options;
+    a.p.work = work;
+    a.p.user = &a;
+    ex_options_init(&a.p.options);
+    a.p.options.batch = 8;
+    a.lm.pack = true;
+    a.lm.error = &a.p.error;
+    ex_sampling_init(&a.how, 256);
+    a.prompt = "";
+    a.p.table = make_table(&a);
+    const int status = ex_program_main(&a.p, &g_about, argc, argv);
+    ex_lm_file_free(&a.train);
+    ex_lm_file_free(&a.dev);
+    ex_tokenizer_free(a.lm.tokenizer);
+    ex_program_free(&a.p);
     return status;
 }

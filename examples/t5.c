@@ -35,19 +35,12 @@ enum { METHOD_EVAL = EX_METHODS_SHARED, METHOD_GENERATE };
 static const char *const g_methods[] = {"apt", "lora", "full", "prune-after", "prune-first", "eval", "generate"};
 
 typedef struct app {
-    /* the command line: run is what every training example has, t2t a part of the rest */
-    ex_options run;
+    ex_program p;                     /* what every training example has */
     ex_t2t t2t;
-    const char *model, *tokenizer, *out, *prompt;
-    int32_t method, init;
-    int64_t limit;
-    ex_arg *table;
-    /* what it becomes */
+    const char *tokenizer, *prompt;
+    int32_t init;
     const char *from;                 /* --model or --tokenizer: where the tokenizer is */
     ex_t2t_file train, dev;
-    apt_ctx *ctx;
-    apt_model *loaded;
-    ex_error error;
 } app;
 
 /* ------------------------------------------------------------------------------------------------ arguments */
@@ -66,13 +59,13 @@ static ex_arg *make_table(app *a)
 {
     const ex_arg rows[] = {
         EX_GROUP("Data"),
-        EX_TEXT("model", "DIR", &a->model, "checkpoint folder: config.json, safetensors, tokenizer"),
-        EX_CHOICE("init", &a->init, EX_T2T_SHAPES, "instead: a random model of that shape; needs --tokenizer"),
-        EX_TEXT("tokenizer", "PATH", &a->tokenizer, "its tokenizer: a folder, or a tokenizer.json"),
+        EX_TEXT("model", "DIR", &a->p.model, "T5 folder: config.json, safetensors, tokenizer"),
+        EX_CHOICE("init", &a->init, EX_T2T_SHAPES, "instead of --model: random weights in that shape; needs --tokenizer"),
+        EX_TEXT("tokenizer", "PATH", &a->tokenizer, "init: a folder with a tokenizer, or a tokenizer.json"),
         EX_TEXT("train", "FILE", &a->train.path, ".tsv, .csv, .jsonl, .json: sources with targets"),
-        EX_TEXT("dev", "FILE", &a->dev.path, "the same, to evaluate on"),
-        EX_TEXT("out", "DIR", &a->out, "result folder"),
-        EX_INT("limit", "N", &a->limit, 0, 1e12, "training pairs to read; 0: all"),
+        EX_TEXT("dev", "FILE", &a->dev.path, "the same kinds, to evaluate on"),
+        EX_TEXT("out", "DIR", &a->p.out, "receives the smaller model, metrics.jsonl, report.html"),
+        EX_INT("limit", "N", &a->p.limit, 0, 1e12, "training pairs to read; 0: all"),
         EX_TEXT("source", "NAME", &a->t2t.source, "column of the source (\"#1\": by number); default: a usual name"),
         EX_TEXT("target", "NAME", &a->t2t.target, "column of the target"),
         EX_FLAG("no-header", &a->t2t.no_header, "TSV, CSV: the first line is data"),
@@ -80,61 +73,44 @@ static ex_arg *make_table(app *a)
         EX_INT("max-source", "N", &a->t2t.max_source, 2, 1e5, "tokens of a source at most"),
         EX_INT("max-target", "N", &a->t2t.max_target, 2, 1e5, "tokens of a target at most"),
         EX_GROUP("Method"),
-        EX_CHOICE("method", &a->method, EX_METHODS "|eval|generate",
-                  "prune-first: one-shot prune, then LoRA; prune-after: the prune comes in between"),
-        EX_CHOICE("metric", &a->t2t.metric, EX_T2T_METRICS, "what the best evaluation is"),
+        EX_CHOICE("method", &a->p.method, EX_METHODS "|eval|generate",
+                  "apt: prune while tuning; prune-first: prune at once, then LoRA; prune-after: LoRA, prune at once, LoRA; "
+                  "eval: measure --dev; generate: write the target of --prompt or of every line of stdin"),
+        EX_CHOICE("metric", &a->t2t.metric, EX_T2T_METRICS, "which metric says what the best evaluation is"),
         EX_INT("texts", "N", &a->t2t.texts, 0, 1e12, "sources that an evaluation writes texts for; 0: all of --dev"),
-        EX_OPTIONS_ROWS(&a->run),
+        EX_OPTIONS_ROWS(&a->p.options),
         EX_GROUP("Writing, for evaluations, too"),
         EX_TEXT("prompt", "TEXT", &a->prompt, "generate: the source; default: every line of stdin is one"),
         EX_SAMPLING_ROWS(&a->t2t.how),
         EX_ARGS_END};
-    ex_arg *table = (ex_arg *)ex_alloc(sizeof(rows) / sizeof(rows[0]), sizeof(ex_arg));
-    memcpy(table, rows, sizeof(rows));
-    return table;
-}
-
-static void set_defaults(app *a)
-{
-    ex_options_init(&a->run);
-    ex_sampling_init(&a->t2t.how, 128);
-    a->t2t.max_source = 512;
-    a->t2t.max_target = 128;
-    a->t2t.lm.error = &a->error;
-}
-
-static bool training(const app *a)
-{
-    return a->method < EX_METHODS_SHARED;
+    return ex_program_table(rows, sizeof(rows));
 }
 
 /* One of --model and --init with --tokenizer. */
 static bool check_start(app *a)
 {
-    a->from = a->init != 0 ? a->tokenizer : a->model;
-    if (a->model != NULL && a->init != 0) return ex_fail(&a->error, "--model and --init exclude each other");
-    if (a->model == NULL && a->init == 0) return ex_fail(&a->error, "--model DIR is missing (or --init with --tokenizer)");
-    if (a->init != 0 && a->tokenizer == NULL) return ex_fail(&a->error, "--init needs --tokenizer PATH");
+    a->from = a->init != 0 ? a->tokenizer : a->p.model;
+    if (a->p.model != NULL && a->init != 0) return ex_fail(&a->p.error, "--model and --init exclude each other");
+    if (a->p.model == NULL && a->init == 0) return ex_fail(&a->p.error, "--model DIR is missing (or --init with --tokenizer)");
+    if (a->init != 0 && a->tokenizer == NULL) return ex_fail(&a->p.error, "--init needs --tokenizer PATH");
     if (a->init == 0 && a->tokenizer != NULL)
-        return ex_fail(&a->error, "--tokenizer goes with --init; a --model folder has its own");
-    return a->init == 0 || training(a) ||
-           ex_fail(&a->error, "--init goes with a training method, not with %s", g_methods[a->method]);
+        return ex_fail(&a->p.error, "--tokenizer goes with --init; a --model folder has its own");
+    return a->init == 0 || ex_program_trains(&a->p) ||
+           ex_fail(&a->p.error, "--init goes with a training method, not with %s", g_methods[a->p.method]);
 }
 
 /* What the table cannot check: which options belong together. */
-static bool check_options(app *a)
+static bool check_options(void *user)
 {
-    const char *method = g_methods[a->method];
-    if (!check_start(a) || !ex_sampling_check(&a->t2t.how, &a->error)) return false;
-    if ((a->t2t.source == NULL) != (a->t2t.target == NULL)) return ex_fail(&a->error, "--source and --target go together");
-    if (a->method == METHOD_EVAL && a->dev.path == NULL) return ex_fail(&a->error, "--method eval needs --dev FILE");
-    if (!training(a)) return !a->run.resume || ex_fail(&a->error, "--resume goes with a training method, not with %s", method);
-    if (a->train.path == NULL || a->out == NULL)
-        return ex_fail(&a->error, "--method %s needs --train FILE and --out DIR", method);
-    if (a->run.weights == 1 && (a->method == EX_METHOD_FULL || a->init != 0))
-        return ex_fail(&a->error, "--weights bf16 is for frozen matrices of a --model; %s has none",
-                       a->init != 0 ? "--init" : "--method full");
-    return ex_options_check(&a->run, &a->error) && ex_options_check_out(&a->run, a->from, a->out, &a->error);
+    app *a = (app *)user;
+    ex_program *p = &a->p;
+    a->t2t.how.seed = p->options.seed;
+    if (!check_start(a) || !ex_sampling_check(&a->t2t.how, &p->error)) return false;
+    if ((a->t2t.source == NULL) != (a->t2t.target == NULL)) return ex_fail(&p->error, "--source and --target go together");
+    if (p->method == METHOD_EVAL && a->dev.path == NULL) return ex_fail(&p->error, "--method eval needs --dev FILE");
+    if (a->init != 0 && p->options.weights == 1)
+        return ex_fail(&p->error, "--weights bf16 is for frozen matrices of a --model; --init has none");
+    return ex_program_check(p, a->train.path, a->from);
 }
 
 /* ------------------------------------------------------------------------------------------------ work */
@@ -148,40 +124,29 @@ static bool evaluate(void *user, apt_ctx *ctx, apt_model *model, ex_scores *scor
 static int train(app *a)
 {
     const ex_t2t_set *set = &a->train.set;
-    ex_program p;
-    memset(&p, 0, sizeof(p));
-    p.method = g_methods[a->method];
-    p.kind = a->method;
-    p.options = &a->run;
-    p.arguments = a->table;
-    p.model = a->from;
-    p.train = a->train.path;
-    p.out = a->out;
-    p.rows = ex_t2t_source(set);
-    p.rows_name = "pairs";
-    p.longest = set->source.longest;
-    p.longest_target = set->target.longest;
-    p.sequences = 1;
-    char *data = ex_format("train %s (%lld pairs, %lld tokens to %lld), dev %s, metric %d", a->train.path,
-                           (long long)set->source.count, (long long)set->source.starts[set->source.count],
-                           (long long)set->target.starts[set->target.count], a->dev.path != NULL ? a->dev.path : "none",
-                           (int)a->t2t.metric);
-    p.data = data;
-    p.ctx = a->ctx;
-    p.loaded = a->loaded;
-    p.evaluate = a->dev.path != NULL ? evaluate : NULL;
-    p.user = a;
-    p.error = &a->error;
-    const int status = ex_program_train(&p);
-    free(data);
-    return status;
+    ex_training t;
+    memset(&t, 0, sizeof(t));
+    t.program = &a->p;
+    t.train = a->train.path;
+    t.dev = a->dev.path;
+    t.tokenizer = a->from;
+    t.rows = ex_t2t_source(set);
+    t.rows_name = "pairs";
+    t.longest = set->source.longest;
+    t.longest_target = set->target.longest;
+    t.sequences = 1;
+    t.data = ex_format("%lld pairs, %lld tokens to %lld, metric %d", (long long)set->source.count,
+                       (long long)set->source.starts[set->source.count], (long long)set->target.starts[set->target.count],
+                       (int)a->t2t.metric);
+    t.evaluate = evaluate;
+    return ex_program_train(&t);
 }
 
 static bool measure(app *a)
 {
     ex_scores scores;
     ex_score_info info;
-    if (!evaluate(a, a->ctx, a->loaded, &scores, &info)) return false;
+    if (!evaluate(a, a->p.ctx, a->p.loaded, &scores, &info)) return false;
     ex_scores_print(&scores, &info);
     return true;
 }
@@ -189,50 +154,43 @@ static bool measure(app *a)
 static bool answer(void *user, const char *source)
 {
     app *a = (app *)user;
-    return ex_t2t_answer(&a->t2t, a->ctx, a->loaded, source);
+    return ex_t2t_answer(&a->t2t, a->p.ctx, a->p.loaded, source);
 }
 
 static bool load_model(app *a)
 {
-    if (a->init != 0) return ex_t2t_create(&a->t2t, a->ctx, a->init, a->tokenizer, (uint64_t)a->run.seed, &a->loaded);
-    return ex_lm_load(&a->t2t.lm, a->ctx, a->model, APT_T5, &a->run, a->method == METHOD_GENERATE ? stderr : stdout, &a->loaded);
+    if (a->init != 0) return ex_t2t_create(&a->t2t, &a->p, a->init, a->tokenizer);
+    return ex_lm_load(&a->t2t.lm, &a->p, a->p.method == METHOD_GENERATE ? stderr : stdout);
 }
 
-static int work(app *a)
+static int work(void *user)
 {
+    app *a = (app *)user;
     if (!load_model(a)) return 1;
-    if (a->method == METHOD_GENERATE) return (a->prompt != NULL ? answer(a, a->prompt) : ex_lm_lines(answer, a)) ? 0 : 1;
-    if (training(a) && !ex_t2t_read(&a->t2t, &a->train, "train", a->from, a->limit)) return 1;
+    if (a->p.method == METHOD_GENERATE) return (a->prompt != NULL ? answer(a, a->prompt) : ex_lm_lines(answer, a)) ? 0 : 1;
+    if (ex_program_trains(&a->p) && !ex_t2t_read(&a->t2t, &a->train, "train", a->from, a->p.limit)) return 1;
     if (!ex_t2t_read(&a->t2t, &a->dev, "dev", a->from, 0)) return 1;
-    return training(a) ? train(a) : measure(a) ? 0 : 1;
-}
-
-static void app_free(app *a)
-{
-    ex_t2t_file_free(&a->train);
-    ex_t2t_file_free(&a->dev);
-    ex_tokenizer_free(a->t2t.lm.tokenizer);
-    apt_destroy(a->ctx);
-    free(a->table);
+    return ex_program_trains(&a->p) ? train(a) : measure(a) ? 0 : 1;
 }
 
 int main(int argc, char **argv)
 {
     app a;
     memset(&a, 0, sizeof(a));
-    set_defaults(&a);
-    a.table = make_table(&a);
-    const ex_args_result parsed = ex_args_parse(a.table, &g_about, argc, argv, &a.error);
-    int status = parsed == EX_ARGS_HELP ? 0 : 2;
-    if (parsed == EX_ARGS_OK) {
-        ex_options_preset(&a.run, a.table);
-        if (check_options(&a)) {
-            a.t2t.how.seed = a.run.seed;
-            a.ctx = ex_run_context(a.run.threads, a.run.kernels, &a.error);
-            status = a.ctx != NULL ? work(&a) : 1;
-        }
-    }
-    if (status == 1 || status == 2) fprintf(stderr, "t5: %s\n%s", a.error.text, status == 2 ? "Try --help.\n" : "");
-    app_free(&a);
+    a.p.methods = g_methods;
+    a.p.check = check_options;
+    a.p.work = work;
+    a.p.user = &a;
+    ex_options_init(&a.p.options);
+    ex_sampling_init(&a.t2t.how, 128);
+    a.t2t.max_source = 512;
+    a.t2t.max_target = 128;
+    a.t2t.lm.error = &a.p.error;
+    a.p.table = make_table(&a);
+    const int status = ex_program_main(&a.p, &g_about, argc, argv);
+    ex_t2t_file_free(&a.train);
+    ex_t2t_file_free(&a.dev);
+    ex_tokenizer_free(a.t2t.lm.tokenizer);
+    ex_program_free(&a.p);
     return status;
 }

@@ -218,14 +218,20 @@ static inline apt_model *test_model(apt_ctx *ctx, const apt_config *config, uint
     return m;
 }
 
-/* Adapters of rank `rank` on every linear map with random A and B, no trainer left. */
+/* All that adapters can sit on, as apt_train_desc.adapt. */
+static inline int32_t test_adaptable(const apt_config *c)
+{
+    return 63 | (c->gated || c->family == APT_LLAMA ? APT_ADAPT_GATE : 0) | (c->task == APT_TASK_LM ? APT_ADAPT_HEAD : 0);
+}
+
+/* Adapters of rank `rank` on every linear map and the LM head with random A and B, no trainer left. */
 static inline void test_add_adapters(apt_model *model, int32_t rank, uint64_t seed)
 {
     apt_train_desc d = APT_ZERO;
     d.method = APT_METHOD_LORA;
     d.steps = 1;
     d.rank = rank;
-    d.adapt = 63;
+    d.adapt = test_adaptable(&model->config);
     apt_trainer *t = test_trainer(model, &d);
     apt_trainer_destroy(t);
     test_randomise(model, seed);

@@ -64,8 +64,10 @@ learning-rate schedule | train | return d->learning_rate * (1 - done); | return 
 bias correction | train | c1 = 1 - pow(d->beta1, n) | c1 = 1
 masks glide | train | (void)apt_mask_step(t->model->masks, t->keep, u.total, t->desc.mask_step); | (void)0;
 salience average | train | r = apt_salience_ema(t->salience, now, u.total, t->desc.salience_momentum); | (void)now;
-growth of the upper half | train | if (apti_rank(m, l, linear) == 0) continue; | if (0) continue;
-adapter importance | train | r = apt_salience_ema(&t->importance[l * APTI_LINEARS + i], &now, 1, t->desc.salience_momentum); | (void)now;
+growth of the upper half | train | if (site.a->rows == 0) continue; | if (0) continue;
+a head that is untied keeps T5's scale | structure | if (m->config.scaled_head) m->ctx->kernels->scale(values, values | if (0) m->ctx->kernels->scale(values, values
+word embeddings of an untied head | structure | apti_param_get(m, site.w, u->word.value); | (void)0;
+adapter importance | train | r = apt_salience_ema(&t->importance[k], &now, 1, t->desc.salience_momentum); | (void)now;
 END
 }
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Exercises the built examples as a user would: the demo, every method and task of roberta, llama and t5, interruption and resumption,
+# Exercises the built examples as a user would: the demos, every method and task of roberta, llama and t5, interruption and resumption,
 # bad input. usage: tests/test_examples.sh [BUILD_DIR]   Prints one line a check; exit status 1 when any failed.
 cd "$(dirname "$0")/.." || exit 1
 build=${1:-build}
@@ -28,7 +28,7 @@ same() { if cmp -s "$2" "$3"; then pass "$1"; else fail "$1 ($2 and $3 differ)";
 says_file() { if grep -q -e "$3" "$2"; then pass "$1"; else fail "$1 (no \"$3\" in $2)"; fi; }
 has() { if [ -s "$2" ]; then pass "$1"; else fail "$1 ($2 is missing or empty)"; fi; }
 
-for program in demo roberta llama t5; do
+for program in demo demo_t5 demo_llama roberta llama t5; do
     if [ ! -x "$build/$program" ]; then fail "$build/$program is not built"; exit 1; fi
 done
 
@@ -49,6 +49,39 @@ if grep -q -e 'src="http' -e 'href="http' -e '@import' "$work/demo/report.html";
 check "demo runs on one thread" 0 "$demo" --fast --threads 1 --out "$work/demo1"
 for run in tiny-bert lora apt prune-after; do
     same "$run is the same on one and two threads" "$work/demo/$run/model.safetensors" "$work/demo1/$run/model.safetensors"
+done
+
+# ---- the demos of the other families: their folders are ordinary ones
+for family in t5 llama; do
+    check "demo_$family --help" 0 "$build/demo_$family" --help
+    check "demo_$family runs" 0 "$build/demo_$family" --fast --threads 2 --out "$work/demo-$family"
+    says "demo_$family compares the three ways" "prune after"
+    quality=perplexity drawn=Perplexity
+    [ $family = t5 ] && quality="exact match" drawn="Exact match"
+    says "demo_$family's table has: $quality" "^$quality "
+    says_file "demo_$family's report draws it" "$work/demo-$family/report.html" "<figcaption>$drawn"
+    for row in parameters "on disk" "step, at the start" "step, at the end" inference writing "peak memory"; do
+        says "demo_$family's table has: $row" "^$row "
+    done
+    has "demo_$family writes its report" "$work/demo-$family/report.html"
+    check "demo_$family runs on one thread" 0 "$build/demo_$family" --fast --threads 1 --out "$work/demo-$family-1"
+    for run in "tiny-$family" lora apt prune-after; do
+        same "$family: $run is the same on one and two threads" "$work/demo-$family/$run/model.safetensors" \
+            "$work/demo-$family-1/$run/model.safetensors"
+    done
+done
+check "t5 reads demo_t5's pruned model" 0 "$t5" --model "$work/demo-t5/apt" --method eval --dev "$work/demo-t5/dev.tsv" --max-new 30
+says "and measures it" "^ *ROUGE-L *[1-9]"
+check "llama reads demo_llama's pruned model" 0 "$llama" --model "$work/demo-llama/apt" --method generate --prompt "the cook was" --max-new 8
+says "and goes on with words of the grammar" "^the cook was [a-z]* "
+check "a T5 is not for llama" 1 "$llama" --model "$work/demo-t5/apt" --method generate
+says "t5 is" "is a T5 model, which is not for this program; t5 is"
+check "a LLaMA is not for roberta" 1 "$roberta" --model "$work/demo-llama/apt" --method eval --dev "$work/demo/dev.tsv"
+says "llama is" "is a LLaMA model, which is not for this program; llama is"
+mkdir "$work/bare" && sed 's/"[A-Za-z]*ForMaskedLM"/"BertModel"/' "$base/config.json" > "$work/bare/config.json" && cp "$base/model.safetensors" "$base/vocab.txt" "$work/bare/"
+for program in llama t5; do
+    check "$program: an encoder without any head" 1 "$build/$program" --model "$work/bare" --method generate --prompt x
+    says "its family and program are named" "is a BERT model, which is not for this program; roberta is"
 done
 
 # ---- roberta: arguments
@@ -336,6 +369,11 @@ done
 says_file "adapter ranks are counted per layer" "$work/llama-lora/metrics.jsonl" '"ranks":\[24,24\]'
 below "full tuning is better than adapters" "$(sed -n 's/.*"perplexity":"\([0-9.]*\)".*/\1/p' "$work/llama-full/metrics.jsonl")" \
     "$(sed -n 's/.*"perplexity":"\([0-9.]*\)".*/\1/p' "$work/llama-lora/metrics.jsonl")"
+check "an adapter on the LM head" 0 l $text --method lora --adapt query,value,head --out "$work/llama-head"
+reached=$(perplexity)
+check "and the result loads again" 0 "$llama" --model "$work/llama-head" --method perplexity --dev "$work/plain-dev.txt" --length 64
+if [ "$(perplexity)" = "$reached" ]; then pass "and measures the same"; else fail "and measures the same"; fi
+says_file "its head is tied no longer" "$work/llama-head/config.json" '"tie_word_embeddings": false'
 check "instructions with answers" 0 l --train "$work/tasks.jsonl" --dev "$work/tasks.jsonl" --length 500 --batch 2 --steps 4 --method lora --out "$work/llama-tasks"
 says "share rows" "12 examples packed"
 check "without packing, prompts learned, bf16" 0 l --train "$work/tasks.jsonl" --length 500 --batch 2 --steps 2 --method prune-first --no-pack \
@@ -363,6 +401,25 @@ printf 'who was kind\n\nwho was rude\n' > "$work/turns.txt"
 chats() { "$llama" --model "$work/llama-tasks" --method chat --max-new 20 < "$work/turns.txt"; }
 check "a conversation" 0 chats
 if [ "$(grep -c 'tokens/s' "$work/log")" -eq 2 ]; then pass "answers every line"; else fail "answers every line"; fi
+
+# ---- llama: the golden Qwen2 and LLaMA 3, with byte-level tokenizers in the form of each family (39 tokens)
+for kind in qwen2 llama3-rope; do
+    folder=$work/$kind
+    family=LLaMA
+    [ $kind = qwen2 ] && family=Qwen2
+    mkdir "$folder" && cp tests/golden/$kind/config.json tests/golden/$kind/model.safetensors tests/golden/$kind/tokenizer.json "$folder/"
+    check "$kind: perplexity of random weights" 0 "$llama" --model "$folder" --method perplexity --dev "$work/plain-dev.txt" --length 48
+    says "$kind: is shown as $family" ": $family, [0-9]* layers"
+    before=$(perplexity)
+    check "$kind: a short LoRA run" 0 "$llama" --model "$folder" --train "$work/plain.txt" --dev "$work/plain-dev.txt" --length 48 --batch 8 \
+        --steps 30 --lr 1e-2 --method lora --out "$folder-lora"
+    reached=$(perplexity)
+    below "$kind: it has learned" "$reached" "$(awk -v a="$before" 'BEGIN { print a / 2 }')"
+    check "$kind: the result loads again" 0 "$llama" --model "$folder-lora" --method perplexity --dev "$work/plain-dev.txt" --length 48
+    if [ "$(perplexity)" = "$reached" ]; then pass "$kind: and measures the same"; else fail "$kind: and measures the same"; fi
+    check "$kind: it writes" 0 "$llama" --model "$folder-lora" --method generate --prompt "the cook was" --max-new 20
+    says "$kind: behind its prompt" "^the cook was."
+done
 
 # ---- llama: interrupted, resumed, the same bytes at the end
 tuned="$text --steps 120 --prune-every 4 --method apt"
@@ -417,12 +474,12 @@ says "names those that are" 'food.csv:1: expected a column "text", found "mr", "
 [ -e "$work/x" ] && fail "bad input writes nothing" || pass "bad input writes nothing"
 check "a T5 from nothing" 0 t --init tiny --tokenizer "$unigram" $food --method full --lr 2e-3 --steps 60 --out "$work/t5"
 says "equal sources are grouped" "train *12 pairs, 10 sources"
-exact=$(value exact)
-says_file "its metrics are logged" "$work/t5/metrics.jsonl" '"event":"result".*"ROUGE-2".*"BLEU".*"exact"'
+exact=$(value "exact match")
+says_file "its metrics are logged" "$work/t5/metrics.jsonl" '"event":"result".*"ROUGE-2".*"BLEU".*"exact match"'
 has "its report" "$work/t5/report.html"
 same "its tokenizer is the one given" "$unigram" "$work/t5/tokenizer.json"
 check "it loads again" 0 t --model "$work/t5" --method eval --dev "$work/food-dev.csv" --max-new 24
-if [ "$(value exact)" = "$exact" ]; then pass "and writes the same"; else fail "and writes the same"; fi
+if [ "$(value "exact match")" = "$exact" ]; then pass "and writes the same"; else fail "and writes the same"; fi
 below "it has learned its rows" 0.5 "$(value ROUGE-L | awk '{ print $1 / 100 }')"
 loss=$(value loss)
 check "beams, two texts only" 0 t --model "$work/t5" --method eval --dev "$work/food-dev.csv" --max-new 24 --beams 2 --texts 2

@@ -242,6 +242,35 @@ static plan plain_plan(apt_method method, apt_task_kind task)
     return p;
 }
 
+/* The same for the other families, as small as they can be: T5 with one layer in each stack, LLaMA with one layer of two KV groups.
+   The head of both is tied and has an adapter; LLaMA has a teacher because the plan asks for one. */
+static plan decoder_plan(int32_t which)
+{
+    plan p = short_plan(APT_BERT, APT_TASK_CLASSIFY);
+    p.c = test_decoder(which);
+    p.c.vocab = 11;
+    p.c.hidden = 8;
+    p.c.neurons = 6;
+    p.c.head_dim = 2;
+    p.c.layers = p.c.decoder_layers > 0 ? 3 : 1;
+    p.c.decoder_layers = p.c.decoder_layers > 0;
+    p.c.untied = 0;
+    p.c.scaled_head = p.c.decoder_layers;
+    p.d.adapt = APT_ADAPT_QUERY | APT_ADAPT_VALUE | APT_ADAPT_UP | APT_ADAPT_HEAD;
+    p.d.steps = 8;
+    p.d.prune_end = 5;
+    p.d.accumulate = 1;
+    p.d.rank = 1;
+    p.d.min_hidden = 4;
+    p.d.distill_pred = 0.1f;
+    p.d.distill_layer = 0.9f;
+    p.d.evaluate_every = 3;
+    return p;
+}
+
+enum { DECODERS = 2 };
+static const int32_t g_decoders[DECODERS] = {1, 4};                   /* gated T5; LLaMA with biases (Qwen2) */
+
 /* ---- steps ----------------------------------------------------------------------------------------------------------- */
 
 static apt_result call_step(fixture *f)
@@ -295,6 +324,24 @@ static void test_steps(void **state)
     p.d.accumulate = 1;
     (void)attack_steps(&p, plain);
     assert_true(plain[1] > 1);
+}
+
+static void test_decoder_steps(void **state)
+{
+    (void)state;
+    const uint32_t wanted = 1u << APT_EVENT_PRUNE | 1u << APT_EVENT_COMPACT | 1u << APT_EVENT_GROW | 1u << APT_EVENT_TEACHER |
+                            1u << APT_EVENT_EVALUATE;
+    for (int32_t i = 0; i < DECODERS; i++) {
+        int64_t plain[2] = {0, 0};
+        plan p = decoder_plan(g_decoders[i]);
+        assert_int_equal(attack_steps(&p, plain) & wanted, wanted);
+        p.d.method = APT_METHOD_FULL;
+        p.d.steps = 3;
+        p.d.target_sparsity = 0;
+        p.d.prune_begin = p.d.prune_end = 0;
+        (void)attack_steps(&p, plain);
+        assert_true(plain[1] > 0);
+    }
 }
 
 /* Every allocation of a whole run fails once: each step is repeated until nothing of it fails. */
@@ -592,11 +639,11 @@ static apt_result call_load(fixture *f)
 static apt_result call_forward(fixture *f)
 {
     test_batch b;
-    float logits[256];
+    float logits[2048];
     apt_output out = APT_ZERO;
     batch_of(f, &b, 1, 8);
     out.logits = logits;
-    out.logits_capacity = 256;
+    out.logits_capacity = 2048;
     const apt_result r = apt_model_forward(f->l.model, &b.b, &out);
     if (r == APT_OK) f->value = apti_checksum(0, logits, (size_t)out.logits_count * sizeof(float));
     return r;
@@ -690,6 +737,69 @@ static apt_result call_estimate(fixture *f)
     const apt_result r = apt_estimate(f->l.ctx, &f->p.c, &f->p.d, 40, 4, &info);
     if (r == APT_OK) f->value = apti_checksum(0, &info, sizeof info);
     return r;
+}
+
+/* Texts for two sequences; rows, seeds and lengths of the same call never change. */
+static apt_result generate(fixture *f, int32_t beams)
+{
+    test_batch b;
+    int32_t out[2 * 3 + 2] = {0};
+    apt_generate_desc d = APT_ZERO;
+    batch_of(f, &b, 1, 2);
+    d.max_tokens = 3;
+    d.beams = beams;
+    d.ignore_end = 1;
+    const apt_result r = apt_generate(f->l.model, &b.b, &d, out, out + 6);
+    if (r == APT_OK) f->value = apti_checksum(0, out, sizeof out);
+    return r;
+}
+
+static apt_result call_generate(fixture *f)
+{
+    return generate(f, 0);
+}
+
+static apt_result call_beams(fixture *f)
+{
+    return generate(f, 2);
+}
+
+static void setup_generate(fixture *f)
+{
+    assert_ok(f->l.ctx, call_generate(f));
+    f->value = 0;
+}
+
+/* All calls of a trainer and of a model that are not a step, for T5 and LLaMA. */
+static void test_decoder_calls(void **state)
+{
+    (void)state;
+    for (int32_t i = 0; i < DECODERS; i++) {
+        const plan p = decoder_plan(g_decoders[i]);
+        const int64_t decided = micro_with(&p, APT_EVENT_PRUNE) + 1, cut = micro_with(&p, APT_EVENT_COMPACT) + 1;
+        const attack attacks[] = {
+            {"apt_model_create", p, 0, NULL, call_create, 15, false},
+            {"apt_model_load", p, 0, setup_folder, call_load, 30, false},
+            {"apt_model_save", p, 0, setup_older, call_save, 10, false},
+            {"apt_model_forward", p, 1, NULL, call_forward, 3, false},
+            {"apt_model_merge, tied head", p, 1, setup_adapted, call_merge, 6, false},
+            {"apt_model_compact", p, 0, setup_masks, call_compact, 5, false},
+            {"apt_model_set beside a teacher", p, decided, NULL, call_set, 1, false},
+            {"apt_trainer_create", p, 0, setup_no_trainer, call_trainer_create, 20, false},
+            {"apt_trainer_observe", p, 1, NULL, call_observe, 1, false},
+            {"apt_trainer_prune_now", p, decided, setup_observe, call_prune_now, 20, true},
+            {"apt_trainer_finish", p, decided, NULL, call_finish, 20, false},
+            {"apt_trainer_metric", p, decided, NULL, call_metric, 20, false},
+            {"apt_checkpoint_save", p, cut + 1, setup_old, call_checkpoint_save, 20, false},
+            {"apt_checkpoint_load, decided", p, decided, setup_checkpoint, call_checkpoint_load, 60, false},
+            {"apt_checkpoint_load, cut", p, cut + 1, setup_checkpoint, call_checkpoint_load, 60, false},
+            {"apt_estimate", p, 0, NULL, call_estimate, 7, false},
+            {"apt_generate, first", p, 1, NULL, call_generate, 4, false},
+            {"apt_generate, masked, with beams", p, decided, NULL, call_beams, 4, false},
+            {"apt_generate, with beams behind a plain one", p, cut, setup_generate, call_beams, 1, false},
+        };
+        for (size_t k = 0; k < sizeof attacks / sizeof attacks[0]; k++) (void)attack_every_allocation(&attacks[k]);
+    }
 }
 
 static void test_models(void **state)
@@ -815,7 +925,7 @@ int main(void)
         cmocka_unit_test(test_steps),       cmocka_unit_test(test_whole_runs),  cmocka_unit_test(test_saved_unfinished),
         cmocka_unit_test(test_cancelled_and_failed), cmocka_unit_test(test_trainer_calls), cmocka_unit_test(test_checkpoints),
         cmocka_unit_test(test_models),      cmocka_unit_test(test_thread_start), cmocka_unit_test(test_disk),
-        cmocka_unit_test(test_disk_full),
+        cmocka_unit_test(test_disk_full),   cmocka_unit_test(test_decoder_steps), cmocka_unit_test(test_decoder_calls),
     };
     return cmocka_run_group_tests_name("faults", tests, NULL, NULL);
 }

@@ -924,6 +924,51 @@ static void test_config_decoders_refused(void **state)
         {"{" CONFIG_LLAMA ",\"eos_token_id\":[]}", APT_E_FORMAT, "\"eos_token_id\""},
         {"{" CONFIG_LLAMA ",\"is_encoder_decoder\":true}", APT_E_UNSUPPORTED, "\"is_encoder_decoder\" is true"},
         {"{" CONFIG_LLAMA ",\"dtype\":\"int8\"}", APT_E_UNSUPPORTED, "\"dtype\" is int8"},
+        {"{\"model_type\":\"mistral\"}", APT_E_UNSUPPORTED, "\"model_type\" is mistral, expected bert|roberta|t5|llama|qwen2"},
+        {"{\"model_type\":\"umt5\"}", APT_E_UNSUPPORTED, "\"model_type\" is umt5"},
+        {"{" CONFIG_LLAMA ",\"rope_scaling\":{\"rope_type\":\"dynamic\",\"factor\":2.0}}", APT_E_UNSUPPORTED,
+         "\"rope_scaling.rope_type\" is dynamic, expected default|llama3"},
+        {"{" CONFIG_LLAMA ",\"rope_scaling\":{\"type\":\"yarn\",\"factor\":2.0}}", APT_E_UNSUPPORTED, "\"rope_scaling.type\" is yarn"},
+        {"{" CONFIG_LLAMA ",\"rope_parameters\":{\"rope_type\":\"linear\",\"factor\":2.0}}", APT_E_UNSUPPORTED,
+         "\"rope_parameters.rope_type\" is linear"},
+        {"{" CONFIG_LLAMA ",\"rope_parameters\":{\"rope_type\":\"longrope\"}}", APT_E_UNSUPPORTED, "\"rope_parameters.rope_type\" is longrope"},
+        {"{" CONFIG_LLAMA ",\"rope_parameters\":{\"rope_type\":3}}", APT_E_FORMAT, "\"rope_parameters.rope_type\" is 3"},
+        {"{" CONFIG_LLAMA ",\"rope_scaling\":\"linear\"}", APT_E_FORMAT, "\"rope_scaling\" is linear, expected an object"},
+        {"{" CONFIG_LLAMA ",\"rope_scaling\":{\"rope_type\":\"llama3\"},\"rope_parameters\":{\"rope_type\":\"default\"}}", APT_E_FORMAT,
+         "expected null beside rope_parameters"},
+        {"{" CONFIG_LLAMA ",\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":0}}", APT_E_RANGE, "\"rope_scaling.factor\" is 0"},
+        {"{" CONFIG_LLAMA ",\"rope_scaling\":{\"rope_type\":\"llama3\",\"original_max_position_embeddings\":0}}", APT_E_RANGE,
+         "\"rope_scaling.original_max_position_embeddings\" is 0"},
+        {"{" CONFIG_LLAMA ",\"partial_rotary_factor\":0.5}", APT_E_UNSUPPORTED, "\"partial_rotary_factor\" is 0.5, expected 1"},
+        {"{" CONFIG_LLAMA ",\"rope_parameters\":{\"rope_type\":\"llama3\",\"partial_rotary_factor\":0.25}}", APT_E_UNSUPPORTED,
+         "\"rope_parameters.partial_rotary_factor\" is 0.25"},
+        {"{" CONFIG_LLAMA ",\"layer_types\":[\"full_attention\",\"sliding_attention\"]}", APT_E_UNSUPPORTED,
+         "\"layer_types\" is sliding_attention, expected full_attention in every layer"},
+        {"{" CONFIG_LLAMA ",\"layer_types\":\"full_attention\"}", APT_E_FORMAT, "\"layer_types\" is full_attention, expected a list"},
+        {"{" CONFIG_LLAMA ",\"head_dim\":15}", APT_E_RANGE, "\"head_dim\" is 15, expected an even number"},
+        {"{" CONFIG_LLAMA ",\"apt\":{\"version\":1,\"head_dim\":15}}", APT_E_RANGE, "\"apt.head_dim\" is 15, expected an even number"},
+        {"{" CONFIG_LLAMA ",\"head_dim\":0}", APT_E_RANGE, "\"head_dim\" is 0"},
+        {"{" CONFIG_LLAMA ",\"head_dim\":258}", APT_E_RANGE, "\"head_dim\" is 258"},
+        {"{\"model_type\":\"llama\",\"vocab_size\":9,\"hidden_size\":60,\"num_hidden_layers\":1,\"num_attention_heads\":4,"
+         "\"intermediate_size\":8}", APT_E_RANGE, "\"hidden_size\" / \"num_attention_heads\" is 15, expected an even number"},
+        {"{\"model_type\":\"llama\",\"vocab_size\":9,\"hidden_size\":62,\"num_hidden_layers\":1,\"num_attention_heads\":4,"
+         "\"intermediate_size\":8}", APT_E_SHAPE, "\"hidden_size\" is 62, expected a multiple of \"num_attention_heads\", which is 4"},
+        {"{" CONFIG_LLAMA ",\"num_key_value_heads\":8}", APT_E_SHAPE, "\"num_key_value_heads\" is 8, expected a divisor"},
+        {"{" CONFIG_LLAMA ",\"num_key_value_heads\":0}", APT_E_RANGE, "\"num_key_value_heads\" is 0"},
+        {"{" CONFIG_LLAMA ",\"rms_norm_eps\":0}", APT_E_RANGE, "\"rms_norm_eps\" is 0"},
+        {"{" CONFIG_LLAMA ",\"tie_word_embeddings\":\"yes\"}", APT_E_FORMAT, "\"tie_word_embeddings\" is yes"},
+        {"{" CONFIG_LLAMA ",\"eos_token_id\":[-1]}", APT_E_FORMAT, "\"eos_token_id\""},
+        {"{" CONFIG_T5 ",\"quantization_config\":{\"bits\":8}}", APT_E_UNSUPPORTED, "\"quantization_config\" is {\"bits\":8}"},
+        {"{" CONFIG_T5 ",\"is_gated_act\":true}", APT_E_UNSUPPORTED, "\"is_gated_act\" is true, expected false"},
+        {"{" CONFIG_T5 ",\"feed_forward_proj\":\"gated-gelu\",\"is_gated_act\":false}", APT_E_UNSUPPORTED,
+         "\"is_gated_act\" is false, expected true"},
+        {"{" CONFIG_T5 ",\"dense_act_fn\":\"gelu_new\"}", APT_E_UNSUPPORTED, "\"dense_act_fn\" is gelu_new, expected relu"},
+        {"{" CONFIG_T5 ",\"feed_forward_proj\":\"gated-silu\",\"dense_act_fn\":\"gelu\"}", APT_E_UNSUPPORTED,
+         "\"dense_act_fn\" is gelu, expected silu"},
+        {"{" CONFIG_T5 ",\"feed_forward_proj\":\"gated-swish\"}", APT_E_UNSUPPORTED, "\"feed_forward_proj\" is gated-swish"},
+        {"{" CONFIG_T5 ",\"pad_token_id\":100}", APT_E_RANGE, "\"pad_token_id\" is 100, expected an integer in 0..99"},
+        {"{" CONFIG_T5 ",\"decoder_start_token_id\":100}", APT_E_RANGE, "\"decoder_start_token_id\" is 100"},
+        {"{\"model_type\":\"t5\",\"is_encoder_decoder\":false}", APT_E_UNSUPPORTED, "\"is_encoder_decoder\" is false, expected true"},
         {"{\"model_type\":\"qwen2\",\"use_sliding_window\":true}", APT_E_UNSUPPORTED, "\"use_sliding_window\" is true, expected false"},
         {"{" CONFIG_T5 ",\"feed_forward_proj\":\"gelu\"}", APT_E_UNSUPPORTED, "\"feed_forward_proj\" is gelu"},
         {"{" CONFIG_T5 ",\"num_decoder_layers\":0}", APT_E_RANGE, "\"num_decoder_layers\" is 0"},
@@ -1221,6 +1266,57 @@ static void test_load_spellings_of_decoders(void **state)
         assert_ok(t->ctx, apt_model_load(t->ctx, t->dir, NULL, &back));
         compare_models(model, back);
         for (int32_t k = 0; k < job.count; k++) free((void *)(uintptr_t)item[k].data);
+        apt_model_destroy(back);
+        apt_model_destroy(model);
+    }
+}
+
+/* Replaces the one `from` in config.json of the folder. */
+static void edit_config(file_test *t, const char *from, const char *to)
+{
+    char path[700];
+    size_t bytes = 0;
+    char *text = test_read_file(test_join(path, sizeof path, t->dir, "config.json"), &bytes);
+    assert_non_null(text);
+    char *at = strstr(text, from);
+    assert_non_null(at);
+    char *other = (char *)test_memory_block(bytes + strlen(to) + 1);
+    const int n = snprintf(other, bytes + strlen(to) + 1, "%.*s%s%s", (int)(at - text), text, to, at + strlen(from));
+    test_write_file(path, other, (size_t)n);
+    free(other);
+    free(text);
+}
+
+/* tie_word_embeddings against what the files hold: a head that is wanted and missing, one that is another matrix than the word
+   embeddings that it is said to be. The same matrix once more is what some writers leave, and fine. */
+static void test_load_ties(void **state)
+{
+    file_test *t = (file_test *)*state;
+    for (int32_t i = 0; i < 4; i++) {                                 /* T5 and LLaMA, untied and tied */
+        apt_config c = test_decoder(i % 2 ? 2 : 1);
+        c.untied = i < 2;
+        apt_model *model = make_model(t->ctx, &c), *back = NULL;
+        const char *word = i % 2 ? "model.embed_tokens.weight" : "shared.weight";
+        int64_t n = 0;
+        assert_ok(t->ctx, apt_model_save(model, t->dir));
+        if (i >= 2) {
+            edit_config(t, "\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false");
+            expect(t->ctx, apt_model_load(t->ctx, t->dir, NULL, &back), APT_E_MISSING, "no tensor 'lm_head.weight'");
+            assert_non_null(strstr(apt_error(t->ctx), "\"tie_word_embeddings\" is false"));
+        } else {
+            if (i == 0) edit_config(t, "\"scale_decoder_outputs\": false", "\"scale_decoder_outputs\": true");
+            edit_config(t, "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true");
+            expect(t->ctx, apt_model_load(t->ctx, t->dir, NULL, &back), APT_E_FORMAT, "tensor 'lm_head.weight' is not '");
+            assert_non_null(strstr(apt_error(t->ctx), word));
+            float *v = test_parameter(model, word, &n);
+            assert_ok(t->ctx, apt_model_set(model, "lm_head.weight", v, n));
+            assert_ok(t->ctx, apt_model_save(model, t->dir));
+            if (i == 0) edit_config(t, "\"scale_decoder_outputs\": false", "\"scale_decoder_outputs\": true");
+            edit_config(t, "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true");
+            assert_ok(t->ctx, apt_model_load(t->ctx, t->dir, NULL, &back));
+            assert_true(back->config.untied == 0 && apt_model_get(back, "lm_head.weight", v, n) == APT_E_SHAPE);
+            free(v);
+        }
         apt_model_destroy(back);
         apt_model_destroy(model);
     }
@@ -2126,7 +2222,7 @@ int main(void)
         FILE_TEST(test_config_defaults), FILE_TEST(test_config_tasks), FILE_TEST(test_config_pruned),
             FILE_TEST(test_config_refuses), FILE_TEST(test_config_llama), FILE_TEST(test_config_t5),
         FILE_TEST(test_config_decoders_refused), FILE_TEST(test_save_decoders), FILE_TEST(test_load_spellings_of_decoders),
-        FILE_TEST(test_load_layers_too_many),
+        FILE_TEST(test_load_layers_too_many), FILE_TEST(test_load_ties),
         FILE_TEST(test_save_and_load), FILE_TEST(test_save_pruned), FILE_TEST(test_load_weights_and_seed),
         FILE_TEST(test_load_arguments),
         FILE_TEST(test_load_names), FILE_TEST(test_load_refuses), FILE_TEST(test_load_huge_config), FILE_TEST(test_load_shards),

@@ -174,21 +174,29 @@ static void expect_rows(const golden *g, const char *name, const float *mine, in
     free(x);
 }
 
-/* Logits at all real positions and the hidden states of every stack; the last one of a stack is behind its norm. */
-static void check_lm(golden *g, apt_model *model, apti_pass *pass, const char *part)
+/* Logits at all real positions. */
+static void check_lm_logits(golden *g, const apt_model *model, apti_pass *pass, const char *part)
 {
     char name[64];
-    const apti_decoder x = apti_decoder_of(model);
+    const apti_lm_op op = apti_decoder_of(pass);
     const apti_stack *last = &pass->stack[pass->stacks - 1];
     const int64_t d = model->config.hidden, ld = apti_ld(d), vocab = model->config.vocab;
     float *h = (float *)malloc((size_t)(last->rows * ld) * sizeof(float)), *logits = (float *)malloc((size_t)(last->rows * vocab) * sizeof(float));
     for (int64_t i = 0; i < last->rows; i++) memcpy(h + i * ld, last->out + i * ld, (size_t)d * sizeof(float));
     apti_head_scale(pass, h, last->rows);
-    apti_lm_logits(g->ctx, &x.op, logits, vocab, h, ld, last->rows);
+    apti_lm_logits(g->ctx, &op, logits, vocab, h, ld, last->rows);
     snprintf(name, sizeof(name), "%slogits", part);
     expect_rows(g, name, logits, vocab, last->offsets, pass->stacks > 1 ? g->target_length : g->length);
     free(h);
     free(logits);
+}
+
+/* The same and the hidden states of every stack; the last one of a stack is behind its norm. */
+static void check_lm(golden *g, apt_model *model, apti_pass *pass, const char *part)
+{
+    char name[64];
+    const int64_t ld = apti_ld(model->config.hidden);
+    check_lm_logits(g, model, pass, part);
     for (int32_t k = 0; k < pass->stacks; k++) {
         const apti_stack *stack = &pass->stack[k];
         const int32_t step = k + 1, layers = (stack->end - stack->first) / step;          /* a decoder layer is two */
@@ -300,7 +308,7 @@ static void forward_backward(apt_trainer *t, golden *g, uint32_t mode)
     apti_task_loss(t->pass, true, 1.0f);
 }
 
-static apt_trainer *golden_trainer(apt_model *model, apt_method method)
+static apt_trainer *golden_trainer(apt_model *model, apt_method method, int32_t adapt)
 {
     apt_trainer *t = NULL;
     apt_train_desc desc = APT_ZERO;
@@ -308,6 +316,7 @@ static apt_trainer *golden_trainer(apt_model *model, apt_method method)
     desc.steps = 10;
     desc.rank = 4;
     desc.scale = 2.0f;
+    desc.adapt = adapt;
     if (apt_trainer_create(model, &desc, &t) != APT_OK) fail_msg("%s", apt_error(model->ctx));
     return t;
 }
@@ -317,7 +326,7 @@ static void check_dense(const char *name, const char *kernels)
     golden g;
     golden_open(&g, name, kernels);
     apt_model *model = golden_model(&g);
-    apt_trainer *t = golden_trainer(model, APT_METHOD_FULL);
+    apt_trainer *t = golden_trainer(model, APT_METHOD_FULL, 0);
     forward_backward(t, &g, APTI_PASS_FULL | APTI_PASS_ALL_ROWS);
     check_forward(&g, model, t->pass, "dense.");
     apti_backward(t->pass);
@@ -334,7 +343,7 @@ static void set_adapters(golden *g, apt_model *model)
     for (int32_t i = 0; i < model->param_count; i++) {
         apti_param *p = &model->params[i];
         int64_t n = 0;
-        if (strncmp(p->name, "lora_", 5) != 0 || apti_param_count(p) == 0) continue;
+        if (strncmp(p->name, "lora_", 5) != 0 || apti_param_count(p) == 0 || apti_tensors_find(g->set, p->name) == NULL) continue;
         float *x = golden_floats(g, p->name, &n);
         assert_int_equal(apt_model_set(model, p->name, x, n), APT_OK);
         free(x);
@@ -374,12 +383,24 @@ static void check_projection(golden *g, apt_trainer *t, int32_t l, int32_t linea
     free(values);
 }
 
+static void check_importance(const golden *g, const apt_model *model)
+{
+    for (int32_t k = 0; k < apti_sites(model); k++) {
+        const apti_param *a = apti_site_of(model, k).a, *b = apti_site_of(model, k).b;
+        float importance = 0;
+        if (a->rows == 0) continue;
+        const apt_adapter view = apti_adapter_view(model, a->value, b->value, a, b);
+        assert_int_equal(apt_adapter_importance(&view, b->grad, &importance), APT_OK);
+        expect_golden(g, "adapter_importance.", a->name + strlen("lora_A."), &importance, 1, 1e-4);
+    }
+}
+
 static void check_adapted(const char *name, const char *kernels)
 {
     golden g;
     golden_open(&g, name, kernels);
     apt_model *model = golden_model(&g);
-    apt_trainer *t = golden_trainer(model, APT_METHOD_LORA);
+    apt_trainer *t = golden_trainer(model, APT_METHOD_LORA, 0);
     set_adapters(&g, model);
     t->pass->probe = &t->probe;
     forward_backward(t, &g, APTI_PASS_ALL_ROWS);
@@ -389,15 +410,33 @@ static void check_adapted(const char *name, const char *kernels)
     for (int32_t l = 0; l < model->config.layers; l++) {
         check_projection(&g, t, l, APTI_OUTPUT);
         check_projection(&g, t, l, APTI_DOWN);
-        for (int32_t i = 0; i < APTI_LINEARS; i++) {
-            const apti_param *a = model->layers[l].lora_a[i], *b = model->layers[l].lora_b[i];
-            float importance = 0;
-            if (a->rows == 0) continue;
-            const apt_adapter view = apti_adapter_view(model, a->value, b->value, a, b);
-            assert_int_equal(apt_adapter_importance(&view, b->grad, &importance), APT_OK);
-            expect_golden(&g, "adapter_importance.", a->name + strlen("lora_A."), &importance, 1, 1e-4);
-        }
     }
+    check_importance(&g, model);
+    golden_close(&g);
+}
+
+/* One more adapter, on the LM head (head.safetensors): of tied and untied heads, with and without a scale in front. */
+static void check_head(const char *name, const char *kernels)
+{
+    golden g;
+    char path[800];
+    apti_tensors *head = NULL;
+    golden_open(&g, name, kernels);
+    test_join(path, sizeof path, g.dir, "head.safetensors");
+    if (apti_tensors_open(g.ctx, path, &head) != APT_OK) fail_msg("%s", apt_error(g.ctx));
+    apt_model *model = golden_model(&g);
+    apt_trainer *t = golden_trainer(model, APT_METHOD_LORA, APT_ADAPT_QUERY | APT_ADAPT_VALUE | APT_ADAPT_UP | APT_ADAPT_HEAD);
+    set_adapters(&g, model);
+    apti_tensors_close(g.set);
+    g.set = head;
+    set_adapters(&g, model);
+    forward_backward(t, &g, 0);
+    const float loss = (float)apti_mean_loss(t->pass);
+    expect_golden(&g, "", "loss", &loss, 1, 1e-5);
+    check_lm_logits(&g, model, t->pass, "");
+    apti_backward(t->pass);
+    check_gradients(&g, model, true);
+    check_importance(&g, model);
     golden_close(&g);
 }
 
@@ -494,7 +533,7 @@ static void check_old_spelling(const char *name, const char *kernels)
 
 static const char *const golden_cases[] = {"bert", "roberta", "roberta-regression", "roberta-qa", "t5-relu-tied", "t5-gated-untied", "llama", "llama-gqa-tied",
                                            "qwen2", "llama3-rope", "t5-small-case"};
-enum { FIRST_GENERATED = 8 };         /* from here on the files hold continuations, too */
+enum { TIED_T5 = 4, FIRST_GENERATED = 8 };         /* from the latter on the files hold continuations, too */
 
 /* Every case on every kernel table that this processor has; case 1 needs the shared data. */
 static void run_cases(void (*check)(const char *, const char *), int32_t which)
@@ -520,6 +559,13 @@ GOLDEN_TESTS(8)
 GOLDEN_TESTS(9)
 GOLDEN_TESTS(10)
 
+static void test_head(void **state)
+{
+    (void)state;
+    for (int32_t i = 0; i < (int32_t)(sizeof golden_cases / sizeof golden_cases[0]); i++)
+        if (i == TIED_T5 || i >= FIRST_GENERATED) run_cases(check_head, i);
+}
+
 static void test_generation(void **state)
 {
     (void)state;
@@ -538,6 +584,6 @@ int main(void)
     const struct CMUnitTest tests[] = {GOLDEN_ENTRIES(0), GOLDEN_ENTRIES(1), GOLDEN_ENTRIES(2), GOLDEN_ENTRIES(3),
                                        GOLDEN_ENTRIES(4), GOLDEN_ENTRIES(5), GOLDEN_ENTRIES(6), GOLDEN_ENTRIES(7),
                                        GOLDEN_ENTRIES(8), GOLDEN_ENTRIES(9), GOLDEN_ENTRIES(10),
-                                       cmocka_unit_test(test_generation), cmocka_unit_test(test_old_spelling)};
+                                       cmocka_unit_test(test_generation), cmocka_unit_test(test_old_spelling), cmocka_unit_test(test_head)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

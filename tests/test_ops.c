@@ -1717,21 +1717,22 @@ static double mlm_call(op_case *c, float *dh, float *de, float *dbias)
 {
     loss_case *l = (loss_case *)c->op;
     apti_lm_op op = APT_ZERO;
-    op.vocab = c->in[1].rows;
-    op.d = c->in[1].cols;
+    op.head.out = c->in[1].rows;
+    op.head.in = c->in[1].cols;
     op.e = c->in[1].v;
-    op.bias = c->in[2].fixed ? NULL : c->in[2].v;
+    op.head.bias = c->in[2].fixed ? NULL : c->in[2].v;
     apti_packed panels = APT_ZERO;
     if (l->packed) {
-        assert_true(apti_packed_reserve(c->ctx, &panels, op.vocab, op.d, APT_F32));
-        apti_pack(c->ctx, &panels, op.e, op.d);
-        op.packed = &panels;
+        assert_true(apti_packed_reserve(c->ctx, &panels, op.head.out, op.head.in, APT_F32));
+        apti_pack(c->ctx, &panels, op.e, op.head.in);
+        op.head.w = &panels;
         op.e = NULL;
     }
-    const double sum = apti_lm_loss(c->ctx, &op, dh, c->in[0].ld, de, dbias, c->in[0].v, c->in[0].ld, l->labels, c->in[0].rows, -100,
+    const apti_linear_grad grad = {de, dbias, NULL, NULL};
+    const double sum = apti_lm_loss(c->ctx, &op, dh, c->in[0].ld, dh || de || dbias ? &grad : NULL, c->in[0].v, c->in[0].ld, l->labels, c->in[0].rows, -100,
                                     l->grad_scale, l->work, l->chunk, &l->count, &l->correct);
     apti_free(c->ctx, panels.data);
-    check_guard("work", l->work, 1, l->chunk * apti_ld(op.vocab), l->chunk * apti_ld(op.vocab));
+    check_guard("work", l->work, 1, l->chunk * apti_ld(op.head.out), l->chunk * apti_ld(op.head.out));
     return sum;
 }
 

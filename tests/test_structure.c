@@ -158,12 +158,19 @@ static void test_masked_is_compacted(void **state)
     apt_destroy(ctx);
 }
 
+/* Which attention a layer has: 0 of an encoder or alone, 1 of a decoder behind an encoder, 2 across both. */
+static int32_t attention_kind(const apt_config *c, int32_t l)
+{
+    return l < apti_first_stack(c) ? 0 : apti_is_cross(c, l) ? 2 : 1;
+}
+
 static void test_masked_decoders(void **state)
 {
     (void)state;
     test_log log;
     apt_ctx *ctx = test_context(1, &log);
     double worst[2] = {0, 0};
+    int32_t cut[2][3] = {{0, 0, 0}, {0, 0, 0}}, groups = 0;           /* sets that remove heads of each attention, of grouped queries */
     for (int32_t i = 0; i < 420; i++) {                               /* 210 of T5, 210 of LLaMA */
         compact_case k;
         const int32_t t5 = i % 2;
@@ -181,7 +188,22 @@ static void test_masked_decoders(void **state)
             fail_msg("set %d (family %d, style %d, adapters %d, bf16 %d): masked and compacted differ by %g", i, (int)k.c.family, k.style,
                      k.adapters, k.narrow, e);
         worst[t5] = fmax(worst[t5], e);
+        apt_rng rng = apt_rng_make(k.seed, 1);                        /* the same masks once more, to see what they took */
+        apt_model *m = test_model(ctx, &k.c, k.seed);
+        test_batch b;
+        test_batch_fill(&b, &k.c, &rng, 4, 1, 7);
+        const mask_set s = make_masks(m, k.style, &rng);
+        bool seen[3] = {false, false, false};
+        for (int32_t l = 0; l < m->config.layers; l++)
+            for (int32_t h = 0; h < m->shape[l].kv_heads; h++)
+                if (s.mask[apti_unit_head(m, l) + h] == 0) seen[attention_kind(&m->config, l)] = true;
+        for (int32_t a = 0; a < 3; a++) cut[t5][a] += seen[a];
+        groups += seen[0] && m->shape[0].kv_heads < m->shape[0].heads;
+        free(s.mask);
+        apt_model_destroy(m);
     }
+    for (int32_t a = 0; a < 3; a++) assert_true(cut[1][a] > 100);
+    assert_true(cut[0][0] > 100 && groups > 70);
     print_message("    210 mask sets each, worst relative difference T5 %.2g, LLaMA %.2g\n", worst[1], worst[0]);
     apt_destroy(ctx);
 }
@@ -303,7 +325,7 @@ static void compact_trained(apt_config c, apt_method method, int32_t style)
     d.method = method;
     d.steps = 20;
     d.rank = 2;
-    d.adapt = 63;
+    d.adapt = test_adaptable(&c);
     d.accumulate = 2;
     d.learning_rate = 1e-3f;
     apt_trainer *t = test_trainer(m, &d);
@@ -483,53 +505,141 @@ static void test_masks(void **state)
 
 /* ---- merge -------------------------------------------------------------------------------------------------------- */
 
+/* A model that is made in the shape of `m` takes the same memory: nothing of the adapters is left. */
+static void check_memory(const apt_model *m)
+{
+    test_log log;
+    apt_ctx *other = test_context(1, &log);
+    apt_config c;
+    apt_model_config(m, &c);
+    (void)test_model(other, &c, 1);
+    assert_true(apt_memory_info(m->ctx).bytes == apt_memory_info(other).bytes);
+    assert_true(apt_memory_info(m->ctx).blocks == apt_memory_info(other).blocks);
+    apt_destroy(other);
+}
+
+/* A merged model goes through its files: the same parameters in the same order, the same logits. */
+static void check_saved(apt_model *m, const test_batch *b)
+{
+    char dir[512];
+    apt_model *back = NULL;
+    int64_t n = 0, n2 = 0;
+    test_dir(dir, sizeof dir);
+    assert_ok(m->ctx, apt_model_save(m, dir));
+    assert_ok(m->ctx, apt_model_load(m->ctx, dir, NULL, &back));
+    assert_true(test_model_sum(m) == test_model_sum(back));
+    float *x = test_logits(m, &b->b, &n, NULL, 0), *y = test_logits(back, &b->b, &n2, NULL, 0);
+    assert_true(n == n2);
+    assert_memory_equal(x, y, (size_t)n * sizeof(float));
+    free(x);
+    free(y);
+    apt_model_destroy(back);
+    test_remove(dir);
+}
+
+static void check_merge(const apt_config *c, int32_t i)
+{
+    test_log log;
+    apt_ctx *ctx = test_context(1, &log);
+    apt_model *m = test_model(ctx, c, 7);
+    const bool tied = c->task == APT_TASK_LM && !c->untied;
+    test_add_adapters(m, 1 + i % 4, 70 + (uint64_t)i);
+    test_batch b;
+    test_batch_at(&b, c, 1, i, 5);
+    int64_t n = 0;
+    float difference = -1;
+    apt_model_info info;
+    apt_model_query(m, &info);
+    assert_true(info.adapter > 0);
+    const uint64_t sum = test_model_sum(m);
+    const int32_t token = b.tokens[0];
+    b.tokens[0] = c->vocab;                                           /* a bad probe: nothing is merged */
+    assert_result(apt_model_merge(m, &b.b, &difference), APT_E_RANGE);
+    assert_true(test_model_sum(m) == sum);
+    b.tokens[0] = token;
+    float *before = test_logits(m, &b.b, &n, NULL, 0), *words = test_parameter(m, m->embed[APTI_WORD]->name, NULL);
+    assert_ok(ctx, apt_model_merge(m, i % 5 == 4 ? NULL : &b.b, i % 5 == 3 ? NULL : &difference));
+    float *after = test_logits(m, &b.b, &n, NULL, 0), *same = test_parameter(m, m->embed[APTI_WORD]->name, NULL);
+    float worst = 0;
+    for (int64_t j = 0; j < n; j++) worst = fmaxf(worst, fabsf(after[j] - before[j]));
+    test_near("merged logits", after, before, n, 1e-5);
+    assert_memory_equal(words, same, (size_t)(c->vocab * c->hidden) * sizeof(float));
+    if (tied) assert_true(m->config.untied && !m->config.scaled_head && m->embed[APTI_WORD]->packed.data == NULL);
+    if (i % 5 < 3) assert_true(difference == worst);
+    apt_model_query(m, &info);
+    assert_true(info.adapter == 0);
+    for (int32_t j = 0; j < apt_model_parameters(m); j++) {
+        apt_parameter p;
+        assert_ok(ctx, apt_model_parameter(m, j, &p));
+        assert_null(strstr(p.name, "lora_"));
+    }
+    assert_ok(ctx, apt_model_merge(m, &b.b, &difference));            /* nothing left to merge */
+    assert_true(difference == 0);
+    apti_pass_free(ctx, m->pass);
+    m->pass = NULL;
+    check_memory(m);
+    check_saved(m, &b);
+    apt_train_desc d = APT_ZERO;
+    d.steps = 1;
+    d.adapt = test_adaptable(c);
+    assert_ok(ctx, apt_trainer_step(test_trainer(m, &d), &b.b, NULL)); /* and the model can be trained again */
+    free(before);
+    free(after);
+    free(words);
+    free(same);
+    apt_destroy(ctx);
+}
+
 static void test_merge(void **state)
 {
     (void)state;
-    test_log log;
     for (int32_t i = 0; i < 12; i++) {
-        apt_ctx *ctx = test_context(1, &log);
         const apt_config c = shape_config(i % SHAPES, i % 2 == 0 ? APT_BERT : APT_ROBERTA, (apt_task_kind)(APT_TASK_CLASSIFY + i % 4));
-        apt_model *m = test_model(ctx, &c, 7);
-        const int64_t plain = apt_memory_info(ctx).bytes;
-        test_add_adapters(m, 1 + i % 4, 70 + (uint64_t)i);
-        test_batch b;
-        test_batch_at(&b, &c, 1, i, 5);
-        int64_t n = 0;
-        float *before = test_logits(m, &b.b, &n, NULL, 0), difference = -1;
-        apt_model_info info;
-        apt_model_query(m, &info);
-        assert_true(info.adapter > 0);
-        const uint64_t sum = test_model_sum(m);
-        b.tokens[0] = c.vocab;                                        /* a bad probe: nothing is merged */
-        assert_result(apt_model_merge(m, &b.b, &difference), APT_E_RANGE);
-        assert_true(test_model_sum(m) == sum);
-        b.tokens[0] = 0;
-        free(before);
-        before = test_logits(m, &b.b, &n, NULL, 0);
-        assert_ok(ctx, apt_model_merge(m, i % 5 == 4 ? NULL : &b.b, i % 5 == 3 ? NULL : &difference));
-        float *after = test_logits(m, &b.b, &n, NULL, 0);
-        float worst = 0;
-        for (int64_t j = 0; j < n; j++) worst = fmaxf(worst, fabsf(after[j] - before[j]));
-        test_near("merged logits", after, before, n, 1e-5);
-        if (i % 5 < 3) assert_true(difference == worst);
-        apt_model_query(m, &info);
-        assert_true(info.adapter == 0);
-        for (int32_t j = 0; j < apt_model_parameters(m); j++) {
-            apt_parameter p;
-            assert_ok(ctx, apt_model_parameter(m, j, &p));
-            assert_null(strstr(p.name, "lora_"));
-        }
-        assert_ok(ctx, apt_model_merge(m, &b.b, &difference));        /* nothing left to merge */
-        assert_true(difference == 0);
-        apti_pass_free(ctx, m->pass);
-        m->pass = NULL;
-        assert_true(apt_memory_info(ctx).bytes == plain);             /* adapters cost nothing any more */
+        check_merge(&c, i);
+    }
+    for (int32_t i = 0; i < 2 * TEST_DECODERS; i++) {
+        const apt_config c = test_decoder(i % TEST_DECODERS);
+        check_merge(&c, i);
+    }
+}
+
+/* A tied head becomes (E + s B A) / sqrt(d) in T5 v1.0, E + s B A in LLaMA; frozen weights in bf16 are rounded once. */
+static void test_merge_tied(void **state)
+{
+    (void)state;
+    test_log log;
+    for (int32_t i = 0; i < 4; i++) {
+        apt_ctx *ctx = test_context(1, &log);
+        const apt_config c = test_decoder(i % 2 ? 3 : 0);
+        const int64_t vocab = c.vocab, hidden = c.hidden;
+        const double scale = c.scaled_head ? 1 / sqrt((double)hidden) : 1, rounding = i < 2 ? 2e-7 : 1.0 / 256;
+        apt_model *m = NULL;
+        assert_ok(ctx, apti_model_build(ctx, &c, 5, i < 2 ? APT_F32 : APT_BF16, &m));
         apt_train_desc d = APT_ZERO;
+        d.method = APT_METHOD_LORA;
         d.steps = 1;
-        assert_non_null(test_trainer(m, &d));                         /* and the model can be trained again */
-        free(before);
-        free(after);
+        d.rank = 3;
+        d.adapt = APT_ADAPT_HEAD;
+        apt_trainer_destroy(test_trainer(m, &d));
+        test_randomise(m, 6);
+        float *e = test_parameter(m, m->embed[APTI_WORD]->name, NULL), *a = test_parameter(m, "lora_A.lm_head", NULL),
+              *b = test_parameter(m, "lora_B.lm_head", NULL), zero = 0;
+        assert_result(apt_model_get(m, "lm_head.weight", &zero, vocab * hidden), APT_E_SHAPE);
+        assert_ok(ctx, apt_model_merge(m, NULL, NULL));
+        float *head = test_parameter(m, "lm_head.weight", NULL), *words = test_parameter(m, m->embed[APTI_WORD]->name, NULL);
+        for (int64_t v = 0; v < vocab; v++)
+            for (int64_t j = 0; j < hidden; j++) {
+                double sum = (double)e[v * hidden + j];
+                for (int32_t r = 0; r < 3; r++) sum += 2.0 * (double)b[v * 3 + r] * (double)a[r * hidden + j];
+                if (!(fabs((double)head[v * hidden + j] - scale * sum) <= rounding * fabs(scale * sum) + 1e-7))
+                    fail_msg("case %d: lm_head[%d,%d] is %g, expected %g", i, (int)v, (int)j, (double)head[v * hidden + j], scale * sum);
+            }
+        assert_memory_equal(e, words, (size_t)(vocab * hidden) * sizeof(float));
+        free(e);
+        free(a);
+        free(b);
+        free(head);
+        free(words);
         apt_destroy(ctx);
     }
 }
@@ -577,15 +687,15 @@ static void test_growth_keeps_logits(void **state)
 {
     (void)state;
     test_log log;
-    for (int32_t i = 0; i < 8; i++) {
+    for (int32_t i = 0; i < 8 + TEST_DECODERS; i++) {
         apt_ctx *ctx = test_context(1, &log);
-        const apt_config c = shape_config(i % SHAPES, APT_ROBERTA, (apt_task_kind)(APT_TASK_CLASSIFY + i % 4));
+        const apt_config c = i < 8 ? shape_config(i % SHAPES, APT_ROBERTA, (apt_task_kind)(APT_TASK_CLASSIFY + i % 4)) : test_decoder(i - 8);
         apt_model *m = test_model(ctx, &c, 7);
         apt_train_desc d = APT_ZERO;
         d.method = APT_METHOD_LORA;
         d.steps = 8;
-        d.rank = 1 + i;
-        d.adapt = 63;
+        d.rank = 1 + i % 8;
+        d.adapt = test_adaptable(&c);
         apt_trainer *t = test_trainer(m, &d);
         test_randomise(m, 12);
         test_batch b;
@@ -593,14 +703,15 @@ static void test_growth_keeps_logits(void **state)
         assert_ok(ctx, apt_trainer_step(t, &b.b, NULL));             /* moments exist */
         int64_t n = 0, na = 0, nb = 0;
         float *before = test_logits(m, &b.b, &n, NULL, 0);
-        const apti_param *pa = m->layers[0].lora_a[APTI_UP], *pb = m->layers[0].lora_b[APTI_UP];
+        const apti_site site = apti_site_of(m, i < 8 ? (int32_t)APTI_UP : apti_layer_sites(m));
+        const apti_param *pa = site.a, *pb = site.b;
         const int64_t rank = pa->rows, in = pa->cols, out = pb->rows;
         float *a = test_parameter(m, pa->name, &na), *bb = test_parameter(m, pb->name, &nb);
         float *m1 = (float *)test_memory_block((size_t)nb * sizeof(float));
         memcpy(m1, pb->moment1, (size_t)nb * sizeof(float));
         apt_rng rng = apt_rng_make(9, 0);
-        for (int32_t l = 0; l < c.layers; l++)
-            for (int32_t k = 0; k < APTI_LINEARS; k++) assert_ok(ctx, apti_adapter_resize(m, l, k, rank + 1 + k % 3, true, &rng));
+        for (int32_t k = 0; k < apti_sites(m); k++)
+            if (apti_site_of(m, k).a != m->none) assert_ok(ctx, apti_adapter_resize(m, k, rank + 1 + k % 3, true, &rng));
         float *after = test_logits(m, &b.b, &n, NULL, 0);
         assert_memory_equal(before, after, (size_t)n * sizeof(float));
         const int64_t grown = pa->rows;
@@ -765,7 +876,7 @@ static double check_gradients(const grad_case *k, uint64_t seed)
     d.method = k->method;
     d.steps = 1;
     d.rank = 2;
-    d.adapt = k->c.family == APT_LLAMA || k->c.gated ? 127 : 63;
+    d.adapt = test_adaptable(&k->c);
     apt_trainer *t = test_trainer(m, &d);
     test_randomise(m, seed);
     grad_masks(m, k->masks);
@@ -773,6 +884,7 @@ static double check_gradients(const grad_case *k, uint64_t seed)
     test_batch_at(&b, &k->c, seed, 0, 3);
     const uint32_t mode = APTI_PASS_KEEP | (k->method == APT_METHOD_FULL ? (uint32_t)APTI_PASS_FULL : 0u) | (k->all_rows ? (uint32_t)APTI_PASS_ALL_ROWS : 0u);
     assert_int_equal(apti_forward(t->pass, &b.b, mode), APT_OK);
+    if (seed % 2 != 0) t->pass->mlm_chunk = 2;                        /* the vocabulary's logits in several chunks of rows */
     apti_task_loss(t->pass, true, 1.0f);
     apti_backward(t->pass);
     double worst = 0, largest = 0;
@@ -998,6 +1110,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_masked_is_compacted), cmocka_unit_test(test_compaction_gathers), cmocka_unit_test(test_compaction_shapes),
         cmocka_unit_test(test_masks),               cmocka_unit_test(test_merge),              cmocka_unit_test(test_merge_values),
+        cmocka_unit_test(test_merge_tied),
         cmocka_unit_test(test_growth_keeps_logits), cmocka_unit_test(test_parameters),         cmocka_unit_test(test_set_while_training),
         cmocka_unit_test(test_gradients),           cmocka_unit_test(test_gradients_grouped),  cmocka_unit_test(test_lean),
         cmocka_unit_test(test_forward_output),      cmocka_unit_test(test_masked_decoders),   cmocka_unit_test(test_gradients_decoders),

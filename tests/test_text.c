@@ -8,6 +8,8 @@
 #include "../examples/common/ex_metrics.h"
 #include "../examples/common/ex_pairs.h"
 #include "../examples/common/ex_token_rows.h"
+#include "../examples/common/ex_grammar.h"
+#include "../examples/common/ex_grammar_text.h"
 #include "place.h"
 
 #define TOKENIZERS "tests/golden/tokenizer/"
@@ -553,6 +555,147 @@ static void test_match_and_perplexity(void **state)
     near(ex_perplexity(3, 0), 0);
 }
 
+/* ---- texts of the grammar ---- */
+
+/* The word of `text` behind `before`, "" where there is none. */
+static const char *word_behind(const char *text, const char *before)
+{
+    static char word[32];
+    const char *at = strstr(text, before);
+    word[0] = 0;
+    if (at != NULL) sscanf(at + strlen(before), "%31s", word);
+    return word;
+}
+
+static bool is_good(const char *word)
+{
+    static const char *const good[] = {"kind", "honest", "gentle", "brave", "wise", "cheerful"};
+    for (size_t i = 0; i < COUNT(good); i++) {
+        if (strcmp(good[i], word) == 0) return true;
+    }
+    return false;
+}
+
+/* What the facts say is what the sentence says, and the reaction fits them. */
+static void test_facts(void **state)
+{
+    uint64_t random = 3;
+    ex_sentence facts, told;
+    (void)state;
+    for (int i = 0; i < 500; i++) {
+        exi_grammar_facts(&facts, &told, &random);
+        const bool good = is_good(word_behind(facts.text, "nature : ")), denied = strstr(facts.text, "denied : ") != NULL;
+        char expected[96];
+        snprintf(expected, sizeof expected, " %s", word_behind(facts.text, "who : "));
+        assert_non_null(strstr(told.text, expected));
+        snprintf(expected, sizeof expected, " was %s", word_behind(facts.text, denied ? "denied : " : "nature : "));
+        assert_non_null(strstr(told.text, expected));
+        assert_string_equal(word_behind(told.text, ", so everyone "), good != denied ? "smiled" : "sighed");
+    }
+}
+
+/* Two different people, and whoever met one of them reacts to what was said of that one. */
+static void test_stories(void **state)
+{
+    uint64_t random = 4;
+    ex_sentence s;
+    (void)state;
+    for (int i = 0; i < 500; i++) {
+        exi_grammar_story(&s, &random);
+        const char *first = strstr(s.text, "everyone who met the "), *second = strstr(first + 1, "everyone who met the ");
+        assert_non_null(second);
+        for (const char *at = first; at != NULL; at = at == first ? second : NULL) {
+            char who[32], does[32], said[64];
+            assert_int_equal(sscanf(at, "everyone who met the %31s %31s", who, does), 2);
+            snprintf(said, sizeof said, " %s was ", who);
+            char *was = strstr(s.text, said);
+            assert_non_null(was);
+            char word[32];
+            snprintf(word, sizeof word, "%s", word_behind(was, " was "));
+            const bool denied = strcmp(word, "not") == 0 || strcmp(word, "never") == 0 || strcmp(word, "hardly") == 0;
+            if (denied) {
+                char behind[48];
+                snprintf(behind, sizeof behind, "%s ", word);
+                snprintf(word, sizeof word, "%s", word_behind(was, behind));
+            }
+            const bool smiles = strcmp(does, "smiled") == 0 || strcmp(does, "cheered") == 0 || strcmp(does, "laughed") == 0;
+            assert_int_equal(smiles, is_good(word) != denied);
+        }
+    }
+}
+
+static int compare_words(const void *a, const void *b)
+{
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+/* Words of a text, sorted, cut in place. */
+static int sorted_words(char *text, char **word)
+{
+    int count = 0;
+    for (char *at = strtok(text, " "); at != NULL; at = strtok(NULL, " ")) word[count++] = at;
+    qsort(word, (size_t)count, sizeof *word, compare_words);
+    return count;
+}
+
+/* Pieces hold no word that the sentence has not, and most of those it has. */
+static void test_pieces(void **state)
+{
+    uint64_t random = 5;
+    int64_t all = 0, left = 0, same_order = 0;
+    ex_sentence s, pieces;
+    (void)state;
+    for (int i = 0; i < 500; i++) {
+        char *a[128], *b[128];
+        ex_sentence_make(&s, &random, true);
+        exi_grammar_shuffle(&pieces, &s, &random);
+        same_order += strcmp(s.text, pieces.text) == 0;
+        const int n = sorted_words(s.text, a), m = sorted_words(pieces.text, b);
+        int k = 0;
+        for (int j = 0; j < n && k < m; j++) k += strcmp(a[j], b[k]) == 0;
+        assert_int_equal(k, m);
+        all += n;
+        left += m;
+    }
+    assert_true(same_order < 10);
+    assert_true(left > all * 8 / 10 && left < all * 95 / 100);
+}
+
+/* The tokenizer knows every word, gives each one token, and writes them back as they were. */
+static void test_grammar_tokenizer(void **state)
+{
+    place *p = (place *)*state;
+    static const ex_grammar_kind kinds[] = {EX_GRAMMAR_SENTENCE, EX_GRAMMAR_STORY, EX_GRAMMAR_SHUFFLED, EX_GRAMMAR_FACTS};
+    uint64_t random = 6;
+    ex_error error = {""};
+    ex_encoding encoding = {0};
+    if (!ex_grammar_write_tokenizer(p->dir, "<s>", "</s>", &error)) fail_msg("%s", error.text);
+    ex_tokenizer *t = ex_tokenizer_load(p->dir, &error);
+    if (t == NULL) fail_msg("%s", error.text);
+    for (int i = 0; i < 400; i++) {
+        ex_sentence text[2];
+        exi_grammar_line(kinds[i % 4], &text[0], &text[1], &random);
+        for (int k = 0; k < 2; k++) {
+            ex_encode_desc desc = {0};
+            size_t bytes = 0;
+            int words = text[k].text[0] != 0;
+            for (const char *c = text[k].text; *c != 0; c++) words += *c == ' ';
+            desc.text = text[k].text;
+            desc.bytes = strlen(text[k].text);
+            assert_true(ex_tokenizer_encode(t, &desc, &encoding, &error));
+            assert_int_equal(encoding.first[1], words + 2);
+            assert_int_equal(encoding.ids[0], ex_tokenizer_special(t, EX_BOS));
+            assert_int_equal(encoding.ids[words + 1], ex_tokenizer_special(t, EX_EOS));
+            for (int w = 1; w <= words; w++) assert_int_not_equal(encoding.ids[w], ex_tokenizer_special(t, EX_UNK));
+            char *decoded = ex_tokenizer_decode(t, encoding.ids, encoding.first[1], true, &bytes, &error);
+            assert_string_equal(decoded, text[k].text);
+            free(decoded);
+        }
+    }
+    ex_encoding_free(&encoding);
+    ex_tokenizer_free(t);
+}
+
 int main(void)
 {
 #define PLACED(test) cmocka_unit_test_setup_teardown(test, place_setup, place_teardown)
@@ -560,6 +703,8 @@ int main(void)
         PLACED(test_csv), PLACED(test_tsv), PLACED(test_objects), PLACED(test_instructions), PLACED(test_pairs_refused),
         PLACED(test_groups), cmocka_unit_test(test_shared_e2e), PLACED(test_rows), PLACED(test_packing), PLACED(test_blocks),
         cmocka_unit_test(test_text_pieces), PLACED(test_sources_and_targets), cmocka_unit_test(test_golden_metrics),
-        cmocka_unit_test(test_rouge_by_hand), cmocka_unit_test(test_bleu_by_hand), cmocka_unit_test(test_match_and_perplexity)};
+        cmocka_unit_test(test_rouge_by_hand), cmocka_unit_test(test_bleu_by_hand), cmocka_unit_test(test_match_and_perplexity),
+        cmocka_unit_test(test_facts), cmocka_unit_test(test_stories), cmocka_unit_test(test_pieces),
+        PLACED(test_grammar_tokenizer)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

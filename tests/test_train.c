@@ -209,12 +209,18 @@ static void test_resume_others(void **state)
     resume_everywhere(apt_plan(APT_ROBERTA, APT_TASK_MLM), apt_cut, 6, 0);
 }
 
-/* T5: two stacks, a teacher for both. LLaMA: no teacher by default. */
+/* T5: two stacks, a teacher for both. LLaMA: no teacher by default, which one of them keeps. The heads have adapters, too, but for
+   one of each family. */
+enum { NO_TEACHER = 3 };
 static plan decoder_plan(int32_t which)
 {
     plan p = apt_plan(APT_BERT, APT_TASK_CLASSIFY);
     p.c = test_decoder(which);
     p.c.neurons = 20;
+    if (which != 1 && which != NO_TEACHER) p.d.adapt = APT_ADAPT_QUERY | APT_ADAPT_VALUE | APT_ADAPT_UP | APT_ADAPT_HEAD;
+    if (which < 2 || which == NO_TEACHER) return p;
+    p.d.distill_pred = 0.1f;
+    p.d.distill_layer = 0.9f;
     return p;
 }
 
@@ -229,9 +235,11 @@ static void test_decoder_threads(void **state)
         p.c.vocab = 90;
         live a, b;
         const uint64_t sum = run_all(&a, &p);
-        const uint32_t expected = 1u << APT_EVENT_PRUNE | 1u << APT_EVENT_COMPACT | 1u << APT_EVENT_GROW | (w < 2 ? 1u << APT_EVENT_TEACHER : 0u);
+        const uint32_t expected = 1u << APT_EVENT_PRUNE | 1u << APT_EVENT_COMPACT | 1u << APT_EVENT_GROW | (w != NO_TEACHER ? 1u << APT_EVENT_TEACHER : 0u);
+        static const int32_t threads[3] = {2, 3, 8};
         assert_int_equal(all_events(&a.tr) & expected, expected);
-        for (p.threads = 2; p.threads <= 8; p.threads += 3) {
+        for (int32_t i = 0; i < 3; i++) {
+            p.threads = threads[i];
             const uint64_t other = run_all(&b, &p);
             assert_same_trace(&a.tr, &b.tr, 0, micro_batches(&p), "threads");
             if (other != sum) fail_msg("decoder %d: %d threads give other weights", w, (int)p.threads);
@@ -244,11 +252,11 @@ static void test_decoder_threads(void **state)
 static void test_decoder_resume(void **state)
 {
     (void)state;
-    static const int64_t cut[] = {1, 8, 9, 14, 15, 21, 26, 33, 41};
-    const uint32_t events = every_event & ~(1u << APT_EVENT_CHECKPOINT);
+    /* inside accumulations, right after decisions, growth and teachers (8, 14, ...), mid-decay, recovery */
+    static const int64_t cut[] = {1, 2, 8, 9, 10, 14, 15, 20, 21, 26, 33, 38, 41};
     for (int32_t w = 0; w < TEST_DECODERS; w++) {
         plan p = decoder_plan(w);
-        resume_everywhere(p, cut, (int32_t)(sizeof cut / sizeof cut[0]), w < 2 ? events & ~(1u << APT_EVENT_EVALUATE) : 0);
+        resume_everywhere(p, cut, (int32_t)(sizeof cut / sizeof cut[0]), w == NO_TEACHER ? every_event & ~(1u << APT_EVENT_TEACHER) : every_event);
         p.d.method = APT_METHOD_FULL;
         p.d.target_sparsity = 0;
         p.d.steps = 6;
@@ -742,21 +750,27 @@ static double distilled_loss(apt_trainer *t, const apt_batch *b)
 static void test_distill_gradients(void **state)
 {
     (void)state;
-    for (int32_t i = 0; i < 4; i++) {
+    for (int32_t i = 0; i < 4 + TEST_DECODERS; i++) {
         static const apt_task_kind tasks[4] = {APT_TASK_CLASSIFY, APT_TASK_REGRESS, APT_TASK_SPAN, APT_TASK_MLM};
-        plan p = apt_plan(i % 2 == 0 ? APT_BERT : APT_ROBERTA, tasks[i]);
+        plan p = i < 4 ? apt_plan(i % 2 == 0 ? APT_BERT : APT_ROBERTA, tasks[i]) : decoder_plan(i - 4);
+        const bool t5 = p.c.family == APT_T5;
         p.c.hidden = 10;
         p.c.neurons = 8;
-        p.c.layers = 5;                                               /* quarters of more than one layer, too */
+        if (!t5) p.c.layers = 5;                                      /* quarters of more than one layer, too */
+        if (t5 && !p.c.gated) p.c.activation = APT_SILU;              /* ReLU has no slope where a step crosses 0 */
+        if (i >= 4) {
+            p.d.distill_pred = 0.5f;
+            p.d.distill_layer = 0.9f;
+        }
         p.d.min_hidden = 3;
         p.d.prune = APT_PRUNE_NEURONS | APT_PRUNE_HIDDEN;
         p.d.accumulate = 1;
         p.d.learning_rate = 0.01f;
-        p.d.adapt = 63;
+        p.d.adapt = test_adaptable(&p.c);
         p.d.evaluate_every = 0;
         live l;
         start(&l, &p, 1);
-        run(l.trainer, &p, &l.tr, 0, 14);                             /* compacted, teacher of another shape, masks gliding */
+        run(l.trainer, &p, &l.tr, 0, i < 4 ? 14 : 12);                /* compacted, teacher of another shape, masks gliding */
         apt_trainer *t = l.trainer;
         assert_true(t->teacher != NULL && t->teacher->config.hidden > l.model->config.hidden && l.model->masks != NULL);
         apt_rng rng = apt_rng_make(4, 4);
@@ -778,7 +792,7 @@ static void test_distill_gradients(void **state)
                 grad[j] = q->grad[at[j]];
             }
             for (int64_t j = 0; j < samples; j++) {
-                const float old = q->value[at[j]], h = 0.02f;
+                const float old = q->value[at[j]], h = t5 ? 0.003f : 0.02f;   /* sharper curves without 1/sqrt(head size) */
                 double f[4], moved[4];
                 for (int32_t s = 0; s < 4; s++) {
                     q->value[at[j]] = old + (s < 2 ? (float)(s - 2) : (float)(s - 1)) * h;
@@ -793,7 +807,7 @@ static void test_distill_gradients(void **state)
                 norm += slope * slope;
             }
             if (samples > 0 && sqrt(error) > 1e-2 * sqrt(norm) + 2e-5)
-                fail_msg("task %d, %s: gradient with distillation off by %g of %g", (int)tasks[i], q->name, sqrt(error), sqrt(norm));
+                fail_msg("case %d, %s: gradient with distillation off by %g of %g", i, q->name, sqrt(error), sqrt(norm));
             checked += samples > 0;
         }
         assert_true(checked > 20);
@@ -1066,6 +1080,18 @@ static void test_desc_ranges(void **state)
     d.schedule = APT_SCHEDULE_EXPONENTIAL;                            /* needs a start */
     assert_result(apt_trainer_create(m, &d, &t), APT_E_RANGE);
     assert_non_null(strstr(apt_error(ctx), "start_sparsity"));
+    d.schedule = APT_SCHEDULE_CUBIC;
+    d.adapt = APT_ADAPT_HEAD;                                         /* there is no LM head */
+    assert_result(apt_trainer_create(m, &d, &t), APT_E_RANGE);
+    assert_non_null(strstr(apt_error(ctx), "apt_train_desc.adapt is 128"));
+    const apt_config plain = test_decoder(0);                         /* T5 v1.0 has a head but no gate */
+    apt_model *t5 = test_model(ctx, &plain, 1);
+    d.adapt = APT_ADAPT_QUERY | APT_ADAPT_GATE;
+    assert_result(apt_trainer_create(t5, &d, &t), APT_E_RANGE);
+    assert_non_null(strstr(apt_error(ctx), "no gate"));
+    d.adapt = APT_ADAPT_HEAD;
+    assert_ok(ctx, apt_trainer_create(t5, &d, &t));
+    d.adapt = 0;
     const uint32_t nan_bits = 0x7fc00000u;                            /* clip: any number is legal, NaN is none */
     d.schedule = APT_SCHEDULE_CUBIC;
     memcpy(&d.clip, &nan_bits, sizeof nan_bits);

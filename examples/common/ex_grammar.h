@@ -50,42 +50,69 @@ EX_API bool ex_chance(uint64_t *random, double p)
 
 typedef struct ex_sentence { char text[240]; int32_t label; } ex_sentence;      /* label 1: good news */
 
-/* Adds words that stand in `words`, separated by blanks. */
-EX_API void exi_say(ex_sentence *s, const char *words)
-{
-    const size_t used = strlen(s->text);
-    snprintf(s->text + used, sizeof(s->text) - used, "%s%s", used > 0 ? " " : "", words);
-}
-
-EX_API void exi_say_one(ex_sentence *s, uint64_t *random, exi_word_list list)
+EX_API const char *exi_word(uint64_t *random, exi_word_list list)
 {
     uint32_t count = 0;
     while (exi_word_lists[list][count] != NULL) count++;
-    exi_say(s, exi_word_lists[list][ex_below(random, count)]);
+    return exi_word_lists[list][ex_below(random, count)];
 }
 
-/* "[the old cook] [who met the rude baker] was [not] kind"; returns 1 when this is good news. */
-EX_API int32_t exi_say_clause(ex_sentence *s, uint64_t *random, double relative)
+/* "the [old] cook [who met the rude baker] was [not] kind [or wise]": its words, NULL for what it has not. */
+typedef struct ex_clause {
+    const char *looks, *who, *met, *met_nature, *met_who, *negation, *nature, *also;
+    bool good;                        /* news */
+} ex_clause;
+
+EX_API void ex_clause_draw(ex_clause *c, uint64_t *random, double relative)
 {
     const bool good = ex_chance(random, 0.5), negated = ex_chance(random, 0.25);
-    exi_say(s, "the");
-    if (ex_chance(random, 0.3)) exi_say_one(s, random, EXI_PLAIN);
-    exi_say_one(s, random, EXI_PEOPLE);
+    memset(c, 0, sizeof(*c));
+    c->good = good != negated;
+    if (ex_chance(random, 0.3)) c->looks = exi_word(random, EXI_PLAIN);
+    c->who = exi_word(random, EXI_PEOPLE);
     if (ex_chance(random, relative)) {
-        exi_say(s, "who");
-        exi_say_one(s, random, EXI_MET);
-        exi_say(s, "the");
-        exi_say_one(s, random, ex_chance(random, 0.5) ? EXI_GOOD : EXI_BAD);
-        exi_say_one(s, random, EXI_PEOPLE);
+        c->met = exi_word(random, EXI_MET);
+        c->met_nature = exi_word(random, ex_chance(random, 0.5) ? EXI_GOOD : EXI_BAD);
+        c->met_who = exi_word(random, EXI_PEOPLE);
     }
-    exi_say(s, "was");
-    if (negated) exi_say_one(s, random, EXI_NOT);
-    exi_say_one(s, random, good ? EXI_GOOD : EXI_BAD);
-    if (ex_chance(random, 0.3)) {
-        exi_say(s, negated ? "or" : "and");
-        exi_say_one(s, random, good ? EXI_GOOD : EXI_BAD);
+    if (negated) c->negation = exi_word(random, EXI_NOT);
+    c->nature = exi_word(random, good ? EXI_GOOD : EXI_BAD);
+    if (ex_chance(random, 0.3)) c->also = exi_word(random, good ? EXI_GOOD : EXI_BAD);
+}
+
+/* Adds words that stand in `words`, separated by blanks; NULL: none. */
+EX_API void ex_say(ex_sentence *s, const char *words)
+{
+    const size_t used = strlen(s->text);
+    if (words != NULL) snprintf(s->text + used, sizeof(s->text) - used, "%s%s", used > 0 ? " " : "", words);
+}
+
+EX_API void ex_say_clause(ex_sentence *s, const ex_clause *c)
+{
+    ex_say(s, "the");
+    ex_say(s, c->looks);
+    ex_say(s, c->who);
+    if (c->met != NULL) {
+        ex_say(s, "who");
+        ex_say(s, c->met);
+        ex_say(s, "the");
+        ex_say(s, c->met_nature);
+        ex_say(s, c->met_who);
     }
-    return good != negated;
+    ex_say(s, "was");
+    ex_say(s, c->negation);
+    ex_say(s, c->nature);
+    if (c->also != NULL) ex_say(s, c->negation != NULL ? "or" : "and");
+    ex_say(s, c->also);
+}
+
+/* Draws and adds one; is it good news? */
+EX_API bool exi_say_any(ex_sentence *s, uint64_t *random, double relative)
+{
+    ex_clause c;
+    ex_clause_draw(&c, random, relative);
+    ex_say_clause(s, &c);
+    return c.good;
 }
 
 /* Main statement with, in half of the labelled sentences and a third of the others, a clause that does not count. */
@@ -94,20 +121,20 @@ EX_API void ex_sentence_make(ex_sentence *s, uint64_t *random, bool reaction)
     const uint32_t shape = ex_below(random, reaction ? 6 : 4);
     s->text[0] = 0;
     if (shape == 0) {
-        exi_say_one(s, random, EXI_JOIN);
-        exi_say_clause(s, random, 0);
-        exi_say(s, ",");
+        ex_say(s, exi_word(random, EXI_JOIN));
+        exi_say_any(s, random, 0);
+        ex_say(s, ",");
     }
     const bool denied = ex_chance(random, 0.1);
-    if (denied) exi_say(s, "it is false that");
-    s->label = exi_say_clause(s, random, 0.3) != (denied ? 1 : 0);
+    if (denied) ex_say(s, "it is false that");
+    s->label = exi_say_any(s, random, 0.3) != denied;
     if (shape == 1) {
-        exi_say_one(s, random, EXI_JOIN);
-        exi_say_clause(s, random, 0);
+        ex_say(s, exi_word(random, EXI_JOIN));
+        exi_say_any(s, random, 0);
     }
     if (!reaction) return;
-    exi_say(s, ", so everyone");
-    exi_say_one(s, random, s->label ? EXI_SMILE : EXI_SIGH);
+    ex_say(s, ", so everyone");
+    ex_say(s, exi_word(random, s->label ? EXI_SMILE : EXI_SIGH));
 }
 
 /* ------------------------------------------------------------------------------------------------ files */

@@ -58,51 +58,14 @@ EX_API void ex_lm_file_free(ex_lm_file *file)
 
 /* ------------------------------------------------------------------------------------------------ model */
 
-EX_API const char *exi_lm_name(const apt_config *config)
+/* Loads the program's checkpoint folder; says on `file` what it is. */
+EX_API bool ex_lm_load(ex_lm *lm, ex_program *p, FILE *file)
 {
-    if (config->family == APT_LLAMA) return config->qkv_bias ? "Qwen2" : "LLaMA";
-    return config->family == APT_T5 ? "T5" : config->family == APT_BERT ? "BERT" : "RoBERTa";
-}
-
-EX_API void exi_lm_show_model(const ex_lm *lm, apt_ctx *ctx, const apt_model *model, const char *path, FILE *file)
-{
-    const apt_config *config = &lm->config;
-    const int32_t threads = apt_thread_count(ctx);
-    apt_model_info info;
-    char text[32];
-    apt_model_query(model, &info);
-    fprintf(file, "  model    %s: %s, %d layers, d %d, %s parameters, %s kernels, %d thread%s\n", path, exi_lm_name(config),
-            (int)(config->layers - config->decoder_layers), (int)config->hidden,
-            ex_count_text(text, sizeof(text), (double)info.parameters), apt_kernel_name(ctx), (int)threads,
-            threads == 1 ? "" : "s");
-}
-
-/* Loads the tokenizer of a folder, or a file, for the model that lm->config describes. */
-EX_API bool exi_lm_load_tokenizer(ex_lm *lm, const char *path)
-{
-    lm->tokenizer = ex_tokenizer_load(path, lm->error);
-    if (lm->tokenizer == NULL) return false;
-    const int32_t size = ex_tokenizer_size(lm->tokenizer);
-    return size <= lm->config.vocab || ex_fail(lm->error, "%s: the tokenizer has %d tokens, the model's embedding %d rows", path,
-                                               (int)size, (int)lm->config.vocab);
-}
-
-/* A checkpoint folder of that family; says on `file` what it is. */
-EX_API bool ex_lm_load(ex_lm *lm, apt_ctx *ctx, const char *path, apt_family family, const ex_options *o, FILE *file,
-                       apt_model **model)
-{
-    apt_load_desc load = APT_ZERO;
-    load.weights = o->weights == 1 ? APT_BF16 : APT_F32;
-    load.seed = (uint64_t)o->seed;
-    if (apt_model_load(ctx, path, &load, model) != APT_OK) return ex_fail(lm->error, "%s", apt_error(ctx));
-    apt_model_config(*model, &lm->config);
-    const apt_family found = lm->config.family;
-    if (found != family)
-        return ex_fail(lm->error, "%s is a %s model, which is not for this program; %s is", path, exi_lm_name(&lm->config),
-                       found == APT_T5 ? "t5" : found == APT_LLAMA ? "llama" : "roberta");
-    if (!exi_lm_load_tokenizer(lm, path)) return false;
-    exi_lm_show_model(lm, ctx, *model, path, file);
-    return true;
+    const apt_load_desc load = APT_ZERO;
+    if (!ex_program_load(p, load, &lm->config)) return false;
+    lm->tokenizer = ex_program_tokenizer(p, &lm->config, p->model);
+    if (lm->tokenizer != NULL) ex_program_show_model(p, &lm->config, p->model, file);
+    return lm->tokenizer != NULL;
 }
 
 /* ------------------------------------------------------------------------------------------------ files */

@@ -67,7 +67,7 @@ EX_API bool ex_method_prunes(int32_t method)
     EX_INT("rank", "N", &(o)->rank, 1, 4096, "at the start"),                                                               \
     EX_INT("max-rank", "N", &(o)->max_rank, 1, 4096, "most that one adapter may grow to"),                                  \
     EX_REAL("scale", "X", &(o)->scale, 1e-6, 1e3, "s in W + s B A"),                                                        \
-    EX_TEXT("adapt", "LIST", &(o)->adapt, "which of query,key,value,output,up,down,gate"),                                  \
+    EX_TEXT("adapt", "LIST", &(o)->adapt, "which of query,key,value,output,up,down,gate,head"),                                  \
     EX_FLAG("grow", &(o)->grow, "APT: let important adapters grow"),                                                        \
     EX_REAL("growth", "X", &(o)->growth, 1, 1e3, "APT: adapter parameters at the end over those at the start"),             \
     EX_GROUP("Pruning"),                                                                                                    \
@@ -142,8 +142,8 @@ static int32_t exi_parse_list(const char *option, const char *text, const char *
 
 static int32_t exi_adapt_bits(const ex_options *o, ex_error *error)       /* APT_ADAPT_* */
 {
-    static const char *const names[] = {"query", "key", "value", "output", "up", "down", "gate"};
-    return exi_parse_list("adapt", o->adapt, names, 7, error);
+    static const char *const names[] = {"query", "key", "value", "output", "up", "down", "gate", "head"};
+    return exi_parse_list("adapt", o->adapt, names, 8, error);
 }
 
 static int32_t exi_prune_bits(const ex_options *o, ex_error *error)       /* APT_PRUNE_* */

@@ -745,6 +745,13 @@ EX_API bool exi_rep_share(const char *name)
     return exi_rep_among(shares, name);
 }
 
+/* Metrics that are percentages already: those of written texts. */
+EX_API bool exi_rep_percent(const char *name)
+{
+    static const char *const percents[] = {"ROUGE-L", "ROUGE-1", "ROUGE-2", "exact match", NULL};
+    return exi_rep_among(percents, name);
+}
+
 EX_API double exi_rep_greatest(const ex_report *report, const char *name)
 {
     double most = 0;
@@ -772,7 +779,7 @@ EX_API void exi_rep_other_panels(const ex_report *report, const exi_rep_panel *k
             if (exi_rep_silent(name) || !ex_map_put(&seen, name, strlen(name), 1)) continue;
             memset(&panel, 0, sizeof(panel));
             panel.title = panel.series[0] = panel.labels[0] = name;
-            panel.unit = exi_rep_share(name) ? " %" : "";
+            panel.unit = exi_rep_share(name) || exi_rep_percent(name) ? " %" : "";
             panel.scale = exi_rep_share(name) ? 100 : 1;
             panel.flags = EXI_REP_MARKS;
             exi_rep_draw_panel(report, &panel, number, out);

@@ -29,7 +29,8 @@ typedef struct ex_outcome {
     double kept, first, last, teacher, seconds;
     int64_t training_peak;            /* bytes */
     int64_t parameters, disk;         /* of the saved folder */
-    double tokens_per_second;         /* inference */
+    double tokens_per_second;         /* inference ... */
+    double written_per_second;        /* ... and texts, token by token */
 } ex_outcome;
 
 /* What is known when the training ends, before ex_run_save. */
@@ -38,7 +39,7 @@ EX_API void ex_outcome_of_run(ex_outcome *outcome, const ex_run *run)
     const ex_timing *timing = &run->state.timing;
     const int64_t n = timing->count - EX_TIMED_SKIP, count = n < 2 * EX_TIMED ? n / 2 : EX_TIMED;
     float last[EX_TIMED];
-    apt_model_info info;
+    apt_model_info info = APT_ZERO;
     for (int64_t i = 0; i < count; i++) last[i] = timing->last[(n - 1 - i) % EX_TIMED];
     apt_model_query(run->model, &info);
     outcome->kept = (double)info.prunable / (double)info.prunable_dense;
@@ -82,18 +83,32 @@ EX_API void exi_cell_ms(ex_cells *cells, const char *name, double milliseconds)
     else ex_cell(cells, name, "-");
 }
 
-EX_API void ex_cells_outcome(ex_cells *cells, const ex_outcome *outcome)
+EX_API void exi_cell_speed(ex_cells *cells, const char *name, double tokens_per_second)
+{
+    char text[32];
+    if (tokens_per_second > 0)
+        ex_cell(cells, name, "%s tokens/s", ex_count_text(text, sizeof(text), tokens_per_second));
+    else ex_cell(cells, name, "-");
+}
+
+/* What is true of the saved folder. */
+EX_API void ex_cells_saved(ex_cells *cells, const ex_outcome *outcome)
 {
     char text[32];
     ex_cell(cells, "parameters", "%s", ex_count_text(text, sizeof(text), (double)outcome->parameters));
     ex_cell(cells, "prunable left", "%.1f %%", 100 * outcome->kept);
     ex_cell(cells, "on disk", "%s", ex_bytes_text(text, sizeof(text), (double)outcome->disk));
+    exi_cell_speed(cells, "inference", outcome->tokens_per_second);
+    if (outcome->written_per_second > 0) exi_cell_speed(cells, "writing", outcome->written_per_second);
+}
+
+EX_API void ex_cells_outcome(ex_cells *cells, const ex_outcome *outcome)
+{
+    char text[32];
+    ex_cells_saved(cells, outcome);
     exi_cell_ms(cells, "step, at the start", outcome->first);
     exi_cell_ms(cells, "step, at the end", outcome->last);
     exi_cell_ms(cells, "teacher's forward", outcome->teacher);
-    if (outcome->tokens_per_second > 0)
-        ex_cell(cells, "inference", "%s tokens/s", ex_count_text(text, sizeof(text), outcome->tokens_per_second));
-    else ex_cell(cells, "inference", "-");
     ex_cell(cells, "peak memory", "%s", ex_bytes_text(text, sizeof(text), (double)outcome->training_peak));
     ex_cell(cells, "training time", "%s", ex_time_text(text, sizeof(text), outcome->seconds));
 }

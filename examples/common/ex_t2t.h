@@ -73,8 +73,8 @@ EX_API bool exi_t2t_find_specials(ex_t2t *t, const char *path)
                    config->pad_id < 0 ? "padding" : "the end of a text");
 }
 
-/* A random T5 v1.0 (ReLU, tied head) of shape number `shape` for the tokenizer of a folder or a file. */
-EX_API bool ex_t2t_create(ex_t2t *t, apt_ctx *ctx, int32_t shape, const char *tokenizer, uint64_t seed, apt_model **model)
+/* p->loaded becomes a random T5 v1.0 (ReLU, tied head) of shape number `shape` for the tokenizer of a folder or a file. */
+EX_API bool ex_t2t_create(ex_t2t *t, ex_program *p, int32_t shape, const char *tokenizer)
 {
     /* hidden, blocks of each stack, heads, neurons: T5-efficient-tiny, T5-small, T5-base */
     static const int32_t shapes[][4] = {{256, 4, 4, 1024}, {512, 6, 8, 2048}, {768, 12, 12, 3072}};
@@ -91,9 +91,10 @@ EX_API bool ex_t2t_create(ex_t2t *t, apt_ctx *ctx, int32_t shape, const char *to
     config->scaled_head = 1;
     t->lm.tokenizer = ex_tokenizer_load(tokenizer, t->lm.error);
     if (t->lm.tokenizer == NULL || !exi_t2t_find_specials(t, tokenizer)) return false;
-    if (apt_model_create(ctx, config, seed, model) != APT_OK) return ex_fail(t->lm.error, "%s", apt_error(ctx));
-    apt_model_config(*model, config);
-    exi_lm_show_model(&t->lm, ctx, *model, tokenizer, stdout);
+    if (apt_model_create(p->ctx, config, (uint64_t)p->options.seed, &p->loaded) != APT_OK)
+        return ex_fail(t->lm.error, "%s", apt_error(p->ctx));
+    apt_model_config(p->loaded, config);
+    ex_program_show_model(p, config, tokenizer, stdout);
     return true;
 }
 
@@ -208,7 +209,7 @@ EX_API bool exi_t2t_write(const ex_t2t *t, apt_ctx *ctx, apt_model *model, const
 
 EX_API void exi_t2t_scores(const ex_t2t *t, const exi_t2t_sums *sums, double loss, ex_scores *scores)
 {
-    static const char *const names[] = {"ROUGE-L", "ROUGE-1", "ROUGE-2", "BLEU", "exact"};
+    static const char *const names[] = {"ROUGE-L", "ROUGE-1", "ROUGE-2", "BLEU", "exact match"};
     const double texts = sums->count > 0 ? 0.01 * (double)sums->count : 1;    /* everything in percent, as BLEU is */
     const double values[] = {sums->rouge.longest.f / texts, sums->rouge.one.f / texts, sums->rouge.two.f / texts,
                              ex_bleu_score(&sums->bleu), (double)sums->exact / texts};

@@ -1,15 +1,27 @@
-/* Training step and forward of whole encoders with random weights: LoRA (rank 8 on query, value and FFN up) dense, and the same
-   after 60 % of the prunable parameters are gone. Medians of single steps; ratios are of this one run.
+/* Training step and forward of whole models with random weights: LoRA (rank 8 on query, value and FFN up) dense, and the same
+   after 60 % of the prunable parameters are gone. Medians of single steps; ratios are of this one run. The shapes and batches
+   are those of peer_torch.py: T5 counts source tokens, with a quarter as many target tokens.
 
-   usage: bench_train [minilm|roberta-base] [BATCH] [TOKENS] [STEPS] [THREADS]      default: both shapes, 32x128 and 16x128 */
+   usage: bench_train [SHAPE|all [BATCH [TOKENS [STEPS [THREADS]]]]]      default: all shapes, their own batches, 5 steps */
 #define _DEFAULT_SOURCE
 #include <sys/resource.h>
 
 #define APT_IMPLEMENTATION
 #include "../../apt.h"
 
-typedef struct shape { const char *name; int32_t hidden, layers, heads, neurons, vocab, batch, tokens; } shape;
-static const shape shapes[] = {{"minilm", 384, 6, 12, 1536, 30522, 32, 128}, {"roberta-base", 768, 12, 12, 3072, 50265, 16, 128}};
+typedef struct shape {
+    const char *name;
+    apt_family family;
+    int32_t hidden, head_dim, layers, heads, neurons, vocab, batch, tokens;
+} shape;
+static const shape shapes[] = {
+    {"minilm", APT_ROBERTA, 384, 32, 6, 12, 1536, 30522, 32, 128},
+    {"roberta-base", APT_ROBERTA, 768, 64, 12, 12, 3072, 50265, 16, 128},
+    {"t5-small", APT_T5, 512, 64, 8, 6, 1024, 32128, 16, 128},
+    {"t5-base", APT_T5, 768, 64, 12, 12, 2048, 32128, 8, 128},
+    {"llama-15m", APT_LLAMA, 288, 48, 6, 6, 768, 32000, 16, 128},
+    {"llama-110m", APT_LLAMA, 768, 64, 12, 12, 2048, 32000, 8, 256},
+};
 
 typedef struct timing { double step, forward; } timing;
 
@@ -38,19 +50,58 @@ static double median(double *x, int n)
     return x[n / 2];
 }
 
-static apt_batch make_batch(const shape *s, uint64_t seed)
+static apt_config make_config(const shape *s)
 {
-    const int32_t n = s->batch * s->tokens;
-    int32_t *offsets = (int32_t *)malloc(((size_t)s->batch + 1) * 4), *tokens = (int32_t *)malloc((size_t)n * 4), *labels = (int32_t *)malloc((size_t)s->batch * 4);
+    apt_config c = APT_ZERO;
+    c.family = s->family;
+    c.task = s->family == APT_ROBERTA ? APT_TASK_CLASSIFY : APT_TASK_LM;
+    c.vocab = s->vocab;
+    c.hidden = s->hidden;
+    c.head_dim = s->head_dim;
+    c.layers = s->family == APT_T5 ? 3 * s->layers : s->layers;       /* a T5 decoder layer counts as two */
+    c.decoder_layers = s->family == APT_T5 ? s->layers : 0;
+    c.heads = s->heads;
+    c.neurons = s->neurons;
+    c.positions = s->family == APT_ROBERTA ? 514 : 2048;
+    c.types = s->family == APT_ROBERTA;
+    c.labels = s->family == APT_ROBERTA ? 2 : 0;
+    c.pad_id = s->family == APT_ROBERTA;
+    c.gated = s->family == APT_T5;
+    c.untied = s->family == APT_LLAMA;
+    return c;
+}
+
+static int32_t *numbers(int64_t n)
+{
+    int32_t *p = (int32_t *)malloc((size_t)n * sizeof(int32_t));
+    if (p == NULL) exit(1);
+    return p;
+}
+
+/* `sequences` of `tokens` random ids each, with their offsets. */
+static int32_t *random_text(const shape *s, int32_t sequences, int32_t tokens, uint64_t seed, int32_t *offsets)
+{
+    int32_t *text = numbers((int64_t)sequences * tokens);
     apt_rng rng = apt_rng_make(seed, 0);
+    for (int32_t i = 0; i <= sequences; i++) offsets[i] = i * tokens;
+    for (int32_t i = 0; i < sequences * tokens; i++) text[i] = 5 + (int32_t)apt_rng_below(&rng, (uint32_t)s->vocab - 5);
+    return text;
+}
+
+/* Labels: a class of each sequence (encoders), a text of a quarter of the tokens (T5), the tokens themselves (LLaMA). */
+static apt_batch make_batch(const shape *s)
+{
+    int32_t *offsets = numbers(s->batch + 1), *target_offsets = numbers(s->batch + 1), *labels = numbers(s->batch);
+    apt_rng rng = apt_rng_make(2, 0);
     apt_batch b = APT_ZERO;
-    for (int32_t i = 0; i <= s->batch; i++) offsets[i] = i * s->tokens;
-    for (int32_t i = 0; i < n; i++) tokens[i] = 5 + (int32_t)apt_rng_below(&rng, (uint32_t)s->vocab - 5);
-    for (int32_t i = 0; i < s->batch; i++) labels[i] = (int32_t)apt_rng_below(&rng, 2);
     b.sequences = s->batch;
+    b.tokens = random_text(s, s->batch, s->tokens, 1, offsets);
     b.offsets = offsets;
-    b.tokens = tokens;
-    b.labels = labels;
+    for (int32_t i = 0; i < s->batch; i++) labels[i] = (int32_t)apt_rng_below(&rng, 2);
+    b.labels = s->family == APT_ROBERTA ? labels : b.tokens;
+    if (s->family != APT_T5) return b;
+    b.labels = random_text(s, s->batch, s->tokens < 4 ? 1 : s->tokens / 4, 3, target_offsets);
+    b.target_offsets = target_offsets;
     return b;
 }
 
@@ -88,29 +139,18 @@ static void bench(const shape *s, int steps, int32_t threads)
     desc.threads = threads;
     apt_ctx *ctx = apt_create(&desc);
     if (ctx == NULL) exit(1);
-    apt_config c = APT_ZERO;
-    c.family = APT_ROBERTA;
-    c.task = APT_TASK_CLASSIFY;
-    c.vocab = s->vocab;
-    c.positions = 514;
-    c.types = 1;
-    c.hidden = s->hidden;
-    c.layers = s->layers;
-    c.heads = s->heads;
-    c.neurons = s->neurons;
-    c.labels = 2;
-    c.pad_id = 1;
+    const apt_config c = make_config(s);
     apt_model *model = NULL;
     apt_trainer *trainer = NULL;
     apt_train_desc d = APT_ZERO;
     d.method = APT_METHOD_LORA;
     d.steps = 1000;
     d.learning_rate = 1e-4f;
-    const apt_batch batch = make_batch(s, 1);
+    const apt_batch batch = make_batch(s);
     if (apt_model_create(ctx, &c, 1, &model) != APT_OK || apt_trainer_create(model, &d, &trainer) != APT_OK) fail(ctx, "create");
     const timing dense = measure(ctx, trainer, &batch, steps);
-    printf("%s, %d threads, %d x %d tokens, peak %.0f MB by apt.h, %ld MB resident\n", apt_kernel_name(ctx), (int)apt_thread_count(ctx), (int)s->batch,
-           (int)s->tokens, (double)apt_memory_info(ctx).peak_bytes / 1048576, peak_rss());
+    printf("%s, %d threads, %d x %d tokens, peak %.0f MB by apt.h, %ld MB resident\n", apt_kernel_name(ctx),
+           (int)apt_thread_count(ctx), (int)s->batch, (int)s->tokens, (double)apt_memory_info(ctx).peak_bytes / 1048576, peak_rss());
     report(s, "dense", dense, dense);
     if (apt_trainer_observe(trainer, &batch) != APT_OK || apt_trainer_prune_now(trainer, 0.6f) != APT_OK) fail(ctx, "prune");
     const timing small = measure(ctx, trainer, &batch, steps);
@@ -120,13 +160,16 @@ static void bench(const shape *s, int steps, int32_t threads)
 
 int main(int argc, char **argv)
 {
+    bool known = false;
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
         shape s = shapes[i];
-        if (argc > 1 && strcmp(argv[1], s.name) != 0) continue;
+        if (argc > 1 && strcmp(argv[1], "all") != 0 && strcmp(argv[1], s.name) != 0) continue;
+        known = true;
         if (argc > 2) s.batch = atoi(argv[2]);
         if (argc > 3) s.tokens = atoi(argv[3]);
         const int steps = argc > 4 ? atoi(argv[4]) : 5;
         bench(&s, steps < 1 ? 1 : steps > 64 ? 64 : steps, argc > 5 ? atoi(argv[5]) : 0);
     }
-    return 0;
+    if (!known) fprintf(stderr, "unknown shape '%s'\n", argv[1]);
+    return known ? 0 : 2;
 }

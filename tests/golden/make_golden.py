@@ -1,8 +1,10 @@
 """Makes golden cases: a tiny random checkpoint as transformers saves it, and golden.safetensors with what it computes.
 
     python make_golden.py CASE...             writes the folders CASE beside this script (names: the table CASES below)
-    python make_golden.py --check DIR...      computes the golden.safetensors of DIR again from its checkpoint, inputs and
-                                              adapters, compares every tensor, and fails unless all agree to float32 rounding
+    python make_golden.py --head DIR...       writes head.safetensors into folders that hold a case
+    python make_golden.py --check DIR...      computes golden.safetensors and head.safetensors of DIR again from the checkpoint,
+                                              inputs and adapters, compares every tensor, and fails unless all agree to float32
+                                              rounding
 
 Versions: Python 3.11, torch 2.9.1, transformers 5.23.0, safetensors 0.8.0, numpy 2.4.6. Other versions may draw other
 numbers or save another config.json; --check of the stored cases should hold with any that know the model.
@@ -24,6 +26,10 @@ What is in golden.safetensors (float32, computed in float64; integers as int32):
     generate.greedy generate.beam3            20 new tokens; three beams, length penalty 1
     generate.stop generate.beam3_stop         the same beams when the token `stop` ends a text (it is included; -1 follows)
 Every choice in these continuations is clear by more than MARGIN, so that float32 must make the same ones.
+
+What is in head.safetensors: the case with its adapters and one more on the LM head, logits += 2 B A x where x enters the head:
+    lora_A.lm_head lora_B.lm_head             that adapter; a tied head's word embeddings know nothing of it
+    loss logits grad.lora_* adapter_importance.NAME     with all adapters on
 """
 import contextlib
 import copy
@@ -199,6 +205,38 @@ def compute(model, gold):
     for hook in hooks:
         hook.remove()
     return out
+
+
+def compute_head(model, gold, head):
+    """What head.safetensors holds besides its adapter. Always in double throughout, whatever the case was computed in."""
+    out, hooks = {}, []
+    with in_double():
+        adapters = adapt(model, gold, hooks)
+        a, b = (torch.tensor(head[f"lora_{x}.lm_head"]).double().requires_grad_() for x in "AB")
+        hooks.append(model.lm_head.register_forward_hook(lambda m, x, y: y + SCALE * (x[0] @ a.T) @ b.T))
+        adapters["lm_head"] = a, b
+        forward(model, gold, "", out)
+    for hook in hooks:
+        hook.remove()
+    out = {k: out[k].detach().numpy() for k in ("loss", "logits")}
+    for name, (a, b) in adapters.items():
+        out["grad.lora_A." + name], out["grad.lora_B." + name] = a.grad.numpy(), b.grad.numpy()
+        out["adapter_importance." + name] = np.abs((b * b.grad).detach().numpy()).sum().reshape(1)
+    return out
+
+
+def head_file(folder):
+    return os.path.join(folder, "head.safetensors")
+
+
+def make_head(folder):
+    gold, model, rng = load_file(os.path.join(folder, "golden.safetensors")), load_model(folder), np.random.default_rng(1)
+    head = {"lora_A.lm_head": (0.2 * rng.standard_normal((RANK, model.lm_head.in_features))).astype(np.float32),
+            "lora_B.lm_head": (0.2 * rng.standard_normal((model.lm_head.out_features, RANK))).astype(np.float32)}
+    head.update({k: v.astype(np.float32) for k, v in compute_head(model, gold, head).items()})
+    save_file({k: np.ascontiguousarray(v) for k, v in head.items()}, head_file(folder),
+              metadata={"made": f"torch {torch.__version__}, transformers {transformers.__version__}"})
+    print(f"{head_file(folder)}: {len(head)} tensors, {os.path.getsize(head_file(folder))} bytes")
 
 
 # ---- continuations ----
@@ -460,19 +498,34 @@ def check(folder):
     print(f"{folder}: {len(got)} tensors, largest error {errors[worst]:.1e} of {bounds[worst]:.1e} ({worst}), {len(wrong)} wrong")
     for k in wrong:
         print(f"    {k}: error {errors[k]:.1e}, bound {bounds[k]:.1e}")
-    return not wrong
+    return not wrong and (not os.path.exists(head_file(folder)) or check_head(folder, gold))
+
+
+def check_head(folder, gold):
+    head, model = load_file(head_file(folder)), load_model(folder)
+    got = compute_head(model, gold, head)
+    if set(got) | {"lora_A.lm_head", "lora_B.lm_head"} != set(head):
+        raise SystemExit(f"{head_file(folder)}: only one side has {sorted(set(got) ^ set(head))}")
+    errors = {k: error_of(k, got[k], head[k], {**gold, **head}) for k in got}
+    worst = max(errors, key=errors.get)
+    print(f"{head_file(folder)}: {len(got)} tensors, largest error {errors[worst]:.1e} of {ROUNDING:.1e} ({worst})")
+    return errors[worst] <= ROUNDING
 
 
 def main():
     args = sys.argv[1:]
-    if not args or (args[0] != "--check" and any(a not in CASES for a in args)) or args == ["--check"]:
-        raise SystemExit(f"usage: make_golden.py CASE... | --check DIR...   cases: {' '.join(CASES)}")
+    options = ("--check", "--head")
+    if not args or (args[0] not in options and any(a not in CASES for a in args)) or (args[0] in options and len(args) == 1):
+        raise SystemExit(f"usage: make_golden.py CASE... | --head DIR... | --check DIR...   cases: {' '.join(CASES)}")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()                  # it warns that a T5 head is not tied: so it is meant
     transformers.logging.disable_progress_bar()
-    if args[0] != "--check":
+    if args[0] not in options:
         for name in args:
             make(name)
+    elif args[0] == "--head":
+        for folder in args[1:]:
+            make_head(folder)
     elif not all([check(folder) for folder in args[1:]]):
         raise SystemExit("not the same")
 

@@ -1,0 +1,293 @@
+/* ex_demo.h - a demonstration that needs no file and no network: data out of a grammar, a tiny model pretrained on it and stored
+   as a Hugging Face folder, that folder adapted three ways at equal numbers of steps, and one table. The three ways are LoRA
+   without pruning, APT (pruning and tuning at the same time), and prune-after-training (LoRA, one-shot prune, recovery).
+
+   Include after ex_program.h and ex_grammar.h. A program describes in an ex_demo_plan what it does in its own way, and its main()
+   is ex_demo_main. Everything in the table at the end is measured. */
+#ifndef EX_DEMO_H
+#define EX_DEMO_H
+
+typedef struct ex_demo_sizes { int64_t pretrain_steps, steps, corpus, train, dev, test; } ex_demo_sizes;
+typedef enum ex_demo_set { EX_DEMO_CORPUS, EX_DEMO_TRAIN, EX_DEMO_DEV, EX_DEMO_TEST, EX_DEMO_SETS } ex_demo_set;
+
+typedef struct ex_demo ex_demo;
+
+/* Functions return false with a message in d->error. */
+typedef struct ex_demo_plan {
+    const char *name, *summary;       /* of the program, for --help */
+    const char *title, *model;        /* of the report; "tiny-bert", the folder of the pretrained model */
+    const char *data, *pretraining, *objective;       /* what the first two stages say; "masked LM" */
+    ex_demo_sizes sizes, fast;
+    int32_t batch;                    /* rows */
+    float pretrain_rate, rate;        /* of learning */
+    apt_load_desc load;               /* how the adapted models begin */
+    /* Writes and reads the data of d->sizes; the baseline's row of the table, where there is one. */
+    bool (*make_data)(ex_demo *d, ex_cells *baseline);
+    void (*shape)(const ex_demo *d, apt_config *config);
+    apt_batch (*prepare)(ex_run *run, ex_batch *batch);       /* of pretraining; run->user is d. NULL: the rows as they are */
+    bool (*show)(ex_demo *d, apt_ctx *ctx, apt_model *model); /* what the pretrained model can do, on the screen */
+    ex_source (*rows)(const ex_demo *d, ex_demo_set which);
+    bool (*score)(ex_demo *d, apt_ctx *ctx, apt_model *model, ex_demo_set which, ex_scores *scores, ex_score_info *info);
+    void (*quality)(const ex_scores *scores, ex_cells *cells);        /* as rows of the table */
+    bool (*decode)(ex_demo *d, apt_ctx *ctx, apt_model *model, int64_t *tokens);      /* writes texts to be timed; NULL: none */
+} ex_demo_plan;
+
+struct ex_demo {
+    const ex_demo_plan *plan;
+    void *user;
+    int64_t seed, threads;
+    const char *out;
+    bool fast;
+    ex_demo_sizes sizes;
+    char *base;                       /* folder of the pretrained model */
+    ex_map seen;                      /* the sentences handed out: none is used twice */
+    uint64_t random;
+    ex_tokenizer *tokenizer;
+    ex_error error;
+};
+
+enum { EX_DEMO_LORA, EX_DEMO_APT, EX_DEMO_PRUNE_AFTER, EX_DEMO_WAYS };
+typedef struct exi_demo_way { const char *name, *folder, *stage; } exi_demo_way;
+static const exi_demo_way exi_demo_ways[EX_DEMO_WAYS] = {
+    {"LoRA", "lora", "Adapting it with LoRA, nothing pruned"},
+    {"APT 60 %", "apt", "Adapting it with APT: 60 % of the prunable parameters go while it learns"},
+    {"prune after 60 %", "prune-after", "Adapting it with LoRA, then pruning 60 % at once, then recovering"}};
+
+EX_API void exi_demo_stage(int32_t number, const char *text)
+{
+    printf("\n[%d/6] %s\n", (int)number, text);
+    fflush(stdout);
+}
+
+/* ------------------------------------------------------------------------------------------------ runs */
+
+EX_API bool exi_demo_evaluate(ex_run *run, double *metric)
+{
+    ex_demo *d = (ex_demo *)run->user;
+    ex_scores scores;
+    ex_score_info info;
+    return d->plan->score(d, run->ctx, run->model, EX_DEMO_DEV, &scores, &info) && ex_scores_note(&scores, run, metric);
+}
+
+EX_API void exi_demo_run(ex_demo *d, ex_run *run, const char *name, apt_ctx *ctx, apt_model *model, ex_demo_set rows,
+                         const char *dir)
+{
+    ex_run_init(run, name, ctx, model, d->plan->rows(d, rows), dir, &d->error);
+    run->feed.batch = d->plan->batch;
+    run->feed.seed = run->desc.seed = (uint64_t)d->seed;
+    run->user = d;
+}
+
+/* A demonstration is not worth a checkpoint. */
+EX_API bool exi_demo_train(ex_demo *d, ex_run *run)
+{
+    const ex_run_end end = ex_run_train(run);
+    return end == EX_RUN_DONE || (end == EX_RUN_STOPPED && ex_fail(&d->error, "interrupted; nothing to keep, start again"));
+}
+
+EX_API bool exi_demo_pretrain(ex_demo *d)
+{
+    const ex_demo_plan *plan = d->plan;
+    apt_config config = APT_ZERO;
+    apt_model *model = NULL;
+    ex_run run;
+    apt_ctx *ctx = ex_run_context(d->threads, NULL, &d->error);
+    char *title = ex_format("%s: pretraining", plan->title);
+    plan->shape(d, &config);
+    bool fine = ctx != NULL && (apt_model_create(ctx, &config, (uint64_t)d->seed, &model) == APT_OK ||
+                                ex_fail(&d->error, "%s", apt_error(ctx)));
+    exi_demo_run(d, &run, plan->objective, ctx, model, EX_DEMO_CORPUS, d->base);
+    run.desc.method = APT_METHOD_FULL;
+    run.desc.steps = d->sizes.pretrain_steps;
+    run.desc.learning_rate = plan->pretrain_rate;
+    run.desc.warmup_steps = d->sizes.pretrain_steps / 20;
+    run.prepare = plan->prepare;
+    fine = fine && exi_demo_train(d, &run) && ex_run_save(&run, NULL) &&
+           ex_result_report(d->base, title, plan->objective, NULL, &d->error) && plan->show(d, ctx, model);
+    ex_run_close(&run);
+    apt_destroy(ctx);
+    free(title);
+    return fine;
+}
+
+EX_API void exi_demo_schedule(const ex_demo *d, ex_run *run, int32_t way)
+{
+    apt_train_desc *t = &run->desc;
+    t->steps = d->sizes.steps;
+    t->learning_rate = d->plan->rate;
+    t->warmup_steps = t->steps / 20;
+    t->evaluate_every = t->steps / 8;
+    t->method = way == EX_DEMO_APT ? APT_METHOD_APT : APT_METHOD_LORA;
+    if (way == EX_DEMO_APT) {
+        t->target_sparsity = 0.6f;
+        t->prune_begin = t->steps * 2 / 10;
+        t->prune_end = t->steps * 6 / 10;
+        t->update_frequency = (int32_t)((t->prune_end - t->prune_begin) / 10);
+    } else if (way == EX_DEMO_PRUNE_AFTER) {
+        run->prune_at = t->steps * 6 / 10;
+        run->prune_sparsity = 0.6f;
+        run->observe = 16;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ measuring */
+
+/* Speeds of the forward pass and of writing, the best of a few passes. */
+EX_API bool exi_demo_speed(ex_demo *d, const ex_saved *saved, ex_outcome *outcome)
+{
+    const ex_source test = d->plan->rows(d, EX_DEMO_TEST);
+    ex_score_info score;
+    bool fine = true;
+    for (int pass = 0; fine && pass < (d->fast ? 2 : 5); pass++) {
+        fine = ex_score(saved->ctx, saved->model, &test, NULL, NULL, &score, &d->error);
+        const double speed = fine ? (double)score.tokens / score.seconds : 0;
+        if (speed > outcome->tokens_per_second) outcome->tokens_per_second = speed;
+        if (!fine || d->plan->decode == NULL) continue;
+        int64_t tokens = 0;
+        const double start = ex_seconds();
+        fine = d->plan->decode(d, saved->ctx, saved->model, &tokens);
+        const double written = (double)tokens / (ex_seconds() - start);
+        if (written > outcome->written_per_second) outcome->written_per_second = written;
+    }
+    return fine;
+}
+
+/* Quality and speed with the folder that was just written. */
+EX_API bool exi_demo_measure(ex_demo *d, const char *dir, ex_outcome *outcome, ex_cells *cells)
+{
+    ex_saved saved;
+    ex_scores scores;
+    ex_score_info info;
+    const bool fine = ex_saved_open(&saved, outcome, dir, d->threads, NULL, &d->error) &&
+                      d->plan->score(d, saved.ctx, saved.model, EX_DEMO_TEST, &scores, &info) &&
+                      exi_demo_speed(d, &saved, outcome);
+    if (fine) d->plan->quality(&scores, cells);
+    ex_saved_close(&saved);
+    return fine;
+}
+
+/* The model that all begin with, where it can do the task at all. */
+EX_API bool exi_demo_measure_base(ex_demo *d, ex_cells *cells)
+{
+    ex_outcome outcome;
+    memset(&outcome, 0, sizeof(outcome));
+    outcome.kept = 1;
+    cells->run = "pretrained";
+    if (!exi_demo_measure(d, d->base, &outcome, cells)) return false;
+    ex_cells_saved(cells, &outcome);
+    return true;
+}
+
+EX_API bool exi_demo_adapt_with(ex_demo *d, ex_run *run, int32_t way, ex_cells *cells)
+{
+    ex_outcome outcome;
+    memset(&outcome, 0, sizeof(outcome));
+    run->evaluate = exi_demo_evaluate;
+    exi_demo_schedule(d, run, way);
+    if (!exi_demo_train(d, run)) return false;
+    ex_outcome_of_run(&outcome, run);
+    if (!ex_run_save(run, d->base) || !exi_demo_measure(d, run->dir, &outcome, cells)) return false;
+    printf("  test %s %s, %.0f %% of the prunable parameters left\n", cells->at[0].name, cells->at[0].value, 100 * outcome.kept);
+    ex_cells_outcome(cells, &outcome);
+    return true;
+}
+
+EX_API bool exi_demo_adapt(ex_demo *d, int32_t way, ex_cells *cells)
+{
+    apt_load_desc load = d->plan->load;
+    apt_model *model = NULL;
+    ex_run run;
+    char *dir = ex_path(d->out, exi_demo_ways[way].folder);
+    apt_ctx *ctx = ex_run_context(d->threads, NULL, &d->error);
+    cells->run = exi_demo_ways[way].name;
+    load.seed = (uint64_t)d->seed;
+    exi_demo_stage(3 + way, exi_demo_ways[way].stage);
+    bool fine = ctx != NULL && ex_make_dirs(dir, &d->error) &&
+                (apt_model_load(ctx, d->base, &load, &model) == APT_OK || ex_fail(&d->error, "%s", apt_error(ctx)));
+    exi_demo_run(d, &run, cells->run, ctx, model, EX_DEMO_TRAIN, dir);
+    fine = fine && exi_demo_adapt_with(d, &run, way, cells);
+    ex_run_close(&run);
+    apt_destroy(ctx);
+    free(dir);
+    return fine;
+}
+
+/* ------------------------------------------------------------------------------------------------ the whole of it */
+
+EX_API bool exi_demo_conclude(ex_demo *d, const ex_cells *cells, int32_t count)
+{
+    ex_report *report = ex_report_create(d->plan->title);
+    char *path = ex_path(d->out, "report.html");
+    bool fine = true;
+    for (int32_t i = 0; i < count; i++) ex_cells_report(&cells[i], report);
+    for (int32_t i = 0; fine && i < EX_DEMO_WAYS; i++) {
+        char *log = ex_format("%s/%s/metrics.jsonl", d->out, exi_demo_ways[i].folder);
+        fine = ex_report_add_metrics(report, exi_demo_ways[i].name, log, &d->error);
+        free(log);
+    }
+    fine = fine && ex_report_write(report, path, &d->error);
+    if (fine) {
+        printf("\n");
+        ex_cells_print(cells, count, stdout);
+        printf("\nTest sentences were never trained on. Steps: medians of the first and last %d, the teacher's forward apart.\n"
+               "Parameters, disk and inference are those of the saved folder, loaded again. Curves: %s\n", EX_TIMED, path);
+    }
+    ex_report_free(report);
+    free(path);
+    return fine;
+}
+
+EX_API bool exi_demo_all(ex_demo *d)
+{
+    ex_cells cells[2 + EX_DEMO_WAYS];
+    int32_t count = 0;
+    memset(cells, 0, sizeof(cells));
+    exi_demo_stage(1, d->plan->data);
+    if (!d->plan->make_data(d, &cells[0])) return false;
+    count += cells[0].count > 0;
+    exi_demo_stage(2, d->plan->pretraining);
+    if (!exi_demo_pretrain(d)) return false;
+    if (d->plan->load.task == APT_TASK_NONE && !exi_demo_measure_base(d, &cells[count++])) return false;
+    for (int32_t way = 0; way < EX_DEMO_WAYS; way++) {
+        if (!exi_demo_adapt(d, way, &cells[count++])) return false;
+    }
+    exi_demo_stage(6, "Results");
+    return exi_demo_conclude(d, cells, count);
+}
+
+/* main() of a demonstration; d is zero except for plan and user. */
+EX_API int ex_demo_main(ex_demo *d, int argc, char **argv)
+{
+    const char *name = d->plan->name;
+    char *out = ex_format("build/%s-run", name), *examples = ex_format("  %s\n  %s --seed 2 --out /tmp/%s\n", name, name, name);
+    d->seed = 1;
+    d->out = out;
+    const ex_arg table[] = {
+        EX_INT("seed", "N", &d->seed, 0, 1e9, "another corpus and another start"),
+        EX_INT("threads", "N", &d->threads, 0, 64, "threads to use; 0: all cores"),
+        EX_TEXT("out", "DIR", &d->out, "folder for models, data and the report"),
+        EX_FLAG("fast", &d->fast, "about ten seconds, for tests: everything runs, nothing is learned well"),
+        EX_ARGS_END};
+    const ex_args_about about = {name, d->plan->summary, "[options]", examples};
+    const ex_args_result parsed = ex_args_parse(table, &about, argc, argv, &d->error);
+    int status = parsed == EX_ARGS_HELP ? 0 : 2;
+    if (parsed == EX_ARGS_OK) {
+        const double start = ex_seconds();
+        char time[32];
+        d->base = ex_path(d->out, d->plan->model);
+        d->sizes = d->fast ? d->plan->fast : d->plan->sizes;
+        d->random = (uint64_t)d->seed * 0x9e3779b97f4a7c15u + 1;
+        ex_run_catch_signals();
+        status = exi_demo_all(d) ? 0 : ex_run_stopping() ? 130 : 1;
+        if (status == 0) printf("Done in %s.\n", ex_time_text(time, sizeof(time), ex_seconds() - start));
+    }
+    if (status != 0) fprintf(stderr, "%s%s: %s\n", status == 2 ? "" : "\n", name, d->error.text);
+    ex_tokenizer_free(d->tokenizer);
+    ex_map_free(&d->seen);
+    free(d->base);
+    free(out);
+    free(examples);
+    return status;
+}
+
+#endif /* EX_DEMO_H */
