@@ -1055,6 +1055,7 @@ typedef struct apt_iteration {
 /* Iterations begun so far; the last one has no `retrained` before it ends. */
 APT_API int32_t apt_trainer_iterations(const apt_trainer *trainer);
 APT_API apt_result apt_trainer_iteration(const apt_trainer *trainer, int32_t index, apt_iteration *iteration);
+#endif /* APT_ONLY_CORE */
 
 /* --- learned sparsity ---
 
@@ -1282,6 +1283,7 @@ APT_API apt_result apt_module_stats(const apt_module *module, apt_bk_stats *stat
 /* The mask of the last forward, (rows). */
 APT_API apt_result apt_module_mask(const apt_module *module, float *mask, int64_t rows);
 #endif /* APT_ONLY_CORE */
+
 #ifdef __cplusplus
 }
 #endif
@@ -7839,6 +7841,430 @@ static void apti_digit_task(int64_t chunk, int32_t thread, void *arg)
         for (int64_t i = r.from; i < r.to; i++) {
             const uint32_t m = apti_magnitude(w[i]);
             if (m >> up == prefix) count[m >> shift & low]++;
+        }
+    }
+}
+
+/* Bit j: |w[j]| >= least, j < 64. Magnitudes are below 2^31, so the sign of the difference tells. */
+APTI_INLINE uint64_t apti_at_least(const float *w, uint32_t least)
+{
+    uint64_t bits = 0;
+    for (int32_t j = 64; j > 0; j -= 8) {
+        uint32_t byte = 0;
+#define APTI_BELOW(t) byte |= (apti_magnitude(w[j - 8 + t]) - least) >> 31 << t;
+        APTI_BELOW(0) APTI_BELOW(1) APTI_BELOW(2) APTI_BELOW(3) APTI_BELOW(4) APTI_BELOW(5) APTI_BELOW(6) APTI_BELOW(7)
+#undef APTI_BELOW
+        bits = bits << 8 | byte;
+    }
+    return ~bits;
+}
+
+/* The rule itself, for the words where the fast test is not enough: bits of the first n <= 64 weights; *drop counts down. */
+static uint64_t apti_border_word(const float *w, int64_t n, uint32_t border, uint64_t *drop)
+{
+    uint64_t bits = 0;
+    for (int64_t j = 0; j < n; j++) {
+        const uint32_t m = apti_magnitude(w[j]);
+        const bool dropped = m == border && *drop > 0;
+        *drop -= dropped;
+        bits |= (uint64_t)(m >= border && !dropped) << j;
+    }
+    return bits;
+}
+
+/* While weights on the border are still to be dropped, a word in which the border makes a difference holds some of them. */
+static void apti_mask_task(int64_t chunk, int32_t thread, void *arg)
+{
+    apti_select *s = (apti_select *)arg;
+    uint64_t drop = s->drop[chunk];
+    const uint32_t border = s->border;
+    apti_stretch r = apti_stretch_first(s, chunk);
+    (void)thread;
+    while (apti_stretch_next(s, &r)) {
+        for (int64_t i = r.from; i < r.to; i += 64) {
+            const float *w = s->part[r.part].w + i;
+            uint64_t *mask = &s->part[r.part].mask[i / 64];
+            if (r.to - i < 64) {
+                *mask = apti_border_word(w, r.to - i, border, &drop);
+                continue;
+            }
+            *mask = apti_at_least(w, border);
+            if (drop > 0 && apti_at_least(w, border + 1) != *mask) *mask = apti_border_word(w, 64, border, &drop);
+        }
+    }
+}
+
+/* One digit further: which one holds the k-th smallest of those that match the prefix. *k becomes its rank among those that match
+   the longer one. */
+static uint32_t apti_select_digit(apt_ctx *ctx, apti_select *s, uint64_t *k)
+{
+    uint32_t digit = 0;
+    apti_share(ctx, s->chunks, apti_digit_task, s);
+    for (;; digit++) {
+        uint64_t sum = 0;
+        for (int32_t c = 0; c < s->chunks; c++) sum += s->count[c][digit];
+        if (*k < sum || digit + 1 == s->digits) return digit;
+        *k -= sum;
+    }
+}
+
+/* Chunks, and their counters: in the scratch of the context's threads, or `own` for a single chunk. */
+static void apti_select_begin(apt_ctx *ctx, apti_select *s, apt_weights *part, int32_t parts, uint64_t *own)
+{
+    memset(s, 0, sizeof *s);
+    s->part = part;
+    s->parts = parts;
+    for (int32_t i = 0; i < parts; i++) s->words += apt_bitmask_words(part[i].n);
+    s->chunks = 1;
+    s->count[0] = own;
+    s->digits = APTI_DIGITS;
+#ifndef APT_ONLY_CORE
+    if (ctx == NULL) return;
+    s->chunks = (int32_t)apti_min_i64(ctx->threads, apti_max_i64(1, s->words / APTI_CHUNK_WORDS));
+    for (int32_t c = 0; c < s->chunks; c++) s->count[c] = (uint64_t *)ctx->scratch[c];
+    if (s->words / s->chunks >= APTI_WIDE_WORDS) s->digits = APTI_WIDE_DIGITS;
+#else
+    (void)ctx;
+#endif
+}
+
+static void apti_select_end(apt_ctx *ctx, apti_select *s)
+{
+    apti_share(ctx, s->chunks, apti_mask_task, s);
+    for (int32_t i = 0; i < s->parts; i++) s->part[i].zeros = s->part[i].n - apt_bitmask_kept(s->part[i].mask, s->part[i].n);
+}
+
+/* Counts the first digit, which also tells whether all weights are finite. */
+static apt_result apti_select_scan(apt_ctx *ctx, apti_select *s, uint64_t *k, uint32_t *digit)
+{
+    s->up = 31;
+    s->shift = s->digits == APTI_DIGITS ? 20 : 15;
+    *digit = apti_select_digit(ctx, s, k);
+    for (int32_t c = 0; c < s->chunks; c++)
+        for (uint32_t d = 0x7f800000u >> s->shift; d < s->digits; d++)
+            if (s->count[c][d] != 0) return APT_E_NONFINITE;
+    return APT_OK;
+}
+
+static apt_result apti_weights_check(const apt_weights *part, int32_t parts, int64_t *n)
+{
+    *n = 0;
+    if (parts < 0 || (parts > 0 && part == NULL)) return APT_E_ARGUMENT;
+    for (int32_t i = 0; i < parts; i++) {
+        if (part[i].n < 0 || (part[i].n > 0 && (part[i].w == NULL || part[i].mask == NULL))) return APT_E_ARGUMENT;
+        if (!apti_add(*n, part[i].n, n)) return APT_E_RANGE;
+    }
+    return APT_OK;
+}
+
+static apt_result apti_check_sparsity(double sparsity)
+{
+    if (!apti_finite_f64(sparsity)) return APT_E_NONFINITE;
+    return sparsity >= 0 && sparsity < 1 ? APT_OK : APT_E_RANGE;
+}
+
+/* The k-th smallest is the border; what is left of k behind the smaller ones is dropped from the equal ones, chunk by chunk. */
+APT_API apt_result apt_magnitude_global(apt_ctx *ctx, apt_weights *part, int32_t parts, double sparsity)
+{
+    apti_select s;
+    uint64_t own[APTI_DIGITS], k;
+    uint32_t digit = 0;
+    int64_t n = 0;
+    apt_result r = apti_weights_check(part, parts, &n);
+    if (r == APT_OK) r = apti_check_sparsity(sparsity);
+    if (r != APT_OK) return r;
+    const uint64_t gone = (uint64_t)apti_min_i64((int64_t)((double)n * sparsity), apti_max_i64(n - 1, 0));
+    apti_select_begin(ctx, &s, part, parts, own);
+    k = gone > 0 ? gone - 1 : 0;
+    r = apti_select_scan(ctx, &s, &k, &digit);
+    if (r != APT_OK) return r;
+    if (gone > 0) {
+        s.prefix = digit;
+        while (s.shift > 0) {
+            s.up = s.shift;
+            s.shift = s.up == 20 ? 10 : 0;
+            digit = apti_select_digit(ctx, &s, &k);
+            s.prefix = s.prefix << (s.up - s.shift) | digit;
+        }
+        s.border = s.prefix;
+        k++;
+        for (int32_t c = 0; c < s.chunks && k > 0; c++) {
+            s.drop[c] = s.count[c][digit] < k ? s.count[c][digit] : k;
+            k -= s.drop[c];
+        }
+    }
+    apti_select_end(ctx, &s);
+    return APT_OK;
+}
+
+APT_API apt_result apt_magnitude_sparsity(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t n,
+                                          double sparsity)
+{
+    apt_weights part = {w, n, mask, 0};
+    const apt_result r = apt_magnitude_global(ctx, &part, 1, sparsity);
+    if (r == APT_OK && zeros != NULL) *zeros = part.zeros;
+    return r;
+}
+
+APT_API apt_result apt_magnitude_threshold(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t n,
+                                           float threshold)
+{
+    apt_weights part = {w, n, mask, 0};
+    apti_select s;
+    uint64_t own[APTI_DIGITS], k = 0;
+    uint32_t digit = 0;
+    apt_result r = apti_weights_check(&part, 1, &n);
+    if (r != APT_OK) return r;
+    if (!apti_finite(threshold)) return APT_E_NONFINITE;
+    if (threshold < 0) return APT_E_RANGE;
+    apti_select_begin(ctx, &s, &part, 1, own);
+    r = apti_select_scan(ctx, &s, &k, &digit);
+    if (r != APT_OK) return r;
+    s.border = apti_magnitude(threshold);        /* what is equal to it stays: nothing is dropped */
+    apti_select_end(ctx, &s);
+    if (zeros != NULL) *zeros = part.zeros;
+    return APT_OK;
+}
+
+/* --- patterns --- */
+
+typedef struct apti_pattern_job { uint64_t *mask; const float *w; int64_t rows, cols; int32_t keep, of; } apti_pattern_job;
+
+/* The bits of one group of n weights: its `keep` last ones by (|w|, index). */
+static uint64_t apti_pattern_group(const float *w, int32_t n, int32_t keep)
+{
+    uint64_t bits = 0;
+    for (int32_t i = 0; i < n; i++) {
+        int32_t better = 0;                      /* weights that go after this one */
+        const uint32_t m = apti_magnitude(w[i]);
+        for (int32_t j = 0; j < n; j++) better += apti_magnitude(w[j]) > m || (j > i && apti_magnitude(w[j]) == m);
+        bits |= (uint64_t)(better < keep) << i;
+    }
+    return bits;
+}
+
+/* 64 rows begin and end with a word of the mask, whatever their length. */
+static void apti_pattern_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_pattern_job *job = (const apti_pattern_job *)arg;
+    const int64_t first = 64 * index, last = apti_min_i64(first + 64, job->rows), cols = job->cols;
+    (void)thread;
+    memset(job->mask + first * cols / 64, 0, (size_t)apt_bitmask_words((last - first) * cols) * sizeof(uint64_t));
+    for (int64_t r = first; r < last; r++) {
+        for (int64_t c = 0; c < cols; c += job->of) {
+            const int64_t at = r * cols + c;
+            const int32_t n = (int32_t)apti_min_i64(job->of, cols - c);
+            const uint64_t bits = apti_pattern_group(job->w + at, n, job->keep);
+            job->mask[at / 64] |= bits << at % 64;
+            if (at % 64 + n > 64) job->mask[at / 64 + 1] |= bits >> (64 - at % 64);
+        }
+    }
+}
+
+APT_API apt_result apt_magnitude_pattern(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t rows,
+                                         int64_t cols, int32_t keep, int32_t of)
+{
+    int64_t n;
+    if (rows < 0 || cols < 0) return APT_E_ARGUMENT;
+    if (!apti_mul(rows, cols, &n)) return APT_E_RANGE;
+    if (n > 0 && (mask == NULL || w == NULL)) return APT_E_ARGUMENT;
+    if (keep < 1 || of <= keep || of > 64) return APT_E_RANGE;
+    if (!apti_finite_all(w, n)) return APT_E_NONFINITE;
+    apti_pattern_job job = {mask, w, rows, cols, keep, of};
+    if (n > 0) apti_share(ctx, apti_ceil_div(rows, 64), apti_pattern_task, &job);
+    if (zeros != NULL) *zeros = n - apt_bitmask_kept(mask, n);
+    return APT_OK;
+}
+
+APT_API apt_result apt_magnitude_schedule(double *sparsity, double first, double last, int32_t iterations, int32_t t)
+{
+    if (sparsity == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite_f64(first) || !apti_finite_f64(last)) return APT_E_NONFINITE;
+    if (!(first > 0) || last < first || last >= 1 || iterations < 1 || t < 0 || t > iterations) return APT_E_RANGE;
+    *sparsity = t == iterations ? last : first * pow(last / first, (double)t / iterations);
+    return APT_OK;
+}
+
+/* --- compressed matrices --- */
+
+APT_API int64_t apt_sparse_count(const float *w, int64_t ld, int64_t rows, int64_t cols)
+{
+    int64_t count = 0;
+    if (apti_check_matrix(w, ld, rows, cols) != APT_OK) return -1;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) count += apti_bits(w[r * ld + c]) != 0;
+    return count;
+}
+
+APT_API int64_t apt_sparse_bytes(int64_t rows, int64_t cols, int64_t count)
+{
+    int64_t mask, values, bytes;
+    if (rows < 0 || cols < 0 || count < 0 || !apti_mul(rows, apti_ceil_div(cols, 8), &mask) || !apti_mul(4, count, &values) ||
+        !apti_add(mask, 8 + 3, &mask) || !apti_add(mask / 4 * 4, values, &bytes))
+        return -1;
+    return bytes;
+}
+
+/* Pointers and sizes of a view. filled: also where its rows begin (that their bits agree is for apti_sparse_check_bits). */
+static apt_result apti_sparse_check(const apt_sparse *s, bool filled)
+{
+    int64_t words;
+    if (s == NULL || s->rows < 0 || s->cols < 0 || s->start == NULL) return APT_E_ARGUMENT;
+    if (!apti_mul(s->rows, apt_bitmask_words(s->cols), &words)) return APT_E_RANGE;
+    if (words > 0 && s->bits == NULL) return APT_E_ARGUMENT;
+    if (!filled) return APT_OK;
+    if (s->start[0] != 0 || (s->values == NULL && s->start[s->rows] > 0)) return APT_E_ARGUMENT;
+    for (int64_t r = 0; r < s->rows; r++)
+        if (s->start[r + 1] < s->start[r] || s->start[r + 1] - s->start[r] > s->cols) return APT_E_SHAPE;
+    return APT_OK;
+}
+
+/* Each row has as many values as bits, and no bit behind its last column. Too slow for every product of a few rows. */
+static apt_result apti_sparse_check_bits(const apt_sparse *s)
+{
+    const int64_t row = apt_bitmask_words(s->cols);
+    for (int64_t r = 0; r < s->rows; r++) {
+        const uint64_t *bits = s->bits + r * row;
+        if (s->start[r + 1] - s->start[r] != apt_bitmask_kept(bits, s->cols)) return APT_E_SHAPE;
+        if (s->cols % 64 != 0 && bits[row - 1] >> s->cols % 64 != 0) return APT_E_SHAPE;
+    }
+    return APT_OK;
+}
+
+APT_API apt_result apt_sparse_pack(apt_sparse *sparse, int64_t capacity, const float *w, int64_t ld)
+{
+    apt_result r = apti_sparse_check(sparse, false);
+    if (r == APT_OK) r = apti_check_matrix(w, ld, sparse->rows, sparse->cols);
+    if (r == APT_OK && sparse->values == NULL && capacity > 0) r = APT_E_ARGUMENT;
+    if (r != APT_OK) return r;
+    const int64_t row = apt_bitmask_words(sparse->cols);
+    int64_t n = 0;
+    for (int64_t i = 0; i < sparse->rows; i++) {
+        uint64_t *bits = sparse->bits + i * row;
+        sparse->start[i] = n;
+        if (row > 0) memset(bits, 0, (size_t)row * sizeof(uint64_t));
+        for (int64_t c = 0; c < sparse->cols; c++) {
+            const float x = w[i * ld + c];
+            if (apti_bits(x) == 0) continue;
+            if (n >= capacity) return APT_E_SCRATCH;
+            bits[c / 64] |= (uint64_t)1 << c % 64;
+            sparse->values[n++] = x;
+        }
+    }
+    sparse->start[sparse->rows] = n;
+    return APT_OK;
+}
+
+APT_API apt_result apt_sparse_unpack(float *w, int64_t ld, const apt_sparse *sparse)
+{
+    apt_result r = apti_sparse_check(sparse, true);
+    if (r == APT_OK) r = apti_sparse_check_bits(sparse);
+    if (r == APT_OK) r = apti_check_matrix(w, ld, sparse->rows, sparse->cols);
+    if (r != APT_OK) return r;
+    const int64_t row = apt_bitmask_words(sparse->cols);
+    const float *value = sparse->values;
+    for (int64_t i = 0; i < sparse->rows; i++)
+        for (int64_t c = 0; c < sparse->cols; c++)
+            w[i * ld + c] = sparse->bits[i * row + c / 64] >> c % 64 & 1 ? *value++ : 0.0f;
+    return APT_OK;
+}
+
+/* One element of the product by its definition. */
+static float apti_sparse_dot(const apt_sparse *s, int64_t row, const float *x)
+{
+    const uint64_t *bits = s->bits + row * apt_bitmask_words(s->cols);
+    const float *value = s->values + s->start[row];
+    float sum = 0;
+    for (int64_t at = 0; at < s->cols; at += 64)
+        for (uint64_t b = bits[at / 64]; b != 0; b &= b - 1) sum += *value++ * x[at + apti_lowest_bit(b)];
+    return sum;
+}
+
+#ifndef APT_ONLY_CORE
+/* A task is one block of rows of x, as wide as the kernel's sums are many, times a range of outputs. x goes sideways into the
+   scratch, APTI_SPARSE_K inputs at a time, so that a value of W meets all rows of the block in consecutive vectors; the
+   sums rest there too until all inputs have been through. */
+typedef struct apti_sparse_job {
+    apt_ctx *ctx;
+    const apt_sparse *s;
+    float *y;
+    const float *x;
+    int64_t ldy, ldx, n, width, blocks, outputs;          /* rows of x in a block; blocks; outputs of a task */
+} apti_sparse_job;
+
+#define APTI_SPARSE_K 128                        /* a multiple of 64: with 64 rows they fill a first-level cache */
+#define APTI_SPARSE_OUTPUTS 1024
+
+static void apti_sparse_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_sparse_job *job = (const apti_sparse_job *)arg;
+    const apti_kernels *kernels = job->ctx->kernels;
+    const apt_sparse *s = job->s;
+    const int64_t i0 = index % job->blocks * job->width, rows = apti_min_i64(job->width, job->n - i0);
+    const int64_t o0 = index / job->blocks * job->outputs, outputs = apti_min_i64(job->outputs, s->rows - o0);
+    const int64_t row = apt_bitmask_words(s->cols);
+    apti_sparse_tile t;
+    int64_t *at = (int64_t *)job->ctx->scratch[thread];
+    float *x = (float *)(at + APTI_SPARSE_OUTPUTS), *sums = x + APTI_SPARSE_K * job->width;
+    memcpy(at, s->start + o0, (size_t)outputs * sizeof(int64_t));
+    memset(sums, 0, (size_t)(outputs * job->width) * sizeof(float));
+    memset(x, 0, (size_t)(APTI_SPARSE_K * job->width) * sizeof(float));    /* rows that are not there stay 0 */
+    t.vectors = (int32_t)(job->width / kernels->lanes);
+    t.outputs = outputs;
+    t.row = row;
+    t.at = at;
+    t.values = s->values;
+    t.x = x;
+    t.sums = sums;
+    for (int64_t k = 0; k < s->cols; k += APTI_SPARSE_K) {
+        const int64_t cols = apti_min_i64(APTI_SPARSE_K, s->cols - k);
+        kernels->transpose(x, job->width, job->x + i0 * job->ldx + k, job->ldx, rows, cols);
+        t.bits = s->bits + o0 * row + k / 64;
+        t.words = apt_bitmask_words(cols);
+        kernels->sparse(&t);
+    }
+    kernels->transpose(job->y + i0 * job->ldy + o0, job->ldy, sums, job->width, outputs, rows);
+}
+
+static void apti_sparse_run(apt_ctx *ctx, const apt_sparse *s, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t n)
+{
+    apti_sparse_job job;
+    const int64_t lanes = ctx->kernels->lanes;
+    job.ctx = ctx;
+    job.s = s;
+    job.y = y;
+    job.x = x;
+    job.ldy = ldy;
+    job.ldx = ldx;
+    job.n = n;
+    job.width = lanes;
+    while (job.width < n && job.width < APTI_SPARSE_VECTORS * lanes) job.width *= 2;
+    job.blocks = apti_ceil_div(n, job.width);
+    const int64_t wanted = apti_ceil_div(4 * ctx->threads, job.blocks), most = apti_ceil_div(s->rows, APTI_SPARSE_OUTPUTS);
+    job.outputs = apti_ceil_div(s->rows, apti_max_i64(most, apti_min_i64(wanted, apti_ceil_div(s->rows, 32))));
+    apti_parallel_for(ctx, job.blocks * apti_ceil_div(s->rows, job.outputs), apti_sparse_task, &job);
+}
+#endif /* APT_ONLY_CORE */
+
+APT_API apt_result apt_sparse_forward(apt_ctx *ctx, float *y, int64_t ldy, const apt_sparse *sparse, const float *x, int64_t ldx,
+                                      int64_t n)
+{
+    apt_result r = apti_sparse_check(sparse, true);
+    if (r == APT_OK) r = apti_check_matrix(x, ldx, n, sparse->cols);
+    if (r == APT_OK) r = apti_check_matrix(y, ldy, n, sparse->rows);
+    if (r != APT_OK || n == 0 || sparse->rows == 0) return r;
+#ifndef APT_ONLY_CORE
+    if (ctx != NULL) {
+        apti_sparse_run(ctx, sparse, y, ldy, x, ldx, n);
+        return APT_OK;
+    }
+#else
+    (void)ctx;
+#endif
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t o = 0; o < sparse->rows; o++) y[i * ldy + o] = apti_sparse_dot(sparse, o, x + i * ldx);
+    return APT_OK;
+}
 
 /* ---------------------------------------------------------------------------------------------------------------------
    Learned sparsity: losses on a mask, their scheduler, the BK-core; then, where there is a context, the modules
@@ -8968,219 +9394,6 @@ static void apti_moe_combine_task(int64_t index, int32_t thread, void *arg)
     }
 }
 
-/* Bit j: |w[j]| >= least, j < 64. Magnitudes are below 2^31, so the sign of the difference tells. */
-APTI_INLINE uint64_t apti_at_least(const float *w, uint32_t least)
-{
-    uint64_t bits = 0;
-    for (int32_t j = 64; j > 0; j -= 8) {
-        uint32_t byte = 0;
-#define APTI_BELOW(t) byte |= (apti_magnitude(w[j - 8 + t]) - least) >> 31 << t;
-        APTI_BELOW(0) APTI_BELOW(1) APTI_BELOW(2) APTI_BELOW(3) APTI_BELOW(4) APTI_BELOW(5) APTI_BELOW(6) APTI_BELOW(7)
-#undef APTI_BELOW
-        bits = bits << 8 | byte;
-    }
-    return ~bits;
-}
-
-/* The rule itself, for the words where the fast test is not enough: bits of the first n <= 64 weights; *drop counts down. */
-static uint64_t apti_border_word(const float *w, int64_t n, uint32_t border, uint64_t *drop)
-{
-    uint64_t bits = 0;
-    for (int64_t j = 0; j < n; j++) {
-        const uint32_t m = apti_magnitude(w[j]);
-        const bool dropped = m == border && *drop > 0;
-        *drop -= dropped;
-        bits |= (uint64_t)(m >= border && !dropped) << j;
-    }
-    return bits;
-}
-
-/* While weights on the border are still to be dropped, a word in which the border makes a difference holds some of them. */
-static void apti_mask_task(int64_t chunk, int32_t thread, void *arg)
-{
-    apti_select *s = (apti_select *)arg;
-    uint64_t drop = s->drop[chunk];
-    const uint32_t border = s->border;
-    apti_stretch r = apti_stretch_first(s, chunk);
-    (void)thread;
-    while (apti_stretch_next(s, &r)) {
-        for (int64_t i = r.from; i < r.to; i += 64) {
-            const float *w = s->part[r.part].w + i;
-            uint64_t *mask = &s->part[r.part].mask[i / 64];
-            if (r.to - i < 64) {
-                *mask = apti_border_word(w, r.to - i, border, &drop);
-                continue;
-            }
-            *mask = apti_at_least(w, border);
-            if (drop > 0 && apti_at_least(w, border + 1) != *mask) *mask = apti_border_word(w, 64, border, &drop);
-        }
-    }
-}
-
-/* One digit further: which one holds the k-th smallest of those that match the prefix. *k becomes its rank among those that match
-   the longer one. */
-static uint32_t apti_select_digit(apt_ctx *ctx, apti_select *s, uint64_t *k)
-{
-    uint32_t digit = 0;
-    apti_share(ctx, s->chunks, apti_digit_task, s);
-    for (;; digit++) {
-        uint64_t sum = 0;
-        for (int32_t c = 0; c < s->chunks; c++) sum += s->count[c][digit];
-        if (*k < sum || digit + 1 == s->digits) return digit;
-        *k -= sum;
-    }
-}
-
-/* Chunks, and their counters: in the scratch of the context's threads, or `own` for a single chunk. */
-static void apti_select_begin(apt_ctx *ctx, apti_select *s, apt_weights *part, int32_t parts, uint64_t *own)
-{
-    memset(s, 0, sizeof *s);
-    s->part = part;
-    s->parts = parts;
-    for (int32_t i = 0; i < parts; i++) s->words += apt_bitmask_words(part[i].n);
-    s->chunks = 1;
-    s->count[0] = own;
-    s->digits = APTI_DIGITS;
-#ifndef APT_ONLY_CORE
-    if (ctx == NULL) return;
-    s->chunks = (int32_t)apti_min_i64(ctx->threads, apti_max_i64(1, s->words / APTI_CHUNK_WORDS));
-    for (int32_t c = 0; c < s->chunks; c++) s->count[c] = (uint64_t *)ctx->scratch[c];
-    if (s->words / s->chunks >= APTI_WIDE_WORDS) s->digits = APTI_WIDE_DIGITS;
-#else
-    (void)ctx;
-#endif
-}
-
-static void apti_select_end(apt_ctx *ctx, apti_select *s)
-{
-    apti_share(ctx, s->chunks, apti_mask_task, s);
-    for (int32_t i = 0; i < s->parts; i++) s->part[i].zeros = s->part[i].n - apt_bitmask_kept(s->part[i].mask, s->part[i].n);
-}
-
-/* Counts the first digit, which also tells whether all weights are finite. */
-static apt_result apti_select_scan(apt_ctx *ctx, apti_select *s, uint64_t *k, uint32_t *digit)
-{
-    s->up = 31;
-    s->shift = s->digits == APTI_DIGITS ? 20 : 15;
-    *digit = apti_select_digit(ctx, s, k);
-    for (int32_t c = 0; c < s->chunks; c++)
-        for (uint32_t d = 0x7f800000u >> s->shift; d < s->digits; d++)
-            if (s->count[c][d] != 0) return APT_E_NONFINITE;
-    return APT_OK;
-}
-
-static apt_result apti_weights_check(const apt_weights *part, int32_t parts, int64_t *n)
-{
-    *n = 0;
-    if (parts < 0 || (parts > 0 && part == NULL)) return APT_E_ARGUMENT;
-    for (int32_t i = 0; i < parts; i++) {
-        if (part[i].n < 0 || (part[i].n > 0 && (part[i].w == NULL || part[i].mask == NULL))) return APT_E_ARGUMENT;
-        if (!apti_add(*n, part[i].n, n)) return APT_E_RANGE;
-    }
-    return APT_OK;
-}
-
-static apt_result apti_check_sparsity(double sparsity)
-{
-    if (!apti_finite_f64(sparsity)) return APT_E_NONFINITE;
-    return sparsity >= 0 && sparsity < 1 ? APT_OK : APT_E_RANGE;
-}
-
-/* The k-th smallest is the border; what is left of k behind the smaller ones is dropped from the equal ones, chunk by chunk. */
-APT_API apt_result apt_magnitude_global(apt_ctx *ctx, apt_weights *part, int32_t parts, double sparsity)
-{
-    apti_select s;
-    uint64_t own[APTI_DIGITS], k;
-    uint32_t digit = 0;
-    int64_t n = 0;
-    apt_result r = apti_weights_check(part, parts, &n);
-    if (r == APT_OK) r = apti_check_sparsity(sparsity);
-    if (r != APT_OK) return r;
-    const uint64_t gone = (uint64_t)apti_min_i64((int64_t)((double)n * sparsity), apti_max_i64(n - 1, 0));
-    apti_select_begin(ctx, &s, part, parts, own);
-    k = gone > 0 ? gone - 1 : 0;
-    r = apti_select_scan(ctx, &s, &k, &digit);
-    if (r != APT_OK) return r;
-    if (gone > 0) {
-        s.prefix = digit;
-        while (s.shift > 0) {
-            s.up = s.shift;
-            s.shift = s.up == 20 ? 10 : 0;
-            digit = apti_select_digit(ctx, &s, &k);
-            s.prefix = s.prefix << (s.up - s.shift) | digit;
-        }
-        s.border = s.prefix;
-        k++;
-        for (int32_t c = 0; c < s.chunks && k > 0; c++) {
-            s.drop[c] = s.count[c][digit] < k ? s.count[c][digit] : k;
-            k -= s.drop[c];
-        }
-    }
-    apti_select_end(ctx, &s);
-    return APT_OK;
-}
-
-APT_API apt_result apt_magnitude_sparsity(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t n,
-                                          double sparsity)
-{
-    apt_weights part = {w, n, mask, 0};
-    const apt_result r = apt_magnitude_global(ctx, &part, 1, sparsity);
-    if (r == APT_OK && zeros != NULL) *zeros = part.zeros;
-    return r;
-}
-
-APT_API apt_result apt_magnitude_threshold(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t n,
-                                           float threshold)
-{
-    apt_weights part = {w, n, mask, 0};
-    apti_select s;
-    uint64_t own[APTI_DIGITS], k = 0;
-    uint32_t digit = 0;
-    apt_result r = apti_weights_check(&part, 1, &n);
-    if (r != APT_OK) return r;
-    if (!apti_finite(threshold)) return APT_E_NONFINITE;
-    if (threshold < 0) return APT_E_RANGE;
-    apti_select_begin(ctx, &s, &part, 1, own);
-    r = apti_select_scan(ctx, &s, &k, &digit);
-    if (r != APT_OK) return r;
-    s.border = apti_magnitude(threshold);        /* what is equal to it stays: nothing is dropped */
-    apti_select_end(ctx, &s);
-    if (zeros != NULL) *zeros = part.zeros;
-    return APT_OK;
-}
-
-/* --- patterns --- */
-
-typedef struct apti_pattern_job { uint64_t *mask; const float *w; int64_t rows, cols; int32_t keep, of; } apti_pattern_job;
-
-/* The bits of one group of n weights: its `keep` last ones by (|w|, index). */
-static uint64_t apti_pattern_group(const float *w, int32_t n, int32_t keep)
-{
-    uint64_t bits = 0;
-    for (int32_t i = 0; i < n; i++) {
-        int32_t better = 0;                      /* weights that go after this one */
-        const uint32_t m = apti_magnitude(w[i]);
-        for (int32_t j = 0; j < n; j++) better += apti_magnitude(w[j]) > m || (j > i && apti_magnitude(w[j]) == m);
-        bits |= (uint64_t)(better < keep) << i;
-    }
-    return bits;
-}
-
-/* 64 rows begin and end with a word of the mask, whatever their length. */
-static void apti_pattern_task(int64_t index, int32_t thread, void *arg)
-{
-    const apti_pattern_job *job = (const apti_pattern_job *)arg;
-    const int64_t first = 64 * index, last = apti_min_i64(first + 64, job->rows), cols = job->cols;
-    (void)thread;
-    memset(job->mask + first * cols / 64, 0, (size_t)apt_bitmask_words((last - first) * cols) * sizeof(uint64_t));
-    for (int64_t r = first; r < last; r++) {
-        for (int64_t c = 0; c < cols; c += job->of) {
-            const int64_t at = r * cols + c;
-            const int32_t n = (int32_t)apti_min_i64(job->of, cols - c);
-            const uint64_t bits = apti_pattern_group(job->w + at, n, job->keep);
-            job->mask[at / 64] |= bits << at % 64;
-            if (at % 64 + n > 64) job->mask[at / 64 + 1] |= bits >> (64 - at % 64);
-
 /* d out = weight * dy in the place of out; d weight = dy . out; through the softmax of the chosen to d logits, in the place of
    logits */
 static void apti_moe_gate_task(int64_t index, int32_t thread, void *arg)
@@ -9639,211 +9852,6 @@ static void apti_core_gate_backward_task(int64_t index, int32_t thread, void *ar
             c->dm[at + i] += df * (g - c->h[APTI_CONVS][from + 2 * i + k]) + dh * g;
         }
     }
-}
-
-APT_API apt_result apt_magnitude_pattern(apt_ctx *ctx, uint64_t *mask, int64_t *zeros, const float *w, int64_t rows,
-                                         int64_t cols, int32_t keep, int32_t of)
-{
-    int64_t n;
-    if (rows < 0 || cols < 0) return APT_E_ARGUMENT;
-    if (!apti_mul(rows, cols, &n)) return APT_E_RANGE;
-    if (n > 0 && (mask == NULL || w == NULL)) return APT_E_ARGUMENT;
-    if (keep < 1 || of <= keep || of > 64) return APT_E_RANGE;
-    if (!apti_finite_all(w, n)) return APT_E_NONFINITE;
-    apti_pattern_job job = {mask, w, rows, cols, keep, of};
-    if (n > 0) apti_share(ctx, apti_ceil_div(rows, 64), apti_pattern_task, &job);
-    if (zeros != NULL) *zeros = n - apt_bitmask_kept(mask, n);
-    return APT_OK;
-}
-
-APT_API apt_result apt_magnitude_schedule(double *sparsity, double first, double last, int32_t iterations, int32_t t)
-{
-    if (sparsity == NULL) return APT_E_ARGUMENT;
-    if (!apti_finite_f64(first) || !apti_finite_f64(last)) return APT_E_NONFINITE;
-    if (!(first > 0) || last < first || last >= 1 || iterations < 1 || t < 0 || t > iterations) return APT_E_RANGE;
-    *sparsity = t == iterations ? last : first * pow(last / first, (double)t / iterations);
-    return APT_OK;
-}
-
-/* --- compressed matrices --- */
-
-APT_API int64_t apt_sparse_count(const float *w, int64_t ld, int64_t rows, int64_t cols)
-{
-    int64_t count = 0;
-    if (apti_check_matrix(w, ld, rows, cols) != APT_OK) return -1;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < cols; c++) count += apti_bits(w[r * ld + c]) != 0;
-    return count;
-}
-
-APT_API int64_t apt_sparse_bytes(int64_t rows, int64_t cols, int64_t count)
-{
-    int64_t mask, values, bytes;
-    if (rows < 0 || cols < 0 || count < 0 || !apti_mul(rows, apti_ceil_div(cols, 8), &mask) || !apti_mul(4, count, &values) ||
-        !apti_add(mask, 8 + 3, &mask) || !apti_add(mask / 4 * 4, values, &bytes))
-        return -1;
-    return bytes;
-}
-
-/* Pointers and sizes of a view. filled: also where its rows begin (that their bits agree is for apti_sparse_check_bits). */
-static apt_result apti_sparse_check(const apt_sparse *s, bool filled)
-{
-    int64_t words;
-    if (s == NULL || s->rows < 0 || s->cols < 0 || s->start == NULL) return APT_E_ARGUMENT;
-    if (!apti_mul(s->rows, apt_bitmask_words(s->cols), &words)) return APT_E_RANGE;
-    if (words > 0 && s->bits == NULL) return APT_E_ARGUMENT;
-    if (!filled) return APT_OK;
-    if (s->start[0] != 0 || (s->values == NULL && s->start[s->rows] > 0)) return APT_E_ARGUMENT;
-    for (int64_t r = 0; r < s->rows; r++)
-        if (s->start[r + 1] < s->start[r] || s->start[r + 1] - s->start[r] > s->cols) return APT_E_SHAPE;
-    return APT_OK;
-}
-
-/* Each row has as many values as bits, and no bit behind its last column. Too slow for every product of a few rows. */
-static apt_result apti_sparse_check_bits(const apt_sparse *s)
-{
-    const int64_t row = apt_bitmask_words(s->cols);
-    for (int64_t r = 0; r < s->rows; r++) {
-        const uint64_t *bits = s->bits + r * row;
-        if (s->start[r + 1] - s->start[r] != apt_bitmask_kept(bits, s->cols)) return APT_E_SHAPE;
-        if (s->cols % 64 != 0 && bits[row - 1] >> s->cols % 64 != 0) return APT_E_SHAPE;
-    }
-    return APT_OK;
-}
-
-APT_API apt_result apt_sparse_pack(apt_sparse *sparse, int64_t capacity, const float *w, int64_t ld)
-{
-    apt_result r = apti_sparse_check(sparse, false);
-    if (r == APT_OK) r = apti_check_matrix(w, ld, sparse->rows, sparse->cols);
-    if (r == APT_OK && sparse->values == NULL && capacity > 0) r = APT_E_ARGUMENT;
-    if (r != APT_OK) return r;
-    const int64_t row = apt_bitmask_words(sparse->cols);
-    int64_t n = 0;
-    for (int64_t i = 0; i < sparse->rows; i++) {
-        uint64_t *bits = sparse->bits + i * row;
-        sparse->start[i] = n;
-        if (row > 0) memset(bits, 0, (size_t)row * sizeof(uint64_t));
-        for (int64_t c = 0; c < sparse->cols; c++) {
-            const float x = w[i * ld + c];
-            if (apti_bits(x) == 0) continue;
-            if (n >= capacity) return APT_E_SCRATCH;
-            bits[c / 64] |= (uint64_t)1 << c % 64;
-            sparse->values[n++] = x;
-        }
-    }
-    sparse->start[sparse->rows] = n;
-    return APT_OK;
-}
-
-APT_API apt_result apt_sparse_unpack(float *w, int64_t ld, const apt_sparse *sparse)
-{
-    apt_result r = apti_sparse_check(sparse, true);
-    if (r == APT_OK) r = apti_sparse_check_bits(sparse);
-    if (r == APT_OK) r = apti_check_matrix(w, ld, sparse->rows, sparse->cols);
-    if (r != APT_OK) return r;
-    const int64_t row = apt_bitmask_words(sparse->cols);
-    const float *value = sparse->values;
-    for (int64_t i = 0; i < sparse->rows; i++)
-        for (int64_t c = 0; c < sparse->cols; c++)
-            w[i * ld + c] = sparse->bits[i * row + c / 64] >> c % 64 & 1 ? *value++ : 0.0f;
-    return APT_OK;
-}
-
-/* One element of the product by its definition. */
-static float apti_sparse_dot(const apt_sparse *s, int64_t row, const float *x)
-{
-    const uint64_t *bits = s->bits + row * apt_bitmask_words(s->cols);
-    const float *value = s->values + s->start[row];
-    float sum = 0;
-    for (int64_t at = 0; at < s->cols; at += 64)
-        for (uint64_t b = bits[at / 64]; b != 0; b &= b - 1) sum += *value++ * x[at + apti_lowest_bit(b)];
-    return sum;
-}
-
-#ifndef APT_ONLY_CORE
-/* A task is one block of rows of x, as wide as the kernel's sums are many, times a range of outputs. x goes sideways into the
-   scratch, APTI_SPARSE_K inputs at a time, so that a value of W meets all rows of the block in consecutive vectors; the
-   sums rest there too until all inputs have been through. */
-typedef struct apti_sparse_job {
-    apt_ctx *ctx;
-    const apt_sparse *s;
-    float *y;
-    const float *x;
-    int64_t ldy, ldx, n, width, blocks, outputs;          /* rows of x in a block; blocks; outputs of a task */
-} apti_sparse_job;
-
-#define APTI_SPARSE_K 128                        /* a multiple of 64: with 64 rows they fill a first-level cache */
-#define APTI_SPARSE_OUTPUTS 1024
-
-static void apti_sparse_task(int64_t index, int32_t thread, void *arg)
-{
-    const apti_sparse_job *job = (const apti_sparse_job *)arg;
-    const apti_kernels *kernels = job->ctx->kernels;
-    const apt_sparse *s = job->s;
-    const int64_t i0 = index % job->blocks * job->width, rows = apti_min_i64(job->width, job->n - i0);
-    const int64_t o0 = index / job->blocks * job->outputs, outputs = apti_min_i64(job->outputs, s->rows - o0);
-    const int64_t row = apt_bitmask_words(s->cols);
-    apti_sparse_tile t;
-    int64_t *at = (int64_t *)job->ctx->scratch[thread];
-    float *x = (float *)(at + APTI_SPARSE_OUTPUTS), *sums = x + APTI_SPARSE_K * job->width;
-    memcpy(at, s->start + o0, (size_t)outputs * sizeof(int64_t));
-    memset(sums, 0, (size_t)(outputs * job->width) * sizeof(float));
-    memset(x, 0, (size_t)(APTI_SPARSE_K * job->width) * sizeof(float));    /* rows that are not there stay 0 */
-    t.vectors = (int32_t)(job->width / kernels->lanes);
-    t.outputs = outputs;
-    t.row = row;
-    t.at = at;
-    t.values = s->values;
-    t.x = x;
-    t.sums = sums;
-    for (int64_t k = 0; k < s->cols; k += APTI_SPARSE_K) {
-        const int64_t cols = apti_min_i64(APTI_SPARSE_K, s->cols - k);
-        kernels->transpose(x, job->width, job->x + i0 * job->ldx + k, job->ldx, rows, cols);
-        t.bits = s->bits + o0 * row + k / 64;
-        t.words = apt_bitmask_words(cols);
-        kernels->sparse(&t);
-    }
-    kernels->transpose(job->y + i0 * job->ldy + o0, job->ldy, sums, job->width, outputs, rows);
-}
-
-static void apti_sparse_run(apt_ctx *ctx, const apt_sparse *s, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t n)
-{
-    apti_sparse_job job;
-    const int64_t lanes = ctx->kernels->lanes;
-    job.ctx = ctx;
-    job.s = s;
-    job.y = y;
-    job.x = x;
-    job.ldy = ldy;
-    job.ldx = ldx;
-    job.n = n;
-    job.width = lanes;
-    while (job.width < n && job.width < APTI_SPARSE_VECTORS * lanes) job.width *= 2;
-    job.blocks = apti_ceil_div(n, job.width);
-    const int64_t wanted = apti_ceil_div(4 * ctx->threads, job.blocks), most = apti_ceil_div(s->rows, APTI_SPARSE_OUTPUTS);
-    job.outputs = apti_ceil_div(s->rows, apti_max_i64(most, apti_min_i64(wanted, apti_ceil_div(s->rows, 32))));
-    apti_parallel_for(ctx, job.blocks * apti_ceil_div(s->rows, job.outputs), apti_sparse_task, &job);
-}
-#endif /* APT_ONLY_CORE */
-
-APT_API apt_result apt_sparse_forward(apt_ctx *ctx, float *y, int64_t ldy, const apt_sparse *sparse, const float *x, int64_t ldx,
-                                      int64_t n)
-{
-    apt_result r = apti_sparse_check(sparse, true);
-    if (r == APT_OK) r = apti_check_matrix(x, ldx, n, sparse->cols);
-    if (r == APT_OK) r = apti_check_matrix(y, ldy, n, sparse->rows);
-    if (r != APT_OK || n == 0 || sparse->rows == 0) return r;
-#ifndef APT_ONLY_CORE
-    if (ctx != NULL) {
-        apti_sparse_run(ctx, sparse, y, ldy, x, ldx, n);
-        return APT_OK;
-    }
-#else
-    (void)ctx;
-#endif
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t o = 0; o < sparse->rows; o++) y[i * ldy + o] = apti_sparse_dot(sparse, o, x + i * ldx);
-    return APT_OK;
 }
 
 /* du = dm p (1-p) / temperature, in the place of u */
