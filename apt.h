@@ -1140,16 +1140,13 @@ APT_API apt_result apt_expert_count(const apt_expert_schedule *schedule, int64_t
 
 /* BK-core: the diagonal of (T - zI)^-1. T is tridiagonal: -2 + v[i] on the diagonal (the discrete Laplacian with potential v), 1
    beside it. The entry beside it, between i-1 and i, has the square mask[i-1]*mask[i]: with a mask of 0 and 1 a masked position
-   is
-   cut off from both neighbours, so the others get the exact diagonal of what remains, and it gets 1/(-2 + v[i] - z). Values
-   between
-   0 and 1 are allowed, and everything is differentiable in the mask.
+   is cut off from both neighbours, so the others get the exact diagonal of what remains, and it gets 1/(-2 + v[i] - z). Values
+   between 0 and 1 are allowed, and everything is differentiable in the mask.
        left pivot r[i] = d[i] - c[i]/r[i-1],   right pivot s[i] = d[i] - c[i+1]/s[i+1],   G[i] = 1/(r[i] + s[i] - d[i]),
    d = -2 + v - z, c = mask[i-1]*mask[i]: ratios of the theta and phi recursions, which neither overflow nor underflow.
    z must not be real: 0.05 <= |im|. Then no pivot is smaller than |im|, |G| <= 1/|im|, and what lies w positions away counts less
    than (1 + im^2)^-w. Long rows are cut into pieces with so much overlap that what is left out is below 1e-9; the pieces run
-   side by
-   side. The cut depends on n and z only, so the result is the same for any number of threads. */
+   side by side. The cut depends on n and z only, so the result is the same for any number of threads. */
 typedef struct apt_bk { float re, im; } apt_bk;      /* z; im 0 means 1. NULL where one is wanted: z = i */
 /* Bytes of scratch; -1 when an argument is invalid. */
 APT_API int64_t apt_bk_scratch(int64_t rows, int64_t n, const apt_bk *z);
@@ -1157,11 +1154,10 @@ APT_API int64_t apt_bk_scratch(int64_t rows, int64_t n, const apt_bk *z);
 APT_API apt_result apt_bk_forward(float *re, float *im, const float *v, const float *mask, int64_t rows, int64_t n,
                                   const apt_bk *z, void *scratch, size_t scratch_bytes);
 /* From dre, dim = dL/d re, dL/d im:  dv += dL/dv,  dmask += dL/dmask,  dz[0] += dL/d re(z), dz[1] += dL/d im(z). Each of the
-   three may
-   be NULL; dmask needs a mask. */
+   three may be NULL; dmask needs a mask. */
 APT_API apt_result apt_bk_backward(float *dv, float *dmask, double *dz, const float *dre, const float *dim, const float *v,
                                    const float *mask, int64_t rows, int64_t n, const apt_bk *z, void *scratch,
-                                       size_t scratch_bytes);
+                                   size_t scratch_bytes);
 
 #ifndef APT_ONLY_CORE
 /* The same on the context's threads, with its own scratch: bit for bit the same numbers. */
@@ -1171,9 +1167,8 @@ APT_API apt_result apt_bk_backward_threads(apt_ctx *ctx, float *dv, float *dmask
                                            const float *v, const float *mask, int64_t rows, int64_t n, const apt_bk *z);
 
 /* Modules: small layers with parameters of their own, for a network of the caller's. One forward, then (if wanted) sparsity
-   losses,
-   then one backward with the same inputs. Gradients of parameters are added up until apt_module_adam uses and clears them;
-   gradients of inputs are written. A batch is `sequences` sequences of `length` positions, rows = sequences * length. */
+   losses, then one backward with the same inputs. Gradients of parameters are added up until apt_module_adam uses and clears
+   them; gradients of inputs are written. A batch is `sequences` sequences of `length` positions, rows = sequences * length. */
 typedef struct apt_module apt_module;
 typedef struct apt_module_tensor { const char *name; int64_t rows, cols; float *value, *grad; } apt_module_tensor;
 /* Belongs to ctx; apt_destroy frees it too. A part of another module (apt_bk_layer_core ...) lives as long as that: it is left
@@ -1209,8 +1204,7 @@ typedef struct apt_expert_event {
     double lost_share;                /* of those that went, together */
 } apt_expert_event;
 /* Removes, physically, every expert that got less than `share` of the choices (0: 0.05), never the last (the most used one
-   stays);
-   usage then starts again at 0. *removed may be NULL. APT_E_STATE when nothing was counted. The optimizer's state of the others
+   stays); usage then starts again at 0. *removed may be NULL. APT_E_STATE when nothing was counted. The optimizer's state of the others
    goes on. A removal ends the validity of the last forward. */
 APT_API apt_result apt_moe_prune(apt_module *module, float share, int64_t step, int32_t *removed);
 /* Removes the least used experts (ties: the later one) until as many are left as the schedule says. */
@@ -1219,10 +1213,8 @@ APT_API int32_t apt_moe_events(const apt_module *module);
 APT_API apt_result apt_moe_event(const apt_module *module, int32_t index, apt_expert_event *event);
 
 /* Sparse BK-core. Importance u = w2 relu(W1 x + b1) + b2 (hidden/2 wide), p = sigmoid((u + noise)/temperature), mask m, G =
-   BK-core of v
-   with that mask, interpolation I = three 1-D convolutions (2 -> 16 -> 16 -> 2, width 3, ReLU between) over m*G. Features (re,
-   im) =
-   m*G + (1-m)*I. Where m is 0 or 1 the backward goes straight through the threshold: dL/dp = dL/dm. */
+   BK-core of v with that mask, interpolation I = three 1-D convolutions (2 -> 16 -> 16 -> 2, width 3, ReLU between) over m*G.
+   Features (re, im) = m*G + (1-m)*I. Where m is 0 or 1 the backward goes straight through the threshold: dL/dp = dL/dm. */
 typedef enum apt_mask_mode {
     APT_MASK_FIXED = 0,               /* m = (u > 0), no noise: inference */
     APT_MASK_SAMPLE,                  /* Gumbel noise, m = (p > 1/2): training. Same seed, same draws */
@@ -1261,8 +1253,7 @@ APT_API apt_module *apt_bk_layer_core(apt_module *module);
 APT_API apt_module *apt_bk_layer_moe(apt_module *module);
 
 /* For a sparse BK-core or a layer, between forward and backward. Loss on the mask; its gradient, times grad_scale, waits for
-   the backward
-   (several calls add up). */
+   the backward (several calls add up). */
 APT_API apt_result apt_module_sparsity_loss(apt_module *module, double *loss, int32_t kind, float target, float grad_scale);
 /* The same with grad_scale sparsity_weight, and the balanced loss with the caller's `accuracy` loss (whose gradient is the
    caller's). */
