@@ -1204,8 +1204,8 @@ typedef struct apt_expert_event {
     double lost_share;                /* of those that went, together */
 } apt_expert_event;
 /* Removes, physically, every expert that got less than `share` of the choices (0: 0.05), never the last (the most used one
-   stays); usage then starts again at 0. *removed may be NULL. APT_E_STATE when nothing was counted. The optimizer's state of the others
-   goes on. A removal ends the validity of the last forward. */
+   stays); usage then starts again at 0. *removed may be NULL. APT_E_STATE when nothing was counted. The optimizer's state of
+   the others goes on. A removal ends the validity of the last forward. */
 APT_API apt_result apt_moe_prune(apt_module *module, float share, int64_t step, int32_t *removed);
 /* Removes the least used experts (ties: the later one) until as many are left as the schedule says. */
 APT_API apt_result apt_moe_progress(apt_module *module, const apt_expert_schedule *schedule, int64_t step, int32_t *removed);
@@ -9510,8 +9510,8 @@ APT_API apt_result apt_moe_forward(apt_module *module, float *y, const float *x,
     apti_moe *moe = apti_moe_of(module);
     int64_t n = 0;
     if (moe == NULL) return APT_E_ARGUMENT;
-    if (y == NULL || !apti_mul(rows, moe->hidden, &n)) return apti_fail(module->ctx, APT_E_ARGUMENT,
-                         "experts: no output, or rows below 0");
+    if (y == NULL || !apti_mul(rows, moe->hidden, &n))
+        return apti_fail(module->ctx, APT_E_ARGUMENT, "experts: no output, or rows below 0");
     apt_result r = apti_module_inputs(module, x, n, x, 0);
     if (r == APT_OK) r = apti_moe_forward(moe, y, x, rows, train != 0);
     return r;

@@ -165,9 +165,38 @@ static void test_losses(void **state)
     assert_null(apt_sparsity_kind_name(4));
 }
 
+static void test_schedule(void **state)
+{
+    (void)state;
+    apt_adaptive_desc desc = APT_ZERO;
+    desc.steps = 110;
+    desc.warmup = 10;
+    desc.threshold = 2;
+    for (int32_t kind = APT_ADAPTIVE_LINEAR; kind <= APT_ADAPTIVE_STEP; kind++) {
+        apt_adaptive a, b;
+        unsigned char bytes[APT_ADAPTIVE_BYTES];
+        const double middle = kind == APT_ADAPTIVE_STEP ? 0.67 : 0.5, bad = 3, good = 1;
+        desc.kind = kind;
+        assert_result(apt_adaptive_init(&a, &desc), APT_OK);
+        assert_result(apt_adaptive_step(&a, 10, NULL), APT_OK);
+        test_near_value("start", a.target, 0.2, 1e-6);
+        assert_result(apt_adaptive_step(&a, 60, &bad), APT_OK);
+        test_near_value("eased", a.target, 0.9 * (0.2 + 0.3 * middle), 1e-6);
+        assert_result(apt_adaptive_step(&a, 110, &good), APT_OK);
+        test_near_value("end", a.target, 0.5, 1e-6);
+        assert_true(a.best_step == 110 && a.eased_count == 1);
+        assert_result(apt_adaptive_save(&a, bytes, sizeof bytes), APT_OK);
+        assert_result(apt_adaptive_restore(&b, bytes, sizeof bytes), APT_OK);
+        assert_true(b.step == 110 && b.validations == 2);
+        bytes[50] ^= 1;
+        assert_result(apt_adaptive_restore(&b, bytes, sizeof bytes), APT_E_CHECKSUM);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_dense), cmocka_unit_test(test_gradients),
-                                       cmocka_unit_test(test_long_row), cmocka_unit_test(test_losses)};
+                                       cmocka_unit_test(test_long_row), cmocka_unit_test(test_losses),
+                                       cmocka_unit_test(test_schedule)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
