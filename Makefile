@@ -45,7 +45,7 @@ build/%: examples/%.c $(COMMON) | need-run
 	@mkdir -p build
 	$(CC) $(CFLAGS) $(WARN) $< -o $@ $(LIBS)
 
-build/bench/%: tests/bench/%.c $(COMMON) $(wildcard tests/*.h) | need-run
+build/bench/%: tests/bench/%.c $(COMMON) $(wildcard tests/*.h tests/bench/*.h) | need-run
 	@mkdir -p build/bench
 	$(CC) $(CFLAGS) $(WARN) $< -o $@ $(LIBS)
 

@@ -6274,12 +6274,11 @@ typedef struct apti_lm_op {
 static void apti_lm_logits(apt_ctx *ctx, const apti_lm_op *op, float *logits, int64_t ldl, const float *h, int64_t ldh,
                            int64_t rows)
 {
-    apti_gemm g = apti_gemm_begin(logits, ldl, rows, op->head.out, false);
     if (op->head.w != NULL) {
         apti_linear_forward(ctx, &op->head, logits, ldl, h, ldh, rows, op->xa, NULL);
         return;
     }
-    if (rows == 0) return;
+    apti_gemm g = apti_gemm_begin(logits, ldl, rows, op->head.out, false);
     apti_gemm_left(&g.part[0], h, ldh, op->head.in);
     apti_gemm_right(&g.part[0], APTI_B_PLAIN_T, op->e, op->head.in);
     g.bias = op->head.bias;
@@ -7571,9 +7570,9 @@ APT_API apt_result apt_distill_kl(double *loss, float *grad, int64_t ld_grad, co
         const float *zs = student + i * ld_student, *zt = teacher + i * ld_teacher;
         const double lse_s = apti_log_sum_exp(zs, classes, inverse), lse_t = apti_log_sum_exp(zt, classes, inverse);
         for (int64_t c = 0; c < classes; c++) {
-            const double log_q = zs[c] * inverse - lse_s, log_p = zt[c] * inverse - lse_t, p = exp(log_p);
-            sum += p * (log_p - log_q);
-            if (grad != NULL) grad[i * ld_grad + c] = (float)(grad[i * ld_grad + c] + factor * (exp(log_q) - p));
+            const double q = exp(zs[c] * inverse - lse_s), p = exp(zt[c] * inverse - lse_t);
+            sum += p * (((double)zt[c] - (double)zs[c]) * inverse - (lse_t - lse_s));      /* p (log p - log q): 0 for equals */
+            if (grad != NULL) grad[i * ld_grad + c] = (float)(grad[i * ld_grad + c] + factor * (q - p));
         }
     }
     *loss = count > 0 ? t * t * sum / (double)count : 0;
@@ -7726,6 +7725,12 @@ APT_API int64_t apt_bitmask_kept(const uint64_t *mask, int64_t n)
     if (n < 0 || (mask == NULL && n > 0)) return -1;
     for (int64_t i = 0; i < apt_bitmask_words(n); i++) kept += apti_popcount(mask[i]);
     return kept;
+}
+
+/* Bits behind the last weight would be counted as weights. */
+static bool apti_bitmask_tail_ok(const uint64_t *mask, int64_t n)
+{
+    return n % 64 == 0 || mask[n / 64] >> n % 64 == 0;
 }
 
 /* w[j] = 0 where bit j of `bits` is not set, j < count <= 64. Whole words of ones need no write, words of zeros no read. */
@@ -8117,7 +8122,7 @@ static apt_result apti_sparse_check_bits(const apt_sparse *s)
     for (int64_t r = 0; r < s->rows; r++) {
         const uint64_t *bits = s->bits + r * row;
         if (s->start[r + 1] - s->start[r] != apt_bitmask_kept(bits, s->cols)) return APT_E_SHAPE;
-        if (s->cols % 64 != 0 && bits[row - 1] >> s->cols % 64 != 0) return APT_E_SHAPE;
+        if (!apti_bitmask_tail_ok(bits, s->cols)) return APT_E_SHAPE;
     }
     return APT_OK;
 }
@@ -10701,6 +10706,12 @@ static void apti_layout(apt_model *model)
    Every linear map of every layer, then the LM head if there is one, are numbered through: place k is linear map
    k % APTI_LINEARS of layer k / APTI_LINEARS. */
 
+/* The matrix that gives the logits of the vocabulary. */
+static apti_param *apti_decoder_matrix(const apt_model *m)
+{
+    return m->config.task == APT_TASK_LM && m->config.untied ? m->head[APTI_HEAD_OUT_W] : m->embed[APTI_WORD];
+}
+
 typedef struct apti_site { apti_param *w, *a, *b; } apti_site;        /* w NULL: this layer has no such map, a and b are `none` */
 
 static int32_t apti_layer_sites(const apt_model *m)
@@ -10722,7 +10733,7 @@ static apti_site apti_site_of(const apt_model *m, int32_t k)
         site.a = layer->lora_a[k % APTI_LINEARS];
         site.b = layer->lora_b[k % APTI_LINEARS];
     } else {
-        site.w = apti_is_tied(&m->config) ? m->embed[APTI_WORD] : m->head[APTI_HEAD_OUT_W];
+        site.w = apti_decoder_matrix(m);
         site.a = m->head_a;
         site.b = m->head_b;
     }
@@ -11402,12 +11413,6 @@ static apt_result apti_bitmask_lookup(const apt_model *model, const char *name, 
         return apti_fail(model->ctx, APT_E_SHAPE, "%s: the mask of %lld x %lld weights has %lld words, the caller gives %lld",
                          name, (long long)(*out)->rows, (long long)(*out)->cols, (long long)expected, (long long)words);
     return APT_OK;
-}
-
-/* Bits behind the last weight would be counted as weights. */
-static bool apti_bitmask_tail_ok(const uint64_t *mask, int64_t n)
-{
-    return n % 64 == 0 || mask[n / 64] >> n % 64 == 0;
 }
 
 APT_API apt_result apt_model_get_bitmask(const apt_model *model, const char *name, uint64_t *mask, int64_t words)
@@ -12428,12 +12433,7 @@ static apt_result apti_forward(apti_pass *pass, const apt_batch *batch, uint32_t
     return APT_OK;
 }
 
-/* The matrix of the decoder, with its bias where MLM has one and its adapter where LM has one. */
-static apti_param *apti_decoder_matrix(const apt_model *m)
-{
-    return m->config.task == APT_TASK_LM && m->config.untied ? m->head[APTI_HEAD_OUT_W] : m->embed[APTI_WORD];
-}
-
+/* That matrix, with its bias where MLM has one and its adapter where LM has one. */
 static apti_lm_op apti_decoder_of(const apti_pass *p)
 {
     const apt_model *m = p->model;
@@ -13979,7 +13979,7 @@ static void apti_field_put(apti_field **at, const char *name, double value, doub
 /* What there is to adapt, as APT_ADAPT_*. */
 static int32_t apti_adaptable(const apt_config *c)
 {
-    return 63 | (c->gated ? APT_ADAPT_GATE : 0) | (c->task == APT_TASK_LM ? APT_ADAPT_HEAD : 0);
+    return (APT_ADAPT_GATE - 1) | (c->gated ? APT_ADAPT_GATE : 0) | (c->task == APT_TASK_LM ? APT_ADAPT_HEAD : 0);
 }
 
 static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_field *fields)
@@ -14351,9 +14351,9 @@ static void apti_zero_moments(apt_trainer *t)
 }
 
 /* Clip by the global norm, update, clear. A non-finite gradient skips the update. */
-static void apti_optimize(apt_trainer *t)
+static void apti_optimize(apt_trainer *t, double norm)
 {
-    const double norm = apti_gradient_norm(t), clip = t->desc.clip;
+    const double clip = t->desc.clip;
     t->info.gradient_norm = norm;
     t->info.learning_rate = apti_learning_rate(&t->desc, t->step);
     t->info.skipped = !apti_finite((float)norm);
@@ -15554,10 +15554,11 @@ static apt_result apti_update(apt_trainer *t, bool probe)
 {
     apt_result r = APT_OK;
     apti_mask_gradients(t);
-    const bool finite = apti_finite((float)apti_gradient_norm(t));
+    const double norm = apti_gradient_norm(t);
+    const bool finite = apti_finite((float)norm);
     if (finite && probe) r = apti_salience_update(t);
     if (finite && r == APT_OK && apti_is_apt(t) && !t->desc.disable_growth) r = apti_importance_update(t);
-    apti_optimize(t);
+    apti_optimize(t, norm);
     t->micro = 0;
     t->step++;
     t->info.step = t->step;
@@ -17656,12 +17657,13 @@ static apt_result apti_tensors_emit(apti_writer *w, const apti_tensor_job *job)
     return result;
 }
 
-static apt_result apti_tensors_write(apt_ctx *ctx, const apti_tensor_job *job)
+static apt_result apti_tensors_write(apt_ctx *ctx, const apti_tensor_job *job, int64_t *bytes)
 {
     apti_writer w;
     apt_result result = apti_write_begin(ctx, job->path, &w);
     if (result != APT_OK) return result;
     result = apti_tensors_emit(&w, job);
+    if (result == APT_OK && bytes != NULL) *bytes = w.bytes;
     if (result == APT_OK) return apti_write_commit(&w);
     apti_write_abort(&w);
     return result;
@@ -17827,7 +17829,7 @@ static apt_result apti_ckpt_write(apti_ckpt_writer *w, const char *path)
     job.fill = apti_ckpt_fill;
     job.user = w;
     job.sums = sums;
-    const apt_result result = apti_tensors_write(w->ctx, &job);
+    const apt_result result = apti_tensors_write(w->ctx, &job, NULL);
     apti_free(w->ctx, sums);
     return result;
 }
@@ -18052,7 +18054,6 @@ static void apti_sparse_encode(uint8_t *out, const float *w, int64_t rows, int64
 
 typedef struct apti_sparse_name { char text[160]; } apti_sparse_name;
 
-
 typedef struct apti_sparse_saver {
     apt_ctx *ctx;
     const char *path, *const *names;
@@ -18102,8 +18103,6 @@ APT_API apt_result apt_sparse_save(apt_ctx *ctx, const char *path, const char *c
 {
     const apti_meta meta[1] = {{"format", "apt-sparse"}};
     apti_sparse_saver s = {ctx, path, names, matrix, NULL};
-    apti_tensor_job job;
-    apti_writer w;
     int64_t most = 0;
     if (ctx == NULL) return APT_E_ARGUMENT;
     if (path == NULL || count < 0 || (count > 0 && (names == NULL || matrix == NULL)))
@@ -18117,20 +18116,9 @@ APT_API apt_result apt_sparse_save(apt_ctx *ctx, const char *path, const char *c
         s.dense = (float *)apti_alloc(ctx, most, (int64_t)sizeof(float));
         if (s.dense == NULL) r = apti_fail(ctx, APT_E_MEMORY, "'%.600s': no memory for %lld weights", path, (long long)most);
     }
-    if (r == APT_OK) r = apti_write_begin(ctx, path, &w);
     if (r == APT_OK) {
-        memset(&job, 0, sizeof job);
-        job.path = path;
-        job.items = items;
-        job.count = count;
-        job.meta = meta;
-        job.meta_count = 1;
-        job.fill = apti_sparse_fill;
-        job.user = &s;
-        r = apti_tensors_emit(&w, &job);
-        if (bytes != NULL && r == APT_OK) *bytes = w.bytes;
-        if (r == APT_OK) r = apti_write_commit(&w);
-        else apti_write_abort(&w);
+        const apti_tensor_job job = {path, items, count, meta, 1, apti_sparse_fill, &s, NULL};
+        r = apti_tensors_write(ctx, &job, bytes);
     }
     apti_free(ctx, items);
     apti_free(ctx, keys);

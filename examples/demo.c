@@ -211,12 +211,8 @@ static const ex_demo_plan g_plan = {
 int main(int argc, char **argv)
 {
     demo own;
-    ex_demo d;
     memset(&own, 0, sizeof(own));
-    memset(&d, 0, sizeof(d));
-    d.plan = &g_plan;
-    d.user = &own;
-    const int status = ex_demo_main(&d, argc, argv);
+    const int status = ex_demo_main(&g_plan, &own, argc, argv);
     for (int i = 0; i < EX_DEMO_SETS; i++) ex_dataset_free(&own.set[i]);
     arrfree(own.mask_labels);
     return status;

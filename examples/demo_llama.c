@@ -107,7 +107,6 @@ static ex_source rows(const ex_demo *d, ex_demo_set which)
 
 static void tiny_llama(const ex_demo *d, apt_config *config)
 {
-    memset(config, 0, sizeof(*config));
     config->family = APT_LLAMA;
     config->task = APT_TASK_LM;
     config->vocab = ex_tokenizer_size(d->tokenizer);
@@ -186,12 +185,8 @@ static const ex_demo_plan g_plan = {
 int main(int argc, char **argv)
 {
     demo own;
-    ex_demo d;
     memset(&own, 0, sizeof(own));
-    memset(&d, 0, sizeof(d));
-    d.plan = &g_plan;
-    d.user = &own;
-    const int status = ex_demo_main(&d, argc, argv);
+    const int status = ex_demo_main(&g_plan, &own, argc, argv);
     for (int i = 0; i < EX_DEMO_SETS; i++) ex_lm_file_free(&own.file[i]);
     return status;
 }

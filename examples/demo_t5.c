@@ -82,7 +82,6 @@ static ex_source rows(const ex_demo *d, ex_demo_set which)
 
 static void tiny_t5(const ex_demo *d, apt_config *config)
 {
-    memset(config, 0, sizeof(*config));
     config->family = APT_T5;
     config->task = APT_TASK_LM;
     config->vocab = ex_tokenizer_size(d->tokenizer);
@@ -151,7 +150,7 @@ static const ex_demo_plan g_plan = {
     .model = "tiny-t5",
     .data = "Sentences from a grammar, and facts that are to be told",
     .pretraining = "Pretraining a tiny T5 (2 + 2 blocks, d 128, 8 heads, 512 neurons): sentences in pieces, facts of sentences",
-    .objective = "order words",
+    .objective = "sentences and facts",
     .sizes = {.pretrain_steps = 1200, .steps = 600, .corpus = 30000, .train = 4000, .dev = 128, .test = 512},
     .fast = {.pretrain_steps = 30, .steps = 40, .corpus = 1000, .train = 500, .dev = 32, .test = 64},
     .batch = 32,
@@ -168,12 +167,8 @@ static const ex_demo_plan g_plan = {
 int main(int argc, char **argv)
 {
     demo own;
-    ex_demo d;
     memset(&own, 0, sizeof(own));
-    memset(&d, 0, sizeof(d));
-    d.plan = &g_plan;
-    d.user = &own;
-    const int status = ex_demo_main(&d, argc, argv);
+    const int status = ex_demo_main(&g_plan, &own, argc, argv);
     for (int i = 0; i < EX_DEMO_SETS; i++) ex_t2t_file_free(&own.file[i]);
     return status;
 }

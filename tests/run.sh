@@ -129,9 +129,10 @@ runs_in() {                                      # BUILD SOURCE
 
 # Some kernels place programs where the thread sanitizer of older compilers cannot work; without randomisation it can.
 tsan_prefix() {
-    echo 'int main(void) { return 0; }' | $CC -x c - -fsanitize=thread -o "$OUT/tsan_probe" 2> /dev/null || return 1
-    "$OUT/tsan_probe" 2> /dev/null && return 0
-    setarch "$(uname -m)" -R "$OUT/tsan_probe" 2> /dev/null && echo "setarch $(uname -m) -R"
+    local probe=$OUT/tsan_probe.$BASHPID
+    echo 'int main(void) { return 0; }' | $CC -x c - -fsanitize=thread -o "$probe" 2> /dev/null || return 1
+    "$probe" 2> /dev/null && return 0
+    setarch "$(uname -m)" -R "$probe" 2> /dev/null && echo "setarch $(uname -m) -R"
 }
 
 can_build() {                                    # BUILD: or says why not
@@ -147,10 +148,9 @@ can_build() {                                    # BUILD: or says why not
 # The header takes far longer to compile than any program that tests it, so a build compiles it once and its programs link to
 # that. They call private functions too: split.awk makes an implementation whose functions are not static, and a header that
 # declares them. What stays in one piece, as every user has it: test_faults, which puts its own system calls under the header,
-# the one program of onlycore, and the examples. So does ofast/core: under -Ofast the divergence of a model from itself is
-# exactly 0 only where gcc sees both of its sums in one piece.
+# the one program of onlycore, and the examples.
 shares() {                                       # BUILD SOURCE: does this program link to the build's implementation?
-    case $1/$2 in onlycore/* | */test_faults.c | ofast/*/test_core.c) return 1 ;; esac
+    case $1/$2 in onlycore/* | */test_faults.c) return 1 ;; esac
     grep -q '^#define APT_IMPLEMENTATION' "$2"
 }
 
@@ -318,6 +318,9 @@ pairs() {
     diff <(sed -n 's/_forward$//p' "$OUT/ops") <(sed -n 's/_backward$//p' "$OUT/ops") && [ -s "$OUT/ops" ]
 }
 
+# Every mutant of mutations.sh can still be made.
+mutations() { tests/mutations.sh -c; }
+
 # Writes the code blocks of a document to DIR/1.txt, 2.txt ...: in Markdown what stands between ```c and ```; in the first comment
 # of apt.h what is indented by seven blanks or more and has a line that ends in ";" or starts with "#".
 blocks() {                                       # FILE DIR
@@ -466,7 +469,7 @@ plan() {
     job check "symbols/$CLANG" symbols "$CLANG"
     job check reserved/c reserved "$CLANG" c -std=c11
     job check reserved/c++ reserved "$CLANGXX" c++ -std=c++17
-    for f in contents shape words version private_names pairs; do job check "text/$f" $f; done
+    for f in contents shape words version private_names pairs mutations; do job check "text/$f" $f; done
     for f in apt.h README.md; do job check "doc/$f" doc_code $f; done
     wait                                         # the scripts use the examples
     for f in tests/test_*.sh; do

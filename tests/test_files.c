@@ -567,7 +567,7 @@ static apt_result write_items(apt_ctx *ctx, const char *path, const apti_tensor_
     job.meta_count = 1;
     job.fill = fill;
     job.user = user;
-    return apti_tensors_write(ctx, &job);
+    return apti_tensors_write(ctx, &job, NULL);
 }
 
 static apti_tensor_item make_item(const char *name, apt_dtype dtype, int32_t dims, int64_t a, int64_t b, const void *data)
@@ -1262,7 +1262,7 @@ static void test_load_spellings_of_decoders(void **state)
         job.path = path;
         job.items = item;
         job.count = apt_model_parameters(model);
-        assert_ok(t->ctx, apti_tensors_write(t->ctx, &job));
+        assert_ok(t->ctx, apti_tensors_write(t->ctx, &job, NULL));
         assert_ok(t->ctx, apt_model_load(t->ctx, t->dir, NULL, &back));
         compare_models(model, back);
         for (int32_t k = 0; k < job.count; k++) free((void *)(uintptr_t)item[k].data);
@@ -1280,9 +1280,12 @@ static void edit_config(file_test *t, const char *from, const char *to)
     assert_non_null(text);
     char *at = strstr(text, from);
     assert_non_null(at);
-    char *other = (char *)test_memory_block(bytes + strlen(to) + 1);
-    const int n = snprintf(other, bytes + strlen(to) + 1, "%.*s%s%s", (int)(at - text), text, to, at + strlen(from));
-    test_write_file(path, other, (size_t)n);
+    const size_t before = (size_t)(at - text), behind = bytes - before - strlen(from);
+    char *other = (char *)test_memory_block(bytes + strlen(to));
+    memcpy(other, text, before);
+    memcpy(other + before, to, strlen(to));
+    memcpy(other + before + strlen(to), at + strlen(from), behind);
+    test_write_file(path, other, before + strlen(to) + behind);
     free(other);
     free(text);
 }

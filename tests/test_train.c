@@ -557,6 +557,55 @@ static int watch_event(apt_event *e, void *user)
     return 0;
 }
 
+/* sum |B dB| of the adapter at every place, by a pass that leaves no trace, as apt_trainer_observe makes it. */
+static void plain_importance(apt_trainer *t, const plan *p, int64_t i, double *importance)
+{
+    test_batch b;
+    const apt_step_info info = t->info;
+    test_batch_at(&b, &p->c, p->data_seed, i, p->sequences);
+    assert_ok(t->ctx, apti_micro_batch(t, &b.b, false));
+    for (int32_t k = 0; k < apti_sites(t->model); k++) {
+        const apti_param *q = apti_site_of(t->model, k).b;
+        importance[k] = 0;
+        for (int64_t j = 0; j < apti_param_count(q); j++) importance[k] += fabs((double)q->value[j] * (double)q->grad[j]);
+    }
+    apti_zero_gradients(t);
+    t->info = info;
+}
+
+/* What growth goes by: avg = beta*avg + (1-beta)*sum |B dB|, of every step up to the first decision. */
+static void check_importance(const plan *p)
+{
+    enum { SITES = 64 };
+    double now[SITES], expected[SITES] = {0};
+    int32_t adapters = 0;
+    live l;
+    start(&l, p, 1);
+    const double beta = (double)l.trainer->desc.salience_momentum;
+    assert_true(apti_sites(l.model) <= SITES && beta > 0);
+    for (int64_t i = 0; i < p->d.prune_begin; i++) {
+        plain_importance(l.trainer, p, i, now);
+        run(l.trainer, p, &l.tr, i, i + 1);
+        for (int32_t k = 0; k < apti_sites(l.model); k++) {
+            expected[k] = beta * expected[k] + (1 - beta) * now[k];
+            test_near_value("importance", (double)l.trainer->importance[k], expected[k], 1e-5 * expected[k]);
+            adapters += expected[k] > 0;
+        }
+    }
+    assert_true(adapters > 0);
+    stop(&l);
+}
+
+static void test_importance(void **state)
+{
+    (void)state;
+    plan p = apt_plan(APT_BERT, APT_TASK_CLASSIFY), q = decoder_plan(2);
+    p.d.accumulate = q.d.accumulate = 1;
+    p.d.prune_begin = q.d.prune_begin = 4;
+    check_importance(&p);
+    check_importance(&q);
+}
+
 static void test_events(void **state)
 {
     (void)state;
@@ -1467,17 +1516,27 @@ static void test_learning(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_threads),           cmocka_unit_test(test_own_threads),       cmocka_unit_test(test_seeds),
+    const struct CMUnitTest several[] = {                            /* on several threads */
+        cmocka_unit_test(test_threads),           cmocka_unit_test(test_own_threads),       cmocka_unit_test(test_decoder_threads),
         cmocka_unit_test(test_resume_classify),   cmocka_unit_test(test_resume_span),       cmocka_unit_test(test_resume_others),
-        cmocka_unit_test(test_checkpoint_refused), cmocka_unit_test(test_decoder_checkpoint_refused),
-        cmocka_unit_test(test_checkpoint_damaged), cmocka_unit_test(test_checkpoint_room), cmocka_unit_test(test_target),           cmocka_unit_test(test_events),
+        cmocka_unit_test(test_decoder_resume),
+    };
+    const struct CMUnitTest single[] = {
+        cmocka_unit_test(test_seeds),             cmocka_unit_test(test_checkpoint_refused),
+        cmocka_unit_test(test_decoder_checkpoint_refused), cmocka_unit_test(test_checkpoint_damaged),
+        cmocka_unit_test(test_checkpoint_room),   cmocka_unit_test(test_target),            cmocka_unit_test(test_events),
         cmocka_unit_test(test_kinds_and_rounding), cmocka_unit_test(test_frozen_and_memory), cmocka_unit_test(test_first_teacher),
         cmocka_unit_test(test_distill_gradients), cmocka_unit_test(test_prune_now),         cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_calls_from_events), cmocka_unit_test(test_states),            cmocka_unit_test(test_desc_ranges),
         cmocka_unit_test(test_desc_defaults),     cmocka_unit_test(test_learning_rates),    cmocka_unit_test(test_adam),
         cmocka_unit_test(test_accumulation),      cmocka_unit_test(test_nonfinite),         cmocka_unit_test(test_nothing_labelled),
-        cmocka_unit_test(test_learning),          cmocka_unit_test(test_decoder_threads),   cmocka_unit_test(test_decoder_resume),
+        cmocka_unit_test(test_learning),          cmocka_unit_test(test_importance),
     };
-    return cmocka_run_group_tests_name("train", tests, NULL, NULL);
+    int failed = cmocka_run_group_tests_name("train, several threads", several, NULL, NULL);
+#ifndef __SANITIZE_THREAD__                      /* one thread cannot race */
+    failed += cmocka_run_group_tests_name("train, one thread", single, NULL, NULL);
+#else
+    (void)single;
+#endif
+    return failed;
 }

@@ -23,7 +23,7 @@ typedef struct ex_demo_plan {
     apt_load_desc load;               /* how the adapted models begin */
     /* Writes and reads the data of d->sizes; the baseline's row of the table, where there is one. */
     bool (*make_data)(ex_demo *d, ex_cells *baseline);
-    void (*shape)(const ex_demo *d, apt_config *config);
+    void (*shape)(const ex_demo *d, apt_config *config);      /* config comes zeroed */
     apt_batch (*prepare)(ex_run *run, ex_batch *batch);       /* of pretraining; run->user is d. NULL: the rows as they are */
     bool (*show)(ex_demo *d, apt_ctx *ctx, apt_model *model); /* what the pretrained model can do, on the screen */
     ex_source (*rows)(const ex_demo *d, ex_demo_set which);
@@ -255,36 +255,40 @@ EX_API bool exi_demo_all(ex_demo *d)
     return exi_demo_conclude(d, cells, count);
 }
 
-/* main() of a demonstration; d is zero except for plan and user. */
-EX_API int ex_demo_main(ex_demo *d, int argc, char **argv)
+/* main() of a demonstration; user: what its functions find in d->user. */
+EX_API int ex_demo_main(const ex_demo_plan *plan, void *user, int argc, char **argv)
 {
-    const char *name = d->plan->name;
+    const char *name = plan->name;
+    ex_demo d;
+    memset(&d, 0, sizeof(d));
+    d.plan = plan;
+    d.user = user;
     char *out = ex_format("build/%s-run", name), *examples = ex_format("  %s\n  %s --seed 2 --out /tmp/%s\n", name, name, name);
-    d->seed = 1;
-    d->out = out;
+    d.seed = 1;
+    d.out = out;
     const ex_arg table[] = {
-        EX_INT("seed", "N", &d->seed, 0, 1e9, "another corpus and another start"),
-        EX_INT("threads", "N", &d->threads, 0, 64, "threads to use; 0: all cores"),
-        EX_TEXT("out", "DIR", &d->out, "folder for models, data and the report"),
-        EX_FLAG("fast", &d->fast, "about ten seconds, for tests: everything runs, nothing is learned well"),
+        EX_INT("seed", "N", &d.seed, 0, 1e9, "another corpus and another start"),
+        EX_INT("threads", "N", &d.threads, 0, 64, "threads to use; 0: all cores"),
+        EX_TEXT("out", "DIR", &d.out, "folder for models, data and the report"),
+        EX_FLAG("fast", &d.fast, "about ten seconds, for tests: everything runs, nothing is learned well"),
         EX_ARGS_END};
-    const ex_args_about about = {name, d->plan->summary, "[options]", examples};
-    const ex_args_result parsed = ex_args_parse(table, &about, argc, argv, &d->error);
+    const ex_args_about about = {name, plan->summary, "[options]", examples};
+    const ex_args_result parsed = ex_args_parse(table, &about, argc, argv, &d.error);
     int status = parsed == EX_ARGS_HELP ? 0 : 2;
     if (parsed == EX_ARGS_OK) {
         const double start = ex_seconds();
         char time[32];
-        d->base = ex_path(d->out, d->plan->model);
-        d->sizes = d->fast ? d->plan->fast : d->plan->sizes;
-        d->random = (uint64_t)d->seed * 0x9e3779b97f4a7c15u + 1;
+        d.base = ex_path(d.out, plan->model);
+        d.sizes = d.fast ? plan->fast : plan->sizes;
+        d.random = (uint64_t)d.seed * 0x9e3779b97f4a7c15u + 1;
         ex_run_catch_signals();
-        status = exi_demo_all(d) ? 0 : ex_run_stopping() ? 130 : 1;
+        status = exi_demo_all(&d) ? 0 : ex_run_stopping() ? 130 : 1;
         if (status == 0) printf("Done in %s.\n", ex_time_text(time, sizeof(time), ex_seconds() - start));
     }
-    if (status != 0) fprintf(stderr, "%s%s: %s\n", status == 2 ? "" : "\n", name, d->error.text);
-    ex_tokenizer_free(d->tokenizer);
-    ex_map_free(&d->seen);
-    free(d->base);
+    if (status != 0) fprintf(stderr, "%s%s: %s\n", status == 2 ? "" : "\n", name, d.error.text);
+    ex_tokenizer_free(d.tokenizer);
+    ex_map_free(&d.seen);
+    free(d.base);
     free(out);
     free(examples);
     return status;

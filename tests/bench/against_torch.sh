@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Training step and forward of bench_train beside the same job in PyTorch + PEFT: one run of each, one behind the other, ROUNDS
-# times; the ratio of every pair, then the medians. Needs ../shared/bench/peer_torch.py and a Python with torch, transformers, peft.
+# times; the ratio of every pair, then the medians. Needs ../shared/bench/peer_torch.py and a Python with torch, transformers
+# and peft.
 #
 # usage: PYTHON=python3 ROUNDS=3 tests/bench/against_torch.sh [SHAPE...]            default: all six shapes
 # PAUSE, if set, is a command that runs each pair (a lock that keeps other work away, say).
@@ -8,7 +9,6 @@ set -u
 cd "$(dirname "$0")/../.." || exit 1
 PYTHON=${PYTHON:-python3} ROUNDS=${ROUNDS:-3} PEER=${APT_SHARED:-../shared}/bench/peer_torch.py STEPS=5
 [ -f "$PEER" ] || { echo "skipped: no $PEER"; exit 0; }
-make -s build/bench/bench_train || exit 1
 [ $# -gt 0 ] || set -- minilm roberta-base t5-small t5-base llama-15m llama-110m
 
 size() {
@@ -28,6 +28,7 @@ theirs() { "$PYTHON" "$PEER" "$1" fp32 $(size "$1") $STEPS 2> /dev/null |
     sed -nE 's/.*ms\/step ([0-9]+) tok.*ms ([0-9]+) tok.*RSS ([0-9]+) MB.*/\1 \2 \3/p'; }
 pair() { echo "$1 $(ours "$1") $(theirs "$1")"; }
 if [ -n "${PAIR:-}" ]; then pair "$PAIR"; exit; fi
+make -s build/bench/bench_train || exit 1
 
 for shape; do
     for _ in $(seq "$ROUNDS"); do PAIR=$shape ${PAUSE:-} "$0"; done | awk '

@@ -6,29 +6,12 @@
    usage: bench_decode [SHAPE|all [TOKENS [THREADS]]]                     default: all shapes, 64 new tokens */
 #define APT_IMPLEMENTATION
 #include "../../apt.h"
+#include "bench.h"
 
 typedef struct shape { const char *name; int32_t hidden, head_dim, layers, heads, neurons; } shape;
 static const shape shapes[] = {{"llama-15m", 288, 48, 6, 6, 768}, {"llama-110m", 768, 64, 12, 12, 2048}};
 enum { VOCAB = 32000, PROMPT = 16, MOST = 1024 };
 #define FOLDER "build/bench/decode-model"
-
-static void fail(const apt_ctx *ctx, const char *what)
-{
-    fprintf(stderr, "%s: %s\n", what, ctx != NULL ? apt_error(ctx) : "no memory");
-    exit(1);
-}
-
-static int by_value(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
-static double median(double *x, int32_t n)
-{
-    qsort(x, (size_t)n, sizeof(double), by_value);
-    return x[n / 2];
-}
 
 /* ---- the memory's limit ---- */
 
@@ -171,8 +154,8 @@ static void bench(const shape *s, int32_t tokens, int32_t threads)
     apt_model *m = NULL;
     if (apt_model_create(ctx, &c, 1, &m) != APT_OK) fail(ctx, "create");
     const double rate = read_rate(ctx, (int64_t)weight_bytes(m));
-    printf("%s, %d threads; reading %.0f MB: %.1f GB/s\n", apt_kernel_name(ctx), (int)apt_thread_count(ctx), weight_bytes(m) / 1e6,
-           rate / 1e9);
+    printf("%s, %d threads; reading %.0f MB: %.1f GB/s\n", apt_kernel_name(ctx), (int)apt_thread_count(ctx),
+           weight_bytes(m) / 1e6, rate / 1e9);
     const double dense = report(m, s->name, "float32", tokens, rate, 0);
     apt_model *narrow = as_bf16(m);
     (void)report(narrow, s->name, "bfloat16", tokens, rate, dense);

@@ -8,6 +8,7 @@
 
 #define APT_IMPLEMENTATION
 #include "../../apt.h"
+#include "bench.h"
 
 typedef struct shape {
     const char *name;
@@ -25,29 +26,11 @@ static const shape shapes[] = {
 
 typedef struct timing { double step, forward; } timing;
 
-static void fail(const apt_ctx *ctx, const char *what)
-{
-    fprintf(stderr, "%s: %s\n", what, apt_error(ctx));
-    exit(1);
-}
-
 static long peak_rss(void)
 {
     struct rusage use;
     getrusage(RUSAGE_SELF, &use);
     return use.ru_maxrss / 1024;
-}
-
-static int by_value(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
-static double median(double *x, int n)
-{
-    qsort(x, (size_t)n, sizeof(double), by_value);
-    return x[n / 2];
 }
 
 static apt_config make_config(const shape *s)
@@ -150,7 +133,8 @@ static void bench(const shape *s, int steps, int32_t threads)
     if (apt_model_create(ctx, &c, 1, &model) != APT_OK || apt_trainer_create(model, &d, &trainer) != APT_OK) fail(ctx, "create");
     const timing dense = measure(ctx, trainer, &batch, steps);
     printf("%s, %d threads, %d x %d tokens, peak %.0f MB by apt.h, %ld MB resident\n", apt_kernel_name(ctx),
-           (int)apt_thread_count(ctx), (int)s->batch, (int)s->tokens, (double)apt_memory_info(ctx).peak_bytes / 1048576, peak_rss());
+           (int)apt_thread_count(ctx), (int)s->batch, (int)s->tokens, (double)apt_memory_info(ctx).peak_bytes / 1048576,
+           peak_rss());
     report(s, "dense", dense, dense);
     if (apt_trainer_observe(trainer, &batch) != APT_OK || apt_trainer_prune_now(trainer, 0.6f) != APT_OK) fail(ctx, "prune");
     const timing small = measure(ctx, trainer, &batch, steps);
