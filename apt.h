@@ -1107,7 +1107,7 @@ typedef struct apt_adaptive_desc {
     int32_t kind;                     /* apt_adaptive_kind */
     int64_t steps;                    /* required: the last value holds from here on */
     int64_t warmup;                   /* 1000; negative: none. Below steps */
-    float sparsity_first, sparsity_last;   /* 0.2, 0.5; each in 0..1 */
+    float sparsity_first, sparsity_last;   /* 0.2, 0.5; each in [0, 1) */
     float weight_first, weight_last;       /* 0.001, 0.01; >= 0 */
     float threshold;                  /* validation loss above which the pressure is eased; 0: never */
 } apt_adaptive_desc;
@@ -1181,6 +1181,15 @@ APT_API int64_t apt_module_parameters(const apt_module *module);
 /* Adam (0.9, 0.999, 1e-8) with every gradient, then clears them. step counts from 1. APT_E_NONFINITE: a gradient; nothing
    changes. */
 APT_API apt_result apt_module_adam(apt_module *module, float learning_rate, int64_t step);
+
+/* All that a module and its parts hold from one call to the next: parameters, gradients, the optimizer's state, temperature,
+   number of draws, usage and history of experts; not what a forward keeps for its backward. The bytes are the same on every
+   machine, with a check sum. Restore into a module of the same desc: experts that the saved one has lost are removed from it.
+   APT_E_FORMAT: other data; APT_E_CHECKSUM: damaged; APT_E_SHAPE: saved from a module of another desc, or one that had experts
+   which this one has no more. Nothing changes then. */
+APT_API int64_t apt_module_bytes(const apt_module *module);
+APT_API apt_result apt_module_save(const apt_module *module, void *out, size_t bytes);
+APT_API apt_result apt_module_restore(apt_module *module, const void *in, size_t bytes);
 
 /* Experts: y = sum over the top_k best-gated experts of gate * (DOWN gelu(UP x)), gate = softmax over their gate logits. */
 typedef struct apt_moe_desc {
@@ -2604,7 +2613,6 @@ APTI_UNUSED static double apti_sum(const float *x, int64_t n)
     return (s0 + s1) + (s2 + s3);
 }
 
-#ifndef APT_ONLY_CORE
 APTI_INLINE uint64_t apti_crc64_step(uint64_t crc, uint32_t bits)
 {
     for (uint32_t i = 0; i < bits; i++) crc = crc >> 1 ^ (0xC96C5795D7870F42u & (0u - (crc & 1u)));
@@ -2635,7 +2643,6 @@ static uint64_t apti_checksum(uint64_t state, const void *data, size_t n)
     for (; n > 0; n--) crc = apti_crc64_step(crc ^ *p++, 8);
     return ~crc;
 }
-#endif /* APT_ONLY_CORE */
 
 #ifndef APT_ONLY_CORE
 // >>kernels
@@ -6449,7 +6456,17 @@ static void apti_append(char *out, size_t bytes, const char *text)
     out[used] = 0;
 }
 
-/* The number of a name, or a message that lists what there is. name_of gives NULL behind the last number. */
+/* All names, name_of gives NULL behind the last number. */
+static void apti_append_kinds(char *out, size_t bytes, const char *(*name_of)(int32_t))
+{
+    const char *known;
+    for (int32_t k = 0; (known = name_of(k)) != NULL; k++) {
+        apti_append(out, bytes, k > 0 ? ", " : "");
+        apti_append(out, bytes, known);
+    }
+}
+
+/* The number of a name, or a message that lists what there is. */
 static apt_result apti_kind_from_name(const char *what, const char *(*name_of)(int32_t), const char *name, int32_t *kind,
                                       char *message, size_t bytes)
 {
@@ -6466,11 +6483,8 @@ static apt_result apti_kind_from_name(const char *what, const char *(*name_of)(i
     apti_append(message, bytes, what);
     apti_append(message, bytes, " '");
     apti_append(message, bytes, name != NULL ? name : "(null)");
-    apti_append(message, bytes, "'; supported:");
-    for (int32_t k = 0; (known = name_of(k)) != NULL; k++) {
-        apti_append(message, bytes, k > 0 ? ", " : " ");
-        apti_append(message, bytes, known);
-    }
+    apti_append(message, bytes, "'; supported: ");
+    apti_append_kinds(message, bytes, name_of);
     return APT_E_ARGUMENT;
 }
 
@@ -8376,7 +8390,7 @@ static apt_result apti_check_adaptive(const apt_adaptive_desc *d)
     if (apt_adaptive_kind_name(d->kind) == NULL) return APT_E_ARGUMENT;
     if (!apti_finite_all(all, 5)) return APT_E_NONFINITE;
     if (d->warmup < -1 || d->steps < 1 || d->warmup >= d->steps) return APT_E_RANGE;
-    if (apti_check_share(all, 2) != APT_OK) return APT_E_RANGE;
+    if (d->sparsity_first < 0 || d->sparsity_first >= 1 || d->sparsity_last < 0 || d->sparsity_last >= 1) return APT_E_RANGE;
     return d->weight_first < 0 || d->weight_last < 0 || d->threshold < 0 ? APT_E_RANGE : APT_OK;
 }
 
@@ -8483,6 +8497,14 @@ static void apti_field_i32(apti_field_cursor *c, int32_t *value)
     memcpy(value, &narrow, sizeof narrow);
 }
 
+static void apti_field_f64(apti_field_cursor *c, double *value)
+{
+    uint64_t bits;
+    memcpy(&bits, value, sizeof bits);
+    apti_field_bits(c, &bits, 8);
+    memcpy(value, &bits, sizeof bits);
+}
+
 static void apti_field_f32(apti_field_cursor *c, float *value)
 {
     uint64_t bits = apti_bits(*value);
@@ -8490,19 +8512,10 @@ static void apti_field_f32(apti_field_cursor *c, float *value)
     *value = apti_float((uint32_t)bits);
 }
 
-static uint64_t apti_byte_mix(const uint8_t *data, size_t n)
-{
-    uint64_t sum = n;
-    for (size_t i = 0; i < n; i++) sum = apti_mix64(sum ^ data[i]) + i;
-    return sum;
-}
-
 #define APTI_ADAPTIVE_MAGIC 0x3144415045545041u                  /* "APTEPAD1" */
 
 static void apti_adaptive_fields(apti_field_cursor *c, uint64_t *magic, apt_adaptive *s)
 {
-    uint64_t best;
-    memcpy(&best, &s->best, sizeof best);
     apti_field_bits(c, magic, 8);
     apti_field_i32(c, &s->desc.kind);
     apti_field_i64(c, &s->desc.steps);
@@ -8513,12 +8526,11 @@ static void apti_adaptive_fields(apti_field_cursor *c, uint64_t *magic, apt_adap
     apti_field_f32(c, &s->desc.weight_last);
     apti_field_f32(c, &s->desc.threshold);
     apti_field_i64(c, &s->step);
-    apti_field_bits(c, &best, 8);
+    apti_field_f64(c, &s->best);
     apti_field_i64(c, &s->best_step);
     apti_field_i64(c, &s->validations);
     apti_field_i64(c, &s->eased_count);
     apti_field_i32(c, &s->eased);
-    memcpy(&s->best, &best, sizeof best);
 }
 
 APT_API apt_result apt_adaptive_save(const apt_adaptive *state, void *out, size_t bytes)
@@ -8531,7 +8543,7 @@ APT_API apt_result apt_adaptive_save(const apt_adaptive *state, void *out, size_
     uint64_t magic = APTI_ADAPTIVE_MAGIC;
     apti_field_cursor c = {(uint8_t *)out, NULL, 0};
     apti_adaptive_fields(&c, &magic, &copy);
-    uint64_t sum = apti_byte_mix((const uint8_t *)out, c.at);
+    uint64_t sum = apti_checksum(0, out, c.at);
     apti_field_bits(&c, &sum, 8);
     return APT_OK;
 }
@@ -8546,7 +8558,7 @@ APT_API apt_result apt_adaptive_restore(apt_adaptive *state, const void *in, siz
     apti_field_cursor c = {NULL, (const uint8_t *)in, 0};
     apti_adaptive_fields(&c, &magic, &read);
     if (magic != APTI_ADAPTIVE_MAGIC) return APT_E_FORMAT;
-    const uint64_t wanted = apti_byte_mix((const uint8_t *)in, c.at);
+    const uint64_t wanted = apti_checksum(0, in, c.at);
     apti_field_bits(&c, &sum, 8);
     if (sum != wanted) return APT_E_CHECKSUM;
     if (apti_check_adaptive(&read.desc) != APT_OK || read.step < 0 || !apti_finite_f64(read.best)) return APT_E_FORMAT;
@@ -8580,9 +8592,8 @@ APT_API apt_result apt_expert_count(const apt_expert_schedule *schedule, int64_t
    hyperbolic metric r -> -c/r moves two points no further apart, and brings both within 1/y of the line (c <= 1); the step
    away from the line by y then shrinks their distance by (1/y)/(1/y + y) = 1/(1 + y^2) or more. Two left pivots of one place that
    come from different beginnings differ by ln(1 + 1/y^2) at most, and w places further by (1 + y^2)^-w of that. The same holds
-   for
-   right pivots and, as the backward recursions are the derivatives of these, for gradients. So a piece starts w places outside,
-   w so large that the rest is below 1e-9: 33 for z = i. */
+   for right pivots and, as the backward recursions are the derivatives of these, for gradients. So a piece starts w places
+   outside, w so large that the rest is below 1e-9: 33 for z = i. */
 
 enum {
     APTI_BK_LANES = 16,
@@ -8662,13 +8673,14 @@ static void apti_bk_begin(apti_bk_group *g, const apti_bk_job *job, int64_t grou
    position. */
 typedef struct apti_bk_source { const float *from; float add; int64_t margin; bool link; } apti_bk_source;
 
-/* Steps [t0, t1) of lane l: begin and end are the steps that count, the others get 0. */
-static void apti_bk_column(float *to, const apti_bk_source *s, const float *x, int64_t t0, int64_t begin, int64_t end, int64_t t1)
+/* Steps [t0, t1) of a lane whose step 0 is value `at` of the array: those in [begin, end) count, the others get 0. */
+static void apti_bk_column(float *to, const apti_bk_source *s, int64_t at, int64_t t0, int64_t begin, int64_t end, int64_t t1)
 {
+    const float *x = s->from;
     for (int64_t t = t0; t < begin; t++) to[t * APTI_BK_LANES] = 0;
-    if (s->link && s->from == NULL) for (int64_t t = begin; t < end; t++) to[t * APTI_BK_LANES] = 1;
-    else if (s->link) for (int64_t t = begin; t < end; t++) to[t * APTI_BK_LANES] = x[t - 1] * x[t];
-    else for (int64_t t = begin; t < end; t++) to[t * APTI_BK_LANES] = x[t] + s->add;
+    if (s->link && x == NULL) for (int64_t t = begin; t < end; t++) to[t * APTI_BK_LANES] = 1;
+    else if (s->link) for (int64_t t = begin; t < end; t++) to[t * APTI_BK_LANES] = x[at + t - 1] * x[at + t];
+    else for (int64_t t = begin; t < end; t++) to[t * APTI_BK_LANES] = x[at + t] + s->add;
     for (int64_t t = end; t < t1; t++) to[t * APTI_BK_LANES] = 0;
 }
 
@@ -8683,8 +8695,7 @@ static void apti_bk_load(float *to, const apti_bk_group *g, const apti_bk_job *j
             const int64_t high = apti_min_i64(job->n, g->first[l] + job->piece + s->margin);
             const int64_t begin = apti_min_i64(t1, apti_max_i64(t0, low - base));
             const int64_t end = apti_max_i64(begin, apti_min_i64(t1, high - base));
-            const float *x = s->from != NULL && end > begin ? s->from + (g->row[l] * job->n + base) : s->from;
-            apti_bk_column(to + l, s, x, t0, begin, end, t1);
+            apti_bk_column(to + l, s, g->row[l] * job->n + base, t0, begin, end, t1);
         }
     }
 }
@@ -9133,11 +9144,18 @@ static apt_result apti_tensor_pair(apt_module *m, const char *name, int64_t out,
     return apti_tensor_make(m, text, 1, out, seed, 0, bias);
 }
 
+/* What the last forward kept is used up. A layer of which the caller took a part by itself has to begin again as well. */
+static void apti_module_spend(apt_module *m)
+{
+    m->live = false;
+    if (m->owner != NULL) m->owner->live = false;
+}
+
 /* Memory of a forward and its backward. What an earlier forward kept is lost. */
 static apt_result apti_module_room(apt_module *m, int64_t floats)
 {
     int64_t bytes;
-    m->live = false;
+    apti_module_spend(m);
     m->rows = 0;
     if (!apti_mul(floats, (int64_t)sizeof(float), &bytes)) floats = -1;
     if (floats >= 0 && m->room != NULL && apti_block_bytes(m->room) >= bytes) return APT_OK;
@@ -9268,6 +9286,7 @@ typedef struct apti_moe {
     apt_module base;                  /* more: the list of events */
     int32_t hidden, neurons, experts, top_k;
     int32_t events;
+    uint64_t there;                   /* bit i: expert i of the beginning is there still */
     int64_t count[APTI_EXPERTS];
     int64_t begin[APTI_EXPERTS + 1];  /* expert e serves places begin[e] .. begin[e+1) of the last forward */
     /* in the room; rows * top_k pairs (position, choice) are sorted by expert into places */
@@ -9311,6 +9330,7 @@ static apt_result apti_moe_new(apt_ctx *ctx, const apt_moe_desc *desc, apt_modul
     moe->neurons = desc->neurons != 0 ? desc->neurons : 4 * d;
     moe->experts = experts;
     moe->top_k = top_k;
+    moe->there = ~(uint64_t)0 >> (APTI_EXPERTS - experts);
     return apti_module_done(ctx, m, apti_moe_fill(moe, desc->seed), module);
 }
 
@@ -9427,15 +9447,12 @@ static void apti_moe_rows_run(const apti_moe *moe, apt_task task, float *y, cons
 }
 
 /* Sorts the pairs by expert, within one by position. */
-static void apti_moe_sort(apti_moe *moe, bool count)
+static void apti_moe_sort(apti_moe *moe)
 {
     const int64_t pairs = moe->base.rows * moe->top_k;
     int64_t next[APTI_EXPERTS + 1] = {0};
     for (int64_t i = 0; i < pairs; i++) next[moe->choice[i] + 1]++;
-    for (int32_t e = 0; e < moe->experts; e++) {
-        if (count) moe->count[e] += next[e + 1];
-        next[e + 1] += next[e];
-    }
+    for (int32_t e = 0; e < moe->experts; e++) next[e + 1] += next[e];
     memcpy(moe->begin, next, sizeof next);
     for (int64_t i = 0; i < pairs; i++) {
         moe->place[i] = (int32_t)next[moe->choice[i]]++;
@@ -9443,7 +9460,13 @@ static void apti_moe_sort(apti_moe *moe, bool count)
     }
 }
 
-static apt_result apti_moe_forward(apti_moe *moe, float *y, const float *x, int64_t rows, bool count)
+/* What the last forward chose joins the counts. */
+static void apti_moe_count(apti_moe *moe)
+{
+    for (int32_t e = 0; e < moe->experts; e++) moe->count[e] += moe->begin[e + 1] - moe->begin[e];
+}
+
+static apt_result apti_moe_forward(apti_moe *moe, float *y, const float *x, int64_t rows)
 {
     const int64_t d = moe->hidden, f = moe->neurons;
     apt_ctx *ctx = moe->base.ctx;
@@ -9455,7 +9478,7 @@ static apt_result apti_moe_forward(apti_moe *moe, float *y, const float *x, int6
     apti_gemm_right(&gate.part[0], APTI_B_PLAIN_T, moe->base.tensor[0].value, d);
     apti_gemm_run(ctx, &gate);
     apti_moe_rows_run(moe, apti_moe_choose_task, NULL, NULL);
-    apti_moe_sort(moe, count);
+    apti_moe_sort(moe);
     apti_gather_rows(ctx, moe->x, d, x, d, moe->from, rows * moe->top_k, d);
     for (int32_t e = 0; e < moe->experts; e++) {
         const int64_t at = moe->begin[e], n = moe->begin[e + 1] - at;
@@ -9473,7 +9496,7 @@ static void apti_moe_backward(apti_moe *moe, float *dx, bool accumulate, const f
 {
     const int64_t d = moe->hidden, f = moe->neurons, rows = moe->base.rows;
     apt_ctx *ctx = moe->base.ctx;
-    moe->base.live = false;
+    apti_module_spend(&moe->base);
     apti_moe_rows_run(moe, apti_moe_gate_task, NULL, dy);
     for (int32_t e = 0; e < moe->experts; e++) {
         const int64_t at = moe->begin[e], n = moe->begin[e + 1] - at;
@@ -9518,7 +9541,8 @@ APT_API apt_result apt_moe_forward(apt_module *module, float *y, const float *x,
     if (y == NULL || !apti_mul(rows, moe->hidden, &n))
         return apti_fail(module->ctx, APT_E_ARGUMENT, "experts: no output, or rows below 0");
     apt_result r = apti_module_inputs(module, x, n, x, 0);
-    if (r == APT_OK) r = apti_moe_forward(moe, y, x, rows, train != 0);
+    if (r == APT_OK) r = apti_moe_forward(moe, y, x, rows);
+    if (r == APT_OK && train != 0) apti_moe_count(moe);
     return r;
 }
 
@@ -9559,50 +9583,61 @@ static void apti_moe_cut_gate(apti_moe *moe, const bool *keep)
     gate->rows = rows;
 }
 
-/* Removes the experts that keep names 0 and writes the event. Memory for the event comes first, so that a failure changes
-   nothing. */
+static int64_t apti_moe_choices(const apti_moe *moe)
+{
+    int64_t total = 0;
+    for (int32_t e = 0; e < moe->experts; e++) total += moe->count[e];
+    return total;
+}
+
+/* Frees the experts that keep names 0. The last forward is no more. */
+static void apti_moe_remove(apti_moe *moe, const bool *keep)
+{
+    int32_t left = 0;
+    uint64_t there = moe->there;
+    apti_moe_cut_gate(moe, keep);
+    for (int32_t e = 0; e < moe->experts; e++) {
+        apti_tensor *from = &moe->base.tensor[1 + e * APTI_EXPERT_TENSORS];
+        const uint64_t bit = there & (0 - there);                /* lowest: number e of those that are there */
+        there -= bit;
+        if (keep[e]) {
+            memmove(&moe->base.tensor[1 + left++ * APTI_EXPERT_TENSORS], from, APTI_EXPERT_TENSORS * sizeof *from);
+            continue;
+        }
+        moe->there -= bit;
+        for (int32_t i = 0; i < APTI_EXPERT_TENSORS; i++) apti_free(moe->base.ctx, from[i].value);
+    }
+    moe->experts = left;
+    moe->top_k = moe->top_k < left ? moe->top_k : left;
+    moe->base.tensors = 1 + left * APTI_EXPERT_TENSORS;
+    apti_module_spend(&moe->base);
+    memset(moe->count, 0, sizeof moe->count);
+}
+
+/* The same with an event. Memory for the event comes first, so that a failure changes nothing. */
 static apt_result apti_moe_cut(apti_moe *moe, const bool *keep, int64_t step, int32_t *removed)
 {
     apt_ctx *ctx = moe->base.ctx;
     apt_expert_event *list = (apt_expert_event *)apti_alloc(ctx, moe->events + 1, (int64_t)sizeof *list);
     if (list == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory for the history of experts");
     if (moe->events > 0) memcpy(list, moe->base.more, (size_t)moe->events * sizeof *list);
-    int64_t total = 0, lost = 0, least = moe->count[0];
-    int32_t left = 0;
+    const double total = (double)apti_moe_choices(moe);
+    int64_t lost = 0, least = moe->count[0];
     for (int32_t e = 0; e < moe->experts; e++) {
-        total += moe->count[e];
         least = apti_min_i64(least, moe->count[e]);
         if (!keep[e]) lost += moe->count[e];
-    }
-    apti_moe_cut_gate(moe, keep);
-    for (int32_t e = 0; e < moe->experts; e++) {
-        apti_tensor *from = &moe->base.tensor[1 + e * APTI_EXPERT_TENSORS];
-        if (keep[e]) memmove(&moe->base.tensor[1 + left++ * APTI_EXPERT_TENSORS], from, APTI_EXPERT_TENSORS * sizeof *from);
-        else for (int32_t i = 0; i < APTI_EXPERT_TENSORS; i++) apti_free(ctx, from[i].value);
     }
     apt_expert_event *event = &list[moe->events++];
     event->step = step;
     event->before = moe->experts;
-    event->after = left;
-    event->least_share = total > 0 ? (double)least / (double)total : 0;
-    event->lost_share = total > 0 ? (double)lost / (double)total : 0;
+    event->least_share = (double)least / total;
+    event->lost_share = (double)lost / total;
+    apti_moe_remove(moe, keep);
+    event->after = moe->experts;
+    if (removed != NULL) *removed = event->before - event->after;
     apti_free(ctx, moe->base.more);
     moe->base.more = list;
-    if (removed != NULL) *removed = moe->experts - left;
-    moe->experts = left;
-    moe->top_k = moe->top_k < left ? moe->top_k : left;
-    moe->base.tensors = 1 + left * APTI_EXPERT_TENSORS;
-    moe->base.live = false;
-    if (moe->base.owner != NULL) moe->base.owner->live = false;
-    memset(moe->count, 0, sizeof moe->count);
     return APT_OK;
-}
-
-static int64_t apti_moe_choices(const apti_moe *moe)
-{
-    int64_t total = 0;
-    for (int32_t e = 0; e < moe->experts; e++) total += moe->count[e];
-    return total;
 }
 
 APT_API apt_result apt_moe_prune(apt_module *module, float share, int64_t step, int32_t *removed)
@@ -9623,7 +9658,7 @@ APT_API apt_result apt_moe_prune(apt_module *module, float share, int64_t step, 
         if (moe->count[e] > moe->count[most]) most = e;
     }
     if (left == 0) keep[most] = true;
-    return left == moe->experts ? APT_OK : moe->experts > 1 ? apti_moe_cut(moe, keep, step, removed) : APT_OK;
+    return left == moe->experts ? APT_OK : apti_moe_cut(moe, keep, step, removed);
 }
 
 APT_API apt_result apt_moe_progress(apt_module *module, const apt_expert_schedule *schedule, int64_t step, int32_t *removed)
@@ -9673,7 +9708,7 @@ APT_API apt_result apt_moe_event(const apt_module *module, int32_t index, apt_ex
 enum { APTI_CONV_WIDTH = 3, APTI_CONV_CHANNELS = 16, APTI_CONVS = 3, APTI_CONV_TENSOR = 4 };
 static const int32_t apti_conv_channels[APTI_CONVS + 1] = {2, APTI_CONV_CHANNELS, APTI_CONV_CHANNELS, 2};
 
-typedef struct apti_core {
+typedef struct apti_bk_core {
     apt_module base;
     int32_t hidden, half;
     float temperature;
@@ -9688,14 +9723,14 @@ typedef struct apti_core {
     float *h[APTI_CONVS + 1];         /* (padded rows, channels): m*G, then the outputs of the convolutions */
     float *dh[2];                     /* (padded rows, 16) */
     float *flip;                      /* a convolution's weights, turned */
-} apti_core;
+} apti_bk_core;
 
-static apti_core *apti_core_of(const apt_module *m)
+static apti_bk_core *apti_bk_core_of(const apt_module *m)
 {
-    return m != NULL && m->kind == APTI_MODULE_CORE ? (apti_core *)(uintptr_t)m : NULL;
+    return m != NULL && m->kind == APTI_MODULE_CORE ? (apti_bk_core *)(uintptr_t)m : NULL;
 }
 
-static apt_result apti_core_fill(apti_core *c)
+static apt_result apti_bk_core_fill(apti_bk_core *c)
 {
     apt_module *m = &c->base;
     apt_result r = apti_tensor_pair(m, "importance.0", c->half, c->hidden, c->seed, 0);
@@ -9709,13 +9744,18 @@ static apt_result apti_core_fill(apti_core *c)
     return r;
 }
 
+static bool apti_temperature_fits(float temperature)
+{
+    return apti_finite(temperature) && temperature >= 1e-3f && temperature <= 1e3f;
+}
+
 static apt_result apti_check_temperature(apt_ctx *ctx, float temperature)
 {
-    if (apti_finite(temperature) && temperature >= 1e-3f && temperature <= 1e3f) return APT_OK;
+    if (apti_temperature_fits(temperature)) return APT_OK;
     return apti_fail(ctx, APT_E_RANGE, "temperature %g must be in 0.001..1000", (double)temperature);
 }
 
-static apt_result apti_core_new(apt_ctx *ctx, const apt_bk_core_desc *desc, apt_module *owner, apt_module **module)
+static apt_result apti_bk_core_new(apt_ctx *ctx, const apt_bk_core_desc *desc, apt_module *owner, apt_module **module)
 {
     float temperature = desc->temperature;
     apti_bk_job job;
@@ -9725,29 +9765,30 @@ static apt_result apti_core_new(apt_ctx *ctx, const apt_bk_core_desc *desc, apt_
     apt_result r = apti_check_temperature(ctx, temperature);
     if (r == APT_OK) r = apti_bk_plan(&job, 0, 0, &desc->z) == APT_OK ? APT_OK : apti_bk_refused(ctx, APT_E_RANGE, 0, 0);
     if (r != APT_OK) return r;
-    apt_module *m = apti_module_make(ctx, APTI_MODULE_CORE, (int64_t)sizeof(apti_core), APTI_CONV_TENSOR + 2 * APTI_CONVS, owner);
+    const int32_t tensors = APTI_CONV_TENSOR + 2 * APTI_CONVS;
+    apt_module *m = apti_module_make(ctx, APTI_MODULE_CORE, (int64_t)sizeof(apti_bk_core), tensors, owner);
     if (m == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory for a sparse BK-core");
-    apti_core *c = (apti_core *)m;
+    apti_bk_core *c = (apti_bk_core *)m;
     c->hidden = desc->hidden;
     c->half = desc->hidden / 2;
     c->temperature = temperature;
     c->z = desc->z;
     c->seed = desc->seed;
-    return apti_module_done(ctx, m, apti_core_fill(c), module);
+    return apti_module_done(ctx, m, apti_bk_core_fill(c), module);
 }
 
 APT_API apt_result apt_bk_core_create(apt_ctx *ctx, const apt_bk_core_desc *desc, apt_module **module)
 {
     if (ctx == NULL || desc == NULL || module == NULL) return APT_E_ARGUMENT;
-    return apti_core_new(ctx, desc, NULL, module);
+    return apti_bk_core_new(ctx, desc, NULL, module);
 }
 
-static int64_t apti_core_padded(const apti_core *c)
+static int64_t apti_bk_core_padded(const apti_bk_core *c)
 {
     return c->base.sequences * (c->length + 2);
 }
 
-static apt_result apti_core_carve(apti_core *c, int64_t sequences, int64_t length)
+static apt_result apti_bk_core_carve(apti_bk_core *c, int64_t sequences, int64_t length)
 {
     const int64_t rows = sequences * length, padded = sequences * (length + 2), wide = padded * APTI_CONV_CHANNELS;
     const int64_t flip = APTI_CONV_WIDTH * APTI_CONV_CHANNELS * APTI_CONV_CHANNELS;
@@ -9775,12 +9816,12 @@ static apt_result apti_core_carve(apti_core *c, int64_t sequences, int64_t lengt
 }
 
 /* A task is a sequence. */
-typedef struct apti_core_job { apti_core *c; float *f; const float *df; } apti_core_job;
+typedef struct apti_bk_core_job { apti_bk_core *c; float *f; const float *df; } apti_bk_core_job;
 
 /* p and m from u. The difference of two Gumbel variables is logistic: noise = ln(U / (1 - U)), U by the position's number. */
-static void apti_core_mask_task(int64_t index, int32_t thread, void *arg)
+static void apti_bk_core_mask_task(int64_t index, int32_t thread, void *arg)
 {
-    apti_core *c = ((const apti_core_job *)arg)->c;
+    apti_bk_core *c = ((const apti_bk_core_job *)arg)->c;
     apti_rng rng;
     (void)thread;
     rng.key = apti_rng_seed(c->seed ^ 0x67756d62656cu, c->draw);
@@ -9794,9 +9835,9 @@ static void apti_core_mask_task(int64_t index, int32_t thread, void *arg)
 }
 
 /* h[0] = m*G between zeros */
-static void apti_core_gate_task(int64_t index, int32_t thread, void *arg)
+static void apti_bk_core_gate_task(int64_t index, int32_t thread, void *arg)
 {
-    apti_core *c = ((const apti_core_job *)arg)->c;
+    apti_bk_core *c = ((const apti_bk_core_job *)arg)->c;
     float *h = c->h[0] + index * (c->length + 2) * 2;
     const int64_t at = index * c->length;
     (void)thread;
@@ -9807,10 +9848,10 @@ static void apti_core_gate_task(int64_t index, int32_t thread, void *arg)
 }
 
 /* f = m*G + (1-m)*I */
-static void apti_core_mix_task(int64_t index, int32_t thread, void *arg)
+static void apti_bk_core_mix_task(int64_t index, int32_t thread, void *arg)
 {
-    const apti_core_job *job = (const apti_core_job *)arg;
-    const apti_core *c = job->c;
+    const apti_bk_core_job *job = (const apti_bk_core_job *)arg;
+    const apti_bk_core *c = job->c;
     const float *h = c->h[APTI_CONVS] + (index * (c->length + 2) + 1) * 2;
     const int64_t at = index * c->length;
     (void)thread;
@@ -9821,10 +9862,10 @@ static void apti_core_mix_task(int64_t index, int32_t thread, void *arg)
 }
 
 /* dI = (1-m) df, into dh[0] between zeros */
-static void apti_core_mix_backward_task(int64_t index, int32_t thread, void *arg)
+static void apti_bk_core_mix_backward_task(int64_t index, int32_t thread, void *arg)
 {
-    const apti_core_job *job = (const apti_core_job *)arg;
-    const apti_core *c = job->c;
+    const apti_bk_core_job *job = (const apti_bk_core_job *)arg;
+    const apti_bk_core *c = job->c;
     float *dh = c->dh[0] + index * (c->length + 2) * 2;
     const int64_t at = index * c->length;
     (void)thread;
@@ -9835,10 +9876,10 @@ static void apti_core_mix_backward_task(int64_t index, int32_t thread, void *arg
 }
 
 /* dG = m (df + dh), dm += df (G - I) + dh G;  dh(padded rows, 2) is the gradient of h[0]: job->f */
-static void apti_core_gate_backward_task(int64_t index, int32_t thread, void *arg)
+static void apti_bk_core_gate_backward_task(int64_t index, int32_t thread, void *arg)
 {
-    const apti_core_job *job = (const apti_core_job *)arg;
-    const apti_core *c = job->c;
+    const apti_bk_core_job *job = (const apti_bk_core_job *)arg;
+    const apti_bk_core *c = job->c;
     const int64_t at = index * c->length, from = (index * (c->length + 2) + 1) * 2;
     (void)thread;
     for (int64_t i = 0; i < c->length; i++) {
@@ -9851,21 +9892,21 @@ static void apti_core_gate_backward_task(int64_t index, int32_t thread, void *ar
 }
 
 /* du = dm p (1-p) / temperature, in the place of u */
-static void apti_core_logit_task(int64_t index, int32_t thread, void *arg)
+static void apti_bk_core_logit_task(int64_t index, int32_t thread, void *arg)
 {
-    const apti_core *c = ((const apti_core_job *)arg)->c;
+    const apti_bk_core *c = ((const apti_bk_core_job *)arg)->c;
     (void)thread;
     for (int64_t i = index * c->length; i < (index + 1) * c->length; i++)
         c->u[i] = c->dm[i] * c->p[i] * (1 - c->p[i]) / c->temperature;
 }
 
-static void apti_core_run(apti_core *c, apt_task task, float *f, const float *df)
+static void apti_bk_core_run(apti_bk_core *c, apt_task task, float *f, const float *df)
 {
-    apti_core_job job = {c, f, df};
+    apti_bk_core_job job = {c, f, df};
     apti_parallel_for(c->base.ctx, c->base.sequences, task, &job);
 }
 
-static void apti_conv_clear(const apti_core *c, float *h, int32_t channels)
+static void apti_conv_clear(const apti_bk_core *c, float *h, int32_t channels)
 {
     const size_t bytes = (size_t)channels * sizeof(float);
     for (int64_t s = 0; s < c->base.sequences; s++) {
@@ -9875,20 +9916,20 @@ static void apti_conv_clear(const apti_core *c, float *h, int32_t channels)
     }
 }
 
-static void apti_conv_forward(const apti_core *c, int32_t i)
+static void apti_conv_forward(const apti_bk_core *c, int32_t i)
 {
     const int32_t in = apti_conv_channels[i], out = apti_conv_channels[i + 1];
-    apti_map_forward(&c->base, APTI_CONV_TENSOR + 2 * i, c->h[i + 1] + out, c->h[i], in, apti_core_padded(c) - 2,
+    apti_map_forward(&c->base, APTI_CONV_TENSOR + 2 * i, c->h[i + 1] + out, c->h[i], in, apti_bk_core_padded(c) - 2,
                      i + 1 < APTI_CONVS ? APT_RELU : -1, NULL);
     apti_conv_clear(c, c->h[i + 1], out);
 }
 
 /* dy is the gradient of h[i+1] before its activation, dx that of h[i] (before ITS activation, if it has one). */
-static void apti_conv_backward(const apti_core *c, int32_t i, float *dx, const float *dy)
+static void apti_conv_backward(const apti_bk_core *c, int32_t i, float *dx, const float *dy)
 {
     const int32_t in = apti_conv_channels[i], out = apti_conv_channels[i + 1];
     const apti_tensor *w = &c->base.tensor[APTI_CONV_TENSOR + 2 * i];
-    const int64_t rows = apti_core_padded(c) - 2;
+    const int64_t rows = apti_bk_core_padded(c) - 2;
     apti_map_backward(&c->base, APTI_CONV_TENSOR + 2 * i, dy + out, c->h[i], in, rows);
     /* y[p] = sum over t of W[t] x[p-1+t], so dx[p] = sum over t of W[2-t]^T dy[p-1+t] */
     for (int32_t t = 0; t < APTI_CONV_WIDTH; t++)
@@ -9899,10 +9940,10 @@ static void apti_conv_backward(const apti_core *c, int32_t i, float *dx, const f
     apti_conv_clear(c, dx, in);
 }
 
-static apt_result apti_core_forward(apti_core *c, float *f, const float *x, const float *v, int64_t sequences, int64_t length,
-                                    int32_t mode)
+static apt_result apti_bk_core_forward(apti_bk_core *c, float *f, const float *x, const float *v, int64_t sequences,
+                                       int64_t length, int32_t mode)
 {
-    apt_result r = apti_core_carve(c, sequences, length);
+    apt_result r = apti_bk_core_carve(c, sequences, length);
     if (r != APT_OK) return r;
     const int64_t rows = c->base.rows;
     c->mode = mode;
@@ -9911,7 +9952,7 @@ static apt_result apti_core_forward(apti_core *c, float *f, const float *x, cons
     if (!apti_finite_all(c->u, rows)) r = apti_fail(c->base.ctx, APT_E_NONFINITE,
                                                     "sparse BK-core: an importance is NaN or infinite");
     if (r == APT_OK) {
-        apti_core_run(c, apti_core_mask_task, NULL, NULL);
+        apti_bk_core_run(c, apti_bk_core_mask_task, NULL, NULL);
         r = apt_bk_forward_threads(c->base.ctx, c->g[0], c->g[1], v, c->m, sequences, length, &c->z);
     }
     if (r != APT_OK) {
@@ -9919,28 +9960,28 @@ static apt_result apti_core_forward(apti_core *c, float *f, const float *x, cons
         return r;
     }
     if (mode != APT_MASK_FIXED) c->draw++;
-    apti_core_run(c, apti_core_gate_task, NULL, NULL);
+    apti_bk_core_run(c, apti_bk_core_gate_task, NULL, NULL);
     for (int32_t i = 0; i < APTI_CONVS; i++) apti_conv_forward(c, i);
-    apti_core_run(c, apti_core_mix_task, f, NULL);
+    apti_bk_core_run(c, apti_bk_core_mix_task, f, NULL);
     c->base.live = true;
     return APT_OK;
 }
 
 /* dx is written. Uses up what the forward kept. */
-static apt_result apti_core_backward(apti_core *c, float *dx, float *dv, const float *df, const float *x, const float *v)
+static apt_result apti_bk_core_backward(apti_bk_core *c, float *dx, float *dv, const float *df, const float *x, const float *v)
 {
     const int64_t rows = c->base.rows;
-    c->base.live = false;
-    apti_core_run(c, apti_core_mix_backward_task, NULL, df);
+    apti_module_spend(&c->base);
+    apti_bk_core_run(c, apti_bk_core_mix_backward_task, NULL, df);
     apti_conv_backward(c, 2, c->dh[1], c->dh[0]);
     apti_conv_backward(c, 1, c->dh[0], c->dh[1]);
     apti_conv_backward(c, 0, c->dh[1], c->dh[0]);
-    apti_core_run(c, apti_core_gate_backward_task, c->dh[1], df);
+    apti_bk_core_run(c, apti_bk_core_gate_backward_task, c->dh[1], df);
     if (dv != NULL) memset(dv, 0, (size_t)rows * sizeof(float));
     const apt_result r = apt_bk_backward_threads(c->base.ctx, dv, c->dm, NULL, c->dg[0], c->dg[1], v, c->m, c->base.sequences,
                                                  c->length, &c->z);
     if (r != APT_OK) return r;
-    apti_core_run(c, apti_core_logit_task, NULL, NULL);
+    apti_bk_core_run(c, apti_bk_core_logit_task, NULL, NULL);
     apti_map_backward(&c->base, 2, c->u, c->act, c->half, rows);
     apti_map_input(c->base.ctx, c->dact, false, c->u, 1, c->base.tensor[2].value, 1, c->half, rows);
     apti_act_backward(c->base.ctx, c->dact, c->half, c->dact, c->half, c->act, c->half, NULL, rows, c->half, APT_RELU);
@@ -9962,25 +10003,25 @@ static apt_result apti_check_sequences(const apt_module *m, int64_t sequences, i
 APT_API apt_result apt_bk_core_forward(apt_module *module, float *features, const float *x, const float *v, int64_t sequences,
                                        int64_t length, int32_t mode)
 {
-    apti_core *c = apti_core_of(module);
+    apti_bk_core *c = apti_bk_core_of(module);
     if (c == NULL) return APT_E_ARGUMENT;
     apt_result r = apti_check_sequences(module, sequences, length, mode);
     if (r != APT_OK) return r;
     if (features == NULL) return apti_fail(module->ctx, APT_E_ARGUMENT, "sparse BK-core: no output");
     r = apti_module_inputs(module, x, sequences * length * c->hidden, v, sequences * length);
-    return r == APT_OK ? apti_core_forward(c, features, x, v, sequences, length, mode) : r;
+    return r == APT_OK ? apti_bk_core_forward(c, features, x, v, sequences, length, mode) : r;
 }
 
 APT_API apt_result apt_bk_core_backward(apt_module *module, float *dx, float *dv, const float *dfeatures, const float *x,
                                         const float *v, int64_t sequences, int64_t length)
 {
-    apti_core *c = apti_core_of(module);
+    apti_bk_core *c = apti_bk_core_of(module);
     if (c == NULL) return APT_E_ARGUMENT;
     apt_result r = apti_check_sequences(module, sequences, length, APT_MASK_FIXED);
     if (r == APT_OK) r = apti_module_behind(module, sequences, sequences * length);
     if (r == APT_OK) r = apti_module_inputs(module, x, module->rows * c->hidden, v, module->rows);
     if (r == APT_OK) r = apti_module_inputs(module, dfeatures, 2 * module->rows, v, 0);
-    return r == APT_OK ? apti_core_backward(c, dx, dv, dfeatures, x, v) : r;
+    return r == APT_OK ? apti_bk_core_backward(c, dx, dv, dfeatures, x, v) : r;
 }
 
 /* --- the layer --- */
@@ -10014,7 +10055,7 @@ static apt_result apti_bk_layer_fill(apti_bk_layer *l, const apt_bk_layer_desc *
     core.temperature = desc->temperature;
     core.z = desc->z;
     core.seed = desc->seed;
-    apt_result r = apti_core_new(m->ctx, &core, m, &m->part[0]);
+    apt_result r = apti_bk_core_new(m->ctx, &core, m, &m->part[0]);
     if (r == APT_OK) r = apti_moe_new(m->ctx, &moe, m, &m->part[1]);
     if (r == APT_OK) r = apti_tensor_pair(m, "potential", 1, l->hidden, desc->seed, 0);
     if (r == APT_OK) r = apti_tensor_pair(m, "output", l->hidden, 2, desc->seed, 0);
@@ -10085,16 +10126,17 @@ APT_API apt_result apt_bk_layer_forward(apt_module *module, float *y, const floa
     if (y == NULL) return apti_fail(module->ctx, APT_E_ARGUMENT, "BK layer: no output");
     r = apti_module_inputs(module, x, rows * d, x, 0);
     if (r == APT_OK) r = apti_bk_layer_carve(l, sequences, rows);
-    if (r == APT_OK) r = apti_moe_forward(apti_moe_of(module->part[1]), l->e, x, rows, mode != APT_MASK_FIXED);
+    if (r == APT_OK) r = apti_moe_forward(apti_moe_of(module->part[1]), l->e, x, rows);
     if (r == APT_OK) {
         apti_map_forward(module, APTI_LAYER_POTENTIAL, l->raw_v, l->e, d, rows, -1, NULL);
         apti_clamp(l->v, l->raw_v, rows, APTI_POTENTIAL_LIMIT);
-        r = apti_core_forward(apti_core_of(module->part[0]), l->raw_f, x, l->v, sequences, length, mode);
+        r = apti_bk_core_forward(apti_bk_core_of(module->part[0]), l->raw_f, x, l->v, sequences, length, mode);
     }
     if (r != APT_OK) {
         module->rows = 0;
         return r;
     }
+    if (mode != APT_MASK_FIXED) apti_moe_count(apti_moe_of(module->part[1]));
     apti_clamp(l->f, l->raw_f, 2 * rows, APTI_FEATURE_LIMIT);
     apti_map_forward(module, APTI_LAYER_OUT, l->s, l->f, 2, rows, -1, NULL);
     module->ctx->kernels->scale(y, l->s, module->tensor[APTI_LAYER_SCALE].value[0], rows * d);
@@ -10116,13 +10158,13 @@ APT_API apt_result apt_bk_layer_backward(apt_module *module, float *dx, const fl
     const apti_tensor *scale = &module->tensor[APTI_LAYER_SCALE], *out = &module->tensor[APTI_LAYER_OUT];
     const apti_tensor *potential = &module->tensor[APTI_LAYER_POTENTIAL];
     const apti_kernels *kernels = module->ctx->kernels;
-    module->live = false;
+    apti_module_spend(module);
     scale->grad[0] += (float)apti_ops_dot(kernels, dy, l->s, rows * d);
     kernels->scale(l->ds, dy, scale->value[0], rows * d);
     apti_map_backward(module, APTI_LAYER_OUT, l->ds, l->f, 2, rows);
     apti_map_input(module->ctx, l->df, false, l->ds, d, out->value, d, 2, rows);
     apti_clamp_backward(l->df, l->raw_f, 2 * rows, APTI_FEATURE_LIMIT);
-    r = apti_core_backward(apti_core_of(module->part[0]), dx, l->dv, l->df, x, l->v);
+    r = apti_bk_core_backward(apti_bk_core_of(module->part[0]), dx, l->dv, l->df, x, l->v);
     if (r != APT_OK) return r;
     apti_clamp_backward(l->dv, l->raw_v, rows, APTI_POTENTIAL_LIMIT);
     apti_map_backward(module, APTI_LAYER_POTENTIAL, l->dv, l->e, d, rows);
@@ -10135,20 +10177,25 @@ APT_API apt_result apt_bk_layer_backward(apt_module *module, float *dx, const fl
 /* --- what both share: the mask's losses and statistics --- */
 
 /* The sparse BK-core of a module, or NULL */
-static apti_core *apti_core_in(const apt_module *m)
+static apti_bk_core *apti_bk_core_in(const apt_module *m)
 {
-    return apti_bk_layer_of(m) != NULL ? apti_core_of(m->part[0]) : apti_core_of(m);
+    return apti_bk_layer_of(m) != NULL ? apti_bk_core_of(m->part[0]) : apti_bk_core_of(m);
 }
 
 APT_API apt_result apt_module_sparsity_loss(apt_module *module, double *loss, int32_t kind, float target, float grad_scale)
 {
-    apti_core *c = apti_core_in(module);
+    apti_bk_core *c = apti_bk_core_in(module);
     if (c == NULL) return APT_E_ARGUMENT;
     if (!module->live) return apti_fail(module->ctx, APT_E_STATE, "a sparsity loss belongs between forward and backward");
     const apt_result r = apt_sparsity_loss(loss, c->dm, c->m, c->base.rows, kind, target, grad_scale);
     if (r == APT_OK) return r;
-    return apti_fail(module->ctx, r, "sparsity loss: kind %d (0 l2, 1 l1, 2 kl, 3 huber), target %g in 0..1", (int)kind,
-                     (double)target);
+    if (loss == NULL) return apti_fail(module->ctx, r, "sparsity loss: no place for the loss");
+    if (apt_sparsity_kind_name(kind) != NULL)
+        return apti_fail(module->ctx, r, "sparsity loss: the target %g must be in 0..1, the gradient's scale %g finite",
+                         (double)target, (double)grad_scale);
+    char kinds[64] = "";
+    apti_append_kinds(kinds, sizeof kinds, apt_sparsity_kind_name);
+    return apti_fail(module->ctx, r, "sparsity loss: there is no kind %d; supported, from 0 on: %s", (int)kind, kinds);
 }
 
 APT_API apt_result apt_module_balanced_loss(apt_module *module, apt_balanced *out, int32_t kind, float target, double accuracy,
@@ -10156,7 +10203,7 @@ APT_API apt_result apt_module_balanced_loss(apt_module *module, apt_balanced *ou
 {
     apt_balanced checked;
     double loss;
-    if (apti_core_in(module) == NULL || out == NULL) return APT_E_ARGUMENT;
+    if (apti_bk_core_in(module) == NULL || out == NULL) return APT_E_ARGUMENT;
     apt_result r = apt_balanced_loss(&checked, accuracy, 0, accuracy_weight, sparsity_weight);
     if (r != APT_OK) return apti_fail(module->ctx, r, "balanced loss: weights must be 0 or more, everything finite");
     r = apt_module_sparsity_loss(module, &loss, kind, target, (float)sparsity_weight);
@@ -10165,7 +10212,7 @@ APT_API apt_result apt_module_balanced_loss(apt_module *module, apt_balanced *ou
 
 APT_API apt_result apt_module_temperature(apt_module *module, float temperature)
 {
-    apti_core *c = apti_core_in(module);
+    apti_bk_core *c = apti_bk_core_in(module);
     if (c == NULL) return APT_E_ARGUMENT;
     const apt_result r = apti_check_temperature(module->ctx, temperature);
     if (r == APT_OK) c->temperature = temperature;
@@ -10181,7 +10228,7 @@ static int64_t apti_count_beyond(const float *x, int64_t n, float limit)
 
 APT_API apt_result apt_module_stats(const apt_module *module, apt_bk_stats *stats)
 {
-    const apti_core *c = apti_core_in(module);
+    const apti_bk_core *c = apti_bk_core_in(module);
     const apti_bk_layer *l = apti_bk_layer_of(module);
     if (c == NULL || stats == NULL) return APT_E_ARGUMENT;
     if (module->rows == 0 || c->base.rows == 0) return apti_fail(module->ctx, APT_E_STATE,
@@ -10208,13 +10255,217 @@ APT_API apt_result apt_module_stats(const apt_module *module, apt_bk_stats *stat
 
 APT_API apt_result apt_module_mask(const apt_module *module, float *mask, int64_t rows)
 {
-    const apti_core *c = apti_core_in(module);
+    const apti_bk_core *c = apti_bk_core_in(module);
     if (c == NULL || mask == NULL) return APT_E_ARGUMENT;
     if (c->base.rows == 0) return apti_fail(module->ctx, APT_E_STATE, "a mask needs a forward before it");
     if (rows != c->base.rows)
         return apti_fail(module->ctx, APT_E_SHAPE, "the mask has %lld values, not %lld", (long long)c->base.rows,
                          (long long)rows);
     memcpy(mask, c->m, (size_t)rows * sizeof(float));
+    return APT_OK;
+}
+
+/* --- saved modules ---
+
+   magic, length of all, three heads (the module and its two parts), the history of experts, then each tensor's values,
+   gradients and moments, and the check sum. */
+
+#define APTI_MODULE_MAGIC 0x31444f4d54504154u                    /* "TAPTMOD1" */
+enum { APTI_MODULE_PARTS = 3, APTI_EVENT_BYTES = 32, APTI_HEAD_BYTES = 60 + 8 * APTI_EXPERTS };
+
+/* What a part holds besides its tensors. kind 0: there is no such part. */
+typedef struct apti_module_head {
+    int32_t kind, hidden, neurons, experts, top_k, events;
+    uint64_t there, seed, draw;
+    float temperature, re, im;
+    int64_t count[APTI_EXPERTS];
+} apti_module_head;
+
+static apt_module *apti_module_part(const apt_module *m, int32_t index)
+{
+    return index == 0 ? (apt_module *)(uintptr_t)m : m->part[index - 1];
+}
+
+static void apti_module_describe(apti_module_head *head, const apt_module *m)
+{
+    memset(head, 0, sizeof *head);
+    if (m == NULL) return;
+    const apti_moe *moe = apti_moe_of(m);
+    const apti_bk_core *c = apti_bk_core_of(m);
+    const apti_bk_layer *l = apti_bk_layer_of(m);
+    head->kind = (int32_t)m->kind;
+    if (l != NULL) head->hidden = l->hidden;
+    if (c != NULL) {
+        head->hidden = c->hidden;
+        head->seed = c->seed;
+        head->draw = c->draw;
+        head->temperature = c->temperature;
+        head->re = c->z.re;
+        head->im = c->z.im;
+    }
+    if (moe == NULL) return;
+    head->hidden = moe->hidden;
+    head->neurons = moe->neurons;
+    head->experts = moe->experts;
+    head->top_k = moe->top_k;
+    head->events = moe->events;
+    head->there = moe->there;
+    memcpy(head->count, moe->count, sizeof head->count);
+}
+
+static void apti_head_fields(apti_field_cursor *c, apti_module_head *head)
+{
+    apti_field_i32(c, &head->kind);
+    apti_field_i32(c, &head->hidden);
+    apti_field_i32(c, &head->neurons);
+    apti_field_i32(c, &head->experts);
+    apti_field_i32(c, &head->top_k);
+    apti_field_i32(c, &head->events);
+    apti_field_bits(c, &head->there, 8);
+    apti_field_bits(c, &head->seed, 8);
+    apti_field_bits(c, &head->draw, 8);
+    apti_field_f32(c, &head->temperature);
+    apti_field_f32(c, &head->re);
+    apti_field_f32(c, &head->im);
+    for (int32_t e = 0; e < APTI_EXPERTS; e++) apti_field_i64(c, &head->count[e]);
+}
+
+static void apti_event_fields(apti_field_cursor *c, apt_expert_event *event)
+{
+    apti_field_i64(c, &event->step);
+    apti_field_i32(c, &event->before);
+    apti_field_i32(c, &event->after);
+    apti_field_f64(c, &event->least_share);
+    apti_field_f64(c, &event->lost_share);
+}
+
+static void apti_tensor_fields(apti_field_cursor *c, const apti_tensor *t)
+{
+    float *const all[4] = {t->value, t->grad, t->moment1, t->moment2};
+    for (int32_t i = 0; i < 4; i++)
+        for (int64_t k = 0; k < t->rows * t->cols; k++) apti_field_f32(c, &all[i][k]);
+}
+
+APT_API int64_t apt_module_bytes(const apt_module *module)
+{
+    if (module == NULL) return -1;
+    int64_t bytes = 16 + APTI_MODULE_PARTS * APTI_HEAD_BYTES + 8;
+    for (int32_t i = 0; i < APTI_MODULE_PARTS; i++) bytes += apt_moe_events(apti_module_part(module, i)) * APTI_EVENT_BYTES;
+    return bytes + 4 * (int64_t)sizeof(float) * apt_module_parameters(module);
+}
+
+APT_API apt_result apt_module_save(const apt_module *module, void *out, size_t bytes)
+{
+    if (module == NULL || out == NULL) return APT_E_ARGUMENT;
+    uint64_t magic = APTI_MODULE_MAGIC, length = (uint64_t)apt_module_bytes(module);
+    if (bytes < length) return apti_fail(module->ctx, APT_E_SCRATCH, "the saved module has %lld bytes, not %lld",
+                                         (long long)length, (long long)bytes);
+    apti_field_cursor c = {(uint8_t *)out, NULL, 0};
+    apti_field_bits(&c, &magic, 8);
+    apti_field_bits(&c, &length, 8);
+    for (int32_t i = 0; i < APTI_MODULE_PARTS; i++) {
+        apti_module_head head;
+        apti_module_describe(&head, apti_module_part(module, i));
+        apti_head_fields(&c, &head);
+    }
+    for (int32_t i = 0; i < APTI_MODULE_PARTS; i++) {
+        const apt_module *part = apti_module_part(module, i);
+        for (int32_t k = 0; k < apt_moe_events(part); k++) apti_event_fields(&c, (apt_expert_event *)part->more + k);
+    }
+    for (int32_t i = 0; i < apt_module_tensors(module); i++) apti_tensor_fields(&c, apti_module_tensor(module, i));
+    uint64_t sum = apti_checksum(0, out, c.at);
+    apti_field_bits(&c, &sum, 8);
+    return APT_OK;
+}
+
+/* Could a part of this shape have been saved like that? *less: bytes that it saves less than the part would now, by removed
+   experts and a shorter history. */
+static bool apti_head_fits(const apti_module_head *head, const apt_module *part, int64_t *less)
+{
+    apti_module_head now;
+    apti_module_describe(&now, part);
+    if (head->kind != now.kind || head->hidden != now.hidden || head->neurons != now.neurons) return false;
+    if (head->seed != now.seed || apti_bits(head->re) != apti_bits(now.re) || apti_bits(head->im) != apti_bits(now.im)) return false;
+    if (now.kind == APTI_MODULE_CORE && !apti_temperature_fits(head->temperature)) return false;
+    if (now.kind != APTI_MODULE_MOE) return head->events == 0;
+    int32_t experts = 0;
+    for (int32_t i = 0; i < APTI_EXPERTS; i++) {
+        experts += (int32_t)(head->there >> i & 1);
+        if (head->count[i] < 0 || head->count[i] > INT64_MAX / APTI_EXPERTS) return false;
+    }
+    if ((head->there & ~now.there) != 0 || experts < 1 || experts != head->experts || head->events < 0) return false;
+    if (head->top_k != (now.top_k < experts ? now.top_k : experts)) return false;
+    const int64_t d = now.hidden, f = now.neurons, expert = 2 * d * f + f + d + d;       /* the last d: its row of the gate */
+    *less += 4 * (int64_t)sizeof(float) * expert * (now.experts - experts);
+    *less += APTI_EVENT_BYTES * ((int64_t)now.events - head->events);
+    return true;
+}
+
+/* Removes what the saved experts have not, and takes over counts and history. */
+static void apti_moe_restore(apti_moe *moe, const apti_module_head *head, apt_expert_event *list)
+{
+    bool keep[APTI_EXPERTS] = {0};
+    int32_t e = 0;
+    for (int32_t i = 0; i < APTI_EXPERTS; i++)
+        if ((moe->there >> i & 1) != 0) keep[e++] = (head->there >> i & 1) != 0;
+    apti_moe_remove(moe, keep);
+    memcpy(moe->count, head->count, sizeof moe->count);
+    moe->events = head->events;
+    apti_free(moe->base.ctx, moe->base.more);
+    moe->base.more = list;
+}
+
+/* Magic, length and check sum. The heads begin at byte 16. */
+static apt_result apti_module_opened(const apt_module *m, const void *in, size_t bytes)
+{
+    uint64_t magic = 0, length = 0, sum = 0;
+    apti_field_cursor c = {NULL, (const uint8_t *)in, 0};
+    if (bytes >= 16 + APTI_MODULE_PARTS * APTI_HEAD_BYTES + 8) {
+        apti_field_bits(&c, &magic, 8);
+        apti_field_bits(&c, &length, 8);
+    }
+    if (magic != APTI_MODULE_MAGIC || length != bytes)
+        return apti_fail(m->ctx, APT_E_FORMAT, "these %lld bytes are not a saved module, or not all of one", (long long)bytes);
+    c.at = bytes - 8;
+    apti_field_bits(&c, &sum, 8);
+    if (sum != apti_checksum(0, in, bytes - 8)) return apti_fail(m->ctx, APT_E_CHECKSUM, "the saved module is damaged");
+    return APT_OK;
+}
+
+APT_API apt_result apt_module_restore(apt_module *module, const void *in, size_t bytes)
+{
+    if (module == NULL || in == NULL) return APT_E_ARGUMENT;
+    const apt_result r = apti_module_opened(module, in, bytes);
+    if (r != APT_OK) return r;
+    apti_module_head head[APTI_MODULE_PARTS];
+    apti_field_cursor c = {NULL, (const uint8_t *)in, 16};
+    int64_t less = 0;
+    int32_t events = 0;
+    bool fits = true;
+    for (int32_t i = 0; i < APTI_MODULE_PARTS; i++) {
+        apti_head_fields(&c, &head[i]);
+        fits = fits && apti_head_fits(&head[i], apti_module_part(module, i), &less);
+        if (head[i].kind == APTI_MODULE_MOE) events = head[i].events;
+    }
+    if (!fits || apt_module_bytes(module) - less != (int64_t)bytes)
+        return apti_fail(module->ctx, APT_E_SHAPE,
+                         "the saved module was made from another desc, or has experts that are removed here");
+    apt_expert_event *list = NULL;
+    if (events > 0) list = (apt_expert_event *)apti_alloc(module->ctx, events, (int64_t)sizeof *list);
+    if (events > 0 && list == NULL) return apti_fail(module->ctx, APT_E_MEMORY, "no memory for the history of experts");
+    for (int32_t k = 0; k < events; k++) apti_event_fields(&c, &list[k]);
+    apti_module_spend(module);
+    for (int32_t i = 0; i < APTI_MODULE_PARTS; i++) {
+        apt_module *part = apti_module_part(module, i);
+        apti_bk_core *core = apti_bk_core_of(part);
+        if (part != NULL) apti_module_spend(part);
+        if (core != NULL) {
+            core->temperature = head[i].temperature;
+            core->draw = head[i].draw;
+        }
+        if (apti_moe_of(part) != NULL) apti_moe_restore(apti_moe_of(part), &head[i], list);
+    }
+    for (int32_t i = 0; i < apt_module_tensors(module); i++) apti_tensor_fields(&c, apti_module_tensor(module, i));
     return APT_OK;
 }
 #endif /* APT_ONLY_CORE */
