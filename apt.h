@@ -10385,7 +10385,8 @@ static bool apti_head_fits(const apti_module_head *head, const apt_module *part,
     apti_module_head now;
     apti_module_describe(&now, part);
     if (head->kind != now.kind || head->hidden != now.hidden || head->neurons != now.neurons) return false;
-    if (head->seed != now.seed || apti_bits(head->re) != apti_bits(now.re) || apti_bits(head->im) != apti_bits(now.im)) return false;
+    if (head->seed != now.seed) return false;
+    if (apti_bits(head->re) != apti_bits(now.re) || apti_bits(head->im) != apti_bits(now.im)) return false;
     if (now.kind == APTI_MODULE_CORE && !apti_temperature_fits(head->temperature)) return false;
     if (now.kind != APTI_MODULE_MOE) return head->events == 0;
     int32_t experts = 0;
