@@ -9112,7 +9112,7 @@ static apt_result apti_tensor_make(apt_module *m, const char *name, int64_t rows
                                    float value)
 {
     apti_tensor *t = &m->tensor[m->tensors];
-    int64_t n, all;
+    int64_t n = 0, all = 0;
     if (apti_mul(rows, cols, &n) && apti_mul(n, 4 * (int64_t)sizeof(float), &all))
         t->value = (float *)apti_calloc(m->ctx, n, 4 * (int64_t)sizeof(float));
     if (t->value == NULL) return apti_fail(m->ctx, APT_E_MEMORY, "no memory for %s of %lld x %lld", name, (long long)rows,
