@@ -309,10 +309,16 @@ static apt_bk_layer_desc layer_desc(void)
     return desc;
 }
 
-/* Importances near 0, so that masks have both kinds of positions. */
+/* Importances near 0, so that masks have both kinds of positions; biases of the convolutions that are not 0, else a window of
+   masked positions stands exactly where ReLU has no slope. */
 static void level(const apt_module *m)
 {
+    apt_rng rng = apt_rng_make(6, 0);
     values(m, "importance.1.bias")[0] = 0.1f;
+    for (int32_t i = 0; i < CHANNELS; i++) {
+        values(m, "interpolation.0.bias")[i] = uniform(&rng, -0.2f, 0.2f);
+        values(m, "interpolation.1.bias")[i] = uniform(&rng, -0.2f, 0.2f);
+    }
 }
 
 /* The noise of a forward in soft mode, out of the mask it gave, and for a hard mode the offset of the hard mask. */
@@ -765,7 +771,7 @@ static void test_progressive_experts(void **state)
     memset(values(m, "gate.weight"), 0, 5 * 6 * sizeof(float));
     for (int32_t i = 0; i < 27; i++) {
         in.x[i * 6] = 1;
-        in.x[i * 6 + 1] = i < 9 ? 1.5f : i < 16 ? 1 : i < 21 ? 0.5f : i < 24 ? 0.25f : 0.125f;
+        in.x[i * 6 + 1] = i < 11 ? 1.5f : i < 20 ? 1 : i < 24 ? 0.5f : i < 26 ? 0.25f : 0.125f;
     }
     for (int32_t e = 0; e < 5; e++) {
         values(m, "gate.weight")[e * 6] = -50 * at[e] * at[e];
