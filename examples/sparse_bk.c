@@ -4,11 +4,11 @@
 
    The task: sequences of 32 symbols, five of which are marks. For every position the model says how far away the nearest mark
    is: 0, 1, 2, 3 or more. Symbols become vectors, two BK layers follow (experts, and the BK-core, by which positions see each
-   other), then a map to the four answers. Two runs of equal length are compared: one whose mask feels no pressure, and one that
-   minimises the balanced loss, accuracy + weight * sparsity loss, where a scheduler raises target and weight and eases both while
-   the validation loss is too high. In its first two thirds masks are drawn with Gumbel noise, then the threshold decides, as it
+   other), then a map to the four answers. Two runs of equal length are compared: one that masks nothing, and one that minimises
+   the balanced loss, accuracy + weight * sparsity loss, where a scheduler raises target and weight and eases both while the
+   validation loss is too high. In its first two thirds masks are drawn with Gumbel noise, then the threshold decides, as it
    will after training. The sparse run also gives up half of its experts. No file is needed; a run that was cut goes on with
-   --resume, bit for bit. */
+   --resume, bit for bit: it writes a checkpoint at each of its twelve validations. */
 #define _POSIX_C_SOURCE 200809L
 #define STB_DS_IMPLEMENTATION
 #include "common/ex_base.h"
@@ -30,7 +30,7 @@ enum { MOST = SYMBOLS * HIDDEN };
 typedef struct matrix { int32_t n; float w[MOST], g[MOST], m[MOST], v[MOST]; } matrix;
 
 typedef struct settings {
-    int64_t seed, threads, steps;
+    int64_t seed, threads, steps, stop;
     double target, weight, threshold, rate;
     int32_t loss, schedule;
     const char *out;
@@ -51,8 +51,8 @@ typedef struct run {
     apt_adaptive pressure;
     ex_log log;
     ex_error error;
-    int64_t step;
-    double seconds;                   /* of training */
+    int64_t step, begun;              /* begun: the step at which this call of the program began */
+    double seconds;                   /* of training since then */
     int32_t symbol[ROWS], answer[ROWS];
     float h[LAYERS + 1][ROWS * HIDDEN], dh[2][ROWS * HIDDEN], logits[ROWS * CLASSES];
 } run;
@@ -89,6 +89,17 @@ static void make_matrix(matrix *p, int32_t n, float size, apt_rng *rng)
     for (int32_t i = 0; i < n; i++) p->w[i] = size * apt_rng_normal(rng);
 }
 
+/* Importances so large that no position is ever masked. */
+static bool hold_open(run *r, const apt_module *layer)
+{
+    for (int32_t i = 0; i < apt_module_tensors(layer); i++) {
+        apt_module_tensor t;
+        if (!fine(r, apt_module_get(layer, i, &t))) return false;
+        if (strcmp(t.name, "importance.1.bias") == 0) t.value[0] = 1000;
+    }
+    return true;
+}
+
 static bool make_model(run *r)
 {
     apt_desc desc = APT_ZERO;
@@ -104,6 +115,7 @@ static bool make_model(run *r)
         layer.moe.experts = EXPERTS;
         layer.seed = (uint64_t)r->set->seed + (uint64_t)i;
         if (!fine(r, apt_bk_layer_create(r->ctx, &layer, &r->layer[i]))) return false;
+        if (!r->sparse && !hold_open(r, r->layer[i])) return false;
     }
     return true;
 }
@@ -251,6 +263,12 @@ static bool field(archive *a, void *value, size_t bytes)
     return true;
 }
 
+/* Gradients are 0 between two steps. */
+static bool matrix_fields(archive *a, matrix *p)
+{
+    return field(a, p->w, sizeof p->w) && field(a, p->m, sizeof p->m) && field(a, p->v, sizeof p->v);
+}
+
 /* A layer and its length. The library looks at what it gets: size, check sum, shapes. */
 static bool layer_field(run *r, archive *a, apt_module *layer)
 {
@@ -274,8 +292,7 @@ static bool fields(run *r, archive *a)
     if (!a->reading && !fine(r, apt_adaptive_save(&r->pressure, pressure, sizeof pressure))) return false;
     if (!field(a, pressure, sizeof pressure)) return false;
     if (a->reading && apt_adaptive_restore(&r->pressure, pressure, sizeof pressure) != APT_OK) return false;
-    if (!field(a, &r->step, sizeof r->step) || !field(a, &r->seconds, sizeof r->seconds)) return false;
-    if (!field(a, &r->embed, sizeof r->embed) || !field(a, &r->head, sizeof r->head)) return false;
+    if (!field(a, &r->step, sizeof r->step) || !matrix_fields(a, &r->embed) || !matrix_fields(a, &r->head)) return false;
     for (int32_t k = 0; k < LAYERS; k++)
         if (!layer_field(r, a, r->layer[k])) return false;
     return true;
@@ -341,6 +358,16 @@ static bool note_step(run *r, double total, double sparsity)
     return ex_log_end(&r->log, &r->error);
 }
 
+static int64_t last_step(const settings *s)
+{
+    return s->stop > 0 && s->stop < s->steps ? s->stop : s->steps;
+}
+
+static double speed(const run *r)
+{
+    return r->seconds > 0 ? (double)((r->step - r->begun) * ROWS) / r->seconds : 0;
+}
+
 static bool train(run *r)
 {
     const int64_t every = r->set->steps >= 12 ? r->set->steps / 12 : 1;
@@ -348,14 +375,14 @@ static bool train(run *r)
     bool good = true;
     memset(&bar, 0, sizeof bar);
     ex_progress_begin(&bar, r->name, r->step, r->set->steps);
-    while (good && r->step < r->set->steps) {
+    while (good && r->step < last_step(r->set)) {
         const double start = ex_seconds();
         const bool check = (r->step + 1) % every == 0;
         double total, sparsity;
         checked c;
         good = train_step(r, &total, &sparsity);
         r->seconds += ex_seconds() - start;
-        const ex_progress_values values = {total, sparsity, r->step > 0 ? (double)(r->step * ROWS) / r->seconds : 0};
+        const ex_progress_values values = {total, sparsity, speed(r)};
         good = good && note_step(r, total, sparsity) && (!check || (validate(r, &c) && note(r, &c)));
         good = good && steer(r, check ? &c : NULL);
         if (good && check) {
@@ -378,7 +405,7 @@ static bool measure(run *r, ex_cells *cells)
     checked c;
     const double start = ex_seconds();
     if (!validate(r, &c)) return false;
-    const double speed = CHECKS * ROWS / (ex_seconds() - start);
+    const double inference = CHECKS * ROWS / (ex_seconds() - start);
     for (int32_t k = 0; k < LAYERS; k++) {
         apt_bk_stats stats;
         if (!fine(r, apt_module_stats(r->layer[k], &stats))) return false;
@@ -388,13 +415,13 @@ static bool measure(run *r, ex_cells *cells)
     cells->run = r->name;
     ex_cell(cells, "accuracy", "%.1f %%", 100 * c.accuracy);
     ex_cell(cells, "loss", "%.3f", c.loss);
-    ex_cell(cells, "target", r->sparse ? "%.1f %%" : "none", 100 * r->set->target);
     ex_cell(cells, "positions masked", "%.1f %%", 100 * c.sparsity);
+    if (r->sparse) ex_cell(cells, "target", "%.1f %%", 100 * r->set->target);
     ex_cell(cells, "experts", "%d of %d", (int)experts, LAYERS * EXPERTS);
     ex_cell(cells, "parameters", "%lld", (long long)parameters);
-    ex_cell(cells, "times eased", "%lld", (long long)r->pressure.eased_count);
-    ex_cell(cells, "training", "%.0f k positions/s", (double)(r->step * ROWS) / r->seconds / 1e3);
-    ex_cell(cells, "inference", "%.0f k positions/s", speed / 1e3);
+    if (r->sparse) ex_cell(cells, "times eased", "%lld", (long long)r->pressure.eased_count);
+    if (r->step > r->begun) ex_cell(cells, "training", "%.0f k positions/s", speed(r) / 1e3);
+    ex_cell(cells, "inference", "%.0f k positions/s", inference / 1e3);
     ex_log_begin(&r->log, "result");
     for (int32_t i = 0; i < cells->count; i++) ex_log_text(&r->log, cells->at[i].name, cells->at[i].value);
     return ex_log_end(&r->log, &r->error);
@@ -418,6 +445,7 @@ static bool begin(run *r)
     bool good = result == APT_OK || ex_fail(&r->error, "the scheduler refuses these settings: %s", apt_result_text(result));
     good = good && ex_make_dirs(r->dir, &r->error) && make_model(r) && (!go_on || load(r));
     good = good && ex_log_open(&r->log, log, go_on ? r->step : -1, &r->error);
+    r->begun = r->step;
     if (good && go_on) printf("%s goes on at step %lld.\n", r->name, (long long)r->step);
     free(path);
     free(log);
@@ -433,7 +461,7 @@ static bool whole_run(const settings *set, bool sparse, ex_cells *cells, ex_erro
     r->sparse = sparse;
     r->name = sparse ? "sparse" : "dense";
     r->dir = ex_path(set->out, r->name);
-    const bool good = begin(r) && train(r) && measure(r, cells);
+    const bool good = begin(r) && train(r) && (r->step < set->steps || measure(r, cells));
     if (!good) *error = r->error;
     ex_log_close(&r->log);
     apt_destroy(r->ctx);
@@ -466,7 +494,7 @@ static bool conclude(const settings *set, const ex_cells *cells, ex_error *error
 
 int main(int argc, char **argv)
 {
-    settings s = {1, 0, 1500, 0.5, 1, 0.35, 0.004, APT_SPARSITY_L2, APT_ADAPTIVE_COSINE, "build/sparse_bk-run", false, false};
+    settings s = {1, 0, 1200, 0, 0.75, 3, 0.35, 0.004, APT_SPARSITY_L2, APT_ADAPTIVE_COSINE, "build/sparse_bk-run", false, false};
     ex_error error = {{0}};
     const ex_arg table[] = {
         EX_GROUP("Training"),
@@ -483,6 +511,7 @@ int main(int argc, char **argv)
         EX_INT("threads", "N", &s.threads, 0, 64, "threads to use; 0: all cores"),
         EX_TEXT("out", "DIR", &s.out, "folder for checkpoints, metrics.jsonl and the report"),
         EX_FLAG("fast", &s.fast, "60 steps, for tests: everything runs, nothing is learned well"),
+        EX_INT("stop", "N", &s.stop, 0, 1e6, "both runs end after this step, as if they were interrupted; 0: they do not"),
         EX_FLAG("resume", &s.resume, "go on from the checkpoints in --out"),
         EX_ARGS_END};
     const ex_args_about about = {"sparse_bk", "BK layers learn which positions of a sequence they can do without.", "[options]",
@@ -497,8 +526,9 @@ int main(int argc, char **argv)
     if (parsed == EX_ARGS_OK)
         printf("How far is the nearest mark? %d positions, %d layers, two runs of %lld steps.\n", LENGTH, LAYERS, (long long)s.steps);
     const bool good = parsed == EX_ARGS_OK && whole_run(&s, false, &cells[0], &error) && whole_run(&s, true, &cells[1], &error) &&
-                      conclude(&s, cells, &error);
-    if (good) printf("Done in %s.\n", ex_time_text(time, sizeof time, ex_seconds() - start));
+                      (last_step(&s) < s.steps || conclude(&s, cells, &error));
+    if (good && last_step(&s) < s.steps) printf("Stopped at step %lld; --resume goes on.\n", (long long)s.stop);
+    else if (good) printf("Done in %s.\n", ex_time_text(time, sizeof time, ex_seconds() - start));
     else fprintf(stderr, "sparse_bk: %s\n", error.text);
     return good ? 0 : parsed == EX_ARGS_OK ? 1 : 2;
 }

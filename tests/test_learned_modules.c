@@ -472,7 +472,8 @@ static void test_adam(void **state)
 {
     (void)state;
     const apt_moe_desc desc = moe_desc(2, 2);
-    apt_ctx *ctx = test_context(1, NULL);
+    test_log messages;
+    apt_ctx *ctx = test_context(1, &messages);
     apt_module *m;
     problem a;
     inputs in;
@@ -663,7 +664,8 @@ static void test_prune_experts(void **state)
     static const float shift[4] = {0, -100, 0, 1};
     const apt_moe_desc desc = moe_desc(4, 2);
     test_memory memory;
-    apt_desc context = test_desc(&memory, NULL);
+    test_log messages;
+    apt_desc context = test_desc(&memory, &messages);
     apt_ctx *ctx = apt_create(&context);
     apt_module *m[2];
     problem a;
@@ -717,7 +719,8 @@ static void test_last_expert(void **state)
     (void)state;
     static const float shift[4] = {0, 0, 6, 0};
     const apt_moe_desc desc = moe_desc(4, 1);
-    apt_ctx *ctx = test_context(1, NULL);
+    test_log messages;
+    apt_ctx *ctx = test_context(1, &messages);
     apt_module *m;
     problem a;
     inputs in;
@@ -756,7 +759,8 @@ static void test_progressive_experts(void **state)
     static const char *const order[] = {"expert.1.up.weight", "expert.3.up.weight", "expert.4.up.weight"};
     const apt_expert_schedule schedule = {5, 2, 0, 9}, bad = {2, 5, 0, 9};
     const apt_moe_desc desc = moe_desc(5, 1);
-    apt_ctx *ctx = test_context(1, NULL);
+    test_log messages;
+    apt_ctx *ctx = test_context(1, &messages);
     apt_module *m;
     problem a;
     inputs in;
@@ -867,7 +871,8 @@ static void test_resume(void **state)
     (void)state;
     const apt_bk_layer_desc desc = layer_desc();
     for (int64_t cut = 0; cut < 14; cut += 3) {
-        apt_ctx *ctx = test_context(1, NULL);
+        test_log messages;
+        apt_ctx *ctx = test_context(1, &messages);
         apt_module *whole, *part;
         problem a;
         inputs in;
