@@ -23,7 +23,7 @@
        >>kernels       matrix products and vectors, one table per instruction set
        >>ops           forward and backward of every layer
        >>core          the method on raw arrays
-       >>sparsify      magnitude pruning, compressed matrices
+       >>sparsify      magnitude pruning, compressed matrices, learned sparsity
        >>model         parameters, families, one pass, generation, compaction, merge
        >>train         optimizer, salience, decisions, distillation, a step
        >>files         JSON, safetensors, Hugging Face folders, checkpoints
@@ -80,7 +80,7 @@
    THREE WAYS IN
 
    1. The core alone. #define APT_ONLY_CORE before including: pure functions on your own float arrays (schedule, salience,
-      search, masks, gather, adapters, distillation losses). No files, no threads, no allocation. See examples/custom_trainer.c.
+      search, masks, gather, adapters, distillation and sparsity losses, BK-core). No files, no threads, no allocation. See examples/custom_trainer.c.
    2. Model and trainer, as above.
    3. The example programs: examples/roberta.c, examples/t5.c and examples/llama.c are complete command-line trainers, one for
       each kind of model: encoders, encoder-decoders, decoders.
@@ -129,6 +129,14 @@
    When the first decision begins to fade units, the student's tuned parameters are snapshot: this teacher shares all frozen
    weights. The loss moves from the task to the teacher's predictions and hidden states while pruning goes on; behind
    distill_end (default: prune_end) the task loss stands alone and the teacher is freed.
+
+   ON LEARNED SPARSITY
+   For networks of your own whose positions are not equally important. apt_bk_forward gives the diagonal of (T - zI)^-1 of a
+   tridiagonal T in time linear in the length; a mask cuts positions off. On top of it stand modules with parameters, gradients
+   and Adam: gated experts (apt_moe_create), the sparse BK-core that learns its mask (apt_bk_core_create), and the layer of both
+   (apt_bk_layer_create). Between forward and backward a sparsity loss pulls the mask towards a target; apt_adaptive_step
+   moves target and weight, and eases both while the validation loss is too high. apt_moe_prune and apt_moe_progress remove
+   experts. apt_module_save and apt_adaptive_save hold all that a run needs to go on bit for bit. See examples/sparse_bk.c.
 
    ON DECODERS
    T5 and LLaMA know one task, APT_TASK_LM: the next token. A LLaMA batch has labels[i] = the token that stands at i (or -100,

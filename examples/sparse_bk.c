@@ -524,7 +524,8 @@ int main(int argc, char **argv)
     if (s.fast) s.steps = 60;
     memset(cells, 0, sizeof cells);
     if (parsed == EX_ARGS_OK)
-        printf("How far is the nearest mark? %d positions, %d layers, two runs of %lld steps.\n", LENGTH, LAYERS, (long long)s.steps);
+        printf("How far is the nearest mark? %d positions, %d layers, two runs of %lld steps.\n", LENGTH, LAYERS,
+               (long long)s.steps);
     const bool good = parsed == EX_ARGS_OK && whole_run(&s, false, &cells[0], &error) && whole_run(&s, true, &cells[1], &error) &&
                       (last_step(&s) < s.steps || conclude(&s, cells, &error));
     if (good && last_step(&s) < s.steps) printf("Stopped at step %lld; --resume goes on.\n", (long long)s.stop);
