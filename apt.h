@@ -80,7 +80,8 @@
    THREE WAYS IN
 
    1. The core alone. #define APT_ONLY_CORE before including: pure functions on your own float arrays (schedule, salience,
-      search, masks, gather, adapters, distillation and sparsity losses, BK-core). No files, no threads, no allocation. See examples/custom_trainer.c.
+      search, masks, gather, adapters, distillation and sparsity losses, BK-core). No files, no threads, no allocation. See
+      examples/custom_trainer.c.
    2. Model and trainer, as above.
    3. The example programs: examples/roberta.c, examples/t5.c and examples/llama.c are complete command-line trainers, one for
       each kind of model: encoders, encoder-decoders, decoders.
