@@ -1159,7 +1159,8 @@ APT_API apt_result apt_expert_count(const apt_expert_schedule *schedule, int64_t
 typedef struct apt_bk { float re, im; } apt_bk;      /* z; im 0 means 1. NULL where one is wanted: z = i */
 /* Bytes of scratch; -1 when an argument is invalid. */
 APT_API int64_t apt_bk_scratch(int64_t rows, int64_t n, const apt_bk *z);
-/* re, im, v, mask: (rows, n) dense, one sequence per row. mask NULL: all 1. APT_E_NONFINITE: v; APT_E_RANGE: mask or z. */
+/* re, im, v, mask: (rows, n) dense, one sequence per row. mask NULL: all 1. APT_E_NONFINITE: an input; APT_E_RANGE: a mask, z, or
+   a v beyond +-1e9. */
 APT_API apt_result apt_bk_forward(float *re, float *im, const float *v, const float *mask, int64_t rows, int64_t n,
                                   const apt_bk *z, void *scratch, size_t scratch_bytes);
 /* From dre, dim = dL/d re, dL/d im:  dv += dL/dv,  dmask += dL/dmask,  dz[0] += dL/d re(z), dz[1] += dL/d im(z). Each of the
@@ -8330,13 +8331,17 @@ static double apti_sparsity_value(int32_t kind, double s, double target, double 
     return target * log(target / q) + (1 - target) * log((1 - target) / (1 - q));
 }
 
-/* Finite, in 0..1 */
-static apt_result apti_check_share(const float *x, int64_t n)
+static apt_result apti_check_between(const float *x, int64_t n, float least, float most)
 {
     if (!apti_finite_all(x, n)) return APT_E_NONFINITE;
     uint32_t bad = 0;
-    for (int64_t i = 0; i < n; i++) bad |= (uint32_t)(x[i] < 0.0f) | (uint32_t)(x[i] > 1.0f);
+    for (int64_t i = 0; i < n; i++) bad |= (uint32_t)(x[i] < least) | (uint32_t)(x[i] > most);
     return bad != 0 ? APT_E_RANGE : APT_OK;
+}
+
+static apt_result apti_check_share(const float *x, int64_t n)
+{
+    return apti_check_between(x, n, 0.0f, 1.0f);
 }
 
 APT_API apt_result apt_sparsity_loss(double *loss, float *grad, const float *mask, int64_t n, int32_t kind, float target,
@@ -8612,6 +8617,7 @@ enum {
     APTI_BK_BACKWARD = 9
 };
 #define APTI_BK_LEAST 0.05f
+#define APTI_BK_MOST_V 1e9f           /* its square and those of the reciprocals are floats, whatever a compiler makes of 1/x */
 
 typedef struct apti_bk_job {
     const float *v, *mask;
@@ -8926,7 +8932,8 @@ static apt_result apti_bk_backward_plan(apti_bk_job *job, float *dv, float *dmas
 /* Values [at, at + n) of the inputs */
 static apt_result apti_bk_check(const apti_bk_job *job, int64_t at, int64_t n)
 {
-    if (!apti_finite_all(job->v + at, n)) return APT_E_NONFINITE;
+    const apt_result r = apti_check_between(job->v + at, n, -APTI_BK_MOST_V, APTI_BK_MOST_V);
+    if (r != APT_OK) return r;
     if (job->dre != NULL && !(apti_finite_all(job->dre + at, n) && apti_finite_all(job->dim + at, n))) return APT_E_NONFINITE;
     return job->mask != NULL ? apti_check_share(job->mask + at, n) : APT_OK;
 }
@@ -9002,7 +9009,8 @@ static apt_result apti_bk_run_job(apt_ctx *ctx, const apti_bk_job *job)
     run.job = job;
     apti_parallel_for(ctx, apti_ceil_div(job->rows * job->n, APTI_BK_CHECK), apti_bk_check_task, &run);
     if (APTI_LOAD(&run.nonfinite) != 0) return apti_fail(ctx, APT_E_NONFINITE, "BK-core: an input is NaN or infinite");
-    if (APTI_LOAD(&run.range) != 0) return apti_fail(ctx, APT_E_RANGE, "BK-core: a mask value is outside 0..1");
+    if (APTI_LOAD(&run.range) != 0)
+        return apti_fail(ctx, APT_E_RANGE, "BK-core: a mask value is outside 0..1, or a potential beyond +-1e9");
     const bool large = (uint64_t)job->bytes > ctx->scratch_bytes / 2;
     if (large) run.memory = (char *)apti_alloc(ctx, job->bytes, ctx->threads);
     if (job->dz != NULL) run.sum = (double *)apti_alloc(ctx, job->groups, 2 * (int64_t)sizeof(double));

@@ -241,6 +241,7 @@ static void check_slopes(const char *name, const float *grad, double *x, int64_t
         const double up = loss(a);
         x[i] = before - h;
         want[i] = (float)((up - loss(a)) / (2 * h));
+        if (fabs((double)want[i]) < 1e-15 * fabs(up) / h) want[i] = 0;   /* a slope that is nothing but rounding */
         x[i] = before;
     }
     test_near(name, grad, want, n, 3e-5);
