@@ -378,7 +378,7 @@ static bool train(run *r)
     while (good && r->step < last_step(r->set)) {
         const double start = ex_seconds();
         const bool check = (r->step + 1) % every == 0;
-        double total, sparsity;
+        double total = 0, sparsity = 0;
         checked c;
         good = train_step(r, &total, &sparsity);
         r->seconds += ex_seconds() - start;
