@@ -14,7 +14,7 @@ PACKAGES = libstb-dev libcmocka-dev libutf8proc-dev
 help:
 	@echo "make run       build the demo and run it (about two minutes on two cores; no arguments, no downloads)"
 	@echo "make run-t5    the same with a tiny T5 that puts facts into words; make run-llama with a tiny LLaMA that tells stories"
-	@echo "make run-bk    a sequence model that learns which positions it can do without (a minute)"
+	@echo "make run-bk    a sequence model that learns which positions it can do without (some seconds)"
 	@echo "make test      the whole test suite; make test ARGS='-k platform' runs what matches, ARGS=-l lists the jobs"
 	@echo "make mutations breaks one gradient at a time and expects the tests to notice (some ten minutes)"
 	@echo "make examples  build every program of examples/ into build/"
