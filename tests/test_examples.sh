@@ -28,7 +28,7 @@ same() { if cmp -s "$2" "$3"; then pass "$1"; else fail "$1 ($2 and $3 differ)";
 says_file() { if grep -q -e "$3" "$2"; then pass "$1"; else fail "$1 (no \"$3\" in $2)"; fi; }
 has() { if [ -s "$2" ]; then pass "$1"; else fail "$1 ($2 is missing or empty)"; fi; }
 
-for program in demo demo_t5 demo_llama roberta llama t5; do
+for program in demo demo_t5 demo_llama roberta llama t5 sparse_bk; do
     if [ ! -x "$build/$program" ]; then fail "$build/$program is not built"; exit 1; fi
 done
 
@@ -50,6 +50,30 @@ check "demo runs on one thread" 0 "$demo" --fast --threads 1 --out "$work/demo1"
 for run in tiny-bert lora apt prune-after; do
     same "$run is the same on one and two threads" "$work/demo/$run/model.safetensors" "$work/demo1/$run/model.safetensors"
 done
+
+# ---- learned sparsity: two runs, one table; the same on any number of threads, and when it is cut and goes on
+bk=$build/sparse_bk
+check "sparse_bk --help" 0 "$bk" --help
+says "sparse_bk --help names its options" "--threshold"
+check "sparse_bk refuses an unknown option" 2 "$bk" --bogus
+check "sparse_bk refuses a target of 1" 2 "$bk" --target 1
+check "sparse_bk refuses a number that is none" 2 "$bk" --weight much
+check "sparse_bk refuses an unknown loss" 2 "$bk" --loss l3
+says "and lists the kinds" "l2.*l1.*kl.*huber"
+check "sparse_bk runs" 0 "$bk" --fast --threads 2 --out "$work/bk"
+for row in accuracy loss "positions masked" target experts parameters training inference; do says "sparse_bk's table has: $row" "^$row "; done
+has "sparse_bk writes its report" "$work/bk/report.html"
+says_file "its metrics hold the scheduler's target" "$work/bk/sparse/metrics.jsonl" '"sparsity_target"'
+check "sparse_bk runs on one thread" 0 "$bk" --fast --threads 1 --out "$work/bk1"
+same "it is the same on one and two threads" "$work/bk/sparse/checkpoint" "$work/bk1/sparse/checkpoint"
+check "sparse_bk stops where it is told to" 0 "$bk" --fast --stop 33 --out "$work/bk2"
+check "sparse_bk goes on" 0 "$bk" --fast --resume --out "$work/bk2"
+says "from its checkpoint" "goes on at step 30"
+same "and ends where the whole run ended" "$work/bk/sparse/checkpoint" "$work/bk2/sparse/checkpoint"
+check "sparse_bk refuses the checkpoint of other settings" 1 "$bk" --fast --resume --target 0.5 --out "$work/bk2"
+printf damage | dd of="$work/bk2/sparse/checkpoint" bs=1 seek=30000 conv=notrunc 2> /dev/null
+check "sparse_bk refuses a damaged checkpoint" 1 "$bk" --fast --resume --out "$work/bk2"
+says "and says so" "damaged"
 
 # ---- the demos of the other families: their folders are ordinary ones
 for family in t5 llama; do
