@@ -116,7 +116,7 @@ builds() {
         tsan) echo "platform kernels ops sparsify model train" ;;
         nothreads) echo "platform model" ;;
         plainc) echo "platform files" ;;
-        onlycore) echo "core" ;;
+        onlycore) echo "core sparsify" ;;
         neon) echo "kernels numbers core sparsify" ;;
     esac
 }
@@ -148,7 +148,7 @@ can_build() {                                    # BUILD: or says why not
 # The header takes far longer to compile than any program that tests it, so a build compiles it once and its programs link to
 # that. They call private functions too: split.awk makes an implementation whose functions are not static, and a header that
 # declares them. What stays in one piece, as every user has it: test_faults, which puts its own system calls under the header,
-# the one program of onlycore, and the examples.
+# the programs of onlycore, and the examples.
 shares() {                                       # BUILD SOURCE: does this program link to the build's implementation?
     case $1/$2 in onlycore/* | */test_faults.c) return 1 ;; esac
     grep -q '^#define APT_IMPLEMENTATION' "$2"
