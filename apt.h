@@ -8018,7 +8018,9 @@ static void apti_sparse_task(int64_t index, int32_t thread, void *arg)
     int64_t *at = (int64_t *)job->ctx->scratch[thread];
     float *x = (float *)(at + APTI_SPARSE_OUTPUTS), *sums = x + APTI_SPARSE_K * job->width;
     memcpy(at, s->start + o0, (size_t)outputs * sizeof(int64_t));
-    for (int64_t i = 0; i < outputs * job->width; i++) sums[i] = job->start != NULL ? job->start[o0 + i / job->width] : 0.0f;
+    memset(sums, 0, (size_t)(outputs * job->width) * sizeof(float));
+    for (int64_t o = 0; job->start != NULL && o < outputs; o++)
+        for (int64_t i = 0; i < job->width; i++) sums[o * job->width + i] = job->start[o0 + o];
     memset(x, 0, (size_t)(APTI_SPARSE_K * job->width) * sizeof(float));    /* rows that are not there stay 0 */
     t.vectors = (int32_t)(job->width / kernels->lanes);
     t.outputs = outputs;

@@ -219,6 +219,7 @@ static bool measured(ex_demo *d, ex_run *run, int32_t way, const ex_scores *scor
     r->seconds = outcome->seconds;
     fine = fine && measure_sparse(a, dir, r);
     if (fine) cells_of(r, way, outcome->kept, cells);
+    if (r->pruned.matrices > 0 && a->pattern_count == 0) outcome->kept -= r->pruned.sparsity;      /* what is 0 is not left */
     free(dir);
     return fine;
 }

@@ -439,14 +439,20 @@ static apt_batch exi_run_next(ex_run *run)
     return run->prepare != NULL ? run->prepare(run, rows) : ex_batch_apt(rows);
 }
 
+static bool exi_run_watch(ex_run *run)
+{
+    double metric;
+    if (run->evaluate == NULL || run->evaluate(run, &metric)) return true;
+    run->failed = true;
+    return false;
+}
+
 /* Single weights at once, with an evaluation before and behind. */
 static bool exi_run_magnitude(ex_run *run)
 {
-    double metric;
+    if (!exi_run_watch(run) || apt_trainer_magnitude(run->trainer, run->magnitude, NULL) != APT_OK) return false;
     run->state.pruned = 1;
-    return (run->evaluate == NULL || run->evaluate(run, &metric)) &&
-           apt_trainer_magnitude(run->trainer, run->magnitude, NULL) == APT_OK &&
-           (run->evaluate == NULL || run->evaluate(run, &metric));
+    return exi_run_watch(run);
 }
 
 /* Prune-after-training, when it is due: salience from `observe` batches, then everything at once. What steps are left are for
