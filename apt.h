@@ -606,15 +606,14 @@ APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const ap
 /* The same for T5: at most `tokens` source and target_tokens target tokens (apt_estimate: as many of both; other families: 0). */
 APT_API apt_result apt_estimate_pair(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                      int64_t target_tokens, int64_t sequences, apt_estimate_info *info);
-/* The same for a model whose single weights are pruned as well: masks are counted. Of `magnitude` only patterns and global
-   matter. times: how often it prunes while training (apt_trainer_magnitude: 1; apt_trainer_iterative: its iterations, with the
-   patterns and global of its desc); from the second time on, old masks and new ones stand side by side for a moment. 0: there
-   are masks, but none is made (desc NULL). Units that go meanwhile (APT) take their share of the masks with them; that is not
-   looked at. */
-typedef struct apt_magnitude_desc apt_magnitude_desc;
+/* The same for a model whose single weights are pruned as well: their masks are counted. Of `plan` the patterns, global, begin
+   and iterations matter. It is what apt_trainer_iterative gets; apt_trainer_magnitude in front of step `begin` is a plan of 1
+   iteration. (From the second one on, old and new masks stand side by side for a moment.) desc NULL: inference with such masks.
+   Units that go meanwhile (APT) take their share of the masks with them; that is not looked at. */
+typedef struct apt_iterative_desc apt_iterative_desc;
 APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
-                                          const apt_magnitude_desc *magnitude, int32_t times, int64_t tokens,
-                                          int64_t target_tokens, int64_t sequences, apt_estimate_info *info);
+                                          const apt_iterative_desc *plan, int64_t tokens, int64_t target_tokens,
+                                          int64_t sequences, apt_estimate_info *info);
 #endif /* APT_ONLY_CORE */
 
 
@@ -1036,7 +1035,7 @@ APT_API apt_result apt_model_save_sparse(apt_model *model, const char *dir, apt_
 APT_API apt_result apt_model_compress(apt_model *model, double least, apt_sparsity *used);
 
 /* What to prune and how: by threshold when sparsity and pattern are 0. */
-struct apt_magnitude_desc {
+typedef struct apt_magnitude_desc {
     uint32_t start_canary;
     /* Matrices whose names contain one of these texts, in which * stands for anything: "output.dense", "layer.3.*query", "fc". A
        text that no matrix has is an error. NULL: the linear maps of all layers. */
@@ -1047,14 +1046,14 @@ struct apt_magnitude_desc {
     float threshold;                  /* APT_MAGNITUDE_THRESHOLD */
     int32_t keep, of;                 /* N:M pattern: 2, 4 or 4, 8; 0: none */
     uint32_t end_canary;
-};
+} apt_magnitude_desc;
 /* Prunes at once. Fires APT_EVENT_PRUNE with the active weights of the chosen matrices. Earlier masks of these matrices are
    replaced: zeros go first, so they stay unless less is asked for than was (then some weights come back as 0 and learn).
    sparsity (may be NULL): of the chosen matrices, afterwards. */
 APT_API apt_result apt_trainer_magnitude(apt_trainer *trainer, const apt_magnitude_desc *desc, apt_sparsity *sparsity);
 
 /* Iterative pruning: evaluate, prune a little, evaluate, retrain, evaluate, and again. */
-typedef struct apt_iterative_desc {
+struct apt_iterative_desc {
     uint32_t start_canary;
     const char *const *patterns;      /* these three as in apt_magnitude_desc */
     int32_t pattern_count;
@@ -1065,7 +1064,7 @@ typedef struct apt_iterative_desc {
     int64_t begin;                    /* step before which the first iteration prunes; 0 means 0 */
     int64_t retrain;                  /* steps behind each pruning; 0: equal parts of what is left behind begin */
     uint32_t end_canary;
-} apt_iterative_desc;
+};
 /* For a fresh trainer, and again before apt_checkpoint_load. From here on apt_trainer_step does it: it prunes in front of steps
    begin, begin + retrain, ... and fires APT_EVENT_EVALUATE before and after each (once where one iteration ends and the
    next begins), APT_EVENT_PRUNE, and APT_EVENT_CHECKPOINT where an iteration ends. */
@@ -13719,9 +13718,8 @@ typedef struct apti_rehearsal {
     apt_trainer t;                    /* the resolved desc and what plans read */
     int64_t now[APTI_USES], most[APTI_USES];                 /* held; held at the peak */
     int64_t tokens, target_tokens, sequences, pass, teacher_pass, masks, adapter_budget;
-    const apt_magnitude_desc *magnitude;         /* pruning of single weights, or NULL ... */
-    uint8_t *chosen;                             /* [params] ... of these, */
-    int32_t times;                               /* so often */
+    const apt_iterative_desc *plan;              /* pruning of single weights, or NULL ... */
+    uint8_t *chosen;                             /* [params] ... of these */
     apti_growth growth;
 } apti_rehearsal;
 
@@ -14034,7 +14032,7 @@ static void apti_rehearse_magnitude(apti_rehearsal *r)
 {
     const apt_model *m = r->m;
     int64_t masks = 0, sum = 0, most = 0, count = 0;
-    if (r->magnitude == NULL) return;
+    if (r->plan == NULL) return;
     for (int32_t i = 0; i < m->param_count; i++) {
         const apti_param *p = &m->params[i];
         const int64_t n = apti_param_count(p);
@@ -14047,10 +14045,10 @@ static void apti_rehearse_magnitude(apti_rehearsal *r)
         }
     }
     apti_note(r, APTI_USE_MASKS, masks + apti_cost(m->param_count * (int64_t)sizeof(uint64_t *)));
-    if (r->times == 0) return;
+    if (r->t.model == NULL) return;              /* nothing is trained, so nothing pruned */
     apti_note_brief(r, APTI_USE_SCRATCH, apti_cost(count * (int64_t)sizeof(apt_weights)) + apti_cost(m->param_count) +
-                    apti_cost(count * (int64_t)sizeof(apti_param *)) + (r->times > 1 ? masks : 0) +
-                    apti_cost((r->magnitude->global ? sum : most) * (int64_t)sizeof(float)));
+                    apti_cost(count * (int64_t)sizeof(apti_param *)) + (r->plan->iterations != 1 ? masks : 0) +
+                    apti_cost((r->plan->global ? sum : most) * (int64_t)sizeof(float)));
 }
 
 static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
@@ -14069,9 +14067,11 @@ static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
     if (result != APT_OK) return result;
     const bool prunes = r->t.desc.method == APT_METHOD_APT && r->t.desc.target_sparsity > 0;
     const uint32_t mode = apti_train_mode(&r->t, prunes, prunes && !r->t.desc.disable_distill);
+    const bool first = r->plan != NULL && r->plan->begin == 0 && r->plan->iterations == 1;
     apti_rehearse_attach(r);
+    if (first) apti_rehearse_magnitude(r);       /* there is nothing to compute with yet */
     apti_note_pass(r, mode);
-    apti_rehearse_magnitude(r);
+    if (!first) apti_rehearse_magnitude(r);
     if (prunes) apti_rehearse_pruning(r, mode);
     return APT_OK;
 }
@@ -14099,23 +14099,25 @@ APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const ap
 APT_API apt_result apt_estimate_pair(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                      int64_t target_tokens, int64_t sequences, apt_estimate_info *info)
 {
-    return apt_estimate_magnitude(ctx, config, desc, NULL, 0, tokens, target_tokens, sequences, info);
+    return apt_estimate_magnitude(ctx, config, desc, NULL, tokens, target_tokens, sequences, info);
 }
 
-/* Which matrices are pruned; without `magnitude`: none. */
-static apt_result apti_rehearse_choose(apti_rehearsal *r, const apt_magnitude_desc *magnitude, int32_t times)
+/* Which matrices are pruned; without a plan: none. */
+static apt_result apti_rehearse_choose(apti_rehearsal *r, const apt_iterative_desc *plan)
 {
-    r->magnitude = magnitude;
-    r->times = times;
-    if (magnitude == NULL) return APT_OK;
-    if (times < 0)
-        return apti_fail(r->ctx, APT_E_RANGE, "apt_estimate_magnitude: pruned %d times; expected 0 or more", (int)times);
-    return apti_magnitude_choose(r->m, magnitude->patterns, magnitude->pattern_count, r->chosen);
+    r->plan = plan;
+    if (plan == NULL) return APT_OK;
+    if (plan->start_canary != 0 || plan->end_canary != 0)
+        return apti_fail(r->ctx, APT_E_ARGUMENT, "apt_estimate_magnitude: the plan is not initialised with APT_ZERO");
+    if (plan->iterations < 0 || plan->begin < 0)
+        return apti_fail(r->ctx, APT_E_RANGE, "apt_estimate_magnitude: %d iterations from step %lld on; expected 0 or more",
+                         (int)plan->iterations, (long long)plan->begin);
+    return apti_magnitude_choose(r->m, plan->patterns, plan->pattern_count, r->chosen);
 }
 
 APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
-                                          const apt_magnitude_desc *magnitude, int32_t times, int64_t tokens,
-                                          int64_t target_tokens, int64_t sequences, apt_estimate_info *info)
+                                          const apt_iterative_desc *plan, int64_t tokens, int64_t target_tokens,
+                                          int64_t sequences, apt_estimate_info *info)
 {
     apti_rehearsal r = APT_ZERO;
     if (ctx == NULL) return APT_E_ARGUMENT;
@@ -14143,7 +14145,7 @@ APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config
     if (r.acts != NULL && r.dense != NULL && r.shared != NULL && r.growth.block != NULL) {
         (void)apti_growth_plan(&r.growth, (char *)r.growth.block, adapters);
         memcpy(r.dense, r.m->shape, (size_t)r.m->config.layers * sizeof(apt_layer_shape));
-        result = apti_rehearse_choose(&r, magnitude, times);
+        result = apti_rehearse_choose(&r, plan);
         if (result == APT_OK) result = apti_rehearse(&r, desc);
     } else {
         result = apti_fail(ctx, APT_E_MEMORY, "apt_estimate: no memory for its plan");

@@ -26,31 +26,32 @@ static void full_batch(test_batch *b, const apt_config *c, batch_shape s, int64_
 /* Single weights that a run prunes as well: at once in front of step `at`, or by a plan of several iterations. */
 typedef struct masks { const char *name; const char *const *patterns; int32_t pattern_count, global, iterations; int64_t at; } masks;
 
-static apt_magnitude_desc magnitude_desc(const masks *w)
+static apt_iterative_desc plan_of(const masks *w)
 {
-    apt_magnitude_desc d = APT_ZERO;
+    apt_iterative_desc d = APT_ZERO;
     d.patterns = w->patterns;
     d.pattern_count = w->pattern_count;
     d.global = w->global;
-    d.sparsity = 0.6;
+    d.begin = w->at;
+    d.iterations = w->iterations;
     return d;
 }
 
 static void plan_masks(live *l, const masks *w)
 {
-    apt_iterative_desc d = APT_ZERO;
     if (w == NULL || w->iterations == 1) return;
-    d.patterns = w->patterns;
-    d.pattern_count = w->pattern_count;
-    d.global = w->global;
-    d.iterations = w->iterations;
+    const apt_iterative_desc d = plan_of(w);
     assert_ok(l->ctx, apt_trainer_iterative(l->trainer, &d));
 }
 
 static void make_masks(live *l, const masks *w, int64_t step)
 {
     if (w == NULL || w->iterations != 1 || w->at != step) return;
-    const apt_magnitude_desc d = magnitude_desc(w);
+    apt_magnitude_desc d = APT_ZERO;
+    d.patterns = w->patterns;
+    d.pattern_count = w->pattern_count;
+    d.global = w->global;
+    d.sparsity = 0.6;
     assert_ok(l->ctx, apt_trainer_magnitude(l->trainer, &d, NULL));
 }
 
@@ -249,9 +250,9 @@ static void test_masks(void **state)
         d.steps = 6;
         d.method = k < 8 ? APT_METHOD_FULL : APT_METHOD_LORA;
         d.learning_rate = 1e-3f;
-        const apt_magnitude_desc magnitude = magnitude_desc(w);
+        const apt_iterative_desc pruning = plan_of(w);
         assert_ok(ctx, apt_estimate(ctx, &c, &d, 64, 4, &none));
-        assert_ok(ctx, apt_estimate_magnitude(ctx, &c, &d, &magnitude, w->iterations, 64, 0, 4, &info));
+        assert_ok(ctx, apt_estimate_magnitude(ctx, &c, &d, &pruning, 64, 0, 4, &info));
         const int64_t matrices = w->patterns != NULL ? 2 * c.neurons * c.hidden + c.hidden * c.hidden
                                                      : (2 * c.neurons + 4 * c.hidden) * c.hidden;
         const int64_t bits = c.layers * matrices / 8;
@@ -263,16 +264,27 @@ static void test_masks(void **state)
     const apt_config c = deep_config(APT_TASK_CLASSIFY);
     static const char *const nothing[1] = {"fc"};
     apt_train_desc d = APT_ZERO;
-    apt_magnitude_desc magnitude = APT_ZERO;
-    apt_estimate_info info;
+    apt_iterative_desc pruning = APT_ZERO;
+    apt_estimate_info info, none;
     test_log log;
     apt_ctx *ctx = test_context(1, &log);
     d.steps = 1;
-    assert_result(apt_estimate_magnitude(ctx, &c, &d, &magnitude, -1, 64, 0, 4, &info), APT_E_RANGE);
-    magnitude.patterns = nothing;
-    magnitude.pattern_count = 1;
-    assert_result(apt_estimate_magnitude(ctx, &c, &d, &magnitude, 1, 64, 0, 4, &info), APT_E_MISSING);
-    assert_result(apt_estimate_magnitude(NULL, &c, &d, &magnitude, 1, 64, 0, 4, &info), APT_E_ARGUMENT);
+    assert_ok(ctx, apt_estimate(ctx, &c, NULL, 64, 4, &none));
+    assert_ok(ctx, apt_estimate_magnitude(ctx, &c, NULL, &pruning, 64, 0, 4, &info));       /* inference: the masks alone */
+    assert_true(info.masks > 0 && info.total == none.total + info.masks);
+    pruning.iterations = -1;
+    assert_result(apt_estimate_magnitude(ctx, &c, &d, &pruning, 64, 0, 4, &info), APT_E_RANGE);
+    pruning.iterations = 0;
+    pruning.begin = -1;
+    assert_result(apt_estimate_magnitude(ctx, &c, &d, &pruning, 64, 0, 4, &info), APT_E_RANGE);
+    pruning.begin = 0;
+    pruning.end_canary = 1;
+    assert_result(apt_estimate_magnitude(ctx, &c, &d, &pruning, 64, 0, 4, &info), APT_E_ARGUMENT);
+    pruning.end_canary = 0;
+    pruning.patterns = nothing;
+    pruning.pattern_count = 1;
+    assert_result(apt_estimate_magnitude(ctx, &c, &d, &pruning, 64, 0, 4, &info), APT_E_MISSING);
+    assert_result(apt_estimate_magnitude(NULL, &c, &d, &pruning, 64, 0, 4, &info), APT_E_ARGUMENT);
     apt_destroy(ctx);
 }
 
