@@ -160,6 +160,17 @@
    To prune LLaMA in one shot, as the paper does: apt_trainer_observe on calibration batches, then apt_trainer_prune_now. How
    to add another family stands in the text: search for apti_design.
 
+   ON SINGLE WEIGHTS
+   Beside whole units, single weights can go, the smallest first: apt_trainer_magnitude prunes by threshold, to a sparsity of
+   each matrix or of all together, or in N:M patterns; apt_trainer_iterative evaluates, prunes a little, evaluates, retrains and
+   evaluates again, following first * (last/first)^(t/iterations), and keeps a history. The zeros stay zero through every
+   update. They pay on disk (apt_model_save_sparse) and in long batches (apt_model_compress):
+
+       apt_iterative_desc plan = APT_ZERO;
+       plan.first = 0.2;
+       plan.last = 0.7;                                               // 30 % of the weights of each linear map stay
+       apt_trainer_iterative(trainer, &plan);                         // apt_trainer_step does the rest
+
    ON MEMORY
    All memory comes from apt_desc.alloc (default malloc). apt_estimate tells the peak before anything is allocated;
    apt_memory_info tells what is held. A step allocates only when a batch is larger than all before it, and where it prunes,
@@ -595,7 +606,7 @@ APT_API apt_result apt_checkpoint_save(apt_trainer *trainer, const char *path, c
 APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, void *user, size_t *user_bytes);
 
 typedef struct apt_estimate_info {
-    int64_t weights, adapters, optimizer, activations, teacher, scratch, total;
+    int64_t weights, adapters, optimizer, activations, teacher, masks, scratch, total;
     int64_t shareable;                /* part of total: matrices that a run holds only once if its decisions leave them whole */
 } apt_estimate_info;
 /* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. Which units
@@ -607,6 +618,14 @@ APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const ap
 /* The same for T5: at most `tokens` source and target_tokens target tokens (apt_estimate: as many of both; other families: 0). */
 APT_API apt_result apt_estimate_pair(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                      int64_t target_tokens, int64_t sequences, apt_estimate_info *info);
+/* The same for a model whose single weights are pruned as well: their masks are counted. Of `plan` the patterns, global, begin
+   and iterations matter. It is what apt_trainer_iterative gets; apt_trainer_magnitude in front of step `begin` is a plan of 1
+   iteration. (From the second one on, old and new masks stand side by side for a moment.) desc NULL: inference with such masks.
+   Units that go meanwhile (APT) take their share of the masks with them; that is not looked at. */
+typedef struct apt_iterative_desc apt_iterative_desc;
+APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
+                                          const apt_iterative_desc *plan, int64_t tokens, int64_t target_tokens,
+                                          int64_t sequences, apt_estimate_info *info);
 #endif /* APT_ONLY_CORE */
 
 
@@ -1018,6 +1037,15 @@ APT_API apt_result apt_model_set_bitmask(apt_model *model, const char *name, con
    folder like any other; transformers cannot. saved (may be NULL): what is compressed in the file. */
 APT_API apt_result apt_model_save_sparse(apt_model *model, const char *dir, apt_sparsity *saved);
 
+/* Makes zeros pay in apt_model_forward and apt_generate too: compressed copies of those linear maps of the layers of which a
+   share of `least` or more is 0 (0: APT_SPARSE_LEAST), used where a product has APT_SPARSE_ROWS rows or more (below, and for
+   maps with fewer zeros, the dense kernels are faster). The numbers stay the same, bit for bit (except with the "ref"
+   kernels). For a model with neither trainer nor adapters; whatever changes a matrix drops its copy, and so does a new trainer.
+   used (may be NULL): what has a copy; sparse_bytes is what stands in a file, memory holds a little more. */
+#define APT_SPARSE_LEAST 0.5
+#define APT_SPARSE_ROWS 64
+APT_API apt_result apt_model_compress(apt_model *model, double least, apt_sparsity *used);
+
 /* What to prune and how: by threshold when sparsity and pattern are 0. */
 typedef struct apt_magnitude_desc {
     uint32_t start_canary;
@@ -1037,7 +1065,7 @@ typedef struct apt_magnitude_desc {
 APT_API apt_result apt_trainer_magnitude(apt_trainer *trainer, const apt_magnitude_desc *desc, apt_sparsity *sparsity);
 
 /* Iterative pruning: evaluate, prune a little, evaluate, retrain, evaluate, and again. */
-typedef struct apt_iterative_desc {
+struct apt_iterative_desc {
     uint32_t start_canary;
     const char *const *patterns;      /* these three as in apt_magnitude_desc */
     int32_t pattern_count;
@@ -1048,7 +1076,7 @@ typedef struct apt_iterative_desc {
     int64_t begin;                    /* step before which the first iteration prunes; 0 means 0 */
     int64_t retrain;                  /* steps behind each pruning; 0: equal parts of what is left behind begin */
     uint32_t end_canary;
-} apt_iterative_desc;
+};
 /* For a fresh trainer, and again before apt_checkpoint_load. From here on apt_trainer_step does it: it prunes in front of steps
    begin, begin + retrain, ... and fires APT_EVENT_EVALUATE before and after each (once where one iteration ends and the
    next begins), APT_EVENT_PRUNE, and APT_EVENT_CHECKPOINT where an iteration ends. */
@@ -1067,6 +1095,18 @@ typedef struct apt_iteration {
 /* Iterations begun so far; the last one has no `retrained` before it ends. */
 APT_API int32_t apt_trainer_iterations(const apt_trainer *trainer);
 APT_API apt_result apt_trainer_iteration(const apt_trainer *trainer, int32_t index, apt_iteration *iteration);
+/* All iterations in one: where the plan leads, how far it has come, and what it has cost so far. */
+typedef struct apt_iterative_summary {
+    int32_t iterations, done;         /* planned; begun */
+    int32_t measured;                 /* APT_MEASURED_BEFORE: of the first one; APT_MEASURED_RETRAINED: of the last that ended */
+    int64_t begin, retrain;           /* of apt_iterative_desc, with the defaults filled in */
+    double first, last;
+    apt_sparsity reached;             /* of the chosen matrices, now */
+    double before, retrained;         /* metrics: before the first iteration, and after the last one that ended ... */
+    double degradation;               /* ... as in apt_iteration; 0 when one of them is missing */
+} apt_iterative_summary;
+/* APT_E_STATE without a plan. */
+APT_API apt_result apt_trainer_iterative_query(const apt_trainer *trainer, apt_iterative_summary *summary);
 #endif /* APT_ONLY_CORE */
 
 /* --- learned sparsity ---
@@ -4776,6 +4816,16 @@ static void apti_gemm_packed(apti_gemm_part *part, apti_b_kind kind, const apti_
     part->packed = packed;
 }
 
+static void apti_gemm_epilogue(apti_gemm *g, const apti_epilogue *epilogue)
+{
+    g->act = epilogue->act;
+    g->pre = epilogue->pre;
+    g->ld_pre = epilogue->ld_pre;
+    g->residual = epilogue->residual;
+    g->ld_residual = epilogue->ld_residual;
+    g->mask = epilogue->mask;
+}
+
 /* y(rows, out) = epilogue(x W^T + xa B^T + bias),  xa(rows, rank) = s x A^T
    x(rows, in). The adapter is the second segment of the same product: no second pass over x or y. */
 static void apti_linear_forward(apt_ctx *ctx, const apti_linear_op *op, float *y, int64_t ldy, const float *x, int64_t ldx,
@@ -4795,14 +4845,7 @@ static void apti_linear_forward(apt_ctx *ctx, const apti_linear_op *op, float *y
     apti_gemm_left(&g.part[0], x, ldx, op->in);
     apti_gemm_packed(&g.part[0], APTI_B_PACKED, op->w);
     g.bias = op->bias;
-    if (epilogue) {
-        g.act = epilogue->act;
-        g.pre = epilogue->pre;
-        g.ld_pre = epilogue->ld_pre;
-        g.residual = epilogue->residual;
-        g.ld_residual = epilogue->ld_residual;
-        g.mask = epilogue->mask;
-    }
+    if (epilogue != NULL) apti_gemm_epilogue(&g, epilogue);
     apti_gemm_run(ctx, &g);
 }
 
@@ -8211,7 +8254,7 @@ typedef struct apti_sparse_job {
     apt_ctx *ctx;
     const apt_sparse *s;
     float *y;
-    const float *x;
+    const float *x, *start;                      /* start: [outputs of s] what the sums begin with; NULL: 0 */
     int64_t ldy, ldx, n, width, blocks, outputs;          /* rows of x in a block; blocks; outputs of a task */
 } apti_sparse_job;
 
@@ -8231,6 +8274,8 @@ static void apti_sparse_task(int64_t index, int32_t thread, void *arg)
     float *x = (float *)(at + APTI_SPARSE_OUTPUTS), *sums = x + APTI_SPARSE_K * job->width;
     memcpy(at, s->start + o0, (size_t)outputs * sizeof(int64_t));
     memset(sums, 0, (size_t)(outputs * job->width) * sizeof(float));
+    for (int64_t o = 0; job->start != NULL && o < outputs; o++)
+        for (int64_t i = 0; i < job->width; i++) sums[o * job->width + i] = job->start[o0 + o];
     memset(x, 0, (size_t)(APTI_SPARSE_K * job->width) * sizeof(float));    /* rows that are not there stay 0 */
     t.vectors = (int32_t)(job->width / kernels->lanes);
     t.outputs = outputs;
@@ -8249,7 +8294,9 @@ static void apti_sparse_task(int64_t index, int32_t thread, void *arg)
     kernels->transpose(job->y + i0 * job->ldy + o0, job->ldy, sums, job->width, outputs, rows);
 }
 
-static void apti_sparse_run(apt_ctx *ctx, const apt_sparse *s, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t n)
+/* y(n, rows) = start + x(n, cols) W^T */
+static void apti_sparse_run(apt_ctx *ctx, const apt_sparse *s, const float *start, float *y, int64_t ldy, const float *x,
+                            int64_t ldx, int64_t n)
 {
     apti_sparse_job job;
     const int64_t lanes = ctx->kernels->lanes;
@@ -8257,6 +8304,7 @@ static void apti_sparse_run(apt_ctx *ctx, const apt_sparse *s, float *y, int64_t
     job.s = s;
     job.y = y;
     job.x = x;
+    job.start = start;
     job.ldy = ldy;
     job.ldx = ldx;
     job.n = n;
@@ -8266,6 +8314,44 @@ static void apti_sparse_run(apt_ctx *ctx, const apt_sparse *s, float *y, int64_t
     const int64_t wanted = apti_ceil_div(4 * ctx->threads, job.blocks), most = apti_ceil_div(s->rows, APTI_SPARSE_OUTPUTS);
     job.outputs = apti_ceil_div(s->rows, apti_max_i64(most, apti_min_i64(wanted, apti_ceil_div(s->rows, 32))));
     apti_parallel_for(ctx, job.blocks * apti_ceil_div(s->rows, job.outputs), apti_sparse_task, &job);
+}
+
+/* Room for a matrix of this size, all rows empty. */
+static apt_result apti_sparse_reserve(apt_ctx *ctx, apt_sparse *sparse, int64_t rows, int64_t cols, int64_t count)
+{
+    int64_t words = -1;
+    memset(sparse, 0, sizeof *sparse);
+    if (apti_mul(rows, apt_bitmask_words(cols), &words)) {
+        sparse->bits = (uint64_t *)apti_calloc(ctx, words, (int64_t)sizeof(uint64_t));
+        sparse->start = (int64_t *)apti_calloc(ctx, rows + 1, (int64_t)sizeof(int64_t));
+        sparse->values = (float *)apti_alloc(ctx, count, (int64_t)sizeof(float));
+    }
+    sparse->rows = rows;
+    sparse->cols = cols;
+    if (sparse->bits != NULL && sparse->start != NULL && sparse->values != NULL) return APT_OK;
+    apt_sparse_free(ctx, sparse);
+    return apti_fail(ctx, APT_E_MEMORY, "no memory for a compressed matrix of %lld x %lld weights", (long long)rows,
+                     (long long)cols);
+}
+
+APT_API void apt_sparse_free(apt_ctx *ctx, apt_sparse *sparse)
+{
+    if (ctx == NULL || sparse == NULL) return;
+    apti_free(ctx, sparse->bits);
+    apti_free(ctx, sparse->start);
+    apti_free(ctx, sparse->values);
+    memset(sparse, 0, sizeof *sparse);
+}
+
+APT_API apt_result apt_sparse_make(apt_ctx *ctx, apt_sparse *sparse, const float *w, int64_t ld, int64_t rows, int64_t cols)
+{
+    if (ctx == NULL) return APT_E_ARGUMENT;
+    const int64_t count = apt_sparse_count(w, ld, rows, cols);
+    if (sparse == NULL || count < 0)
+        return apti_fail(ctx, APT_E_ARGUMENT, "apt_sparse_make: %lld x %lld weights, %lld apart, are no matrix", (long long)rows,
+                         (long long)cols, (long long)ld);
+    const apt_result r = apti_sparse_reserve(ctx, sparse, rows, cols, count);
+    return r == APT_OK ? apt_sparse_pack(sparse, count, w, ld) : r;
 }
 #endif /* APT_ONLY_CORE */
 
@@ -8278,7 +8364,7 @@ APT_API apt_result apt_sparse_forward(apt_ctx *ctx, float *y, int64_t ldy, const
     if (r != APT_OK || n == 0 || sparse->rows == 0) return r;
 #ifndef APT_ONLY_CORE
     if (ctx != NULL) {
-        apti_sparse_run(ctx, sparse, y, ldy, x, ldx, n);
+        apti_sparse_run(ctx, sparse, NULL, y, ldy, x, ldx, n);
         return APT_OK;
     }
 #else
@@ -10526,6 +10612,7 @@ typedef struct apti_param {
     int32_t *columns;                 /* NULL, or: `value` is a frozen table of `stride` columns that a wider teacher has too, */
     int64_t stride;                   /* and columns[0..cols) of them are this parameter's. Embeddings only */
     apti_packed packed;               /* linear only */
+    apt_sparse sparse;                /* a compressed copy for long batches (apt_model_compress); start is NULL: none */
     float *grad, *moment1, *moment2;  /* trainable only */
 } apti_param;
 
@@ -11027,6 +11114,7 @@ static bool apti_is_adapter(const apti_param *p)
 /* The description stays, the buffers are someone else's business. */
 static void apti_param_forget(apti_param *p)
 {
+    memset(&p->sparse, 0, sizeof p->sparse);
     p->value = p->grad = p->moment1 = p->moment2 = NULL;
     p->columns = NULL;
     p->packed.data = NULL;
@@ -11040,6 +11128,7 @@ static void apti_param_release(apt_ctx *ctx, apti_param *p)
     apti_free(ctx, p->grad);
     apti_free(ctx, p->moment1);
     apti_free(ctx, p->moment2);
+    apt_sparse_free(ctx, &p->sparse);
     apti_param_forget(p);
 }
 
@@ -11078,6 +11167,7 @@ static bool apti_param_reserve(apt_model *model, apti_param *p)
 /* Writes row-major values, packing them where products read panels. */
 static void apti_param_set(apt_model *model, apti_param *p, const float *values)
 {
+    apt_sparse_free(model->ctx, &p->sparse);
     if (p->value != NULL && p->value != values) memcpy(p->value, values, (size_t)apti_param_count(p) * sizeof(float));
     if (p->linear) apti_pack(model->ctx, &p->packed, values, p->cols);
 }
@@ -11588,6 +11678,18 @@ APT_API apt_result apt_model_set_masks(apt_model *model, const float *masks, int
 }
 /* ------------------------------------------------------------------------------------------------ masks of single weights */
 
+static int64_t apti_adapter_total(const apt_model *model)
+{
+    apt_model_info info;
+    apt_model_query(model, &info);
+    return info.adapter;
+}
+
+static void apti_compressed_drop(apt_model *model)
+{
+    for (int32_t i = 0; i < model->param_count; i++) apt_sparse_free(model->ctx, &model->params[i].sparse);
+}
+
 /* What can be pruned weight by weight. */
 static bool apti_is_matrix(const apti_param *p)
 {
@@ -11672,6 +11774,41 @@ APT_API apt_result apt_model_sparsity(const apt_model *model, const char *name, 
     apti_sparsity_none(sparsity);
     apti_sparsity_add(sparsity, p->rows, p->cols, apti_param_kept(model, p));
     return APT_OK;
+}
+
+/* A compressed copy of p, when it has zeros enough. values: room for the matrix where it lives in panels. */
+static apt_result apti_param_compress(apt_model *model, apti_param *p, double least, float *values)
+{
+    const float *w = p->value != NULL ? p->value : values;
+    if (p->value == NULL) apti_param_get(model, p, values);
+    const int64_t n = apti_param_count(p), count = apt_sparse_count(w, p->cols, p->rows, p->cols);
+    if ((double)(n - count) < least * (double)n) return APT_OK;
+    return apt_sparse_make(model->ctx, &p->sparse, w, p->cols, p->rows, p->cols);
+}
+
+APT_API apt_result apt_model_compress(apt_model *model, double least, apt_sparsity *used)
+{
+    apt_sparsity sum;
+    if (model == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite_f64(least) || least < 0 || least >= 1)
+        return apti_fail(model->ctx, APT_E_RANGE, "apt_model_compress: least %g; expected 0 <= least < 1", least);
+    if (model->trainer != NULL || apti_adapter_total(model) > 0)
+        return apti_fail(model->ctx, APT_E_STATE, "apt_model_compress: the model has %s",
+                         model->trainer != NULL ? "a trainer" : "adapters; merge them first");
+    float *values = (float *)apti_alloc(model->ctx, apti_largest_layer(model), (int64_t)sizeof(float));
+    apt_result r = values != NULL ? APT_OK : apti_fail(model->ctx, APT_E_MEMORY, "apt_model_compress: no memory for one matrix");
+    apti_compressed_drop(model);
+    apti_sparsity_none(&sum);
+    for (int32_t i = 0; i < model->param_count && r == APT_OK; i++) {
+        apti_param *p = &model->params[i];
+        if (!apti_is_matrix(p) || !p->linear || p->layer < 0) continue;
+        r = apti_param_compress(model, p, least > 0 ? least : APT_SPARSE_LEAST, values);
+        if (p->sparse.start != NULL) apti_sparsity_add(&sum, p->rows, p->cols, p->sparse.start[p->rows]);
+    }
+    if (r != APT_OK) apti_compressed_drop(model);
+    apti_free(model->ctx, values);
+    if (r == APT_OK && used != NULL) *used = sum;
+    return r;
 }
 
 static apt_result apti_bitmask_lookup(const apt_model *model, const char *name, int64_t words, apti_param **out)
@@ -12218,6 +12355,25 @@ static apti_linear_op apti_layer_view(const apt_model *model, int32_t l, int32_t
     return apti_view(model, layer->slot[2 * i], layer->slot[2 * i + 1], layer->lora_a[i], layer->lora_b[i]);
 }
 
+/* apti_linear_forward of a linear map of layer l, or, where it has a compressed copy and rows enough for that to pay, the
+   same sums without their zero terms, and the epilogue as an empty product behind them (not where the residual stands in y,
+   which these sums would overwrite). */
+static void apti_map_forward(const apt_model *m, int32_t l, int32_t linear, float *y, int64_t ldy, const float *x, int64_t ldx,
+                             int64_t rows, float *xa, const apti_epilogue *epilogue)
+{
+    const apti_linear_op op = apti_layer_view(m, l, linear);
+    const apt_sparse *sparse = &m->layers[l].slot[2 * linear]->sparse;
+    if (sparse->start == NULL || rows < APT_SPARSE_ROWS || (epilogue != NULL && epilogue->residual == y)) {
+        apti_linear_forward(m->ctx, &op, y, ldy, x, ldx, rows, xa, epilogue);
+        return;
+    }
+    apti_sparse_run(m->ctx, sparse, op.bias, y, ldy, x, ldx, rows);
+    if (epilogue == NULL) return;
+    apti_gemm g = apti_gemm_begin(y, ldy, rows, op.out, true);
+    apti_gemm_epilogue(&g, epilogue);
+    apti_gemm_run(m->ctx, &g);
+}
+
 /* Masks of this layer's heads and neurons and of the hidden dimensions; NULL when all are 1. */
 typedef struct apti_layer_masks { const float *head, *neuron, *hidden; } apti_layer_masks;
 
@@ -12348,13 +12504,12 @@ static void apti_residual_write(apti_pass *p, int32_t l, int32_t linear, float *
     const apti_acts *a = &p->acts[l];
     const int64_t d = m->config.hidden, ld = apti_ld(d);
     const float *mask = apti_masks_of(m, l).hidden;
-    const apti_linear_op op = apti_layer_view(m, l, linear);
     const apti_epilogue out = {-1, NULL, 0, x, ld, mask};
     if (p->probe == NULL || !m->block->pre_norm) {
-        apti_linear_forward(m->ctx, &op, z, ld, in, ldin, a->rows_q, a->xa[linear], &out);
+        apti_map_forward(m, l, linear, z, ld, in, ldin, a->rows_q, a->xa[linear], &out);
         return;
     }
-    apti_linear_forward(m->ctx, &op, p->t, ld, in, ldin, a->rows_q, a->xa[linear], NULL);
+    apti_map_forward(m, l, linear, p->t, ld, in, ldin, a->rows_q, a->xa[linear], NULL);
     apti_probe_act(p, apti_probe_hidden(m, point), p->t, ld, a->rows_q, d);
     apti_residual(m->ctx, z, ld, p->t, ld, x, ld, mask, a->rows_q, d);
 }
@@ -12387,13 +12542,10 @@ static void apti_qkv_forward(apti_pass *p, int32_t l)
     const apti_acts *a = &p->acts[l];
     const int64_t ld = apti_ld(m->config.hidden), ldq = apti_ld(apti_query_width(m, l)), ldk = apti_ld(apti_kv_width(m, l));
     const bool cached = p->cache != NULL && a->stack == p->stacks - 1;
-    apti_linear_op op = apti_layer_view(m, l, APTI_QUERY);
-    apti_linear_forward(ctx, &op, a->q, ldq, a->in1, ld, a->rows_q, a->xa[APTI_QUERY], NULL);
+    apti_map_forward(m, l, APTI_QUERY, a->q, ldq, a->in1, ld, a->rows_q, a->xa[APTI_QUERY], NULL);
     if (cached && !p->cache->fill && apti_is_cross(&m->config, l)) return;
-    op = apti_layer_view(m, l, APTI_KEY);
-    apti_linear_forward(ctx, &op, a->k, ldk, a->memory, ld, a->rows_k, a->xa[APTI_KEY], NULL);
-    op = apti_layer_view(m, l, APTI_VALUE);
-    apti_linear_forward(ctx, &op, a->v, ldk, a->memory, ld, a->rows_k, a->xa[APTI_VALUE], NULL);
+    apti_map_forward(m, l, APTI_KEY, a->k, ldk, a->memory, ld, a->rows_k, a->xa[APTI_KEY], NULL);
+    apti_map_forward(m, l, APTI_VALUE, a->v, ldk, a->memory, ld, a->rows_k, a->xa[APTI_VALUE], NULL);
     if (m->block->rotary) {
         const apti_rotary_op q = apti_rotary_of(p, l, m->shape[l].heads), k = apti_rotary_of(p, l, m->shape[l].kv_heads);
         apti_rotary_forward(ctx, &q, a->q, ldq, a->rows_q);
@@ -12449,12 +12601,10 @@ static void apti_ffn_sublayer(apti_pass *p, int32_t l)
     float *act = a->act != NULL ? a->act : p->act;
     const apti_epilogue up = {(int32_t)m->config.activation, a->pre, ldf, NULL, 0, gated ? NULL : mask.neuron};
     if (m->block->pre_norm) apti_norm(p, a->in2, a->stats2, a->y1, slot[APTI_NORM2_W], slot[APTI_NORM2_B], a->rows_q);
-    apti_linear_op op = apti_layer_view(m, l, acting);
-    apti_linear_forward(ctx, &op, act, ldf, a->in2, ld, a->rows_q, a->xa[acting], &up);
+    apti_map_forward(m, l, acting, act, ldf, a->in2, ld, a->rows_q, a->xa[acting], &up);
     if (gated) {
         const int32_t factor = apti_factor(m);
-        op = apti_layer_view(m, l, factor);
-        apti_linear_forward(ctx, &op, a->other, ldf, a->in2, ld, a->rows_q, a->xa[factor], NULL);
+        apti_map_forward(m, l, factor, a->other, ldf, a->in2, ld, a->rows_q, a->xa[factor], NULL);
         apti_gate_forward(ctx, act, ldf, act, ldf, a->other, ldf, mask.neuron, a->rows_q, f);
     }
     apti_probe_act(p, apti_probe_neuron(m, l), act, ldf, a->rows_q, f);
@@ -13812,6 +13962,7 @@ APT_API apt_result apt_model_compact(apt_model *model)
     if (model->masks == NULL) return APT_OK;
     apt_ctx *ctx = model->ctx;
     apti_survivors s;
+    apti_compressed_drop(model);
     if (model->pass != NULL) apti_pass_shrink(model->pass);
     apt_result r = apti_survivors_make(model, &s);
     const int64_t most = apti_largest_linear(model);
@@ -14380,13 +14531,6 @@ static bool apti_wants_adapter(const apt_trainer *t, int32_t site)
     return t->desc.method != APT_METHOD_FULL && (t->desc.adapt >> bit & 1) != 0;
 }
 
-static int64_t apti_adapter_total(const apt_model *model)
-{
-    apt_model_info info;
-    apt_model_query(model, &info);
-    return info.adapter;
-}
-
 /* Which parameters a trainer of this desc trains: task heads always, adapters, everything for FULL. */
 static bool apti_trains(const apt_trainer *t, const apti_param *p)
 {
@@ -14463,6 +14607,7 @@ APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *de
     if (r != APT_OK) return r;
     apt_trainer *t = (apt_trainer *)apti_calloc(ctx, 1, (int64_t)sizeof(apt_trainer));
     if (t == NULL) return apti_fail(ctx, APT_E_MEMORY, "trainer: no memory for its frame");
+    apti_compressed_drop(model);
     t->ctx = ctx;
     t->model = model;
     t->desc = resolved;
@@ -15687,6 +15832,34 @@ APT_API apt_result apt_trainer_iteration(const apt_trainer *trainer, int32_t ind
     return APT_OK;
 }
 
+APT_API apt_result apt_trainer_iterative_query(const apt_trainer *trainer, apt_iterative_summary *summary)
+{
+    apt_iterative_summary s = APT_ZERO;
+    if (trainer == NULL || summary == NULL) return APT_E_ARGUMENT;
+    const apti_iterative *it = &trainer->iterative;
+    if (it->chosen == NULL)
+        return apti_fail(trainer->ctx, APT_E_STATE, "apt_trainer_iterative_query: apt_trainer_iterative has made no plan");
+    s.iterations = it->desc.iterations;
+    s.done = it->done;
+    s.begin = it->desc.begin;
+    s.retrain = it->desc.retrain;
+    s.first = it->desc.first;
+    s.last = it->desc.last;
+    apti_sparsity_of(trainer->model, it->chosen, &s.reached);
+    if (it->done > 0 && (it->history[0].measured & APT_MEASURED_BEFORE) != 0) {
+        s.measured |= APT_MEASURED_BEFORE;
+        s.before = it->history[0].before;
+    }
+    for (int32_t i = it->done - 1; i >= 0 && (s.measured & APT_MEASURED_RETRAINED) == 0; i--) {
+        if ((it->history[i].measured & APT_MEASURED_RETRAINED) == 0) continue;
+        s.measured |= APT_MEASURED_RETRAINED;
+        s.retrained = it->history[i].retrained;
+        s.degradation = it->history[i].degradation;
+    }
+    *summary = s;
+    return APT_OK;
+}
+
 /* Asks the callback; false: it gave no metric. */
 static bool apti_measure(apt_trainer *t, double *metric)
 {
@@ -15988,6 +16161,7 @@ enum {
     APTI_USE_OPTIMIZER,
     APTI_USE_ACTIVATIONS,
     APTI_USE_TEACHER,
+    APTI_USE_MASKS,                   /* of single weights */
     APTI_USE_SCRATCH,
     APTI_USES
 };
@@ -16001,6 +16175,8 @@ typedef struct apti_rehearsal {
     apt_trainer t;                    /* the resolved desc and what plans read */
     int64_t now[APTI_USES], most[APTI_USES];                 /* held; held at the peak */
     int64_t tokens, target_tokens, sequences, pass, teacher_pass, masks, adapter_budget, shareable;
+    const apt_iterative_desc *plan;              /* pruning of single weights, or NULL ... */
+    uint8_t *chosen;                             /* [params] ... of these */
     apti_growth growth;
 } apti_rehearsal;
 
@@ -16308,12 +16484,38 @@ static void apti_rehearse_pruning(apti_rehearsal *r, uint32_t mode)
     }
 }
 
+/* apti_magnitude_reserve and what comes of it: the list of masks and the masks stay, the plan and a matrix that lives in panels
+   only go again. */
+static void apti_rehearse_magnitude(apti_rehearsal *r)
+{
+    const apt_model *m = r->m;
+    int64_t masks = 0, sum = 0, most = 0, count = 0;
+    if (r->plan == NULL) return;
+    for (int32_t i = 0; i < m->param_count; i++) {
+        const apti_param *p = &m->params[i];
+        const int64_t n = apti_param_count(p);
+        if (!r->chosen[i] || n == 0) continue;
+        count++;
+        masks += apti_cost(apt_bitmask_words(n) * (int64_t)sizeof(uint64_t));
+        if (p->linear && !p->trainable) {
+            sum += n;
+            most = apti_max_i64(most, n);
+        }
+    }
+    apti_note(r, APTI_USE_MASKS, masks + apti_cost(m->param_count * (int64_t)sizeof(uint64_t *)));
+    if (r->t.model == NULL) return;              /* nothing is trained, so nothing pruned */
+    apti_note_brief(r, APTI_USE_SCRATCH, apti_cost(count * (int64_t)sizeof(apt_weights)) + apti_cost(m->param_count) +
+                    apti_cost(count * (int64_t)sizeof(apti_param *)) + (r->plan->iterations != 1 ? masks : 0) +
+                    apti_cost((r->plan->global ? sum : most) * (int64_t)sizeof(float)));
+}
+
 static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
 {
     apti_rehearse_model(r);
     if (desc == NULL) {
         apti_note(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(r->m));
         apti_note_pass(r, 0);
+        apti_rehearse_magnitude(r);
         return APT_OK;
     }
     r->t.desc = *desc;
@@ -16323,8 +16525,11 @@ static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
     if (result != APT_OK) return result;
     const bool prunes = r->t.desc.method == APT_METHOD_APT && r->t.desc.target_sparsity > 0;
     const uint32_t mode = apti_train_mode(&r->t, prunes, prunes && !r->t.desc.disable_distill);
+    const bool first = r->plan != NULL && r->plan->begin == 0 && r->plan->iterations == 1;
     apti_rehearse_attach(r);
+    if (first) apti_rehearse_magnitude(r);       /* there is nothing to compute with yet */
     apti_note_pass(r, mode);
+    if (!first) apti_rehearse_magnitude(r);
     if (prunes) apti_rehearse_pruning(r, mode);
     return APT_OK;
 }
@@ -16336,6 +16541,7 @@ static void apti_estimate_report(const apti_rehearsal *r, apt_estimate_info *inf
     info->optimizer = r->most[APTI_USE_OPTIMIZER];
     info->activations = r->most[APTI_USE_ACTIVATIONS];
     info->teacher = r->most[APTI_USE_TEACHER];
+    info->masks = r->most[APTI_USE_MASKS];
     info->scratch = r->most[APTI_USE_SCRATCH];
     info->shareable = r->shareable;
     info->total = 0;
@@ -16351,6 +16557,26 @@ APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const ap
 
 APT_API apt_result apt_estimate_pair(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                      int64_t target_tokens, int64_t sequences, apt_estimate_info *info)
+{
+    return apt_estimate_magnitude(ctx, config, desc, NULL, tokens, target_tokens, sequences, info);
+}
+
+/* Which matrices are pruned; without a plan: none. */
+static apt_result apti_rehearse_choose(apti_rehearsal *r, const apt_iterative_desc *plan)
+{
+    r->plan = plan;
+    if (plan == NULL) return APT_OK;
+    if (plan->start_canary != 0 || plan->end_canary != 0)
+        return apti_fail(r->ctx, APT_E_ARGUMENT, "apt_estimate_magnitude: the plan is not initialised with APT_ZERO");
+    if (plan->iterations < 0 || plan->begin < 0)
+        return apti_fail(r->ctx, APT_E_RANGE, "apt_estimate_magnitude: %d iterations from step %lld on; expected 0 or more",
+                         (int)plan->iterations, (long long)plan->begin);
+    return apti_magnitude_choose(r->m, plan->patterns, plan->pattern_count, r->chosen);
+}
+
+APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
+                                          const apt_iterative_desc *plan, int64_t tokens, int64_t target_tokens,
+                                          int64_t sequences, apt_estimate_info *info)
 {
     apti_rehearsal r = APT_ZERO;
     if (ctx == NULL) return APT_E_ARGUMENT;
@@ -16371,13 +16597,15 @@ APT_API apt_result apt_estimate_pair(apt_ctx *ctx, const apt_config *config, con
     r.sequences = sequences;
     r.acts = (apti_acts *)apti_calloc(ctx, r.m->config.layers, (int64_t)sizeof(apti_acts));
     r.dense = (apt_layer_shape *)apti_alloc(ctx, r.m->config.layers, (int64_t)sizeof(apt_layer_shape));
-    r.shared = (uint8_t *)apti_calloc(ctx, r.m->param_count, 1);
+    r.shared = (uint8_t *)apti_calloc(ctx, 2 * (int64_t)r.m->param_count, 1);
+    r.chosen = r.shared != NULL ? r.shared + r.m->param_count : NULL;
     const int32_t adapters = apti_sites(r.m);
     r.growth.block = apti_alloc(ctx, apti_growth_plan(&r.growth, NULL, adapters), 1);
     if (r.acts != NULL && r.dense != NULL && r.shared != NULL && r.growth.block != NULL) {
         (void)apti_growth_plan(&r.growth, (char *)r.growth.block, adapters);
         memcpy(r.dense, r.m->shape, (size_t)r.m->config.layers * sizeof(apt_layer_shape));
-        result = apti_rehearse(&r, desc);
+        result = apti_rehearse_choose(&r, plan);
+        if (result == APT_OK) result = apti_rehearse(&r, desc);
     } else {
         result = apti_fail(ctx, APT_E_MEMORY, "apt_estimate: no memory for its plan");
     }
@@ -18398,44 +18626,6 @@ APT_API apt_result apt_sparse_save(apt_ctx *ctx, const char *path, const char *c
     apti_free(ctx, keys);
     apti_free(ctx, s.dense);
     return r;
-}
-
-/* Room for a matrix of this size, all rows empty. */
-static apt_result apti_sparse_reserve(apt_ctx *ctx, apt_sparse *sparse, int64_t rows, int64_t cols, int64_t count)
-{
-    int64_t words = -1;
-    memset(sparse, 0, sizeof *sparse);
-    if (apti_mul(rows, apt_bitmask_words(cols), &words)) {
-        sparse->bits = (uint64_t *)apti_calloc(ctx, words, (int64_t)sizeof(uint64_t));
-        sparse->start = (int64_t *)apti_calloc(ctx, rows + 1, (int64_t)sizeof(int64_t));
-        sparse->values = (float *)apti_alloc(ctx, count, (int64_t)sizeof(float));
-    }
-    sparse->rows = rows;
-    sparse->cols = cols;
-    if (sparse->bits != NULL && sparse->start != NULL && sparse->values != NULL) return APT_OK;
-    apt_sparse_free(ctx, sparse);
-    return apti_fail(ctx, APT_E_MEMORY, "no memory for a compressed matrix of %lld x %lld weights", (long long)rows,
-                     (long long)cols);
-}
-
-APT_API void apt_sparse_free(apt_ctx *ctx, apt_sparse *sparse)
-{
-    if (ctx == NULL || sparse == NULL) return;
-    apti_free(ctx, sparse->bits);
-    apti_free(ctx, sparse->start);
-    apti_free(ctx, sparse->values);
-    memset(sparse, 0, sizeof *sparse);
-}
-
-APT_API apt_result apt_sparse_make(apt_ctx *ctx, apt_sparse *sparse, const float *w, int64_t ld, int64_t rows, int64_t cols)
-{
-    if (ctx == NULL) return APT_E_ARGUMENT;
-    const int64_t count = apt_sparse_count(w, ld, rows, cols);
-    if (sparse == NULL || count < 0)
-        return apti_fail(ctx, APT_E_ARGUMENT, "apt_sparse_make: %lld x %lld weights, %lld apart, are no matrix", (long long)rows,
-                         (long long)cols, (long long)ld);
-    const apt_result r = apti_sparse_reserve(ctx, sparse, rows, cols, count);
-    return r == APT_OK ? apt_sparse_pack(sparse, count, w, ld) : r;
 }
 
 static void apti_sparse_copy(apt_sparse *out, const apti_sparse_view *v)

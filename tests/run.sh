@@ -116,7 +116,7 @@ builds() {
         tsan) echo "platform kernels ops sparsify learned learned_modules model train" ;;
         nothreads) echo "platform model" ;;
         plainc) echo "platform files" ;;
-        onlycore) echo "core learned" ;;
+        onlycore) echo "core sparsify learned" ;;
         neon) echo "kernels numbers core sparsify learned" ;;
     esac
 }
