@@ -9351,7 +9351,7 @@ APT_API apt_result apt_module_adam(apt_module *module, float learning_rate, int6
 
 /* y(rows, out) = act(x W^T + bias); W and bias are tensors i and i+1. x has rows of w->cols floats that begin ldx apart: a row
    of a convolution's input is the window of three positions, and windows overlap. pre: [rows * out] or NULL. */
-static void apti_map_forward(const apt_module *m, int32_t i, float *y, const float *x, int64_t ldx, int64_t rows, int32_t act,
+static void apti_affine_forward(const apt_module *m, int32_t i, float *y, const float *x, int64_t ldx, int64_t rows, int32_t act,
                              float *pre)
 {
     const apti_tensor *w = &m->tensor[i];
@@ -9366,7 +9366,7 @@ static void apti_map_forward(const apt_module *m, int32_t i, float *y, const flo
 }
 
 /* dW += dy^T x, dbias += sum of dy */
-static void apti_map_backward(const apt_module *m, int32_t i, const float *dy, const float *x, int64_t ldx, int64_t rows)
+static void apti_affine_backward(const apt_module *m, int32_t i, const float *dy, const float *x, int64_t ldx, int64_t rows)
 {
     const apti_tensor *w = &m->tensor[i];
     if (rows == 0) return;
@@ -9589,8 +9589,8 @@ static apt_result apti_moe_forward(apti_moe *moe, float *y, const float *x, int6
     for (int32_t e = 0; e < moe->experts; e++) {
         const int64_t at = moe->begin[e], n = moe->begin[e + 1] - at;
         const int32_t up = 1 + e * APTI_EXPERT_TENSORS;
-        apti_map_forward(&moe->base, up, moe->act + at * f, moe->x + at * d, d, n, APT_GELU_ERF, moe->pre + at * f);
-        apti_map_forward(&moe->base, up + 2, moe->out + at * d, moe->act + at * f, f, n, -1, NULL);
+        apti_affine_forward(&moe->base, up, moe->act + at * f, moe->x + at * d, d, n, APT_GELU_ERF, moe->pre + at * f);
+        apti_affine_forward(&moe->base, up + 2, moe->out + at * d, moe->act + at * f, f, n, -1, NULL);
     }
     apti_moe_rows_run(moe, apti_moe_combine_task, y, NULL);
     moe->base.live = true;
@@ -9608,10 +9608,10 @@ static void apti_moe_backward(apti_moe *moe, float *dx, bool accumulate, const f
         const int64_t at = moe->begin[e], n = moe->begin[e + 1] - at;
         const int32_t up = 1 + e * APTI_EXPERT_TENSORS;
         float *act = moe->act + at * f, *in = moe->x + at * d, *out = moe->out + at * d;
-        apti_map_backward(&moe->base, up + 2, out, act, f, n);
+        apti_affine_backward(&moe->base, up + 2, out, act, f, n);
         apti_map_input(ctx, act, false, out, d, moe->base.tensor[up + 2].value, d, f, n);
         apti_act_backward(ctx, act, f, act, f, moe->pre + at * f, f, NULL, n, f, APT_GELU_ERF);
-        apti_map_backward(&moe->base, up, act, in, d, n);
+        apti_affine_backward(&moe->base, up, act, in, d, n);
         if (dx != NULL) apti_map_input(ctx, in, false, act, f, moe->base.tensor[up].value, f, d, n);
     }
     const apti_tensor *gate = &moe->base.tensor[0];
@@ -10025,7 +10025,7 @@ static void apti_conv_clear(const apti_bk_core *c, float *h, int32_t channels)
 static void apti_conv_forward(const apti_bk_core *c, int32_t i)
 {
     const int32_t in = apti_conv_channels[i], out = apti_conv_channels[i + 1];
-    apti_map_forward(&c->base, APTI_CONV_TENSOR + 2 * i, c->h[i + 1] + out, c->h[i], in, apti_bk_core_padded(c) - 2,
+    apti_affine_forward(&c->base, APTI_CONV_TENSOR + 2 * i, c->h[i + 1] + out, c->h[i], in, apti_bk_core_padded(c) - 2,
                      i + 1 < APTI_CONVS ? APT_RELU : -1, NULL);
     apti_conv_clear(c, c->h[i + 1], out);
 }
@@ -10036,7 +10036,7 @@ static void apti_conv_backward(const apti_bk_core *c, int32_t i, float *dx, cons
     const int32_t in = apti_conv_channels[i], out = apti_conv_channels[i + 1];
     const apti_tensor *w = &c->base.tensor[APTI_CONV_TENSOR + 2 * i];
     const int64_t rows = apti_bk_core_padded(c) - 2;
-    apti_map_backward(&c->base, APTI_CONV_TENSOR + 2 * i, dy + out, c->h[i], in, rows);
+    apti_affine_backward(&c->base, APTI_CONV_TENSOR + 2 * i, dy + out, c->h[i], in, rows);
     /* y[p] = sum over t of W[t] x[p-1+t], so dx[p] = sum over t of W[2-t]^T dy[p-1+t] */
     for (int32_t t = 0; t < APTI_CONV_WIDTH; t++)
         for (int32_t o = 0; o < out; o++)
@@ -10053,8 +10053,8 @@ static apt_result apti_bk_core_forward(apti_bk_core *c, float *f, const float *x
     if (r != APT_OK) return r;
     const int64_t rows = c->base.rows;
     c->mode = mode;
-    apti_map_forward(&c->base, 0, c->act, x, c->hidden, rows, APT_RELU, NULL);
-    apti_map_forward(&c->base, 2, c->u, c->act, c->half, rows, -1, NULL);
+    apti_affine_forward(&c->base, 0, c->act, x, c->hidden, rows, APT_RELU, NULL);
+    apti_affine_forward(&c->base, 2, c->u, c->act, c->half, rows, -1, NULL);
     if (!apti_finite_all(c->u, rows)) r = apti_fail(c->base.ctx, APT_E_NONFINITE,
                                                     "sparse BK-core: an importance is NaN or infinite");
     if (r == APT_OK) {
@@ -10088,10 +10088,10 @@ static apt_result apti_bk_core_backward(apti_bk_core *c, float *dx, float *dv, c
                                                  c->length, &c->z);
     if (r != APT_OK) return r;
     apti_bk_core_run(c, apti_bk_core_logit_task, NULL, NULL);
-    apti_map_backward(&c->base, 2, c->u, c->act, c->half, rows);
+    apti_affine_backward(&c->base, 2, c->u, c->act, c->half, rows);
     apti_map_input(c->base.ctx, c->dact, false, c->u, 1, c->base.tensor[2].value, 1, c->half, rows);
     apti_act_backward(c->base.ctx, c->dact, c->half, c->dact, c->half, c->act, c->half, NULL, rows, c->half, APT_RELU);
-    apti_map_backward(&c->base, 0, c->dact, x, c->hidden, rows);
+    apti_affine_backward(&c->base, 0, c->dact, x, c->hidden, rows);
     if (dx != NULL) apti_map_input(c->base.ctx, dx, false, c->dact, c->half, c->base.tensor[0].value, c->half, c->hidden, rows);
     return APT_OK;
 }
@@ -10234,7 +10234,7 @@ APT_API apt_result apt_bk_layer_forward(apt_module *module, float *y, const floa
     if (r == APT_OK) r = apti_bk_layer_carve(l, sequences, rows);
     if (r == APT_OK) r = apti_moe_forward(apti_moe_of(module->part[1]), l->e, x, rows);
     if (r == APT_OK) {
-        apti_map_forward(module, APTI_LAYER_POTENTIAL, l->raw_v, l->e, d, rows, -1, NULL);
+        apti_affine_forward(module, APTI_LAYER_POTENTIAL, l->raw_v, l->e, d, rows, -1, NULL);
         apti_clamp(l->v, l->raw_v, rows, APTI_POTENTIAL_LIMIT);
         r = apti_bk_core_forward(apti_bk_core_of(module->part[0]), l->raw_f, x, l->v, sequences, length, mode);
     }
@@ -10244,7 +10244,7 @@ APT_API apt_result apt_bk_layer_forward(apt_module *module, float *y, const floa
     }
     if (mode != APT_MASK_FIXED) apti_moe_count(apti_moe_of(module->part[1]));
     apti_clamp(l->f, l->raw_f, 2 * rows, APTI_FEATURE_LIMIT);
-    apti_map_forward(module, APTI_LAYER_OUT, l->s, l->f, 2, rows, -1, NULL);
+    apti_affine_forward(module, APTI_LAYER_OUT, l->s, l->f, 2, rows, -1, NULL);
     module->ctx->kernels->scale(y, l->s, module->tensor[APTI_LAYER_SCALE].value[0], rows * d);
     module->ctx->kernels->add(y, y, l->e, rows * d);
     module->live = true;
@@ -10267,13 +10267,13 @@ APT_API apt_result apt_bk_layer_backward(apt_module *module, float *dx, const fl
     apti_module_spend(module);
     scale->grad[0] += (float)apti_ops_dot(kernels, dy, l->s, rows * d);
     kernels->scale(l->ds, dy, scale->value[0], rows * d);
-    apti_map_backward(module, APTI_LAYER_OUT, l->ds, l->f, 2, rows);
+    apti_affine_backward(module, APTI_LAYER_OUT, l->ds, l->f, 2, rows);
     apti_map_input(module->ctx, l->df, false, l->ds, d, out->value, d, 2, rows);
     apti_clamp_backward(l->df, l->raw_f, 2 * rows, APTI_FEATURE_LIMIT);
     r = apti_bk_core_backward(apti_bk_core_of(module->part[0]), dx, l->dv, l->df, x, l->v);
     if (r != APT_OK) return r;
     apti_clamp_backward(l->dv, l->raw_v, rows, APTI_POTENTIAL_LIMIT);
-    apti_map_backward(module, APTI_LAYER_POTENTIAL, l->dv, l->e, d, rows);
+    apti_affine_backward(module, APTI_LAYER_POTENTIAL, l->dv, l->e, d, rows);
     memcpy(l->de, dy, (size_t)(rows * d) * sizeof(float));
     apti_map_input(module->ctx, l->de, true, l->dv, 1, potential->value, 1, d, rows);
     apti_moe_backward(apti_moe_of(module->part[1]), dx, true, l->de, x);
