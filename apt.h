@@ -23,7 +23,7 @@
        >>kernels       matrix products and vectors, one table per instruction set
        >>ops           forward and backward of every layer
        >>core          the method on raw arrays
-       >>sparsify      magnitude pruning, compressed matrices
+       >>sparsify      magnitude pruning, compressed matrices, learned sparsity
        >>quantize      weights as int8 and int4 on raw arrays
        >>model         parameters, families, one pass, generation, compaction, merge
        >>train         optimizer, salience, decisions, distillation, a step
@@ -81,7 +81,8 @@
    THREE WAYS IN
 
    1. The core alone. #define APT_ONLY_CORE before including: pure functions on your own float arrays (schedule, salience,
-      search, masks, gather, adapters, distillation losses). No files, no threads, no allocation. See examples/custom_trainer.c.
+      search, masks, gather, adapters, distillation and sparsity losses, BK-core). No files, no threads, no allocation. See
+      examples/custom_trainer.c.
    2. Model and trainer, as above.
    3. The example programs: examples/roberta.c, examples/t5.c and examples/llama.c are complete command-line trainers, one for
       each kind of model: encoders, encoder-decoders, decoders.
@@ -131,6 +132,14 @@
    weights. The loss moves from the task to the teacher's predictions and hidden states while pruning goes on; behind
    distill_end (default: prune_end) the task loss stands alone and the teacher is freed.
 
+   ON LEARNED SPARSITY
+   For networks of your own whose positions are not equally important. apt_bk_forward gives the diagonal of (T - zI)^-1 of a
+   tridiagonal T in time linear in the length; a mask cuts positions off. On top of it stand modules with parameters, gradients
+   and Adam: gated experts (apt_moe_create), the sparse BK-core that learns its mask (apt_bk_core_create), and the layer of both
+   (apt_bk_layer_create). Between forward and backward a sparsity loss pulls the mask towards a target; apt_adaptive_step
+   moves target and weight, and eases both while the validation loss is too high. apt_moe_prune and apt_moe_progress remove
+   experts. apt_module_save and apt_adaptive_save hold all that a run needs to go on bit for bit. See examples/sparse_bk.c.
+
    ON DECODERS
    T5 and LLaMA know one task, APT_TASK_LM: the next token. A LLaMA batch has labels[i] = the token that stands at i (or -100,
    for a prompt); a T5 batch has sources in offsets and tokens, and target_offsets with labels for what is to be written. The
@@ -151,6 +160,17 @@
 
    To prune LLaMA in one shot, as the paper does: apt_trainer_observe on calibration batches, then apt_trainer_prune_now. How
    to add another family stands in the text: search for apti_design.
+
+   ON SINGLE WEIGHTS
+   Beside whole units, single weights can go, the smallest first: apt_trainer_magnitude prunes by threshold, to a sparsity of
+   each matrix or of all together, or in N:M patterns; apt_trainer_iterative evaluates, prunes a little, evaluates, retrains and
+   evaluates again, following first * (last/first)^(t/iterations), and keeps a history. The zeros stay zero through every
+   update. They pay on disk (apt_model_save_sparse) and in long batches (apt_model_compress):
+
+       apt_iterative_desc plan = APT_ZERO;
+       plan.first = 0.2;
+       plan.last = 0.7;                                               // 30 % of the weights of each linear map stay
+       apt_trainer_iterative(trainer, &plan);                         // apt_trainer_step does the rest
 
    ON MEMORY
    All memory comes from apt_desc.alloc (default malloc). apt_estimate tells the peak before anything is allocated;
@@ -588,15 +608,26 @@ APT_API apt_result apt_checkpoint_save(apt_trainer *trainer, const char *path, c
 APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, void *user, size_t *user_bytes);
 
 typedef struct apt_estimate_info {
-    int64_t weights, adapters, optimizer, activations, teacher, scratch, total;
+    int64_t weights, adapters, optimizer, activations, teacher, masks, scratch, total;
+    int64_t shareable;                /* part of total: matrices that a run holds only once if its decisions leave them whole */
 } apt_estimate_info;
 /* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. Which units
-   a run will prune cannot be known: it is taken that all layers lose the same share of heads and neurons. */
+   a run will prune cannot be known: it is taken that all layers lose the same share of heads and neurons, and that no matrix is
+   left whole, as it is when hidden dimensions go. With a teacher, a run that keeps all hidden dimensions, and all heads or
+   neurons of some layers, shares those layers' matrices with it and takes less, but not less than total - shareable. */
 APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                 int64_t sequences, apt_estimate_info *info);
 /* The same for T5: at most `tokens` source and target_tokens target tokens (apt_estimate: as many of both; other families: 0). */
 APT_API apt_result apt_estimate_pair(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                      int64_t target_tokens, int64_t sequences, apt_estimate_info *info);
+/* The same for a model whose single weights are pruned as well: their masks are counted. Of `plan` the patterns, global, begin
+   and iterations matter. It is what apt_trainer_iterative gets; apt_trainer_magnitude in front of step `begin` is a plan of 1
+   iteration. (From the second one on, old and new masks stand side by side for a moment.) desc NULL: inference with such masks.
+   Units that go meanwhile (APT) take their share of the masks with them; that is not looked at. */
+typedef struct apt_iterative_desc apt_iterative_desc;
+APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
+                                          const apt_iterative_desc *plan, int64_t tokens, int64_t target_tokens,
+                                          int64_t sequences, apt_estimate_info *info);
 #endif /* APT_ONLY_CORE */
 
 
@@ -1008,6 +1039,15 @@ APT_API apt_result apt_model_set_bitmask(apt_model *model, const char *name, con
    folder like any other; transformers cannot. saved (may be NULL): what is compressed in the file. */
 APT_API apt_result apt_model_save_sparse(apt_model *model, const char *dir, apt_sparsity *saved);
 
+/* Makes zeros pay in apt_model_forward and apt_generate too: compressed copies of those linear maps of the layers of which a
+   share of `least` or more is 0 (0: APT_SPARSE_LEAST), used where a product has APT_SPARSE_ROWS rows or more (below, and for
+   maps with fewer zeros, the dense kernels are faster). The numbers stay the same, bit for bit (except with the "ref"
+   kernels). For a model with neither trainer nor adapters; whatever changes a matrix drops its copy, and so does a new trainer.
+   used (may be NULL): what has a copy; sparse_bytes is what stands in a file, memory holds a little more. */
+#define APT_SPARSE_LEAST 0.5
+#define APT_SPARSE_ROWS 64
+APT_API apt_result apt_model_compress(apt_model *model, double least, apt_sparsity *used);
+
 /* What to prune and how: by threshold when sparsity and pattern are 0. */
 typedef struct apt_magnitude_desc {
     uint32_t start_canary;
@@ -1027,7 +1067,7 @@ typedef struct apt_magnitude_desc {
 APT_API apt_result apt_trainer_magnitude(apt_trainer *trainer, const apt_magnitude_desc *desc, apt_sparsity *sparsity);
 
 /* Iterative pruning: evaluate, prune a little, evaluate, retrain, evaluate, and again. */
-typedef struct apt_iterative_desc {
+struct apt_iterative_desc {
     uint32_t start_canary;
     const char *const *patterns;      /* these three as in apt_magnitude_desc */
     int32_t pattern_count;
@@ -1038,7 +1078,7 @@ typedef struct apt_iterative_desc {
     int64_t begin;                    /* step before which the first iteration prunes; 0 means 0 */
     int64_t retrain;                  /* steps behind each pruning; 0: equal parts of what is left behind begin */
     uint32_t end_canary;
-} apt_iterative_desc;
+};
 /* For a fresh trainer, and again before apt_checkpoint_load. From here on apt_trainer_step does it: it prunes in front of steps
    begin, begin + retrain, ... and fires APT_EVENT_EVALUATE before and after each (once where one iteration ends and the
    next begins), APT_EVENT_PRUNE, and APT_EVENT_CHECKPOINT where an iteration ends. */
@@ -1057,6 +1097,246 @@ typedef struct apt_iteration {
 /* Iterations begun so far; the last one has no `retrained` before it ends. */
 APT_API int32_t apt_trainer_iterations(const apt_trainer *trainer);
 APT_API apt_result apt_trainer_iteration(const apt_trainer *trainer, int32_t index, apt_iteration *iteration);
+/* All iterations in one: where the plan leads, how far it has come, and what it has cost so far. */
+typedef struct apt_iterative_summary {
+    int32_t iterations, done;         /* planned; begun */
+    int32_t measured;                 /* APT_MEASURED_BEFORE: of the first one; APT_MEASURED_RETRAINED: of the last that ended */
+    int64_t begin, retrain;           /* of apt_iterative_desc, with the defaults filled in */
+    double first, last;
+    apt_sparsity reached;             /* of the chosen matrices, now */
+    double before, retrained;         /* metrics: before the first iteration, and after the last one that ended ... */
+    double degradation;               /* ... as in apt_iteration; 0 when one of them is missing */
+} apt_iterative_summary;
+/* APT_E_STATE without a plan. */
+APT_API apt_result apt_trainer_iterative_query(const apt_trainer *trainer, apt_iterative_summary *summary);
+#endif /* APT_ONLY_CORE */
+
+/* --- learned sparsity ---
+
+   A mask m with values in 0..1 says which positions of a sequence are computed in full (1) and which are only interpolated
+   (0). Sparsity = 1 - mean(m). A loss pulls it towards a target, a scheduler moves the target, and the BK-core computes a
+   feature of each position whose cost does not depend on the distance at which positions see each other. */
+
+/* e = sparsity - target. */
+typedef enum apt_sparsity_kind {
+    APT_SPARSITY_L2 = 0,              /* e^2 */
+    APT_SPARSITY_L1,                  /* |e|                                        (slope 0 at e = 0) */
+    APT_SPARSITY_KL,                  /* KL(target || sparsity), both read as the chance that a position is masked. The sparsity
+                                         is clamped to 1e-6 .. 1 - 1e-6. A target outside that range, for which the divergence
+                                         has no minimum, gives L2; at a clamped sparsity the slope is L2's, which is finite */
+    APT_SPARSITY_HUBER                /* e^2/2 up to |e| = 0.1, then 0.1*(|e| - 0.05) */
+} apt_sparsity_kind;
+/* "l2", "l1", "kl", "huber"; NULL for any other value. */
+APT_API const char *apt_sparsity_kind_name(int32_t kind);
+/* The reverse, with the messages of apt_schedule_kind_from_name. */
+APT_API apt_result apt_sparsity_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes);
+/* *loss of the mask(n), n >= 1;  grad(n) += grad_scale * d loss/d mask, NULL: not wanted. APT_E_RANGE: a mask or the target is
+   outside 0..1. */
+APT_API apt_result apt_sparsity_loss(double *loss, float *grad, const float *mask, int64_t n, int32_t kind, float target,
+                                     float grad_scale);
+
+/* total = accuracy_part + sparsity_part;  accuracy_part = accuracy_weight * accuracy, sparsity_part likewise. */
+typedef struct apt_balanced {
+    double accuracy, sparsity;        /* the losses as they came in */
+    double accuracy_weight, sparsity_weight;
+    double accuracy_part, sparsity_part, total;
+} apt_balanced;
+/* Weights >= 0, else APT_E_RANGE. */
+APT_API apt_result apt_balanced_loss(apt_balanced *out, double accuracy, double sparsity, double accuracy_weight,
+                                     double sparsity_weight);
+
+/* Target and weight of the sparsity loss over a run: value = first + share*(last - first), u = (step - warmup)/(steps - warmup)
+   clamped to 0..1. */
+typedef enum apt_adaptive_kind {
+    APT_ADAPTIVE_LINEAR = 0,          /* share = u */
+    APT_ADAPTIVE_COSINE,              /* (1 - cos(pi u)) / 2 */
+    APT_ADAPTIVE_STEP                 /* 0, then 0.33, 0.67, 1 from u = 0.25, 0.5, 0.75 on */
+} apt_adaptive_kind;
+/* "linear", "cosine", "step"; NULL for any other value. */
+APT_API const char *apt_adaptive_kind_name(int32_t kind);
+APT_API apt_result apt_adaptive_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes);
+
+/* Zero means the default named in the comment. For a start of 0 say a small number. */
+typedef struct apt_adaptive_desc {
+    int32_t kind;                     /* apt_adaptive_kind */
+    int64_t steps;                    /* required: the last value holds from here on */
+    int64_t warmup;                   /* 1000; negative: none. Below steps */
+    float sparsity_first, sparsity_last;   /* 0.2, 0.5; each in [0, 1) */
+    float weight_first, weight_last;       /* 0.001, 0.01; >= 0 */
+    float threshold;                  /* validation loss above which the pressure is eased; 0: never */
+} apt_adaptive_desc;
+/* Plain data, a copy is a snapshot. Read it as you like, change it through the functions. */
+typedef struct apt_adaptive {
+    apt_adaptive_desc desc;           /* defaults filled in; no warm-up: -1 */
+    int64_t step;                     /* of the last call */
+    double best;                      /* lowest validation loss */
+    int64_t best_step, validations;   /* validations 0: no best yet */
+    int64_t eased_count;              /* validations that were above the threshold */
+    int32_t eased;                    /* the last one was */
+    float target, weight;             /* now */
+} apt_adaptive;
+APT_API apt_result apt_adaptive_init(apt_adaptive *state, const apt_adaptive_desc *desc);
+/* Sets target and weight for `step` >= 0. validation: a new validation loss, or NULL. Above the threshold the scheduled target is
+   multiplied by 0.9 and the weight by 0.5 until a validation loss comes in that is not above it. */
+APT_API apt_result apt_adaptive_step(apt_adaptive *state, int64_t step, const double *validation);
+/* Back to step 0, nothing validated. */
+APT_API apt_result apt_adaptive_reset(apt_adaptive *state);
+/* Saved bytes are the same on every machine, with a check sum. Restore: APT_E_FORMAT for other data, APT_E_CHECKSUM for
+   damaged. */
+#define APT_ADAPTIVE_BYTES 100
+APT_API apt_result apt_adaptive_save(const apt_adaptive *state, void *out, size_t bytes);
+APT_API apt_result apt_adaptive_restore(apt_adaptive *state, const void *in, size_t bytes);
+
+/* How many experts there are at a step: `first` up to begin, `last` from end on, a straight line (rounded up) between. */
+typedef struct apt_expert_schedule { int32_t first, last; int64_t begin, end; } apt_expert_schedule;
+/* 1 <= last <= first, begin <= end, else APT_E_RANGE. */
+APT_API apt_result apt_expert_count(const apt_expert_schedule *schedule, int64_t step, int32_t *count);
+
+/* BK-core: the diagonal of (T - zI)^-1. T is tridiagonal: -2 + v[i] on the diagonal (the discrete Laplacian with potential v), 1
+   beside it. The entry beside it, between i-1 and i, has the square mask[i-1]*mask[i]: with a mask of 0 and 1 a masked position
+   is cut off from both neighbours, so the others get the exact diagonal of what remains, and it gets 1/(-2 + v[i] - z). Values
+   between 0 and 1 are allowed, and everything is differentiable in the mask.
+       left pivot r[i] = d[i] - c[i]/r[i-1],   right pivot s[i] = d[i] - c[i+1]/s[i+1],   G[i] = 1/(r[i] + s[i] - d[i]),
+   d = -2 + v - z, c = mask[i-1]*mask[i]: ratios of the theta and phi recursions, which neither overflow nor underflow.
+   z must not be real: 0.05 <= |im|. Then no pivot is smaller than |im|, |G| <= 1/|im|, and what lies w positions away counts less
+   than (1 + im^2)^-w. Long rows are cut into pieces with so much overlap that what is left out is below 1e-9; the pieces run
+   side by side. The cut depends on n and z only, so the result is the same for any number of threads. */
+typedef struct apt_bk { float re, im; } apt_bk;      /* z; im 0 means 1. NULL where one is wanted: z = i */
+/* Bytes of scratch; -1 when an argument is invalid. */
+APT_API int64_t apt_bk_scratch(int64_t rows, int64_t n, const apt_bk *z);
+/* re, im, v, mask: (rows, n) dense, one sequence per row. mask NULL: all 1. APT_E_NONFINITE: an input; APT_E_RANGE: a mask, z, or
+   a v beyond +-1e9. */
+APT_API apt_result apt_bk_forward(float *re, float *im, const float *v, const float *mask, int64_t rows, int64_t n,
+                                  const apt_bk *z, void *scratch, size_t scratch_bytes);
+/* From dre, dim = dL/d re, dL/d im:  dv += dL/dv,  dmask += dL/dmask,  dz[0] += dL/d re(z), dz[1] += dL/d im(z). Each of the
+   three may be NULL; dmask needs a mask. */
+APT_API apt_result apt_bk_backward(float *dv, float *dmask, double *dz, const float *dre, const float *dim, const float *v,
+                                   const float *mask, int64_t rows, int64_t n, const apt_bk *z, void *scratch,
+                                   size_t scratch_bytes);
+
+#ifndef APT_ONLY_CORE
+/* The same on the context's threads, with its own scratch: bit for bit the same numbers. */
+APT_API apt_result apt_bk_forward_threads(apt_ctx *ctx, float *re, float *im, const float *v, const float *mask, int64_t rows,
+                                          int64_t n, const apt_bk *z);
+APT_API apt_result apt_bk_backward_threads(apt_ctx *ctx, float *dv, float *dmask, double *dz, const float *dre, const float *dim,
+                                           const float *v, const float *mask, int64_t rows, int64_t n, const apt_bk *z);
+
+/* Modules: small layers with parameters of their own, for a network of the caller's. One forward, then (if wanted) sparsity
+   losses, then one backward with the same inputs. Gradients of parameters are added up until apt_module_adam uses and clears
+   them; gradients of inputs are written. A batch is `sequences` sequences of `length` positions, rows = sequences * length. */
+typedef struct apt_module apt_module;
+typedef struct apt_module_tensor { const char *name; int64_t rows, cols; float *value, *grad; } apt_module_tensor;
+/* Belongs to ctx; apt_destroy frees it too. A part of another module (apt_bk_layer_core ...) lives as long as that: it is left
+   alone. */
+APT_API void apt_module_destroy(apt_module *module);
+/* Its parts' parameters included. Pointers and numbers hold until experts are removed. */
+APT_API int32_t apt_module_tensors(const apt_module *module);
+APT_API apt_result apt_module_get(const apt_module *module, int32_t index, apt_module_tensor *tensor);
+APT_API int64_t apt_module_parameters(const apt_module *module);
+/* Adam (0.9, 0.999, 1e-8) with every gradient, then clears them. step counts from 1. APT_E_NONFINITE: a gradient; nothing
+   changes. */
+APT_API apt_result apt_module_adam(apt_module *module, float learning_rate, int64_t step);
+
+/* All that a module and its parts hold from one call to the next: parameters, gradients, the optimizer's state, temperature,
+   number of draws, usage and history of experts; not what a forward keeps for its backward. The bytes are the same on every
+   machine, with a check sum. Restore into a module of the same desc: experts that the saved one has lost are removed from it.
+   APT_E_FORMAT: other data; APT_E_CHECKSUM: damaged; APT_E_SHAPE: saved from a module of another desc, or one that had experts
+   which this one has no more. Nothing changes then. */
+APT_API int64_t apt_module_bytes(const apt_module *module);
+APT_API apt_result apt_module_save(const apt_module *module, void *out, size_t bytes);
+APT_API apt_result apt_module_restore(apt_module *module, const void *in, size_t bytes);
+
+/* Experts: y = sum over the top_k best-gated experts of gate * (DOWN gelu(UP x)), gate = softmax over their gate logits. */
+typedef struct apt_moe_desc {
+    int32_t hidden;                   /* required */
+    int32_t experts;                  /* 4; at most 64 */
+    int32_t top_k;                    /* 2, or the experts if fewer */
+    int32_t neurons;                  /* of each expert: 4 * hidden */
+    uint64_t seed;
+} apt_moe_desc;
+APT_API apt_result apt_moe_create(apt_ctx *ctx, const apt_moe_desc *desc, apt_module **module);
+/* train 1: usage is counted. */
+APT_API apt_result apt_moe_forward(apt_module *module, float *y, const float *x, int64_t rows, int32_t train);
+/* dx may be NULL. */
+APT_API apt_result apt_moe_backward(apt_module *module, float *dx, const float *dy, const float *x, int64_t rows);
+/* Current number of experts, and how often each was chosen since the last removal: counts[experts], NULL: not wanted. */
+APT_API apt_result apt_moe_usage(const apt_module *module, int32_t *experts, int64_t *counts, int32_t capacity);
+typedef struct apt_expert_event {
+    int64_t step;
+    int32_t before, after;
+    double least_share;               /* of all choices, of the least used expert before */
+    double lost_share;                /* of those that went, together */
+} apt_expert_event;
+/* Removes, physically, every expert that got less than `share` of the choices (0: 0.05), never the last (the most used one
+   stays); usage then starts again at 0. *removed may be NULL. APT_E_STATE when nothing was counted. The optimizer's state of
+   the others goes on. A removal ends the validity of the last forward. */
+APT_API apt_result apt_moe_prune(apt_module *module, float share, int64_t step, int32_t *removed);
+/* Removes the least used experts (ties: the later one) until as many are left as the schedule says. */
+APT_API apt_result apt_moe_progress(apt_module *module, const apt_expert_schedule *schedule, int64_t step, int32_t *removed);
+APT_API int32_t apt_moe_events(const apt_module *module);
+APT_API apt_result apt_moe_event(const apt_module *module, int32_t index, apt_expert_event *event);
+
+/* Sparse BK-core. Importance u = w2 relu(W1 x + b1) + b2 (hidden/2 wide), p = sigmoid((u + noise)/temperature), mask m, G =
+   BK-core of v with that mask, interpolation I = three 1-D convolutions (2 -> 16 -> 16 -> 2, width 3, ReLU between) over m*G.
+   Features (re, im) = m*G + (1-m)*I. Where m is 0 or 1 the backward goes straight through the threshold: dL/dp = dL/dm. */
+typedef enum apt_mask_mode {
+    APT_MASK_FIXED = 0,               /* m = (u > 0), no noise: inference */
+    APT_MASK_SAMPLE,                  /* Gumbel noise, m = (p > 1/2): training. Same seed, same draws */
+    APT_MASK_SOFT                     /* Gumbel noise, m = p: exact gradients */
+} apt_mask_mode;
+typedef struct apt_bk_core_desc {
+    int32_t hidden;                   /* required, >= 2 */
+    float temperature;                /* 1 */
+    apt_bk z;
+    uint64_t seed;
+} apt_bk_core_desc;
+APT_API apt_result apt_bk_core_create(apt_ctx *ctx, const apt_bk_core_desc *desc, apt_module **module);
+/* features(rows, 2) from x(rows, hidden) and the potential v(rows). Each call with noise takes the next draw of the seed. */
+APT_API apt_result apt_bk_core_forward(apt_module *module, float *features, const float *x, const float *v, int64_t sequences,
+                                       int64_t length, int32_t mode);
+/* dx, dv may be NULL. */
+APT_API apt_result apt_bk_core_backward(apt_module *module, float *dx, float *dv, const float *dfeatures, const float *x,
+                                        const float *v, int64_t sequences, int64_t length);
+
+/* A layer: e = experts(x);  v = clamp(w_v e + b_v, +-3);  f = clamp(sparse BK-core(x, v), +-10);  y = e + scale * (W_o f +
+   b_o). */
+typedef struct apt_bk_layer_desc {
+    apt_moe_desc moe;                 /* moe.hidden is the layer's */
+    float temperature;
+    apt_bk z;
+    float scale;                      /* 1 */
+    uint64_t seed;                    /* in place of moe.seed */
+} apt_bk_layer_desc;
+APT_API apt_result apt_bk_layer_create(apt_ctx *ctx, const apt_bk_layer_desc *desc, apt_module **module);
+/* x, y: (rows, hidden). With APT_MASK_FIXED the experts' usage is not counted. */
+APT_API apt_result apt_bk_layer_forward(apt_module *module, float *y, const float *x, int64_t sequences, int64_t length,
+                                        int32_t mode);
+APT_API apt_result apt_bk_layer_backward(apt_module *module, float *dx, const float *dy, const float *x, int64_t sequences,
+                                         int64_t length);
+APT_API apt_module *apt_bk_layer_core(apt_module *module);
+APT_API apt_module *apt_bk_layer_moe(apt_module *module);
+
+/* For a sparse BK-core or a layer, between forward and backward. Loss on the mask; its gradient, times grad_scale, waits for
+   the backward (several calls add up). */
+APT_API apt_result apt_module_sparsity_loss(apt_module *module, double *loss, int32_t kind, float target, float grad_scale);
+/* The same with grad_scale sparsity_weight, and the balanced loss with the caller's `accuracy` loss (whose gradient is the
+   caller's). */
+APT_API apt_result apt_module_balanced_loss(apt_module *module, apt_balanced *out, int32_t kind, float target, double accuracy,
+                                            double accuracy_weight, double sparsity_weight);
+APT_API apt_result apt_module_temperature(apt_module *module, float temperature);
+typedef struct apt_bk_stats {
+    int64_t positions;
+    int64_t masked;                   /* mask below 1/2 */
+    double sparsity;                  /* masked / positions */
+    double probability;               /* mean of p: of staying */
+    double least, most;               /* sparsity of the single sequences */
+    int64_t potential_clamped, features_clamped;   /* values (layer only) */
+    int32_t experts;                  /* layer only */
+} apt_bk_stats;
+/* Of the last forward; APT_E_STATE when there was none. */
+APT_API apt_result apt_module_stats(const apt_module *module, apt_bk_stats *stats);
+/* The mask of the last forward, (rows). */
+APT_API apt_result apt_module_mask(const apt_module *module, float *mask, int64_t rows);
 #endif /* APT_ONLY_CORE */
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -1119,6 +1399,7 @@ typedef struct apt_quantize_desc {
 /* Adapters must be merged and trainers be gone. A transaction: on failure nothing changed. */
 APT_API apt_result apt_model_quantize(apt_model *model, const apt_quantize_desc *desc);
 #endif /* APT_ONLY_CORE */
+
 #ifdef __cplusplus
 }
 #endif
@@ -1335,6 +1616,7 @@ struct apt_ctx {
     size_t scratch_bytes;
     int64_t bytes, peak_bytes, blocks;           /* held from the allocator, overhead included */
     apt_model *models;                           /* list through apt_model.next */
+    struct apt_module *modules;                  /* the same through apt_module.next */
     int32_t busy;                                /* atomic: a parallel_for is running */
     const void *owner[APTI_MAX_THREADS];         /* atomic: which system thread runs as thread i, see apti_thread_self */
     char error[APTI_MESSAGE_BYTES];
@@ -2463,7 +2745,6 @@ APTI_UNUSED static double apti_sum(const float *x, int64_t n)
     return (s0 + s1) + (s2 + s3);
 }
 
-#ifndef APT_ONLY_CORE
 APTI_INLINE uint64_t apti_crc64_step(uint64_t crc, uint32_t bits)
 {
     for (uint32_t i = 0; i < bits; i++) crc = crc >> 1 ^ (0xC96C5795D7870F42u & (0u - (crc & 1u)));
@@ -2494,7 +2775,6 @@ static uint64_t apti_checksum(uint64_t state, const void *data, size_t n)
     for (; n > 0; n--) crc = apti_crc64_step(crc ^ *p++, 8);
     return ~crc;
 }
-#endif /* APT_ONLY_CORE */
 
 #ifndef APT_ONLY_CORE
 // >>kernels
@@ -5493,6 +5773,16 @@ static void apti_gemm_packed(apti_gemm_part *part, apti_b_kind kind, const apti_
     part->packed = packed;
 }
 
+static void apti_gemm_epilogue(apti_gemm *g, const apti_epilogue *epilogue)
+{
+    g->act = epilogue->act;
+    g->pre = epilogue->pre;
+    g->ld_pre = epilogue->ld_pre;
+    g->residual = epilogue->residual;
+    g->ld_residual = epilogue->ld_residual;
+    g->mask = epilogue->mask;
+}
+
 /* y(rows, out) = epilogue(x W^T + xa B^T + bias),  xa(rows, rank) = s x A^T
    x(rows, in). The adapter is the second segment of the same product: no second pass over x or y. */
 static void apti_linear_forward(apt_ctx *ctx, const apti_linear_op *op, float *y, int64_t ldy, const float *x, int64_t ldx,
@@ -5513,14 +5803,7 @@ static void apti_linear_forward(apt_ctx *ctx, const apti_linear_op *op, float *y
     apti_gemm_left(&g.part[0], x, ldx, op->in);
     apti_gemm_packed(&g.part[0], APTI_B_PACKED, op->w);
     g.bias = op->bias;
-    if (epilogue) {
-        g.act = epilogue->act;
-        g.pre = epilogue->pre;
-        g.ld_pre = epilogue->ld_pre;
-        g.residual = epilogue->residual;
-        g.ld_residual = epilogue->ld_residual;
-        g.mask = epilogue->mask;
-    }
+    if (epilogue != NULL) apti_gemm_epilogue(&g, epilogue);
     apti_gemm_run(ctx, &g);
 }
 
@@ -7187,9 +7470,19 @@ static void apti_append(char *out, size_t bytes, const char *text)
     out[used] = 0;
 }
 
-/* The number of a name among those that name_of gives for first, first + 1 ...; `what` is the word for them in the message. */
-static apt_result apti_kind_from_name(const char *name, int32_t *kind, const char *(*name_of)(int32_t), int32_t first,
-                                      const char *what, char *message, size_t bytes)
+/* All names, from number `first` to the last, behind which name_of gives NULL. */
+static void apti_append_kinds(char *out, size_t bytes, const char *(*name_of)(int32_t), int32_t first)
+{
+    const char *known;
+    for (int32_t k = first; (known = name_of(k)) != NULL; k++) {
+        apti_append(out, bytes, k > first ? ", " : "");
+        apti_append(out, bytes, known);
+    }
+}
+
+/* The number of a name, or a message that lists what there is. */
+static apt_result apti_kind_from_name(const char *what, const char *(*name_of)(int32_t), int32_t first, const char *name,
+                                      int32_t *kind, char *message, size_t bytes)
 {
     if (message == NULL) bytes = 0;
     if (bytes > 0) message[0] = 0;
@@ -7204,17 +7497,14 @@ static apt_result apti_kind_from_name(const char *name, int32_t *kind, const cha
     apti_append(message, bytes, what);
     apti_append(message, bytes, " '");
     apti_append(message, bytes, name != NULL ? name : "(null)");
-    apti_append(message, bytes, "'; supported:");
-    for (int32_t k = first; (known = name_of(k)) != NULL; k++) {
-        apti_append(message, bytes, k > first ? ", " : " ");
-        apti_append(message, bytes, known);
-    }
+    apti_append(message, bytes, "'; supported: ");
+    apti_append_kinds(message, bytes, name_of, first);
     return APT_E_ARGUMENT;
 }
 
 APT_API apt_result apt_schedule_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes)
 {
-    return apti_kind_from_name(name, kind, apt_schedule_kind_name, 0, "schedule", message, bytes);
+    return apti_kind_from_name("schedule", apt_schedule_kind_name, 0, name, kind, message, bytes);
 }
 
 /* Steps must rise strictly (else two sparsities would hold at once) and sparsities must not fall (a cut is final). */
@@ -8922,7 +9212,7 @@ typedef struct apti_sparse_job {
     apt_ctx *ctx;
     const apt_sparse *s;
     float *y;
-    const float *x;
+    const float *x, *start;                      /* start: [outputs of s] what the sums begin with; NULL: 0 */
     int64_t ldy, ldx, n, width, blocks, outputs;          /* rows of x in a block; blocks; outputs of a task */
 } apti_sparse_job;
 
@@ -8942,6 +9232,8 @@ static void apti_sparse_task(int64_t index, int32_t thread, void *arg)
     float *x = (float *)(at + APTI_SPARSE_OUTPUTS), *sums = x + APTI_SPARSE_K * job->width;
     memcpy(at, s->start + o0, (size_t)outputs * sizeof(int64_t));
     memset(sums, 0, (size_t)(outputs * job->width) * sizeof(float));
+    for (int64_t o = 0; job->start != NULL && o < outputs; o++)
+        for (int64_t i = 0; i < job->width; i++) sums[o * job->width + i] = job->start[o0 + o];
     memset(x, 0, (size_t)(APTI_SPARSE_K * job->width) * sizeof(float));    /* rows that are not there stay 0 */
     t.vectors = (int32_t)(job->width / kernels->lanes);
     t.outputs = outputs;
@@ -8960,7 +9252,9 @@ static void apti_sparse_task(int64_t index, int32_t thread, void *arg)
     kernels->transpose(job->y + i0 * job->ldy + o0, job->ldy, sums, job->width, outputs, rows);
 }
 
-static void apti_sparse_run(apt_ctx *ctx, const apt_sparse *s, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t n)
+/* y(n, rows) = start + x(n, cols) W^T */
+static void apti_sparse_run(apt_ctx *ctx, const apt_sparse *s, const float *start, float *y, int64_t ldy, const float *x,
+                            int64_t ldx, int64_t n)
 {
     apti_sparse_job job;
     const int64_t lanes = ctx->kernels->lanes;
@@ -8968,6 +9262,7 @@ static void apti_sparse_run(apt_ctx *ctx, const apt_sparse *s, float *y, int64_t
     job.s = s;
     job.y = y;
     job.x = x;
+    job.start = start;
     job.ldy = ldy;
     job.ldx = ldx;
     job.n = n;
@@ -8977,6 +9272,44 @@ static void apti_sparse_run(apt_ctx *ctx, const apt_sparse *s, float *y, int64_t
     const int64_t wanted = apti_ceil_div(4 * ctx->threads, job.blocks), most = apti_ceil_div(s->rows, APTI_SPARSE_OUTPUTS);
     job.outputs = apti_ceil_div(s->rows, apti_max_i64(most, apti_min_i64(wanted, apti_ceil_div(s->rows, 32))));
     apti_parallel_for(ctx, job.blocks * apti_ceil_div(s->rows, job.outputs), apti_sparse_task, &job);
+}
+
+/* Room for a matrix of this size, all rows empty. */
+static apt_result apti_sparse_reserve(apt_ctx *ctx, apt_sparse *sparse, int64_t rows, int64_t cols, int64_t count)
+{
+    int64_t words = -1;
+    memset(sparse, 0, sizeof *sparse);
+    if (apti_mul(rows, apt_bitmask_words(cols), &words)) {
+        sparse->bits = (uint64_t *)apti_calloc(ctx, words, (int64_t)sizeof(uint64_t));
+        sparse->start = (int64_t *)apti_calloc(ctx, rows + 1, (int64_t)sizeof(int64_t));
+        sparse->values = (float *)apti_alloc(ctx, count, (int64_t)sizeof(float));
+    }
+    sparse->rows = rows;
+    sparse->cols = cols;
+    if (sparse->bits != NULL && sparse->start != NULL && sparse->values != NULL) return APT_OK;
+    apt_sparse_free(ctx, sparse);
+    return apti_fail(ctx, APT_E_MEMORY, "no memory for a compressed matrix of %lld x %lld weights", (long long)rows,
+                     (long long)cols);
+}
+
+APT_API void apt_sparse_free(apt_ctx *ctx, apt_sparse *sparse)
+{
+    if (ctx == NULL || sparse == NULL) return;
+    apti_free(ctx, sparse->bits);
+    apti_free(ctx, sparse->start);
+    apti_free(ctx, sparse->values);
+    memset(sparse, 0, sizeof *sparse);
+}
+
+APT_API apt_result apt_sparse_make(apt_ctx *ctx, apt_sparse *sparse, const float *w, int64_t ld, int64_t rows, int64_t cols)
+{
+    if (ctx == NULL) return APT_E_ARGUMENT;
+    const int64_t count = apt_sparse_count(w, ld, rows, cols);
+    if (sparse == NULL || count < 0)
+        return apti_fail(ctx, APT_E_ARGUMENT, "apt_sparse_make: %lld x %lld weights, %lld apart, are no matrix", (long long)rows,
+                         (long long)cols, (long long)ld);
+    const apt_result r = apti_sparse_reserve(ctx, sparse, rows, cols, count);
+    return r == APT_OK ? apt_sparse_pack(sparse, count, w, ld) : r;
 }
 #endif /* APT_ONLY_CORE */
 
@@ -8989,7 +9322,7 @@ APT_API apt_result apt_sparse_forward(apt_ctx *ctx, float *y, int64_t ldy, const
     if (r != APT_OK || n == 0 || sparse->rows == 0) return r;
 #ifndef APT_ONLY_CORE
     if (ctx != NULL) {
-        apti_sparse_run(ctx, sparse, y, ldy, x, ldx, n);
+        apti_sparse_run(ctx, sparse, NULL, y, ldy, x, ldx, n);
         return APT_OK;
     }
 #else
@@ -8999,6 +9332,2208 @@ APT_API apt_result apt_sparse_forward(apt_ctx *ctx, float *y, int64_t ldy, const
         for (int64_t o = 0; o < sparse->rows; o++) y[i * ldy + o] = apti_sparse_dot(sparse, o, x + i * ldx);
     return APT_OK;
 }
+
+/* ---------------------------------------------------------------------------------------------------------------------
+   Learned sparsity: losses on a mask, their scheduler, the BK-core; then, where there is a context, the modules
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* --- sparsity losses --- */
+
+#define APTI_KL_EDGE 1e-6
+#define APTI_HUBER_DELTA 0.1
+
+APT_API const char *apt_sparsity_kind_name(int32_t kind)
+{
+    switch (kind) {
+        case APT_SPARSITY_L2: return "l2";
+        case APT_SPARSITY_L1: return "l1";
+        case APT_SPARSITY_KL: return "kl";
+        case APT_SPARSITY_HUBER: return "huber";
+        default: return NULL;
+    }
+}
+
+APT_API apt_result apt_sparsity_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes)
+{
+    return apti_kind_from_name("sparsity loss", apt_sparsity_kind_name, 0, name, kind, message, bytes);
+}
+
+/* Loss of a sparsity s and its slope. */
+static double apti_sparsity_value(int32_t kind, double s, double target, double *slope)
+{
+    const double e = s - target, size = fabs(e), edge = APTI_KL_EDGE;
+    if (kind == APT_SPARSITY_L1) {
+        *slope = (double)(e > 0) - (double)(e < 0);
+        return size;
+    }
+    if (kind == APT_SPARSITY_HUBER) {
+        const bool near = size <= APTI_HUBER_DELTA;
+        *slope = near ? e : e > 0 ? APTI_HUBER_DELTA : -APTI_HUBER_DELTA;
+        return near ? 0.5 * e * e : APTI_HUBER_DELTA * (size - 0.5 * APTI_HUBER_DELTA);
+    }
+    *slope = 2 * e;
+    if (kind == APT_SPARSITY_L2 || target < edge || target > 1 - edge) return e * e;
+    const double q = s < edge ? edge : s > 1 - edge ? 1 - edge : s;
+    if (s >= edge && s <= 1 - edge) *slope = e / (q * (1 - q));
+    return target * log(target / q) + (1 - target) * log((1 - target) / (1 - q));
+}
+
+static apt_result apti_check_between(const float *x, int64_t n, float least, float most)
+{
+    if (!apti_finite_all(x, n)) return APT_E_NONFINITE;
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < n; i++) bad |= (uint32_t)(x[i] < least) | (uint32_t)(x[i] > most);
+    return bad != 0 ? APT_E_RANGE : APT_OK;
+}
+
+static apt_result apti_check_share(const float *x, int64_t n)
+{
+    return apti_check_between(x, n, 0.0f, 1.0f);
+}
+
+APT_API apt_result apt_sparsity_loss(double *loss, float *grad, const float *mask, int64_t n, int32_t kind, float target,
+                                     float grad_scale)
+{
+    if (loss == NULL || mask == NULL || n < 1 || apt_sparsity_kind_name(kind) == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite(grad_scale)) return APT_E_NONFINITE;
+    apt_result r = apti_check_share(&target, 1);
+    if (r == APT_OK) r = apti_check_share(mask, n);
+    if (r != APT_OK) return r;
+    double slope;
+    *loss = apti_sparsity_value(kind, 1 - apti_sum(mask, n) / (double)n, (double)target, &slope);
+    const float each = (float)(-(double)grad_scale * slope / (double)n);      /* more mask is less sparsity */
+    for (int64_t i = 0; grad != NULL && i < n; i++) grad[i] += each;
+    return APT_OK;
+}
+
+APT_API apt_result apt_balanced_loss(apt_balanced *out, double accuracy, double sparsity, double accuracy_weight,
+                                     double sparsity_weight)
+{
+    if (out == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite_f64(accuracy) || !apti_finite_f64(sparsity)) return APT_E_NONFINITE;
+    if (!apti_finite_f64(accuracy_weight) || !apti_finite_f64(sparsity_weight)) return APT_E_NONFINITE;
+    if (accuracy_weight < 0 || sparsity_weight < 0) return APT_E_RANGE;
+    out->accuracy = accuracy;
+    out->sparsity = sparsity;
+    out->accuracy_weight = accuracy_weight;
+    out->sparsity_weight = sparsity_weight;
+    out->accuracy_part = accuracy_weight * accuracy;
+    out->sparsity_part = sparsity_weight * sparsity;
+    out->total = out->accuracy_part + out->sparsity_part;
+    return APT_OK;
+}
+
+/* --- the scheduler of target and weight --- */
+
+APT_API const char *apt_adaptive_kind_name(int32_t kind)
+{
+    switch (kind) {
+        case APT_ADAPTIVE_LINEAR: return "linear";
+        case APT_ADAPTIVE_COSINE: return "cosine";
+        case APT_ADAPTIVE_STEP: return "step";
+        default: return NULL;
+    }
+}
+
+APT_API apt_result apt_adaptive_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes)
+{
+    return apti_kind_from_name("schedule", apt_adaptive_kind_name, 0, name, kind, message, bytes);
+}
+
+static void apti_default_float(float *value, float standard)
+{
+    if (apti_bits(*value) << 1 == 0) *value = standard;          /* +-0, by the bits */
+}
+
+static apt_result apti_check_adaptive(const apt_adaptive_desc *d)
+{
+    const float all[5] = {d->sparsity_first, d->sparsity_last, d->weight_first, d->weight_last, d->threshold};
+    if (apt_adaptive_kind_name(d->kind) == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite_all(all, 5)) return APT_E_NONFINITE;
+    if (d->warmup < -1 || d->steps < 1 || d->warmup >= d->steps) return APT_E_RANGE;
+    if (d->sparsity_first < 0 || d->sparsity_first >= 1 || d->sparsity_last < 0 || d->sparsity_last >= 1) return APT_E_RANGE;
+    return d->weight_first < 0 || d->weight_last < 0 || d->threshold < 0 ? APT_E_RANGE : APT_OK;
+}
+
+static double apti_adaptive_share(const apt_adaptive_desc *d, int64_t step)
+{
+    const double warmup = d->warmup > 0 ? (double)d->warmup : 0;
+    if (step >= d->steps) return 1;
+    const double u = ((double)step - warmup) / ((double)d->steps - warmup);
+    if (u <= 0) return 0;
+    if (d->kind == APT_ADAPTIVE_LINEAR) return u;
+    if (d->kind == APT_ADAPTIVE_COSINE) return 0.5 * (1 - cos(3.14159265358979324 * u));
+    return u < 0.25 ? 0 : u < 0.5 ? 0.33 : u < 0.75 ? 0.67 : 1;
+}
+
+/* The easing acts on the curve, not on the last value: after a bad validation and a good one the run is where it would be. */
+static void apti_adaptive_update(apt_adaptive *s)
+{
+    const apt_adaptive_desc *d = &s->desc;
+    const double share = apti_adaptive_share(d, s->step);
+    const double target = d->sparsity_first + share * ((double)d->sparsity_last - d->sparsity_first);
+    const double weight = d->weight_first + share * ((double)d->weight_last - d->weight_first);
+    s->target = (float)(s->eased != 0 ? 0.9 * target : target);
+    s->weight = (float)(s->eased != 0 ? 0.5 * weight : weight);
+}
+
+APT_API apt_result apt_adaptive_init(apt_adaptive *state, const apt_adaptive_desc *desc)
+{
+    if (state == NULL || desc == NULL) return APT_E_ARGUMENT;
+    apt_adaptive_desc d = *desc;
+    if (d.warmup == 0) d.warmup = 1000;
+    if (d.warmup < 0) d.warmup = -1;
+    apti_default_float(&d.sparsity_first, 0.2f);
+    apti_default_float(&d.sparsity_last, 0.5f);
+    apti_default_float(&d.weight_first, 0.001f);
+    apti_default_float(&d.weight_last, 0.01f);
+    const apt_result r = apti_check_adaptive(&d);
+    if (r != APT_OK) return r;
+    state->desc = d;
+    return apt_adaptive_reset(state);
+}
+
+APT_API apt_result apt_adaptive_reset(apt_adaptive *state)
+{
+    if (state == NULL) return APT_E_ARGUMENT;
+    const apt_adaptive_desc desc = state->desc;
+    const apt_result r = apti_check_adaptive(&desc);             /* refuses a state that was never made */
+    if (r != APT_OK) return r;
+    memset(state, 0, sizeof *state);
+    state->desc = desc;
+    apti_adaptive_update(state);
+    return APT_OK;
+}
+
+APT_API apt_result apt_adaptive_step(apt_adaptive *state, int64_t step, const double *validation)
+{
+    if (state == NULL) return APT_E_ARGUMENT;
+    const apt_result r = apti_check_adaptive(&state->desc);
+    if (r != APT_OK) return r;
+    if (step < 0) return APT_E_RANGE;
+    if (validation != NULL && !apti_finite_f64(*validation)) return APT_E_NONFINITE;
+    state->step = step;
+    if (validation != NULL) {
+        if (state->validations == 0 || *validation < state->best) {
+            state->best = *validation;
+            state->best_step = step;
+        }
+        state->validations++;
+        state->eased = state->desc.threshold > 0 && *validation > (double)state->desc.threshold;
+        state->eased_count += state->eased;
+    }
+    apti_adaptive_update(state);
+    return APT_OK;
+}
+
+/* Little-endian fields through one cursor, in both directions, so that save and restore cannot disagree. */
+typedef struct apti_field_cursor { uint8_t *out; const uint8_t *in; size_t at; } apti_field_cursor;
+
+static void apti_field_bits(apti_field_cursor *c, uint64_t *value, int32_t bytes)
+{
+    uint64_t read = 0;
+    for (int32_t i = 0; i < bytes; i++) {
+        if (c->out != NULL) c->out[c->at + (size_t)i] = (uint8_t)(*value >> (8 * i));
+        else read |= (uint64_t)c->in[c->at + (size_t)i] << (8 * i);
+    }
+    c->at += (size_t)bytes;
+    if (c->out == NULL) *value = read;
+}
+
+static void apti_field_i64(apti_field_cursor *c, int64_t *value)
+{
+    uint64_t bits;
+    memcpy(&bits, value, sizeof bits);
+    apti_field_bits(c, &bits, 8);
+    memcpy(value, &bits, sizeof bits);
+}
+
+static void apti_field_i32(apti_field_cursor *c, int32_t *value)
+{
+    uint32_t narrow;
+    memcpy(&narrow, value, sizeof narrow);
+    uint64_t bits = narrow;
+    apti_field_bits(c, &bits, 4);
+    narrow = (uint32_t)bits;
+    memcpy(value, &narrow, sizeof narrow);
+}
+
+static void apti_field_f64(apti_field_cursor *c, double *value)
+{
+    uint64_t bits;
+    memcpy(&bits, value, sizeof bits);
+    apti_field_bits(c, &bits, 8);
+    memcpy(value, &bits, sizeof bits);
+}
+
+static void apti_field_f32(apti_field_cursor *c, float *value)
+{
+    uint64_t bits = apti_bits(*value);
+    apti_field_bits(c, &bits, 4);
+    *value = apti_float((uint32_t)bits);
+}
+
+#define APTI_ADAPTIVE_MAGIC 0x3144415045545041u                  /* "APTEPAD1" */
+
+static void apti_adaptive_fields(apti_field_cursor *c, uint64_t *magic, apt_adaptive *s)
+{
+    apti_field_bits(c, magic, 8);
+    apti_field_i32(c, &s->desc.kind);
+    apti_field_i64(c, &s->desc.steps);
+    apti_field_i64(c, &s->desc.warmup);
+    apti_field_f32(c, &s->desc.sparsity_first);
+    apti_field_f32(c, &s->desc.sparsity_last);
+    apti_field_f32(c, &s->desc.weight_first);
+    apti_field_f32(c, &s->desc.weight_last);
+    apti_field_f32(c, &s->desc.threshold);
+    apti_field_i64(c, &s->step);
+    apti_field_f64(c, &s->best);
+    apti_field_i64(c, &s->best_step);
+    apti_field_i64(c, &s->validations);
+    apti_field_i64(c, &s->eased_count);
+    apti_field_i32(c, &s->eased);
+}
+
+APT_API apt_result apt_adaptive_save(const apt_adaptive *state, void *out, size_t bytes)
+{
+    if (state == NULL || out == NULL) return APT_E_ARGUMENT;
+    if (bytes < APT_ADAPTIVE_BYTES) return APT_E_SCRATCH;
+    const apt_result r = apti_check_adaptive(&state->desc);
+    if (r != APT_OK) return r;
+    apt_adaptive copy = *state;
+    uint64_t magic = APTI_ADAPTIVE_MAGIC;
+    apti_field_cursor c = {(uint8_t *)out, NULL, 0};
+    apti_adaptive_fields(&c, &magic, &copy);
+    uint64_t sum = apti_checksum(0, out, c.at);
+    apti_field_bits(&c, &sum, 8);
+    return APT_OK;
+}
+
+APT_API apt_result apt_adaptive_restore(apt_adaptive *state, const void *in, size_t bytes)
+{
+    if (state == NULL || in == NULL) return APT_E_ARGUMENT;
+    if (bytes < APT_ADAPTIVE_BYTES) return APT_E_FORMAT;
+    apt_adaptive read;
+    memset(&read, 0, sizeof read);
+    uint64_t magic = 0, sum = 0;
+    apti_field_cursor c = {NULL, (const uint8_t *)in, 0};
+    apti_adaptive_fields(&c, &magic, &read);
+    if (magic != APTI_ADAPTIVE_MAGIC) return APT_E_FORMAT;
+    const uint64_t wanted = apti_checksum(0, in, c.at);
+    apti_field_bits(&c, &sum, 8);
+    if (sum != wanted) return APT_E_CHECKSUM;
+    if (apti_check_adaptive(&read.desc) != APT_OK || read.step < 0 || !apti_finite_f64(read.best)) return APT_E_FORMAT;
+    if (read.validations < 0 || read.eased_count < 0 || read.eased_count > read.validations) return APT_E_FORMAT;
+    if (read.eased < 0 || read.eased > 1) return APT_E_FORMAT;
+    apti_adaptive_update(&read);
+    *state = read;
+    return APT_OK;
+}
+
+APT_API apt_result apt_expert_count(const apt_expert_schedule *schedule, int64_t step, int32_t *count)
+{
+    if (schedule == NULL || count == NULL) return APT_E_ARGUMENT;
+    if (schedule->last < 1 || schedule->first < schedule->last || schedule->end < schedule->begin) return APT_E_RANGE;
+    *count = schedule->first;
+    if (step >= schedule->end) *count = schedule->last;
+    else if (step > schedule->begin) {
+        const double u = ((double)step - (double)schedule->begin) / ((double)schedule->end - (double)schedule->begin);
+        const int64_t gone = (int64_t)(u * ((double)schedule->first - (double)schedule->last));
+        *count = (int32_t)(schedule->first - gone);
+    }
+    return APT_OK;
+}
+
+/* --- BK-core ---
+
+   A row is cut into pieces; 16 pieces, of any rows, run in step as the lanes of one group: the recursions are chains of complex
+   divisions, so one piece alone would wait for every quotient, and 16 side by side fill the vectors of any CPU as plain C.
+
+   Why a piece may begin anywhere. Let y = |im z|. All pivots lie in the half plane beyond distance y of the real line. In its
+   hyperbolic metric r -> -c/r moves two points no further apart, and brings both within 1/y of the line (c <= 1); the step
+   away from the line by y then shrinks their distance by (1/y)/(1/y + y) = 1/(1 + y^2) or more. Two left pivots of one place that
+   come from different beginnings differ by ln(1 + 1/y^2) at most, and w places further by (1 + y^2)^-w of that. The same holds
+   for right pivots and, as the backward recursions are the derivatives of these, for gradients. So a piece starts w places
+   outside, w so large that the rest is below 1e-9: 33 for z = i. */
+
+enum {
+    APTI_BK_LANES = 16,
+    APTI_BK_PIECE = 512,              /* positions, at least: with the overlap and all arrays they stay in a second-level cache */
+    APTI_BK_TILE = 32,                /* positions that are turned from rows into lanes at a time */
+    APTI_BK_FORWARD = 4,              /* arrays of a group: d and c, then r or G */
+    APTI_BK_BACKWARD = 9
+};
+#define APTI_BK_LEAST 0.05f
+#define APTI_BK_MOST_V 1e9f           /* its square and those of the reciprocals are floats, whatever a compiler makes of 1/x */
+
+typedef struct apti_bk_job {
+    const float *v, *mask;
+    int64_t rows, n;
+    float shift, y;                   /* d = (v + shift) - iy */
+    int64_t piece, pieces, jobs, overlap, groups;
+    float *out_re, *out_im;           /* forward */
+    const float *dre, *dim;           /* backward */
+    float *dv, *dmask;
+    double *dz;                       /* the caller's, or NULL */
+    int64_t bytes;                    /* of scratch */
+} apti_bk_job;
+
+/* One group: where its lanes begin. */
+typedef struct apti_bk_group {
+    int64_t row[APTI_BK_LANES], first[APTI_BK_LANES], count[APTI_BK_LANES];   /* positions [first, first + count) of the row */
+    int64_t lead, total;              /* step t is position first - lead + t; t < total */
+    float *x[APTI_BK_BACKWARD];       /* [total][16] each */
+} apti_bk_group;
+
+/* Sizes and the cut. The arrays are the caller's to fill in. */
+static apt_result apti_bk_plan(apti_bk_job *job, int64_t rows, int64_t n, const apt_bk *z)
+{
+    const apt_bk standard = {0, 1};
+    int64_t size, bytes;
+    memset(job, 0, sizeof *job);
+    if (z == NULL) z = &standard;
+    if (!apti_mul(rows, n, &size) || !apti_mul(size, (int64_t)sizeof(float), &bytes)) return APT_E_ARGUMENT;
+    if (!apti_finite(z->re) || !apti_finite(z->im)) return APT_E_NONFINITE;
+    job->y = z->im;
+    apti_default_float(&job->y, 1.0f);
+    const double y = fabs((double)job->y), decay = log(1 + y * y);
+    if (y < (double)APTI_BK_LEAST || y > 1e6 || fabs(z->re) > 1e6f) return APT_E_RANGE;
+    const double overlap = log(2e9 * (1 + 1 / (y * y))) / decay;
+    job->overlap = 2 + (int64_t)(overlap > 0 ? overlap : 0);
+    job->rows = rows;
+    job->n = n;
+    job->shift = -2.0f - z->re;
+    job->pieces = apti_max_i64(1, apti_ceil_div(n, apti_max_i64(APTI_BK_PIECE, 4 * job->overlap)));
+    job->piece = apti_max_i64(1, apti_ceil_div(n, job->pieces));
+    job->pieces = apti_max_i64(1, apti_ceil_div(n, job->piece));
+    if (!apti_mul(rows, job->pieces, &job->jobs)) return APT_E_ARGUMENT;
+    if (n == 0) job->jobs = 0;
+    job->groups = apti_ceil_div(job->jobs, APTI_BK_LANES);
+    /* At most twice the overlap on each side; one piece needs none. */
+    const int64_t total = job->piece + (job->pieces > 1 ? 4 * job->overlap : 0);
+    if (!apti_mul(total, APTI_BK_LANES * APTI_BK_BACKWARD * (int64_t)sizeof(float), &job->bytes)) return APT_E_ARGUMENT;
+    job->bytes = apti_round_up(job->bytes, 64) + 64;
+    return APT_OK;
+}
+
+static void apti_bk_begin(apti_bk_group *g, const apti_bk_job *job, int64_t group, int64_t lead, int32_t arrays, char *scratch)
+{
+    g->lead = job->pieces > 1 ? lead : 0;
+    g->total = job->piece + 2 * g->lead;
+    /* A lane without a piece repeats the last one and stores nothing. */
+    for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+        const int64_t j = group * APTI_BK_LANES + l, at = apti_min_i64(j, job->jobs - 1);
+        g->row[l] = at / job->pieces;
+        g->first[l] = at % job->pieces * job->piece;
+        g->count[l] = j < job->jobs ? apti_min_i64(job->piece, job->n - g->first[l]) : 0;
+    }
+    float *next = (float *)(void *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
+    for (int32_t i = 0; i < arrays; i++, next += g->total * APTI_BK_LANES) g->x[i] = next;
+}
+
+/* What is turned into lanes: from[p] + add or, as a link, from[p - 1] * from[p] (from NULL: 1), where the lane has that
+   position. */
+typedef struct apti_bk_source { const float *from; float add; int64_t margin; bool link; } apti_bk_source;
+
+/* Steps [t0, t1) of a lane whose step 0 is value `at` of the array: those in [begin, end) count, the others get 0. */
+static void apti_bk_column(float *to, const apti_bk_source *s, int64_t at, int64_t t0, int64_t begin, int64_t end, int64_t t1)
+{
+    const float *x = s->from;
+    for (int64_t t = t0; t < begin; t++) to[t * APTI_BK_LANES] = 0;
+    if (s->link && x == NULL) for (int64_t t = begin; t < end; t++) to[t * APTI_BK_LANES] = 1;
+    else if (s->link) for (int64_t t = begin; t < end; t++) to[t * APTI_BK_LANES] = x[at + t - 1] * x[at + t];
+    else for (int64_t t = begin; t < end; t++) to[t * APTI_BK_LANES] = x[at + t] + s->add;
+    for (int64_t t = end; t < t1; t++) to[t * APTI_BK_LANES] = 0;
+}
+
+/* to[t][l], for every step and lane */
+static void apti_bk_load(float *to, const apti_bk_group *g, const apti_bk_job *job, const apti_bk_source *s)
+{
+    for (int64_t t0 = 0; t0 < g->total; t0 += APTI_BK_TILE) {
+        const int64_t t1 = apti_min_i64(g->total, t0 + APTI_BK_TILE);
+        for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+            const int64_t base = g->first[l] - g->lead;          /* position of step 0; may be negative */
+            const int64_t low = apti_max_i64(s->link, g->first[l] - s->margin);
+            const int64_t high = apti_min_i64(job->n, g->first[l] + job->piece + s->margin);
+            const int64_t begin = apti_min_i64(t1, apti_max_i64(t0, low - base));
+            const int64_t end = apti_max_i64(begin, apti_min_i64(t1, high - base));
+            apti_bk_column(to + l, s, g->row[l] * job->n + base, t0, begin, end, t1);
+        }
+    }
+}
+
+/* to(row, position) = or += from[t][l], for the positions of each piece */
+static void apti_bk_store(float *to, const apti_bk_group *g, const apti_bk_job *job, const float *from, bool add)
+{
+    for (int64_t t0 = 0; t0 < job->piece; t0 += APTI_BK_TILE) {
+        for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+            const int64_t t1 = apti_min_i64(g->count[l], t0 + APTI_BK_TILE);
+            float *y = to + (g->row[l] * job->n + g->first[l]);
+            const float *x = from + g->lead * APTI_BK_LANES + l;
+            if (add) for (int64_t t = t0; t < t1; t++) y[t] += x[t * APTI_BK_LANES];
+            else for (int64_t t = t0; t < t1; t++) y[t] = x[t * APTI_BK_LANES];
+        }
+    }
+}
+
+static void apti_bk_load_matrix(const apti_bk_group *g, const apti_bk_job *job)
+{
+    const apti_bk_source diagonal = {job->v, job->shift, job->n, false}, links = {job->mask, 0, job->n, true};
+    apti_bk_load(g->x[0], g, job, &diagonal);
+    apti_bk_load(g->x[1], g, job, &links);
+}
+
+/* w[t] = 1/r[t-1]: reciprocals of the left pivots r = d - c w. a = Re d. */
+static void apti_bk_left(const apti_bk_group *g, float y)
+{
+    const float *APTI_RESTRICT a = g->x[0], *APTI_RESTRICT c = g->x[1];
+    float *APTI_RESTRICT w_re = g->x[2], *APTI_RESTRICT w_im = g->x[3];
+    float w[APTI_BK_LANES] = {0}, h[APTI_BK_LANES] = {0};        /* w now, h its imaginary part */
+    for (int64_t t = 0; t < g->total * APTI_BK_LANES; t += APTI_BK_LANES) {
+        for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+            const float re = a[t + l] - c[t + l] * w[l], im = -y - c[t + l] * h[l];
+            const float scale = 1.0f / (re * re + im * im);
+            w_re[t + l] = w[l];
+            w_im[t + l] = h[l];
+            w[l] = re * scale;
+            h[l] = -im * scale;
+        }
+    }
+}
+
+/* From the right: u = 1/s[t+1], s = d - c[t+1] u, G = 1/(s - c w), which takes the place of w. */
+static void apti_bk_right(const apti_bk_group *g, float y)
+{
+    const float *APTI_RESTRICT a = g->x[0], *APTI_RESTRICT c = g->x[1];
+    float *APTI_RESTRICT w_re = g->x[2], *APTI_RESTRICT w_im = g->x[3];
+    float u[APTI_BK_LANES] = {0}, h[APTI_BK_LANES] = {0}, next[APTI_BK_LANES] = {0};
+    for (int64_t t = (g->total - 1) * APTI_BK_LANES; t >= 0; t -= APTI_BK_LANES) {
+        for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+            const float re = a[t + l] - next[l] * u[l], im = -y - next[l] * h[l];
+            const float q_re = re - c[t + l] * w_re[t + l], q_im = im - c[t + l] * w_im[t + l];
+            const float scale = 1.0f / (re * re + im * im), q_scale = 1.0f / (q_re * q_re + q_im * q_im);
+            w_re[t + l] = q_re * q_scale;
+            w_im[t + l] = -q_im * q_scale;
+            u[l] = re * scale;
+            h[l] = -im * scale;
+            next[l] = c[t + l];
+        }
+    }
+}
+
+static void apti_bk_forward_group(const apti_bk_job *job, int64_t group, char *scratch)
+{
+    apti_bk_group g;
+    apti_bk_begin(&g, job, group, job->overlap, APTI_BK_FORWARD, scratch);
+    apti_bk_load_matrix(&g, job);
+    apti_bk_left(&g, job->y);
+    apti_bk_right(&g, job->y);
+    apti_bk_store(job->out_re, &g, job, g.x[2], false);
+    apti_bk_store(job->out_im, &g, job, g.x[3], false);
+}
+
+/* With D the derivative of the loss by a complex number (dL = Re(D dx)):
+       G = 1/q            Dq = -DG G^2
+       q = r + s - d      Dr = Dq + (from the right) c[t+1] Dr[t+1] / r^2        Ds = Dq + (from the left) c Ds[t-1] / s^2
+       d                  Dd = Dr + Ds - Dq
+       c                  Dc = -Re(Dr / r[t-1]) - Re(Ds[t-1] / s)
+   This pass goes with apti_bk_right: Dr takes the place of w, Dq that of DG, u and the first half of Dc are stored. */
+static void apti_bk_right_backward(const apti_bk_group *g, float y)
+{
+    const float *APTI_RESTRICT a = g->x[0], *APTI_RESTRICT c = g->x[1];
+    float *APTI_RESTRICT w_re = g->x[2], *APTI_RESTRICT w_im = g->x[3], *APTI_RESTRICT q_re = g->x[4],
+        *APTI_RESTRICT q_im = g->x[5];
+    float *APTI_RESTRICT u_re = g->x[6], *APTI_RESTRICT u_im = g->x[7], *APTI_RESTRICT dc = g->x[8];
+    float u[APTI_BK_LANES] = {0}, h[APTI_BK_LANES] = {0}, next[APTI_BK_LANES] = {0};
+    float in_re[APTI_BK_LANES] = {0}, in_im[APTI_BK_LANES] = {0};        /* c[t+1] Dr[t+1] / r^2 */
+    for (int64_t t = (g->total - 1) * APTI_BK_LANES; t >= 0; t -= APTI_BK_LANES) {
+        for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+            const float re = a[t + l] - next[l] * u[l], im = -y - next[l] * h[l], wr = w_re[t + l], wi = w_im[t + l];
+            const float x = re - c[t + l] * wr, z = im - c[t + l] * wi;
+            const float scale = 1.0f / (re * re + im * im), g_scale = 1.0f / (x * x + z * z);
+            const float gr = x * g_scale, gi = -z * g_scale, g2r = gr * gr - gi * gi, g2i = 2 * gr * gi;
+            const float dr = q_re[t + l], di = -q_im[t + l];             /* DG = dL/d re - i dL/d im */
+            const float dqr = di * g2i - dr * g2r, dqi = -dr * g2i - di * g2r;
+            const float drr = dqr + in_re[l], dri = dqi + in_im[l];
+            const float w2r = c[t + l] * (wr * wr - wi * wi), w2i = c[t + l] * (2 * wr * wi);
+            q_re[t + l] = dqr;
+            q_im[t + l] = dqi;
+            w_re[t + l] = drr;
+            w_im[t + l] = dri;
+            dc[t + l] = dri * wi - drr * wr;
+            u_re[t + l] = u[l];
+            u_im[t + l] = h[l];
+            in_re[l] = drr * w2r - dri * w2i;
+            in_im[l] = drr * w2i + dri * w2r;
+            u[l] = re * scale;
+            h[l] = -im * scale;
+            next[l] = c[t + l];
+        }
+    }
+}
+
+/* The last pass, from the left: Dd takes the place of a (re) and of Re u (im); Dc is completed. */
+static void apti_bk_left_backward(const apti_bk_group *g)
+{
+    float *APTI_RESTRICT a = g->x[0], *APTI_RESTRICT u_re = g->x[6], *APTI_RESTRICT dc = g->x[8];
+    const float *APTI_RESTRICT c = g->x[1], *APTI_RESTRICT r_re = g->x[2], *APTI_RESTRICT r_im = g->x[3];
+    const float *APTI_RESTRICT q_re = g->x[4], *APTI_RESTRICT q_im = g->x[5], *APTI_RESTRICT u_im = g->x[7];
+    float s_re[APTI_BK_LANES] = {0}, s_im[APTI_BK_LANES] = {0};          /* Ds[t-1] */
+    float ur[APTI_BK_LANES] = {0}, ui[APTI_BK_LANES] = {0};              /* 1/s[t] */
+    for (int64_t t = 0; t < g->total * APTI_BK_LANES; t += APTI_BK_LANES) {
+        for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+            const float u2r = c[t + l] * (ur[l] * ur[l] - ui[l] * ui[l]), u2i = c[t + l] * (2 * ur[l] * ui[l]);
+            const float in_re = s_re[l] * u2r - s_im[l] * u2i, in_im = s_re[l] * u2i + s_im[l] * u2r;
+            dc[t + l] += s_im[l] * ui[l] - s_re[l] * ur[l];
+            s_re[l] = q_re[t + l] + in_re;
+            s_im[l] = q_im[t + l] + in_im;
+            ur[l] = u_re[t + l];
+            ui[l] = u_im[t + l];
+            a[t + l] = r_re[t + l] + in_re;
+            u_re[t + l] = r_im[t + l] + in_im;
+        }
+    }
+}
+
+/* dmask[p] += Dc[p] mask[p-1] + Dc[p+1] mask[p+1] */
+static void apti_bk_store_mask(const apti_bk_group *g, const apti_bk_job *job)
+{
+    for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+        const float *m = job->mask + g->row[l] * job->n, *dc = g->x[8] + g->lead * APTI_BK_LANES + l;
+        float *dm = job->dmask + g->row[l] * job->n;
+        for (int64_t t = 0; t < g->count[l]; t++) {
+            const int64_t p = g->first[l] + t;
+            if (p > 0) dm[p] += dc[t * APTI_BK_LANES] * m[p - 1];
+            if (p + 1 < job->n) dm[p] += dc[(t + 1) * APTI_BK_LANES] * m[p + 1];
+        }
+    }
+}
+
+/* d = -2 + v - z: dL/d re(z) = -sum Re Dd, dL/d im(z) = sum Im Dd */
+static void apti_bk_sum_z(const apti_bk_group *g, double sum[2])
+{
+    sum[0] = sum[1] = 0;
+    for (int32_t l = 0; l < APTI_BK_LANES; l++) {
+        const int64_t at = g->lead * APTI_BK_LANES + l;
+        for (int64_t t = 0; t < g->count[l]; t++) {
+            sum[0] -= (double)g->x[0][at + t * APTI_BK_LANES];
+            sum[1] += (double)g->x[6][at + t * APTI_BK_LANES];
+        }
+    }
+}
+
+/* sum: dL/dz of the group, or NULL */
+static void apti_bk_backward_group(const apti_bk_job *job, int64_t group, char *scratch, double *sum)
+{
+    apti_bk_group g;
+    apti_bk_begin(&g, job, group, 2 * job->overlap, APTI_BK_BACKWARD, scratch);
+    const apti_bk_source re = {job->dre, 0, job->overlap, false}, im = {job->dim, 0, job->overlap, false};
+    apti_bk_load_matrix(&g, job);
+    apti_bk_load(g.x[4], &g, job, &re);
+    apti_bk_load(g.x[5], &g, job, &im);
+    apti_bk_left(&g, job->y);
+    apti_bk_right_backward(&g, job->y);
+    apti_bk_left_backward(&g);
+    if (job->dv != NULL) apti_bk_store(job->dv, &g, job, g.x[0], true);
+    if (job->dmask != NULL) apti_bk_store_mask(&g, job);
+    if (sum != NULL) apti_bk_sum_z(&g, sum);
+}
+
+APT_API int64_t apt_bk_scratch(int64_t rows, int64_t n, const apt_bk *z)
+{
+    apti_bk_job job;
+    return apti_bk_plan(&job, rows, n, z) == APT_OK ? job.bytes : -1;
+}
+
+/* Everything that can be said without reading the arrays */
+static apt_result apti_bk_forward_plan(apti_bk_job *job, float *re, float *im, const float *v, const float *mask, int64_t rows,
+                                       int64_t n, const apt_bk *z)
+{
+    const apt_result r = apti_bk_plan(job, rows, n, z);
+    if (r != APT_OK) return r;
+    if (job->jobs > 0 && (re == NULL || im == NULL || v == NULL)) return APT_E_ARGUMENT;
+    job->v = v;
+    job->mask = mask;
+    job->out_re = re;
+    job->out_im = im;
+    return APT_OK;
+}
+
+static apt_result apti_bk_backward_plan(apti_bk_job *job, float *dv, float *dmask, double *dz, const float *dre, const float *dim,
+                                        const float *v, const float *mask, int64_t rows, int64_t n, const apt_bk *z)
+{
+    const apt_result r = apti_bk_plan(job, rows, n, z);
+    if (r != APT_OK) return r;
+    if (job->jobs > 0 && (dre == NULL || dim == NULL || v == NULL)) return APT_E_ARGUMENT;
+    if (dmask != NULL && mask == NULL) return APT_E_ARGUMENT;
+    job->v = v;
+    job->mask = mask;
+    job->dre = dre;
+    job->dim = dim;
+    job->dv = dv;
+    job->dmask = dmask;
+    job->dz = dz;
+    return APT_OK;
+}
+
+/* Values [at, at + n) of the inputs */
+static apt_result apti_bk_check(const apti_bk_job *job, int64_t at, int64_t n)
+{
+    const apt_result r = apti_check_between(job->v + at, n, -APTI_BK_MOST_V, APTI_BK_MOST_V);
+    if (r != APT_OK) return r;
+    if (job->dre != NULL && !(apti_finite_all(job->dre + at, n) && apti_finite_all(job->dim + at, n))) return APT_E_NONFINITE;
+    return job->mask != NULL ? apti_check_share(job->mask + at, n) : APT_OK;
+}
+
+static apt_result apti_bk_ready(const apti_bk_job *job, const void *scratch, size_t scratch_bytes)
+{
+    const apt_result r = apti_bk_check(job, 0, job->jobs > 0 ? job->rows * job->n : 0);
+    if (r != APT_OK) return r;
+    return job->jobs > 0 && (scratch == NULL || scratch_bytes < (size_t)job->bytes) ? APT_E_SCRATCH : APT_OK;
+}
+
+APT_API apt_result apt_bk_forward(float *re, float *im, const float *v, const float *mask, int64_t rows, int64_t n,
+                                  const apt_bk *z, void *scratch, size_t scratch_bytes)
+{
+    apti_bk_job job;
+    apt_result r = apti_bk_forward_plan(&job, re, im, v, mask, rows, n, z);
+    if (r == APT_OK) r = apti_bk_ready(&job, scratch, scratch_bytes);
+    for (int64_t i = 0; r == APT_OK && i < job.groups; i++) apti_bk_forward_group(&job, i, (char *)scratch);
+    return r;
+}
+
+APT_API apt_result apt_bk_backward(float *dv, float *dmask, double *dz, const float *dre, const float *dim, const float *v,
+                                   const float *mask, int64_t rows, int64_t n, const apt_bk *z, void *scratch,
+                                       size_t scratch_bytes)
+{
+    apti_bk_job job;
+    apt_result r = apti_bk_backward_plan(&job, dv, dmask, dz, dre, dim, v, mask, rows, n, z);
+    if (r == APT_OK) r = apti_bk_ready(&job, scratch, scratch_bytes);
+    for (int64_t i = 0; r == APT_OK && i < job.groups; i++) {
+        double sum[2];
+        apti_bk_backward_group(&job, i, (char *)scratch, dz != NULL ? sum : NULL);
+        for (int32_t k = 0; dz != NULL && k < 2; k++) dz[k] += sum[k];
+    }
+    return r;
+}
+
+#ifndef APT_ONLY_CORE
+/* --- the BK-core on the context's threads --- */
+
+enum { APTI_BK_CHECK = 1 << 16 };     /* values of a task that looks for NaN */
+
+typedef struct apti_bk_run {
+    apt_ctx *ctx;
+    const apti_bk_job *job;
+    char *memory;                     /* scratch of all threads, or NULL: the context's */
+    double *sum;                      /* [2 * groups] or NULL */
+    int32_t nonfinite, range;         /* atomic */
+} apti_bk_run;
+
+static void apti_bk_check_task(int64_t index, int32_t thread, void *arg)
+{
+    apti_bk_run *run = (apti_bk_run *)arg;
+    const int64_t at = index * APTI_BK_CHECK, n = run->job->rows * run->job->n;
+    const apt_result r = apti_bk_check(run->job, at, apti_min_i64(APTI_BK_CHECK, n - at));
+    (void)thread;
+    if (r == APT_E_NONFINITE) APTI_STORE(&run->nonfinite, 1);
+    else if (r != APT_OK) APTI_STORE(&run->range, 1);
+}
+
+static void apti_bk_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_bk_run *run = (const apti_bk_run *)arg;
+    char *scratch = run->memory != NULL ? run->memory + thread * run->job->bytes : (char *)apti_ops_scratch(run->ctx, thread);
+    if (run->job->out_re != NULL) apti_bk_forward_group(run->job, index, scratch);
+    else apti_bk_backward_group(run->job, index, scratch, run->sum != NULL ? run->sum + 2 * index : NULL);
+}
+
+static apt_result apti_bk_run_job(apt_ctx *ctx, const apti_bk_job *job)
+{
+    if (job->jobs == 0) return APT_OK;
+    apti_bk_run run = APT_ZERO;
+    run.ctx = ctx;
+    run.job = job;
+    apti_parallel_for(ctx, apti_ceil_div(job->rows * job->n, APTI_BK_CHECK), apti_bk_check_task, &run);
+    if (APTI_LOAD(&run.nonfinite) != 0) return apti_fail(ctx, APT_E_NONFINITE, "BK-core: an input is NaN or infinite");
+    if (APTI_LOAD(&run.range) != 0)
+        return apti_fail(ctx, APT_E_RANGE, "BK-core: a mask value is outside 0..1, or a potential beyond +-1e9");
+    const bool large = (uint64_t)job->bytes > ctx->scratch_bytes / 2;
+    if (large) run.memory = (char *)apti_alloc(ctx, job->bytes, ctx->threads);
+    if (job->dz != NULL) run.sum = (double *)apti_alloc(ctx, job->groups, 2 * (int64_t)sizeof(double));
+    const bool memory = (!large || run.memory != NULL) && (job->dz == NULL || run.sum != NULL);
+    if (memory) {
+        apti_parallel_for(ctx, job->groups, apti_bk_task, &run);
+        for (int64_t i = 0; run.sum != NULL && i < 2 * job->groups; i++) job->dz[i & 1] += run.sum[i];
+    }
+    apti_free(ctx, run.memory);
+    apti_free(ctx, run.sum);
+    return memory ? APT_OK : apti_fail(ctx, APT_E_MEMORY, "BK-core: no memory for %lld bytes of scratch", (long long)job->bytes);
+}
+
+static apt_result apti_bk_refused(apt_ctx *ctx, apt_result result, int64_t rows, int64_t n)
+{
+    return apti_fail(ctx, result, "BK-core of %lld rows of %lld: an array is missing or z is not allowed (0.05 <= |im| <= 1e6)",
+                     (long long)rows, (long long)n);
+}
+
+APT_API apt_result apt_bk_forward_threads(apt_ctx *ctx, float *re, float *im, const float *v, const float *mask, int64_t rows,
+                                          int64_t n, const apt_bk *z)
+{
+    apti_bk_job job;
+    if (ctx == NULL) return APT_E_ARGUMENT;
+    const apt_result r = apti_bk_forward_plan(&job, re, im, v, mask, rows, n, z);
+    return r == APT_OK ? apti_bk_run_job(ctx, &job) : apti_bk_refused(ctx, r, rows, n);
+}
+
+APT_API apt_result apt_bk_backward_threads(apt_ctx *ctx, float *dv, float *dmask, double *dz, const float *dre, const float *dim,
+                                           const float *v, const float *mask, int64_t rows, int64_t n, const apt_bk *z)
+{
+    apti_bk_job job;
+    if (ctx == NULL) return APT_E_ARGUMENT;
+    const apt_result r = apti_bk_backward_plan(&job, dv, dmask, dz, dre, dim, v, mask, rows, n, z);
+    return r == APT_OK ? apti_bk_run_job(ctx, &job) : apti_bk_refused(ctx, r, rows, n);
+}
+
+/* --- modules: parameters, memory, optimizer --- */
+
+typedef enum apti_module_kind { APTI_MODULE_MOE = 1, APTI_MODULE_CORE, APTI_MODULE_LAYER } apti_module_kind;
+
+/* value, grad, moment1 and moment2 are one block. */
+typedef struct apti_tensor {
+    char name[48];
+    int64_t rows, cols;
+    float *value, *grad, *moment1, *moment2;
+} apti_tensor;
+
+/* Every module begins with this. */
+struct apt_module {
+    apt_ctx *ctx;
+    apt_module *next;                 /* in ctx->modules */
+    apt_module *owner;                /* NULL: the caller's */
+    apti_module_kind kind;
+    apti_tensor *tensor;
+    int32_t tensors;
+    apt_module *part[2];              /* or NULL */
+    float *room;                      /* what a forward keeps for the backward */
+    int64_t rows, sequences;          /* of the last forward, 0: none */
+    bool live;                        /* a backward may follow */
+    void *more;                       /* a block of the kind's own, or NULL */
+};
+
+static void apti_module_free(apt_module *m)
+{
+    if (m == NULL) return;
+    apt_ctx *ctx = m->ctx;
+    for (int32_t i = 0; i < 2; i++) apti_module_free(m->part[i]);
+    for (int32_t i = 0; i < m->tensors; i++) apti_free(ctx, m->tensor[i].value);
+    apti_free(ctx, m->tensor);
+    apti_free(ctx, m->room);
+    apti_free(ctx, m->more);
+    apti_free(ctx, m);
+}
+
+APT_API void apt_module_destroy(apt_module *module)
+{
+    if (module == NULL || module->owner != NULL) return;
+    apt_module **link = &module->ctx->modules;
+    while (*link != NULL && *link != module) link = &(*link)->next;
+    if (*link != NULL) *link = module->next;
+    apti_module_free(module);
+}
+
+/* A module of `bytes` with room for `tensors` tensors, which all are 0 until apti_tensor_make. */
+static apt_module *apti_module_make(apt_ctx *ctx, apti_module_kind kind, int64_t bytes, int32_t tensors, apt_module *owner)
+{
+    apt_module *m = (apt_module *)apti_calloc(ctx, 1, bytes);
+    if (m == NULL) return NULL;
+    m->ctx = ctx;
+    m->kind = kind;
+    m->owner = owner;
+    m->tensor = (apti_tensor *)apti_calloc(ctx, tensors, (int64_t)sizeof(apti_tensor));
+    if (m->tensor != NULL) return m;
+    apti_free(ctx, m);
+    return NULL;
+}
+
+/* Hands a complete module to the caller, or frees an incomplete one. */
+static apt_result apti_module_done(apt_ctx *ctx, apt_module *m, apt_result result, apt_module **module)
+{
+    if (result != APT_OK) {
+        apti_module_free(m);
+        return result;
+    }
+    if (m->owner == NULL) {
+        m->next = ctx->modules;
+        ctx->modules = m;
+    }
+    *module = m;
+    return APT_OK;
+}
+
+/* The next tensor: uniform in +-bound, or the constant `value` where bound is 0. Its values depend on its name's number only. */
+static apt_result apti_tensor_make(apt_module *m, const char *name, int64_t rows, int64_t cols, uint64_t seed, float bound,
+                                   float value)
+{
+    apti_tensor *t = &m->tensor[m->tensors];
+    int64_t n = 0, all = 0;
+    if (apti_mul(rows, cols, &n) && apti_mul(n, 4 * (int64_t)sizeof(float), &all))
+        t->value = (float *)apti_calloc(m->ctx, n, 4 * (int64_t)sizeof(float));
+    if (t->value == NULL) return apti_fail(m->ctx, APT_E_MEMORY, "no memory for %s of %lld x %lld", name, (long long)rows,
+                                           (long long)cols);
+    const size_t length = strlen(name);
+    memcpy(t->name, name, length < sizeof t->name ? length : sizeof t->name - 1);
+    t->rows = rows;
+    t->cols = cols;
+    t->grad = t->value + n;
+    t->moment1 = t->grad + n;
+    t->moment2 = t->moment1 + n;
+    apti_rng rng;
+    rng.key = apti_rng_seed(seed, (uint64_t)m->kind << 32 | (uint32_t)m->tensors);
+    rng.counter = 0;
+    if (apti_bits(bound) != 0) apti_rng_fill_uniform(&rng, t->value, n, -bound, bound);
+    else apti_ops_fill(t->value, value, n);
+    m->tensors++;
+    return APT_OK;
+}
+
+/* NAME.weight(out, in) uniform in +-1/sqrt(in) and NAME.bias(out) */
+static apt_result apti_tensor_pair(apt_module *m, const char *name, int64_t out, int64_t in, uint64_t seed, float bias)
+{
+    char text[48];
+    snprintf(text, sizeof text, "%s.weight", name);
+    const apt_result r = apti_tensor_make(m, text, out, in, seed, 1.0f / sqrtf((float)in), 0);
+    if (r != APT_OK) return r;
+    snprintf(text, sizeof text, "%s.bias", name);
+    return apti_tensor_make(m, text, 1, out, seed, 0, bias);
+}
+
+/* What the last forward kept is used up. A layer of which the caller took a part by itself has to begin again as well. */
+static void apti_module_spend(apt_module *m)
+{
+    m->live = false;
+    if (m->owner != NULL) m->owner->live = false;
+}
+
+/* Memory of a forward and its backward. What an earlier forward kept is lost. */
+static apt_result apti_module_room(apt_module *m, int64_t floats)
+{
+    int64_t bytes;
+    apti_module_spend(m);
+    m->rows = 0;
+    if (!apti_mul(floats, (int64_t)sizeof(float), &bytes)) floats = -1;
+    if (floats >= 0 && m->room != NULL && apti_block_bytes(m->room) >= bytes) return APT_OK;
+    apti_free(m->ctx, m->room);
+    m->room = (float *)apti_alloc(m->ctx, floats, (int64_t)sizeof(float));
+    return m->room != NULL ? APT_OK : apti_fail(m->ctx, APT_E_MEMORY, "no memory for the activations of a module");
+}
+
+/* n floats of the room, beginning on a cache line */
+static float *apti_carve(float **next, int64_t n)
+{
+    float *p = *next;
+    *next += apti_round_up(n, 16);
+    return p;
+}
+
+static const apti_tensor *apti_module_tensor(const apt_module *m, int32_t index)
+{
+    if (index < m->tensors) return &m->tensor[index];
+    index -= m->tensors;
+    for (int32_t i = 0; i < 2 && m->part[i] != NULL; i++) {
+        const int32_t n = apt_module_tensors(m->part[i]);
+        if (index < n) return apti_module_tensor(m->part[i], index);
+        index -= n;
+    }
+    return NULL;
+}
+
+APT_API int32_t apt_module_tensors(const apt_module *module)
+{
+    if (module == NULL) return 0;
+    int32_t n = module->tensors;
+    for (int32_t i = 0; i < 2; i++) n += apt_module_tensors(module->part[i]);
+    return n;
+}
+
+APT_API apt_result apt_module_get(const apt_module *module, int32_t index, apt_module_tensor *tensor)
+{
+    if (module == NULL || tensor == NULL) return APT_E_ARGUMENT;
+    if (index < 0 || index >= apt_module_tensors(module))
+        return apti_fail(module->ctx, APT_E_RANGE, "tensor %d of a module that has %d", (int)index,
+                         (int)apt_module_tensors(module));
+    const apti_tensor *t = apti_module_tensor(module, index);
+    tensor->name = t->name;
+    tensor->rows = t->rows;
+    tensor->cols = t->cols;
+    tensor->value = t->value;
+    tensor->grad = t->grad;
+    return APT_OK;
+}
+
+APT_API int64_t apt_module_parameters(const apt_module *module)
+{
+    int64_t sum = 0;
+    for (int32_t i = 0; i < apt_module_tensors(module); i++) {
+        const apti_tensor *t = apti_module_tensor(module, i);
+        sum += t->rows * t->cols;
+    }
+    return sum;
+}
+
+APT_API apt_result apt_module_adam(apt_module *module, float learning_rate, int64_t step)
+{
+    if (module == NULL) return APT_E_ARGUMENT;
+    if (step < 1 || !apti_finite(learning_rate) || learning_rate < 0)
+        return apti_fail(module->ctx, APT_E_RANGE, "Adam: step %lld must be 1 or more, the learning rate 0 or more",
+                         (long long)step);
+    const int32_t n = apt_module_tensors(module);
+    for (int32_t i = 0; i < n; i++) {
+        const apti_tensor *t = apti_module_tensor(module, i);
+        if (!apti_finite_all(t->grad, t->rows * t->cols))
+            return apti_fail(module->ctx, APT_E_NONFINITE, "Adam: the gradient of %s is not finite", t->name);
+    }
+    const double correction = sqrt(1 - pow(0.999, (double)step));
+    const float size = (float)((double)learning_rate * correction / (1 - pow(0.9, (double)step)));
+    for (int32_t i = 0; i < n; i++) {
+        const apti_tensor *t = apti_module_tensor(module, i);
+        const int64_t all = t->rows * t->cols;
+        module->ctx->kernels->adam(t->value, t->moment1, t->moment2, t->grad, all, 1, 0.9f, 0.999f, size,
+                                   (float)(1e-8 * correction), 0);
+        memset(t->grad, 0, (size_t)all * sizeof(float));
+    }
+    return APT_OK;
+}
+
+/* --- modules: products --- */
+
+/* y(rows, out) = act(x W^T + bias); W and bias are tensors i and i+1. x has rows of w->cols floats that begin ldx apart: a row
+   of a convolution's input is the window of three positions, and windows overlap. pre: [rows * out] or NULL. */
+static void apti_affine_forward(const apt_module *m, int32_t i, float *y, const float *x, int64_t ldx, int64_t rows, int32_t act,
+                             float *pre)
+{
+    const apti_tensor *w = &m->tensor[i];
+    apti_gemm g = apti_gemm_begin(y, w->rows, rows, w->rows, false);
+    apti_gemm_left(&g.part[0], x, ldx, w->cols);
+    apti_gemm_right(&g.part[0], APTI_B_PLAIN_T, w->value, w->cols);
+    g.bias = w[1].value;
+    g.act = act;
+    g.pre = pre;
+    g.ld_pre = w->rows;
+    apti_gemm_run(m->ctx, &g);
+}
+
+/* dW += dy^T x, dbias += sum of dy */
+static void apti_affine_backward(const apt_module *m, int32_t i, const float *dy, const float *x, int64_t ldx, int64_t rows)
+{
+    const apti_tensor *w = &m->tensor[i];
+    if (rows == 0) return;
+    apti_weight_grad(m->ctx, w->grad, w->rows, w->cols, dy, w->rows, x, ldx, rows);
+    apti_column_sum(m->ctx, w[1].grad, dy, w->rows, rows, w->rows);
+}
+
+/* dx(rows, in) (+)= dy(rows, out) w(out, in) */
+static void apti_map_input(apt_ctx *ctx, float *dx, bool accumulate, const float *dy, int64_t lddy, const float *w, int64_t out,
+                           int64_t in, int64_t rows)
+{
+    apti_gemm g = apti_gemm_begin(dx, in, rows, in, accumulate);
+    apti_gemm_left(&g.part[0], dy, lddy, out);
+    apti_gemm_right(&g.part[0], APTI_B_PLAIN, w, in);
+    apti_gemm_run(ctx, &g);
+}
+
+/* --- experts --- */
+
+enum { APTI_EXPERTS = 64, APTI_EXPERT_TENSORS = 4 };             /* up and down, weight and bias; tensor 0 is the gate */
+
+typedef struct apti_moe {
+    apt_module base;                  /* more: the list of events */
+    int32_t hidden, neurons, experts, top_k;
+    int32_t events;
+    uint64_t there;                   /* bit i: expert i of the beginning is there still */
+    int64_t count[APTI_EXPERTS];
+    int64_t begin[APTI_EXPERTS + 1];  /* expert e serves places begin[e] .. begin[e+1) of the last forward */
+    /* in the room; rows * top_k pairs (position, choice) are sorted by expert into places */
+    float *logits, *weight;           /* (rows, experts), (rows, top_k) */
+    float *x, *pre, *act, *out;       /* (pairs, hidden / neurons / neurons / hidden) */
+    int32_t *choice, *place, *from;   /* of a pair: expert and place; of a place: position */
+} apti_moe;
+
+static apti_moe *apti_moe_of(const apt_module *m)
+{
+    return m != NULL && m->kind == APTI_MODULE_MOE ? (apti_moe *)(uintptr_t)m : NULL;
+}
+
+static apt_result apti_moe_fill(apti_moe *moe, uint64_t seed)
+{
+    const int64_t d = moe->hidden, f = moe->neurons;
+    apt_result r = apti_tensor_make(&moe->base, "gate.weight", moe->experts, d, seed, 1.0f / sqrtf((float)d), 0);
+    for (int32_t e = 0; r == APT_OK && e < moe->experts; e++) {
+        char name[32];
+        snprintf(name, sizeof name, "expert.%d.up", (int)e);
+        r = apti_tensor_pair(&moe->base, name, f, d, seed, 0);
+        snprintf(name, sizeof name, "expert.%d.down", (int)e);
+        if (r == APT_OK) r = apti_tensor_pair(&moe->base, name, d, f, seed, 0);
+    }
+    return r;
+}
+
+static apt_result apti_moe_new(apt_ctx *ctx, const apt_moe_desc *desc, apt_module *owner, apt_module **module)
+{
+    const int32_t experts = desc->experts != 0 ? desc->experts : 4, d = desc->hidden;
+    const int32_t top_k = desc->top_k != 0 ? desc->top_k : experts < 2 ? experts : 2;
+    if (d < 1 || d > 1 << 20 || desc->neurons < 0 || desc->neurons > 1 << 24)
+        return apti_fail(ctx, APT_E_RANGE, "experts: hidden %d, neurons %d", (int)d, (int)desc->neurons);
+    if (experts < 1 || experts > APTI_EXPERTS || top_k < 1 || top_k > experts)
+        return apti_fail(ctx, APT_E_RANGE, "experts: %d must be 1..64, and of them top_k %d must be 1 or more", (int)experts,
+                         (int)top_k);
+    apt_module *m = apti_module_make(ctx, APTI_MODULE_MOE, (int64_t)sizeof(apti_moe), 1 + experts * APTI_EXPERT_TENSORS, owner);
+    if (m == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory for experts");
+    apti_moe *moe = (apti_moe *)m;
+    moe->hidden = d;
+    moe->neurons = desc->neurons != 0 ? desc->neurons : 4 * d;
+    moe->experts = experts;
+    moe->top_k = top_k;
+    moe->there = ~(uint64_t)0 >> (APTI_EXPERTS - experts);
+    return apti_module_done(ctx, m, apti_moe_fill(moe, desc->seed), module);
+}
+
+APT_API apt_result apt_moe_create(apt_ctx *ctx, const apt_moe_desc *desc, apt_module **module)
+{
+    if (ctx == NULL || desc == NULL || module == NULL) return APT_E_ARGUMENT;
+    return apti_moe_new(ctx, desc, NULL, module);
+}
+
+static apt_result apti_moe_carve(apti_moe *moe, int64_t rows)
+{
+    const int64_t limit = INT32_MAX / moe->top_k;                /* places are int32_t, and no size below can overflow */
+    if (rows < 1 || rows > limit) return apti_fail(moe->base.ctx, APT_E_RANGE, "experts: %lld rows", (long long)rows);
+    const int64_t pairs = rows * moe->top_k, d = moe->hidden, f = moe->neurons;
+    const int64_t all = rows * moe->experts + 4 * pairs + pairs * (2 * d + 2 * f) + 9 * 16;
+    const apt_result r = apti_module_room(&moe->base, all);
+    if (r != APT_OK) return r;
+    float *next = moe->base.room;
+    moe->logits = apti_carve(&next, rows * moe->experts);
+    moe->weight = apti_carve(&next, pairs);
+    moe->x = apti_carve(&next, pairs * d);
+    moe->pre = apti_carve(&next, pairs * f);
+    moe->act = apti_carve(&next, pairs * f);
+    moe->out = apti_carve(&next, pairs * d);
+    moe->choice = (int32_t *)(void *)apti_carve(&next, pairs);
+    moe->place = (int32_t *)(void *)apti_carve(&next, pairs);
+    moe->from = (int32_t *)(void *)apti_carve(&next, pairs);
+    return APT_OK;
+}
+
+/* What the tasks below share: y or dx, and dy. */
+typedef struct apti_moe_job { const apti_moe *moe; float *y; const float *dy; int64_t rows, chunk; } apti_moe_job;
+
+/* The top_k largest logits (ties and NaN: the lower index) and the softmax over them */
+static void apti_moe_choose_row(const apti_moe *moe, int64_t row)
+{
+    const float *z = moe->logits + row * moe->experts;
+    float *w = moe->weight + row * moe->top_k;
+    int32_t *choice = moe->choice + row * moe->top_k;
+    uint64_t taken = 0;
+    double sum = 0;
+    for (int32_t k = 0; k < moe->top_k; k++) {
+        int32_t best = -1;
+        for (int32_t e = 0; e < moe->experts; e++)
+            if ((taken >> e & 1) == 0 && (best < 0 || z[e] > z[best])) best = e;
+        taken |= (uint64_t)1 << best;
+        choice[k] = best;
+        w[k] = expf(z[best] - z[choice[0]]);
+        sum += (double)w[k];
+    }
+    for (int32_t k = 0; k < moe->top_k; k++) w[k] = (float)((double)w[k] / sum);
+}
+
+static void apti_moe_choose_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_moe_job *job = (const apti_moe_job *)arg;
+    const int64_t end = apti_min_i64(job->rows, (index + 1) * job->chunk);
+    (void)thread;
+    for (int64_t row = index * job->chunk; row < end; row++) apti_moe_choose_row(job->moe, row);
+}
+
+/* y = sum over choices of weight * out (dy NULL) or, in the backward, dx += sum over choices of dx of the place */
+static void apti_moe_combine_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_moe_job *job = (const apti_moe_job *)arg;
+    const apti_moe *moe = job->moe;
+    const apti_kernels *kernels = moe->base.ctx->kernels;
+    const int64_t end = apti_min_i64(job->rows, (index + 1) * job->chunk), d = moe->hidden;
+    (void)thread;
+    for (int64_t row = index * job->chunk; row < end; row++) {
+        float *y = job->y + row * d;
+        if (job->dy == NULL) memset(y, 0, (size_t)d * sizeof(float));
+        for (int64_t i = row * moe->top_k; i < (row + 1) * moe->top_k; i++) {
+            if (job->dy == NULL) kernels->axpy(y, moe->weight[i], moe->out + moe->place[i] * d, d);
+            else kernels->add(y, y, moe->x + moe->place[i] * d, d);
+        }
+    }
+}
+
+/* d out = weight * dy in the place of out; d weight = dy . out; through the softmax of the chosen to d logits, in the place of
+   logits */
+static void apti_moe_gate_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_moe_job *job = (const apti_moe_job *)arg;
+    const apti_moe *moe = job->moe;
+    const apti_kernels *kernels = moe->base.ctx->kernels;
+    const int64_t end = apti_min_i64(job->rows, (index + 1) * job->chunk), d = moe->hidden, k = moe->top_k;
+    (void)thread;
+    for (int64_t row = index * job->chunk; row < end; row++) {
+        const float *dy = job->dy + row * d, *w = moe->weight + row * k;
+        float *z = moe->logits + row * moe->experts;
+        float dw[APTI_EXPERTS];
+        double mean = 0;
+        for (int64_t i = 0; i < k; i++) {
+            float *out = moe->out + moe->place[row * k + i] * d;
+            dw[i] = kernels->dot(dy, out, d);
+            mean += (double)w[i] * (double)dw[i];
+            kernels->scale(out, dy, w[i], d);
+        }
+        memset(z, 0, (size_t)moe->experts * sizeof(float));
+        for (int64_t i = 0; i < k; i++) z[moe->choice[row * k + i]] = (float)((double)w[i] * ((double)dw[i] - mean));
+    }
+}
+
+static void apti_moe_rows_run(const apti_moe *moe, apt_task task, float *y, const float *dy)
+{
+    apti_moe_job job = APT_ZERO;
+    job.moe = moe;
+    job.y = y;
+    job.dy = dy;
+    job.rows = moe->base.rows;
+    job.chunk = apti_ops_rows(moe->hidden);
+    apti_parallel_for(moe->base.ctx, apti_ceil_div(job.rows, job.chunk), task, &job);
+}
+
+/* Sorts the pairs by expert, within one by position. */
+static void apti_moe_sort(apti_moe *moe)
+{
+    const int64_t pairs = moe->base.rows * moe->top_k;
+    int64_t next[APTI_EXPERTS + 1] = {0};
+    for (int64_t i = 0; i < pairs; i++) next[moe->choice[i] + 1]++;
+    for (int32_t e = 0; e < moe->experts; e++) next[e + 1] += next[e];
+    memcpy(moe->begin, next, sizeof next);
+    for (int64_t i = 0; i < pairs; i++) {
+        moe->place[i] = (int32_t)next[moe->choice[i]]++;
+        moe->from[moe->place[i]] = (int32_t)(i / moe->top_k);
+    }
+}
+
+/* What the last forward chose joins the counts. */
+static void apti_moe_count(apti_moe *moe)
+{
+    for (int32_t e = 0; e < moe->experts; e++) moe->count[e] += moe->begin[e + 1] - moe->begin[e];
+}
+
+static apt_result apti_moe_forward(apti_moe *moe, float *y, const float *x, int64_t rows)
+{
+    const int64_t d = moe->hidden, f = moe->neurons;
+    apt_ctx *ctx = moe->base.ctx;
+    const apt_result r = apti_moe_carve(moe, rows);
+    if (r != APT_OK) return r;
+    moe->base.rows = rows;
+    apti_gemm gate = apti_gemm_begin(moe->logits, moe->experts, rows, moe->experts, false);
+    apti_gemm_left(&gate.part[0], x, d, d);
+    apti_gemm_right(&gate.part[0], APTI_B_PLAIN_T, moe->base.tensor[0].value, d);
+    apti_gemm_run(ctx, &gate);
+    apti_moe_rows_run(moe, apti_moe_choose_task, NULL, NULL);
+    apti_moe_sort(moe);
+    apti_gather_rows(ctx, moe->x, d, x, d, moe->from, rows * moe->top_k, d);
+    for (int32_t e = 0; e < moe->experts; e++) {
+        const int64_t at = moe->begin[e], n = moe->begin[e + 1] - at;
+        const int32_t up = 1 + e * APTI_EXPERT_TENSORS;
+        apti_affine_forward(&moe->base, up, moe->act + at * f, moe->x + at * d, d, n, APT_GELU_ERF, moe->pre + at * f);
+        apti_affine_forward(&moe->base, up + 2, moe->out + at * d, moe->act + at * f, f, n, -1, NULL);
+    }
+    apti_moe_rows_run(moe, apti_moe_combine_task, y, NULL);
+    moe->base.live = true;
+    return APT_OK;
+}
+
+/* dx (+)=; NULL: not wanted. Uses up what the forward kept: activations are overwritten by their gradients. */
+static void apti_moe_backward(apti_moe *moe, float *dx, bool accumulate, const float *dy, const float *x)
+{
+    const int64_t d = moe->hidden, f = moe->neurons, rows = moe->base.rows;
+    apt_ctx *ctx = moe->base.ctx;
+    apti_module_spend(&moe->base);
+    apti_moe_rows_run(moe, apti_moe_gate_task, NULL, dy);
+    for (int32_t e = 0; e < moe->experts; e++) {
+        const int64_t at = moe->begin[e], n = moe->begin[e + 1] - at;
+        const int32_t up = 1 + e * APTI_EXPERT_TENSORS;
+        float *act = moe->act + at * f, *in = moe->x + at * d, *out = moe->out + at * d;
+        apti_affine_backward(&moe->base, up + 2, out, act, f, n);
+        apti_map_input(ctx, act, false, out, d, moe->base.tensor[up + 2].value, d, f, n);
+        apti_act_backward(ctx, act, f, act, f, moe->pre + at * f, f, NULL, n, f, APT_GELU_ERF);
+        apti_affine_backward(&moe->base, up, act, in, d, n);
+        if (dx != NULL) apti_map_input(ctx, in, false, act, f, moe->base.tensor[up].value, f, d, n);
+    }
+    const apti_tensor *gate = &moe->base.tensor[0];
+    apti_weight_grad(ctx, gate->grad, moe->experts, d, moe->logits, moe->experts, x, d, rows);
+    if (dx == NULL) return;
+    apti_map_input(ctx, dx, accumulate, moe->logits, moe->experts, gate->value, moe->experts, d, rows);
+    apti_moe_rows_run(moe, apti_moe_combine_task, dx, dy);
+}
+
+/* The inputs of a forward or a backward: present, finite, and (backward) those of the last forward. */
+static apt_result apti_module_inputs(const apt_module *m, const float *x, int64_t n, const float *other, int64_t other_n)
+{
+    if (x == NULL || other == NULL) return apti_fail(m->ctx, APT_E_ARGUMENT, "module: an array is NULL");
+    if (!apti_finite_all(x, n) || !apti_finite_all(other, other_n))
+        return apti_fail(m->ctx, APT_E_NONFINITE, "module: an input is NaN or infinite");
+    return APT_OK;
+}
+
+static apt_result apti_module_behind(const apt_module *m, int64_t sequences, int64_t rows)
+{
+    if (!m->live) return apti_fail(m->ctx, APT_E_STATE, "module: a backward needs a forward before it");
+    if (rows != m->rows || sequences != m->sequences)
+        return apti_fail(m->ctx, APT_E_SHAPE, "module: the forward had %lld rows, this backward has %lld", (long long)m->rows,
+                         (long long)rows);
+    return APT_OK;
+}
+
+APT_API apt_result apt_moe_forward(apt_module *module, float *y, const float *x, int64_t rows, int32_t train)
+{
+    apti_moe *moe = apti_moe_of(module);
+    int64_t n = 0;
+    if (moe == NULL) return APT_E_ARGUMENT;
+    if (y == NULL || !apti_mul(rows, moe->hidden, &n))
+        return apti_fail(module->ctx, APT_E_ARGUMENT, "experts: no output, or rows below 0");
+    apt_result r = apti_module_inputs(module, x, n, x, 0);
+    if (r == APT_OK) r = apti_moe_forward(moe, y, x, rows);
+    if (r == APT_OK && train != 0) apti_moe_count(moe);
+    return r;
+}
+
+APT_API apt_result apt_moe_backward(apt_module *module, float *dx, const float *dy, const float *x, int64_t rows)
+{
+    apti_moe *moe = apti_moe_of(module);
+    if (moe == NULL) return APT_E_ARGUMENT;
+    apt_result r = apti_module_behind(module, 0, rows);
+    if (r == APT_OK) r = apti_module_inputs(module, x, rows * moe->hidden, dy, rows * moe->hidden);
+    if (r == APT_OK) apti_moe_backward(moe, dx, false, dy, x);
+    return r;
+}
+
+APT_API apt_result apt_moe_usage(const apt_module *module, int32_t *experts, int64_t *counts, int32_t capacity)
+{
+    const apti_moe *moe = apti_moe_of(module);
+    if (moe == NULL) return APT_E_ARGUMENT;
+    if (counts != NULL && capacity < moe->experts)
+        return apti_fail(module->ctx, APT_E_SCRATCH, "room for %d counts, there are %d experts", (int)capacity,
+                         (int)moe->experts);
+    if (experts != NULL) *experts = moe->experts;
+    for (int32_t e = 0; counts != NULL && e < moe->experts; e++) counts[e] = moe->count[e];
+    return APT_OK;
+}
+
+/* Rows of the gate that stay move up; with them what the optimizer knows of them. */
+static void apti_moe_cut_gate(apti_moe *moe, const bool *keep)
+{
+    apti_tensor *gate = &moe->base.tensor[0];
+    float *const all[4] = {gate->value, gate->grad, gate->moment1, gate->moment2};
+    int32_t rows = 0;
+    for (int32_t e = 0; e < moe->experts; e++) {
+        if (!keep[e]) continue;
+        for (int32_t i = 0; i < 4; i++)
+            memmove(all[i] + rows * gate->cols, all[i] + e * gate->cols, (size_t)gate->cols * sizeof(float));
+        rows++;
+    }
+    gate->rows = rows;
+}
+
+static int64_t apti_moe_choices(const apti_moe *moe)
+{
+    int64_t total = 0;
+    for (int32_t e = 0; e < moe->experts; e++) total += moe->count[e];
+    return total;
+}
+
+/* Frees the experts that keep names 0. The last forward is no more. */
+static void apti_moe_remove(apti_moe *moe, const bool *keep)
+{
+    int32_t left = 0;
+    uint64_t there = moe->there;
+    apti_moe_cut_gate(moe, keep);
+    for (int32_t e = 0; e < moe->experts; e++) {
+        apti_tensor *from = &moe->base.tensor[1 + e * APTI_EXPERT_TENSORS];
+        const uint64_t bit = there & (0 - there);                /* lowest: number e of those that are there */
+        there -= bit;
+        if (keep[e]) {
+            memmove(&moe->base.tensor[1 + left++ * APTI_EXPERT_TENSORS], from, APTI_EXPERT_TENSORS * sizeof *from);
+            continue;
+        }
+        moe->there -= bit;
+        for (int32_t i = 0; i < APTI_EXPERT_TENSORS; i++) apti_free(moe->base.ctx, from[i].value);
+    }
+    moe->experts = left;
+    moe->top_k = moe->top_k < left ? moe->top_k : left;
+    moe->base.tensors = 1 + left * APTI_EXPERT_TENSORS;
+    apti_module_spend(&moe->base);
+    memset(moe->count, 0, sizeof moe->count);
+}
+
+/* The same with an event. Memory for the event comes first, so that a failure changes nothing. */
+static apt_result apti_moe_cut(apti_moe *moe, const bool *keep, int64_t step, int32_t *removed)
+{
+    apt_ctx *ctx = moe->base.ctx;
+    apt_expert_event *list = (apt_expert_event *)apti_alloc(ctx, moe->events + 1, (int64_t)sizeof *list);
+    if (list == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory for the history of experts");
+    if (moe->events > 0) memcpy(list, moe->base.more, (size_t)moe->events * sizeof *list);
+    const double total = (double)apti_moe_choices(moe);
+    int64_t lost = 0, least = moe->count[0];
+    for (int32_t e = 0; e < moe->experts; e++) {
+        least = apti_min_i64(least, moe->count[e]);
+        if (!keep[e]) lost += moe->count[e];
+    }
+    apt_expert_event *event = &list[moe->events++];
+    event->step = step;
+    event->before = moe->experts;
+    event->least_share = (double)least / total;
+    event->lost_share = (double)lost / total;
+    apti_moe_remove(moe, keep);
+    event->after = moe->experts;
+    if (removed != NULL) *removed = event->before - event->after;
+    apti_free(ctx, moe->base.more);
+    moe->base.more = list;
+    return APT_OK;
+}
+
+APT_API apt_result apt_moe_prune(apt_module *module, float share, int64_t step, int32_t *removed)
+{
+    apti_moe *moe = apti_moe_of(module);
+    if (removed != NULL) *removed = 0;
+    if (moe == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite(share) || share < 0 || share > 1) return apti_fail(module->ctx, APT_E_RANGE,
+                                                                        "experts: the share must be in 0..1");
+    apti_default_float(&share, 0.05f);
+    const int64_t total = apti_moe_choices(moe);
+    if (total == 0) return apti_fail(module->ctx, APT_E_STATE, "experts: no usage was counted since the last removal");
+    bool keep[APTI_EXPERTS] = {0};
+    int32_t most = 0, left = 0;
+    for (int32_t e = 0; e < moe->experts; e++) {
+        keep[e] = (double)moe->count[e] >= (double)share * (double)total;
+        left += keep[e];
+        if (moe->count[e] > moe->count[most]) most = e;
+    }
+    if (left == 0) keep[most] = true;
+    return left == moe->experts ? APT_OK : apti_moe_cut(moe, keep, step, removed);
+}
+
+APT_API apt_result apt_moe_progress(apt_module *module, const apt_expert_schedule *schedule, int64_t step, int32_t *removed)
+{
+    apti_moe *moe = apti_moe_of(module);
+    int32_t wanted;
+    if (removed != NULL) *removed = 0;
+    if (moe == NULL) return APT_E_ARGUMENT;
+    const apt_result r = apt_expert_count(schedule, step, &wanted);
+    if (r != APT_OK) return apti_fail(module->ctx, r, "experts: a schedule needs 1 <= last <= first and begin <= end");
+    if (wanted >= moe->experts) return APT_OK;
+    if (apti_moe_choices(moe) == 0) return apti_fail(module->ctx, APT_E_STATE,
+                                                     "experts: no usage was counted since the last removal");
+    bool keep[APTI_EXPERTS] = {0};
+    for (int32_t e = 0; e < moe->experts; e++) keep[e] = true;
+    for (int32_t left = moe->experts; left > wanted; left--) {
+        int32_t least = -1;
+        for (int32_t e = 0; e < moe->experts; e++)
+            if (keep[e] && (least < 0 || moe->count[e] <= moe->count[least])) least = e;
+        keep[least] = false;
+    }
+    return apti_moe_cut(moe, keep, step, removed);
+}
+
+APT_API int32_t apt_moe_events(const apt_module *module)
+{
+    const apti_moe *moe = apti_moe_of(module);
+    return moe != NULL ? moe->events : 0;
+}
+
+APT_API apt_result apt_moe_event(const apt_module *module, int32_t index, apt_expert_event *event)
+{
+    const apti_moe *moe = apti_moe_of(module);
+    if (moe == NULL || event == NULL) return APT_E_ARGUMENT;
+    if (index < 0 || index >= moe->events)
+        return apti_fail(module->ctx, APT_E_RANGE, "event %d of %d", (int)index, (int)moe->events);
+    *event = ((const apt_expert_event *)moe->base.more)[index];
+    return APT_OK;
+}
+
+/* --- sparse BK-core ---
+
+   The convolutions read a buffer with a position of zeros before and behind each sequence, channels side by side: the window of a
+   position is then a plain row of 3 * channels floats, and a convolution is one product over all rows. Rows of the zeros come
+   out as something and are cleared again. */
+
+enum { APTI_CONV_WIDTH = 3, APTI_CONV_CHANNELS = 16, APTI_CONVS = 3, APTI_CONV_TENSOR = 4 };
+static const int32_t apti_conv_channels[APTI_CONVS + 1] = {2, APTI_CONV_CHANNELS, APTI_CONV_CHANNELS, 2};
+
+typedef struct apti_bk_core {
+    apt_module base;
+    int32_t hidden, half;
+    float temperature;
+    apt_bk z;
+    uint64_t seed, draw;
+    int32_t mode;
+    int64_t length;
+    /* in the room */
+    float *act, *dact;                /* (rows, half): relu of the predictor's first map, its gradient */
+    float *u, *p, *m, *dm;            /* (rows): logit, probability, mask, gradient of the mask */
+    float *g[2], *dg[2];              /* (rows): BK-core, re and im */
+    float *h[APTI_CONVS + 1];         /* (padded rows, channels): m*G, then the outputs of the convolutions */
+    float *dh[2];                     /* (padded rows, 16) */
+    float *flip;                      /* a convolution's weights, turned */
+} apti_bk_core;
+
+static apti_bk_core *apti_bk_core_of(const apt_module *m)
+{
+    return m != NULL && m->kind == APTI_MODULE_CORE ? (apti_bk_core *)(uintptr_t)m : NULL;
+}
+
+static apt_result apti_bk_core_fill(apti_bk_core *c)
+{
+    apt_module *m = &c->base;
+    apt_result r = apti_tensor_pair(m, "importance.0", c->half, c->hidden, c->seed, 0);
+    /* 1: in the beginning most positions stay */
+    if (r == APT_OK) r = apti_tensor_pair(m, "importance.1", 1, c->half, c->seed, 1);
+    for (int32_t i = 0; r == APT_OK && i < APTI_CONVS; i++) {
+        char name[24];
+        snprintf(name, sizeof name, "interpolation.%d", (int)i);
+        r = apti_tensor_pair(m, name, apti_conv_channels[i + 1], APTI_CONV_WIDTH * apti_conv_channels[i], c->seed, 0);
+    }
+    return r;
+}
+
+static bool apti_temperature_fits(float temperature)
+{
+    return apti_finite(temperature) && temperature >= 1e-3f && temperature <= 1e3f;
+}
+
+static apt_result apti_check_temperature(apt_ctx *ctx, float temperature)
+{
+    if (apti_temperature_fits(temperature)) return APT_OK;
+    return apti_fail(ctx, APT_E_RANGE, "temperature %g must be in 0.001..1000", (double)temperature);
+}
+
+static apt_result apti_bk_core_new(apt_ctx *ctx, const apt_bk_core_desc *desc, apt_module *owner, apt_module **module)
+{
+    float temperature = desc->temperature;
+    apti_bk_job job;
+    apti_default_float(&temperature, 1.0f);
+    if (desc->hidden < 2 || desc->hidden > 1 << 20)
+        return apti_fail(ctx, APT_E_RANGE, "sparse BK-core: hidden is %d, must be 2 or more", (int)desc->hidden);
+    apt_result r = apti_check_temperature(ctx, temperature);
+    if (r == APT_OK) r = apti_bk_plan(&job, 0, 0, &desc->z) == APT_OK ? APT_OK : apti_bk_refused(ctx, APT_E_RANGE, 0, 0);
+    if (r != APT_OK) return r;
+    const int32_t tensors = APTI_CONV_TENSOR + 2 * APTI_CONVS;
+    apt_module *m = apti_module_make(ctx, APTI_MODULE_CORE, (int64_t)sizeof(apti_bk_core), tensors, owner);
+    if (m == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory for a sparse BK-core");
+    apti_bk_core *c = (apti_bk_core *)m;
+    c->hidden = desc->hidden;
+    c->half = desc->hidden / 2;
+    c->temperature = temperature;
+    c->z = desc->z;
+    c->seed = desc->seed;
+    return apti_module_done(ctx, m, apti_bk_core_fill(c), module);
+}
+
+APT_API apt_result apt_bk_core_create(apt_ctx *ctx, const apt_bk_core_desc *desc, apt_module **module)
+{
+    if (ctx == NULL || desc == NULL || module == NULL) return APT_E_ARGUMENT;
+    return apti_bk_core_new(ctx, desc, NULL, module);
+}
+
+static int64_t apti_bk_core_padded(const apti_bk_core *c)
+{
+    return c->base.sequences * (c->length + 2);
+}
+
+static apt_result apti_bk_core_carve(apti_bk_core *c, int64_t sequences, int64_t length)
+{
+    const int64_t rows = sequences * length, padded = sequences * (length + 2), wide = padded * APTI_CONV_CHANNELS;
+    const int64_t flip = APTI_CONV_WIDTH * APTI_CONV_CHANNELS * APTI_CONV_CHANNELS;
+    const apt_result r = apti_module_room(&c->base, rows * (2 * c->half + 8) + 4 * wide + 4 * padded + flip + 20 * 16);
+    if (r != APT_OK) return r;
+    float *next = c->base.room;
+    c->act = apti_carve(&next, rows * c->half);
+    c->dact = apti_carve(&next, rows * c->half);
+    c->u = apti_carve(&next, rows);
+    c->p = apti_carve(&next, rows);
+    c->m = apti_carve(&next, rows);
+    c->dm = apti_carve(&next, rows);
+    for (int32_t i = 0; i < 2; i++) {
+        c->g[i] = apti_carve(&next, rows);
+        c->dg[i] = apti_carve(&next, rows);
+        c->dh[i] = apti_carve(&next, wide);
+    }
+    for (int32_t i = 0; i <= APTI_CONVS; i++) c->h[i] = apti_carve(&next, padded * apti_conv_channels[i]);
+    c->flip = apti_carve(&next, flip);
+    c->base.rows = rows;
+    c->base.sequences = sequences;
+    c->length = length;
+    memset(c->dm, 0, (size_t)rows * sizeof(float));
+    return APT_OK;
+}
+
+/* A task is a sequence. */
+typedef struct apti_bk_core_job { apti_bk_core *c; float *f; const float *df; } apti_bk_core_job;
+
+/* p and m from u. The difference of two Gumbel variables is logistic: noise = ln(U / (1 - U)), U by the position's number. */
+static void apti_bk_core_mask_task(int64_t index, int32_t thread, void *arg)
+{
+    apti_bk_core *c = ((const apti_bk_core_job *)arg)->c;
+    apti_rng rng;
+    (void)thread;
+    rng.key = apti_rng_seed(c->seed ^ 0x67756d62656cu, c->draw);
+    for (int64_t i = index * c->length; i < (index + 1) * c->length; i++) {
+        rng.counter = (uint64_t)i;
+        const double chance = c->mode == APT_MASK_FIXED ? 0.5 : apti_rng_uniform(&rng) + 0.5 * APTI_2_POW_M53;
+        const double p = 1 / (1 + exp(-((double)c->u[i] + log(chance / (1 - chance))) / (double)c->temperature));
+        c->p[i] = (float)p;
+        c->m[i] = c->mode == APT_MASK_SOFT ? c->p[i] : p > 0.5 ? 1.0f : 0.0f;
+    }
+}
+
+/* h[0] = m*G between zeros */
+static void apti_bk_core_gate_task(int64_t index, int32_t thread, void *arg)
+{
+    apti_bk_core *c = ((const apti_bk_core_job *)arg)->c;
+    float *h = c->h[0] + index * (c->length + 2) * 2;
+    const int64_t at = index * c->length;
+    (void)thread;
+    memset(h, 0, 2 * sizeof(float));
+    memset(h + 2 * (c->length + 1), 0, 2 * sizeof(float));
+    for (int64_t i = 0; i < c->length; i++)
+        for (int32_t k = 0; k < 2; k++) h[2 * (i + 1) + k] = c->m[at + i] * c->g[k][at + i];
+}
+
+/* f = m*G + (1-m)*I */
+static void apti_bk_core_mix_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_bk_core_job *job = (const apti_bk_core_job *)arg;
+    const apti_bk_core *c = job->c;
+    const float *h = c->h[APTI_CONVS] + (index * (c->length + 2) + 1) * 2;
+    const int64_t at = index * c->length;
+    (void)thread;
+    for (int64_t i = 0; i < c->length; i++) {
+        const float m = c->m[at + i];
+        for (int32_t k = 0; k < 2; k++) job->f[2 * (at + i) + k] = m * c->g[k][at + i] + (1 - m) * h[2 * i + k];
+    }
+}
+
+/* dI = (1-m) df, into dh[0] between zeros */
+static void apti_bk_core_mix_backward_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_bk_core_job *job = (const apti_bk_core_job *)arg;
+    const apti_bk_core *c = job->c;
+    float *dh = c->dh[0] + index * (c->length + 2) * 2;
+    const int64_t at = index * c->length;
+    (void)thread;
+    memset(dh, 0, 2 * sizeof(float));
+    memset(dh + 2 * (c->length + 1), 0, 2 * sizeof(float));
+    for (int64_t i = 0; i < c->length; i++)
+        for (int32_t k = 0; k < 2; k++) dh[2 * (i + 1) + k] = (1 - c->m[at + i]) * job->df[2 * (at + i) + k];
+}
+
+/* dG = m (df + dh), dm += df (G - I) + dh G;  dh(padded rows, 2) is the gradient of h[0]: job->f */
+static void apti_bk_core_gate_backward_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_bk_core_job *job = (const apti_bk_core_job *)arg;
+    const apti_bk_core *c = job->c;
+    const int64_t at = index * c->length, from = (index * (c->length + 2) + 1) * 2;
+    (void)thread;
+    for (int64_t i = 0; i < c->length; i++) {
+        for (int32_t k = 0; k < 2; k++) {
+            const float df = job->df[2 * (at + i) + k], dh = job->f[from + 2 * i + k], g = c->g[k][at + i];
+            c->dg[k][at + i] = c->m[at + i] * (df + dh);
+            c->dm[at + i] += df * (g - c->h[APTI_CONVS][from + 2 * i + k]) + dh * g;
+        }
+    }
+}
+
+/* du = dm p (1-p) / temperature, in the place of u */
+static void apti_bk_core_logit_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_bk_core *c = ((const apti_bk_core_job *)arg)->c;
+    (void)thread;
+    for (int64_t i = index * c->length; i < (index + 1) * c->length; i++)
+        c->u[i] = c->dm[i] * c->p[i] * (1 - c->p[i]) / c->temperature;
+}
+
+static void apti_bk_core_run(apti_bk_core *c, apt_task task, float *f, const float *df)
+{
+    apti_bk_core_job job = {c, f, df};
+    apti_parallel_for(c->base.ctx, c->base.sequences, task, &job);
+}
+
+static void apti_conv_clear(const apti_bk_core *c, float *h, int32_t channels)
+{
+    const size_t bytes = (size_t)channels * sizeof(float);
+    for (int64_t s = 0; s < c->base.sequences; s++) {
+        float *first = h + s * (c->length + 2) * channels;
+        memset(first, 0, bytes);
+        memset(first + (c->length + 1) * channels, 0, bytes);
+    }
+}
+
+static void apti_conv_forward(const apti_bk_core *c, int32_t i)
+{
+    const int32_t in = apti_conv_channels[i], out = apti_conv_channels[i + 1];
+    apti_affine_forward(&c->base, APTI_CONV_TENSOR + 2 * i, c->h[i + 1] + out, c->h[i], in, apti_bk_core_padded(c) - 2,
+                     i + 1 < APTI_CONVS ? APT_RELU : -1, NULL);
+    apti_conv_clear(c, c->h[i + 1], out);
+}
+
+/* dy is the gradient of h[i+1] before its activation, dx that of h[i] (before ITS activation, if it has one). */
+static void apti_conv_backward(const apti_bk_core *c, int32_t i, float *dx, const float *dy)
+{
+    const int32_t in = apti_conv_channels[i], out = apti_conv_channels[i + 1];
+    const apti_tensor *w = &c->base.tensor[APTI_CONV_TENSOR + 2 * i];
+    const int64_t rows = apti_bk_core_padded(c) - 2;
+    apti_affine_backward(&c->base, APTI_CONV_TENSOR + 2 * i, dy + out, c->h[i], in, rows);
+    /* y[p] = sum over t of W[t] x[p-1+t], so dx[p] = sum over t of W[2-t]^T dy[p-1+t] */
+    for (int32_t t = 0; t < APTI_CONV_WIDTH; t++)
+        for (int32_t o = 0; o < out; o++)
+            memcpy(c->flip + (t * out + o) * in, w->value + o * w->cols + (2 - t) * in, (size_t)in * sizeof(float));
+    apti_map_input(c->base.ctx, dx + in, false, dy, out, c->flip, APTI_CONV_WIDTH * out, in, rows);
+    if (i > 0) apti_act_backward(c->base.ctx, dx + in, in, dx + in, in, c->h[i] + in, in, NULL, rows, in, APT_RELU);
+    apti_conv_clear(c, dx, in);
+}
+
+static apt_result apti_bk_core_forward(apti_bk_core *c, float *f, const float *x, const float *v, int64_t sequences,
+                                       int64_t length, int32_t mode)
+{
+    apt_result r = apti_bk_core_carve(c, sequences, length);
+    if (r != APT_OK) return r;
+    const int64_t rows = c->base.rows;
+    c->mode = mode;
+    apti_affine_forward(&c->base, 0, c->act, x, c->hidden, rows, APT_RELU, NULL);
+    apti_affine_forward(&c->base, 2, c->u, c->act, c->half, rows, -1, NULL);
+    if (!apti_finite_all(c->u, rows)) r = apti_fail(c->base.ctx, APT_E_NONFINITE,
+                                                    "sparse BK-core: an importance is NaN or infinite");
+    if (r == APT_OK) {
+        apti_bk_core_run(c, apti_bk_core_mask_task, NULL, NULL);
+        r = apt_bk_forward_threads(c->base.ctx, c->g[0], c->g[1], v, c->m, sequences, length, &c->z);
+    }
+    if (r != APT_OK) {
+        c->base.rows = 0;
+        return r;
+    }
+    if (mode != APT_MASK_FIXED) c->draw++;
+    apti_bk_core_run(c, apti_bk_core_gate_task, NULL, NULL);
+    for (int32_t i = 0; i < APTI_CONVS; i++) apti_conv_forward(c, i);
+    apti_bk_core_run(c, apti_bk_core_mix_task, f, NULL);
+    c->base.live = true;
+    return APT_OK;
+}
+
+/* dx is written. Uses up what the forward kept. */
+static apt_result apti_bk_core_backward(apti_bk_core *c, float *dx, float *dv, const float *df, const float *x, const float *v)
+{
+    const int64_t rows = c->base.rows;
+    apti_module_spend(&c->base);
+    apti_bk_core_run(c, apti_bk_core_mix_backward_task, NULL, df);
+    apti_conv_backward(c, 2, c->dh[1], c->dh[0]);
+    apti_conv_backward(c, 1, c->dh[0], c->dh[1]);
+    apti_conv_backward(c, 0, c->dh[1], c->dh[0]);
+    apti_bk_core_run(c, apti_bk_core_gate_backward_task, c->dh[1], df);
+    if (dv != NULL) memset(dv, 0, (size_t)rows * sizeof(float));
+    const apt_result r = apt_bk_backward_threads(c->base.ctx, dv, c->dm, NULL, c->dg[0], c->dg[1], v, c->m, c->base.sequences,
+                                                 c->length, &c->z);
+    if (r != APT_OK) return r;
+    apti_bk_core_run(c, apti_bk_core_logit_task, NULL, NULL);
+    apti_affine_backward(&c->base, 2, c->u, c->act, c->half, rows);
+    apti_map_input(c->base.ctx, c->dact, false, c->u, 1, c->base.tensor[2].value, 1, c->half, rows);
+    apti_act_backward(c->base.ctx, c->dact, c->half, c->dact, c->half, c->act, c->half, NULL, rows, c->half, APT_RELU);
+    apti_affine_backward(&c->base, 0, c->dact, x, c->hidden, rows);
+    if (dx != NULL) apti_map_input(c->base.ctx, dx, false, c->dact, c->half, c->base.tensor[0].value, c->half, c->hidden, rows);
+    return APT_OK;
+}
+
+/* Sizes of a forward: positive, and so that no product of them with a row's floats can overflow. */
+static apt_result apti_check_sequences(const apt_module *m, int64_t sequences, int64_t length, int32_t mode)
+{
+    int64_t rows;
+    if (mode < APT_MASK_FIXED || mode > APT_MASK_SOFT) return apti_fail(m->ctx, APT_E_ARGUMENT, "mask mode %d is unknown",
+                                                                        (int)mode);
+    if (sequences >= 1 && length >= 1 && apti_mul(sequences, length, &rows) && rows <= INT32_MAX / 4) return APT_OK;
+    return apti_fail(m->ctx, APT_E_RANGE, "module: %lld sequences of %lld positions", (long long)sequences, (long long)length);
+}
+
+APT_API apt_result apt_bk_core_forward(apt_module *module, float *features, const float *x, const float *v, int64_t sequences,
+                                       int64_t length, int32_t mode)
+{
+    apti_bk_core *c = apti_bk_core_of(module);
+    if (c == NULL) return APT_E_ARGUMENT;
+    apt_result r = apti_check_sequences(module, sequences, length, mode);
+    if (r != APT_OK) return r;
+    if (features == NULL) return apti_fail(module->ctx, APT_E_ARGUMENT, "sparse BK-core: no output");
+    r = apti_module_inputs(module, x, sequences * length * c->hidden, v, sequences * length);
+    return r == APT_OK ? apti_bk_core_forward(c, features, x, v, sequences, length, mode) : r;
+}
+
+APT_API apt_result apt_bk_core_backward(apt_module *module, float *dx, float *dv, const float *dfeatures, const float *x,
+                                        const float *v, int64_t sequences, int64_t length)
+{
+    apti_bk_core *c = apti_bk_core_of(module);
+    if (c == NULL) return APT_E_ARGUMENT;
+    apt_result r = apti_check_sequences(module, sequences, length, APT_MASK_FIXED);
+    if (r == APT_OK) r = apti_module_behind(module, sequences, sequences * length);
+    if (r == APT_OK) r = apti_module_inputs(module, x, module->rows * c->hidden, v, module->rows);
+    if (r == APT_OK) r = apti_module_inputs(module, dfeatures, 2 * module->rows, v, 0);
+    return r == APT_OK ? apti_bk_core_backward(c, dx, dv, dfeatures, x, v) : r;
+}
+
+/* --- the layer --- */
+
+#define APTI_POTENTIAL_LIMIT 3.0f
+#define APTI_FEATURE_LIMIT 10.0f
+enum { APTI_LAYER_POTENTIAL = 0, APTI_LAYER_OUT = 2, APTI_LAYER_SCALE = 4, APTI_LAYER_TENSORS = 5 };
+
+typedef struct apti_bk_layer {
+    apt_module base;                  /* part[0]: core, part[1]: experts */
+    int32_t hidden;
+    float *e, *raw_v, *v;             /* (rows, hidden), (rows), (rows): experts' output, potential before and behind the clamp */
+    float *raw_f, *f, *s;             /* (rows, 2), (rows, 2), (rows, hidden): features, output projection */
+    float *ds, *df, *dv, *de;
+} apti_bk_layer;
+
+static apti_bk_layer *apti_bk_layer_of(const apt_module *m)
+{
+    return m != NULL && m->kind == APTI_MODULE_LAYER ? (apti_bk_layer *)(uintptr_t)m : NULL;
+}
+
+static apt_result apti_bk_layer_fill(apti_bk_layer *l, const apt_bk_layer_desc *desc)
+{
+    apt_module *m = &l->base;
+    apt_moe_desc moe = desc->moe;
+    apt_bk_core_desc core = APT_ZERO;
+    float scale = desc->scale;
+    apti_default_float(&scale, 1.0f);
+    moe.seed = desc->seed;
+    core.hidden = moe.hidden;
+    core.temperature = desc->temperature;
+    core.z = desc->z;
+    core.seed = desc->seed;
+    apt_result r = apti_bk_core_new(m->ctx, &core, m, &m->part[0]);
+    if (r == APT_OK) r = apti_moe_new(m->ctx, &moe, m, &m->part[1]);
+    if (r == APT_OK) r = apti_tensor_pair(m, "potential", 1, l->hidden, desc->seed, 0);
+    if (r == APT_OK) r = apti_tensor_pair(m, "output", l->hidden, 2, desc->seed, 0);
+    if (r == APT_OK) r = apti_tensor_make(m, "scale", 1, 1, desc->seed, 0, scale);
+    return r;
+}
+
+APT_API apt_result apt_bk_layer_create(apt_ctx *ctx, const apt_bk_layer_desc *desc, apt_module **module)
+{
+    if (ctx == NULL || desc == NULL || module == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite(desc->scale)) return apti_fail(ctx, APT_E_NONFINITE, "BK layer: the scale is NaN or infinite");
+    apt_module *m = apti_module_make(ctx, APTI_MODULE_LAYER, (int64_t)sizeof(apti_bk_layer), APTI_LAYER_TENSORS, NULL);
+    if (m == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory for a BK layer");
+    ((apti_bk_layer *)m)->hidden = desc->moe.hidden;
+    return apti_module_done(ctx, m, apti_bk_layer_fill((apti_bk_layer *)m, desc), module);
+}
+
+APT_API apt_module *apt_bk_layer_core(apt_module *module)
+{
+    return apti_bk_layer_of(module) != NULL ? module->part[0] : NULL;
+}
+
+APT_API apt_module *apt_bk_layer_moe(apt_module *module)
+{
+    return apti_bk_layer_of(module) != NULL ? module->part[1] : NULL;
+}
+
+static apt_result apti_bk_layer_carve(apti_bk_layer *l, int64_t sequences, int64_t rows)
+{
+    const int64_t d = l->hidden;
+    const apt_result r = apti_module_room(&l->base, rows * (4 * d + 9) + 10 * 16);
+    if (r != APT_OK) return r;
+    float *next = l->base.room;
+    l->e = apti_carve(&next, rows * d);
+    l->s = apti_carve(&next, rows * d);
+    l->ds = apti_carve(&next, rows * d);
+    l->de = apti_carve(&next, rows * d);
+    l->raw_v = apti_carve(&next, rows);
+    l->v = apti_carve(&next, rows);
+    l->dv = apti_carve(&next, rows);
+    l->raw_f = apti_carve(&next, 2 * rows);
+    l->f = apti_carve(&next, 2 * rows);
+    l->df = apti_carve(&next, 2 * rows);
+    l->base.rows = rows;
+    l->base.sequences = sequences;
+    return APT_OK;
+}
+
+static void apti_clamp(float *y, const float *x, int64_t n, float limit)
+{
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
+}
+
+/* dx = 0 where the clamp held x */
+static void apti_clamp_backward(float *dx, const float *x, int64_t n, float limit)
+{
+    for (int64_t i = 0; i < n; i++) dx[i] = x[i] > limit || x[i] < -limit ? 0 : dx[i];
+}
+
+APT_API apt_result apt_bk_layer_forward(apt_module *module, float *y, const float *x, int64_t sequences, int64_t length,
+                                        int32_t mode)
+{
+    apti_bk_layer *l = apti_bk_layer_of(module);
+    if (l == NULL) return APT_E_ARGUMENT;
+    apt_result r = apti_check_sequences(module, sequences, length, mode);
+    if (r != APT_OK) return r;
+    const int64_t d = l->hidden, rows = sequences * length;
+    if (y == NULL) return apti_fail(module->ctx, APT_E_ARGUMENT, "BK layer: no output");
+    r = apti_module_inputs(module, x, rows * d, x, 0);
+    if (r == APT_OK) r = apti_bk_layer_carve(l, sequences, rows);
+    if (r == APT_OK) r = apti_moe_forward(apti_moe_of(module->part[1]), l->e, x, rows);
+    if (r == APT_OK) {
+        apti_affine_forward(module, APTI_LAYER_POTENTIAL, l->raw_v, l->e, d, rows, -1, NULL);
+        apti_clamp(l->v, l->raw_v, rows, APTI_POTENTIAL_LIMIT);
+        r = apti_bk_core_forward(apti_bk_core_of(module->part[0]), l->raw_f, x, l->v, sequences, length, mode);
+    }
+    if (r != APT_OK) {
+        module->rows = 0;
+        return r;
+    }
+    if (mode != APT_MASK_FIXED) apti_moe_count(apti_moe_of(module->part[1]));
+    apti_clamp(l->f, l->raw_f, 2 * rows, APTI_FEATURE_LIMIT);
+    apti_affine_forward(module, APTI_LAYER_OUT, l->s, l->f, 2, rows, -1, NULL);
+    module->ctx->kernels->scale(y, l->s, module->tensor[APTI_LAYER_SCALE].value[0], rows * d);
+    module->ctx->kernels->add(y, y, l->e, rows * d);
+    module->live = true;
+    return APT_OK;
+}
+
+APT_API apt_result apt_bk_layer_backward(apt_module *module, float *dx, const float *dy, const float *x, int64_t sequences,
+                                         int64_t length)
+{
+    apti_bk_layer *l = apti_bk_layer_of(module);
+    if (l == NULL) return APT_E_ARGUMENT;
+    apt_result r = apti_check_sequences(module, sequences, length, APT_MASK_FIXED);
+    if (r == APT_OK) r = apti_module_behind(module, sequences, sequences * length);
+    const int64_t d = l->hidden, rows = module->rows;
+    if (r == APT_OK) r = apti_module_inputs(module, x, rows * d, dy, rows * d);
+    if (r != APT_OK) return r;
+    const apti_tensor *scale = &module->tensor[APTI_LAYER_SCALE], *out = &module->tensor[APTI_LAYER_OUT];
+    const apti_tensor *potential = &module->tensor[APTI_LAYER_POTENTIAL];
+    const apti_kernels *kernels = module->ctx->kernels;
+    apti_module_spend(module);
+    scale->grad[0] += (float)apti_ops_dot(kernels, dy, l->s, rows * d);
+    kernels->scale(l->ds, dy, scale->value[0], rows * d);
+    apti_affine_backward(module, APTI_LAYER_OUT, l->ds, l->f, 2, rows);
+    apti_map_input(module->ctx, l->df, false, l->ds, d, out->value, d, 2, rows);
+    apti_clamp_backward(l->df, l->raw_f, 2 * rows, APTI_FEATURE_LIMIT);
+    r = apti_bk_core_backward(apti_bk_core_of(module->part[0]), dx, l->dv, l->df, x, l->v);
+    if (r != APT_OK) return r;
+    apti_clamp_backward(l->dv, l->raw_v, rows, APTI_POTENTIAL_LIMIT);
+    apti_affine_backward(module, APTI_LAYER_POTENTIAL, l->dv, l->e, d, rows);
+    memcpy(l->de, dy, (size_t)(rows * d) * sizeof(float));
+    apti_map_input(module->ctx, l->de, true, l->dv, 1, potential->value, 1, d, rows);
+    apti_moe_backward(apti_moe_of(module->part[1]), dx, true, l->de, x);
+    return APT_OK;
+}
+
+/* --- what both share: the mask's losses and statistics --- */
+
+/* The sparse BK-core of a module, or NULL */
+static apti_bk_core *apti_bk_core_in(const apt_module *m)
+{
+    return apti_bk_layer_of(m) != NULL ? apti_bk_core_of(m->part[0]) : apti_bk_core_of(m);
+}
+
+APT_API apt_result apt_module_sparsity_loss(apt_module *module, double *loss, int32_t kind, float target, float grad_scale)
+{
+    apti_bk_core *c = apti_bk_core_in(module);
+    if (c == NULL) return APT_E_ARGUMENT;
+    if (!module->live) return apti_fail(module->ctx, APT_E_STATE, "a sparsity loss belongs between forward and backward");
+    const apt_result r = apt_sparsity_loss(loss, c->dm, c->m, c->base.rows, kind, target, grad_scale);
+    if (r == APT_OK) return r;
+    if (loss == NULL) return apti_fail(module->ctx, r, "sparsity loss: no place for the loss");
+    if (apt_sparsity_kind_name(kind) != NULL)
+        return apti_fail(module->ctx, r, "sparsity loss: the target %g must be in 0..1, the gradient's scale %g finite",
+                         (double)target, (double)grad_scale);
+    char kinds[64] = "";
+    apti_append_kinds(kinds, sizeof kinds, apt_sparsity_kind_name, 0);
+    return apti_fail(module->ctx, r, "sparsity loss: there is no kind %d; supported, from 0 on: %s", (int)kind, kinds);
+}
+
+APT_API apt_result apt_module_balanced_loss(apt_module *module, apt_balanced *out, int32_t kind, float target, double accuracy,
+                                            double accuracy_weight, double sparsity_weight)
+{
+    apt_balanced checked;
+    double loss;
+    if (apti_bk_core_in(module) == NULL || out == NULL) return APT_E_ARGUMENT;
+    apt_result r = apt_balanced_loss(&checked, accuracy, 0, accuracy_weight, sparsity_weight);
+    if (r != APT_OK) return apti_fail(module->ctx, r, "balanced loss: weights must be 0 or more, everything finite");
+    r = apt_module_sparsity_loss(module, &loss, kind, target, (float)sparsity_weight);
+    return r == APT_OK ? apt_balanced_loss(out, accuracy, loss, accuracy_weight, sparsity_weight) : r;
+}
+
+APT_API apt_result apt_module_temperature(apt_module *module, float temperature)
+{
+    apti_bk_core *c = apti_bk_core_in(module);
+    if (c == NULL) return APT_E_ARGUMENT;
+    const apt_result r = apti_check_temperature(module->ctx, temperature);
+    if (r == APT_OK) c->temperature = temperature;
+    return r;
+}
+
+static int64_t apti_count_beyond(const float *x, int64_t n, float limit)
+{
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i++) count += x[i] > limit || x[i] < -limit;
+    return count;
+}
+
+APT_API apt_result apt_module_stats(const apt_module *module, apt_bk_stats *stats)
+{
+    const apti_bk_core *c = apti_bk_core_in(module);
+    const apti_bk_layer *l = apti_bk_layer_of(module);
+    if (c == NULL || stats == NULL) return APT_E_ARGUMENT;
+    if (module->rows == 0 || c->base.rows == 0) return apti_fail(module->ctx, APT_E_STATE,
+                                                                 "statistics need a forward before them");
+    memset(stats, 0, sizeof *stats);
+    stats->positions = c->base.rows;
+    stats->least = 1;
+    for (int64_t s = 0; s < c->base.sequences; s++) {
+        int64_t masked = 0;
+        for (int64_t i = s * c->length; i < (s + 1) * c->length; i++) masked += c->m[i] < 0.5f;
+        const double share = (double)masked / (double)c->length;
+        stats->masked += masked;
+        if (share < stats->least) stats->least = share;
+        if (share > stats->most) stats->most = share;
+    }
+    stats->sparsity = (double)stats->masked / (double)stats->positions;
+    stats->probability = apti_sum(c->p, c->base.rows) / (double)stats->positions;
+    if (l == NULL) return APT_OK;
+    stats->potential_clamped = apti_count_beyond(l->raw_v, c->base.rows, APTI_POTENTIAL_LIMIT);
+    stats->features_clamped = apti_count_beyond(l->raw_f, 2 * c->base.rows, APTI_FEATURE_LIMIT);
+    stats->experts = apti_moe_of(module->part[1])->experts;
+    return APT_OK;
+}
+
+APT_API apt_result apt_module_mask(const apt_module *module, float *mask, int64_t rows)
+{
+    const apti_bk_core *c = apti_bk_core_in(module);
+    if (c == NULL || mask == NULL) return APT_E_ARGUMENT;
+    if (c->base.rows == 0) return apti_fail(module->ctx, APT_E_STATE, "a mask needs a forward before it");
+    if (rows != c->base.rows)
+        return apti_fail(module->ctx, APT_E_SHAPE, "the mask has %lld values, not %lld", (long long)c->base.rows,
+                         (long long)rows);
+    memcpy(mask, c->m, (size_t)rows * sizeof(float));
+    return APT_OK;
+}
+
+/* --- saved modules ---
+
+   magic, length of all, three heads (the module and its two parts), the history of experts, then each tensor's values,
+   gradients and moments, and the check sum. */
+
+#define APTI_MODULE_MAGIC 0x31444f4d54504154u                    /* "TAPTMOD1" */
+enum { APTI_MODULE_PARTS = 3, APTI_EVENT_BYTES = 32, APTI_HEAD_BYTES = 60 + 8 * APTI_EXPERTS };
+
+/* What a part holds besides its tensors. kind 0: there is no such part. */
+typedef struct apti_module_head {
+    int32_t kind, hidden, neurons, experts, top_k, events;
+    uint64_t there, seed, draw;
+    float temperature, re, im;
+    int64_t count[APTI_EXPERTS];
+} apti_module_head;
+
+static apt_module *apti_module_part(const apt_module *m, int32_t index)
+{
+    return index == 0 ? (apt_module *)(uintptr_t)m : m->part[index - 1];
+}
+
+static void apti_module_describe(apti_module_head *head, const apt_module *m)
+{
+    memset(head, 0, sizeof *head);
+    if (m == NULL) return;
+    const apti_moe *moe = apti_moe_of(m);
+    const apti_bk_core *c = apti_bk_core_of(m);
+    const apti_bk_layer *l = apti_bk_layer_of(m);
+    head->kind = (int32_t)m->kind;
+    if (l != NULL) head->hidden = l->hidden;
+    if (c != NULL) {
+        head->hidden = c->hidden;
+        head->seed = c->seed;
+        head->draw = c->draw;
+        head->temperature = c->temperature;
+        head->re = c->z.re;
+        head->im = c->z.im;
+    }
+    if (moe == NULL) return;
+    head->hidden = moe->hidden;
+    head->neurons = moe->neurons;
+    head->experts = moe->experts;
+    head->top_k = moe->top_k;
+    head->events = moe->events;
+    head->there = moe->there;
+    memcpy(head->count, moe->count, sizeof head->count);
+}
+
+static void apti_head_fields(apti_field_cursor *c, apti_module_head *head)
+{
+    apti_field_i32(c, &head->kind);
+    apti_field_i32(c, &head->hidden);
+    apti_field_i32(c, &head->neurons);
+    apti_field_i32(c, &head->experts);
+    apti_field_i32(c, &head->top_k);
+    apti_field_i32(c, &head->events);
+    apti_field_bits(c, &head->there, 8);
+    apti_field_bits(c, &head->seed, 8);
+    apti_field_bits(c, &head->draw, 8);
+    apti_field_f32(c, &head->temperature);
+    apti_field_f32(c, &head->re);
+    apti_field_f32(c, &head->im);
+    for (int32_t e = 0; e < APTI_EXPERTS; e++) apti_field_i64(c, &head->count[e]);
+}
+
+static void apti_event_fields(apti_field_cursor *c, apt_expert_event *event)
+{
+    apti_field_i64(c, &event->step);
+    apti_field_i32(c, &event->before);
+    apti_field_i32(c, &event->after);
+    apti_field_f64(c, &event->least_share);
+    apti_field_f64(c, &event->lost_share);
+}
+
+static void apti_tensor_fields(apti_field_cursor *c, const apti_tensor *t)
+{
+    float *const all[4] = {t->value, t->grad, t->moment1, t->moment2};
+    for (int32_t i = 0; i < 4; i++)
+        for (int64_t k = 0; k < t->rows * t->cols; k++) apti_field_f32(c, &all[i][k]);
+}
+
+APT_API int64_t apt_module_bytes(const apt_module *module)
+{
+    if (module == NULL) return -1;
+    int64_t bytes = 16 + APTI_MODULE_PARTS * APTI_HEAD_BYTES + 8;
+    for (int32_t i = 0; i < APTI_MODULE_PARTS; i++) bytes += apt_moe_events(apti_module_part(module, i)) * APTI_EVENT_BYTES;
+    return bytes + 4 * (int64_t)sizeof(float) * apt_module_parameters(module);
+}
+
+APT_API apt_result apt_module_save(const apt_module *module, void *out, size_t bytes)
+{
+    if (module == NULL || out == NULL) return APT_E_ARGUMENT;
+    uint64_t magic = APTI_MODULE_MAGIC, length = (uint64_t)apt_module_bytes(module);
+    if (bytes < length) return apti_fail(module->ctx, APT_E_SCRATCH, "the saved module has %lld bytes, not %lld",
+                                         (long long)length, (long long)bytes);
+    apti_field_cursor c = {(uint8_t *)out, NULL, 0};
+    apti_field_bits(&c, &magic, 8);
+    apti_field_bits(&c, &length, 8);
+    for (int32_t i = 0; i < APTI_MODULE_PARTS; i++) {
+        apti_module_head head;
+        apti_module_describe(&head, apti_module_part(module, i));
+        apti_head_fields(&c, &head);
+    }
+    for (int32_t i = 0; i < APTI_MODULE_PARTS; i++) {
+        const apt_module *part = apti_module_part(module, i);
+        for (int32_t k = 0; k < apt_moe_events(part); k++) apti_event_fields(&c, (apt_expert_event *)part->more + k);
+    }
+    for (int32_t i = 0; i < apt_module_tensors(module); i++) apti_tensor_fields(&c, apti_module_tensor(module, i));
+    uint64_t sum = apti_checksum(0, out, c.at);
+    apti_field_bits(&c, &sum, 8);
+    return APT_OK;
+}
+
+/* Could a part of this shape have been saved like that? *less: bytes that it saves less than the part would now, by removed
+   experts and a shorter history. */
+static bool apti_head_fits(const apti_module_head *head, const apt_module *part, int64_t *less)
+{
+    apti_module_head now;
+    apti_module_describe(&now, part);
+    if (head->kind != now.kind || head->hidden != now.hidden || head->neurons != now.neurons) return false;
+    if (head->seed != now.seed) return false;
+    if (apti_bits(head->re) != apti_bits(now.re) || apti_bits(head->im) != apti_bits(now.im)) return false;
+    if (now.kind == APTI_MODULE_CORE && !apti_temperature_fits(head->temperature)) return false;
+    if (now.kind != APTI_MODULE_MOE) return head->events == 0;
+    int32_t experts = 0;
+    for (int32_t i = 0; i < APTI_EXPERTS; i++) {
+        experts += (int32_t)(head->there >> i & 1);
+        if (head->count[i] < 0 || head->count[i] > INT64_MAX / APTI_EXPERTS) return false;
+    }
+    if ((head->there & ~now.there) != 0 || experts < 1 || experts != head->experts || head->events < 0) return false;
+    if (head->top_k != (now.top_k < experts ? now.top_k : experts)) return false;
+    const int64_t d = now.hidden, f = now.neurons, expert = 2 * d * f + f + d + d;       /* the last d: its row of the gate */
+    *less += 4 * (int64_t)sizeof(float) * expert * (now.experts - experts);
+    *less += APTI_EVENT_BYTES * ((int64_t)now.events - head->events);
+    return true;
+}
+
+/* Removes what the saved experts have not, and takes over counts and history. */
+static void apti_moe_restore(apti_moe *moe, const apti_module_head *head, apt_expert_event *list)
+{
+    bool keep[APTI_EXPERTS] = {0};
+    int32_t e = 0;
+    for (int32_t i = 0; i < APTI_EXPERTS; i++)
+        if ((moe->there >> i & 1) != 0) keep[e++] = (head->there >> i & 1) != 0;
+    apti_moe_remove(moe, keep);
+    memcpy(moe->count, head->count, sizeof moe->count);
+    moe->events = head->events;
+    apti_free(moe->base.ctx, moe->base.more);
+    moe->base.more = list;
+}
+
+/* Magic, length and check sum. The heads begin at byte 16. */
+static apt_result apti_module_opened(const apt_module *m, const void *in, size_t bytes)
+{
+    uint64_t magic = 0, length = 0, sum = 0;
+    apti_field_cursor c = {NULL, (const uint8_t *)in, 0};
+    if (bytes >= 16 + APTI_MODULE_PARTS * APTI_HEAD_BYTES + 8) {
+        apti_field_bits(&c, &magic, 8);
+        apti_field_bits(&c, &length, 8);
+    }
+    if (magic != APTI_MODULE_MAGIC || length != bytes)
+        return apti_fail(m->ctx, APT_E_FORMAT, "these %lld bytes are not a saved module, or not all of one", (long long)bytes);
+    c.at = bytes - 8;
+    apti_field_bits(&c, &sum, 8);
+    if (sum != apti_checksum(0, in, bytes - 8)) return apti_fail(m->ctx, APT_E_CHECKSUM, "the saved module is damaged");
+    return APT_OK;
+}
+
+APT_API apt_result apt_module_restore(apt_module *module, const void *in, size_t bytes)
+{
+    if (module == NULL || in == NULL) return APT_E_ARGUMENT;
+    const apt_result r = apti_module_opened(module, in, bytes);
+    if (r != APT_OK) return r;
+    apti_module_head head[APTI_MODULE_PARTS];
+    apti_field_cursor c = {NULL, (const uint8_t *)in, 16};
+    int64_t less = 0;
+    int32_t events = 0;
+    bool fits = true;
+    for (int32_t i = 0; i < APTI_MODULE_PARTS; i++) {
+        apti_head_fields(&c, &head[i]);
+        fits = fits && apti_head_fits(&head[i], apti_module_part(module, i), &less);
+        if (head[i].kind == APTI_MODULE_MOE) events = head[i].events;
+    }
+    if (!fits || apt_module_bytes(module) - less != (int64_t)bytes)
+        return apti_fail(module->ctx, APT_E_SHAPE,
+                         "the saved module was made from another desc, or has experts that are removed here");
+    apt_expert_event *list = NULL;
+    if (events > 0) list = (apt_expert_event *)apti_alloc(module->ctx, events, (int64_t)sizeof *list);
+    if (events > 0 && list == NULL) return apti_fail(module->ctx, APT_E_MEMORY, "no memory for the history of experts");
+    for (int32_t k = 0; k < events; k++) apti_event_fields(&c, &list[k]);
+    apti_module_spend(module);
+    for (int32_t i = 0; i < APTI_MODULE_PARTS; i++) {
+        apt_module *part = apti_module_part(module, i);
+        apti_bk_core *core = apti_bk_core_of(part);
+        if (part != NULL) apti_module_spend(part);
+        if (core != NULL) {
+            core->temperature = head[i].temperature;
+            core->draw = head[i].draw;
+        }
+        if (apti_moe_of(part) != NULL) apti_moe_restore(apti_moe_of(part), &head[i], list);
+    }
+    for (int32_t i = 0; i < apt_module_tensors(module); i++) apti_tensor_fields(&c, apti_module_tensor(module, i));
+    return APT_OK;
+}
+#endif /* APT_ONLY_CORE */
 
 // >>quantize
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -9018,7 +11553,7 @@ APT_API const char *apt_quant_kind_name(int32_t kind)
 
 APT_API apt_result apt_quant_kind_from_name(const char *name, int32_t *kind, char *message, size_t bytes)
 {
-    return apti_kind_from_name(name, kind, apt_quant_kind_name, APT_QUANT_INT8, "quantisation", message, bytes);
+    return apti_kind_from_name("quantisation", apt_quant_kind_name, APT_QUANT_INT8, name, kind, message, bytes);
 }
 
 APT_API int64_t apt_quant_bytes(int32_t kind, int64_t rows, int64_t cols)
@@ -9391,6 +11926,7 @@ typedef struct apti_param {
     int32_t *columns;                 /* NULL, or: `value` is a frozen table of `stride` columns that a wider teacher has too, */
     int64_t stride;                   /* and columns[0..cols) of them are this parameter's. Embeddings only */
     apti_packed packed;               /* linear only */
+    apt_sparse sparse;                /* a compressed copy for long batches (apt_model_compress); start is NULL: none */
     float *grad, *moment1, *moment2;  /* trainable only */
 } apti_param;
 
@@ -9893,6 +12429,7 @@ static bool apti_is_adapter(const apti_param *p)
 /* The description stays, the buffers are someone else's business. */
 static void apti_param_forget(apti_param *p)
 {
+    memset(&p->sparse, 0, sizeof p->sparse);
     p->value = p->grad = p->moment1 = p->moment2 = NULL;
     p->columns = NULL;
     p->packed.data = NULL;
@@ -9906,6 +12443,7 @@ static void apti_param_release(apt_ctx *ctx, apti_param *p)
     apti_free(ctx, p->grad);
     apti_free(ctx, p->moment1);
     apti_free(ctx, p->moment2);
+    apt_sparse_free(ctx, &p->sparse);
     apti_param_forget(p);
 }
 
@@ -10054,6 +12592,7 @@ static bool apti_param_reserve(apt_model *model, apti_param *p)
 /* Writes row-major values, packing them where products read panels. */
 static void apti_param_set(apt_model *model, apti_param *p, const float *values)
 {
+    apt_sparse_free(model->ctx, &p->sparse);
     if (p->value != NULL && p->value != values) memcpy(p->value, values, (size_t)apti_param_count(p) * sizeof(float));
     if (p->linear && apti_is_quant(p->packed.type)) apti_quant_set(model->ctx, &p->packed, values, NULL);
     else if (p->linear) apti_pack(model->ctx, &p->packed, values, p->cols);
@@ -10587,7 +13126,13 @@ APT_API apt_result apt_model_set_masks(apt_model *model, const float *masks, int
     apti_masks_simplify(model);
     return APT_OK;
 }
+
 /* ------------------------------------------------------------------------------------------------ masks of single weights */
+
+static void apti_compressed_drop(apt_model *model)
+{
+    for (int32_t i = 0; i < model->param_count; i++) apt_sparse_free(model->ctx, &model->params[i].sparse);
+}
 
 /* What can be pruned weight by weight. */
 static bool apti_is_matrix(const apti_param *p)
@@ -10673,6 +13218,42 @@ APT_API apt_result apt_model_sparsity(const apt_model *model, const char *name, 
     apti_sparsity_none(sparsity);
     apti_sparsity_add(sparsity, p->rows, p->cols, apti_param_kept(model, p));
     return APT_OK;
+}
+
+/* A compressed copy of p, when it has zeros enough. values: room for the matrix where it lives in panels. */
+static apt_result apti_param_compress(apt_model *model, apti_param *p, double least, float *values)
+{
+    const float *w = p->value != NULL ? p->value : values;
+    if (p->value == NULL) apti_param_get(model, p, values);
+    const int64_t n = apti_param_count(p), count = apt_sparse_count(w, p->cols, p->rows, p->cols);
+    if ((double)(n - count) < least * (double)n) return APT_OK;
+    return apt_sparse_make(model->ctx, &p->sparse, w, p->cols, p->rows, p->cols);
+}
+
+APT_API apt_result apt_model_compress(apt_model *model, double least, apt_sparsity *used)
+{
+    apt_sparsity sum;
+    if (model == NULL) return APT_E_ARGUMENT;
+    if (!apti_finite_f64(least) || least < 0 || least >= 1)
+        return apti_fail(model->ctx, APT_E_RANGE, "apt_model_compress: least %g; expected 0 <= least < 1", least);
+    if (model->config.quant != APT_QUANT_NONE) return apti_quant_refuse(model, "apt_model_compress");
+    if (model->trainer != NULL || apti_adapter_total(model) > 0)
+        return apti_fail(model->ctx, APT_E_STATE, "apt_model_compress: the model has %s",
+                         model->trainer != NULL ? "a trainer" : "adapters; merge them first");
+    float *values = (float *)apti_alloc(model->ctx, apti_largest_layer(model), (int64_t)sizeof(float));
+    apt_result r = values != NULL ? APT_OK : apti_fail(model->ctx, APT_E_MEMORY, "apt_model_compress: no memory for one matrix");
+    apti_compressed_drop(model);
+    apti_sparsity_none(&sum);
+    for (int32_t i = 0; i < model->param_count && r == APT_OK; i++) {
+        apti_param *p = &model->params[i];
+        if (!apti_is_matrix(p) || !p->linear || p->layer < 0) continue;
+        r = apti_param_compress(model, p, least > 0 ? least : APT_SPARSE_LEAST, values);
+        if (p->sparse.start != NULL) apti_sparsity_add(&sum, p->rows, p->cols, p->sparse.start[p->rows]);
+    }
+    if (r != APT_OK) apti_compressed_drop(model);
+    apti_free(model->ctx, values);
+    if (r == APT_OK && used != NULL) *used = sum;
+    return r;
 }
 
 static apt_result apti_bitmask_lookup(const apt_model *model, const char *name, int64_t words, apti_param **out)
@@ -11221,6 +13802,25 @@ static apti_linear_op apti_layer_view(const apt_model *model, int32_t l, int32_t
     return apti_view(model, layer->slot[2 * i], layer->slot[2 * i + 1], layer->lora_a[i], layer->lora_b[i]);
 }
 
+/* apti_linear_forward of a linear map of layer l, or, where it has a compressed copy and rows enough for that to pay, the
+   same sums without their zero terms, and the epilogue as an empty product behind them (not where the residual stands in y,
+   which these sums would overwrite). */
+static void apti_map_forward(const apt_model *m, int32_t l, int32_t linear, float *y, int64_t ldy, const float *x, int64_t ldx,
+                             int64_t rows, float *xa, const apti_epilogue *epilogue)
+{
+    const apti_linear_op op = apti_layer_view(m, l, linear);
+    const apt_sparse *sparse = &m->layers[l].slot[2 * linear]->sparse;
+    if (sparse->start == NULL || op.squares != NULL || rows < APT_SPARSE_ROWS || (epilogue != NULL && epilogue->residual == y)) {
+        apti_linear_forward(m->ctx, &op, y, ldy, x, ldx, rows, xa, epilogue);
+        return;
+    }
+    apti_sparse_run(m->ctx, sparse, op.bias, y, ldy, x, ldx, rows);
+    if (epilogue == NULL) return;
+    apti_gemm g = apti_gemm_begin(y, ldy, rows, op.out, true);
+    apti_gemm_epilogue(&g, epilogue);
+    apti_gemm_run(m->ctx, &g);
+}
+
 /* Masks of this layer's heads and neurons and of the hidden dimensions; NULL when all are 1. */
 typedef struct apti_layer_masks { const float *head, *neuron, *hidden; } apti_layer_masks;
 
@@ -11351,13 +13951,12 @@ static void apti_residual_write(apti_pass *p, int32_t l, int32_t linear, float *
     const apti_acts *a = &p->acts[l];
     const int64_t d = m->config.hidden, ld = apti_ld(d);
     const float *mask = apti_masks_of(m, l).hidden;
-    const apti_linear_op op = apti_layer_view(m, l, linear);
     const apti_epilogue out = {-1, NULL, 0, x, ld, mask};
     if (p->probe == NULL || !m->block->pre_norm) {
-        apti_linear_forward(m->ctx, &op, z, ld, in, ldin, a->rows_q, a->xa[linear], &out);
+        apti_map_forward(m, l, linear, z, ld, in, ldin, a->rows_q, a->xa[linear], &out);
         return;
     }
-    apti_linear_forward(m->ctx, &op, p->t, ld, in, ldin, a->rows_q, a->xa[linear], NULL);
+    apti_map_forward(m, l, linear, p->t, ld, in, ldin, a->rows_q, a->xa[linear], NULL);
     apti_probe_act(p, apti_probe_hidden(m, point), p->t, ld, a->rows_q, d);
     apti_residual(m->ctx, z, ld, p->t, ld, x, ld, mask, a->rows_q, d);
 }
@@ -11390,13 +13989,10 @@ static void apti_qkv_forward(apti_pass *p, int32_t l)
     const apti_acts *a = &p->acts[l];
     const int64_t ld = apti_ld(m->config.hidden), ldq = apti_ld(apti_query_width(m, l)), ldk = apti_ld(apti_kv_width(m, l));
     const bool cached = p->cache != NULL && a->stack == p->stacks - 1;
-    apti_linear_op op = apti_layer_view(m, l, APTI_QUERY);
-    apti_linear_forward(ctx, &op, a->q, ldq, a->in1, ld, a->rows_q, a->xa[APTI_QUERY], NULL);
+    apti_map_forward(m, l, APTI_QUERY, a->q, ldq, a->in1, ld, a->rows_q, a->xa[APTI_QUERY], NULL);
     if (cached && !p->cache->fill && apti_is_cross(&m->config, l)) return;
-    op = apti_layer_view(m, l, APTI_KEY);
-    apti_linear_forward(ctx, &op, a->k, ldk, a->memory, ld, a->rows_k, a->xa[APTI_KEY], NULL);
-    op = apti_layer_view(m, l, APTI_VALUE);
-    apti_linear_forward(ctx, &op, a->v, ldk, a->memory, ld, a->rows_k, a->xa[APTI_VALUE], NULL);
+    apti_map_forward(m, l, APTI_KEY, a->k, ldk, a->memory, ld, a->rows_k, a->xa[APTI_KEY], NULL);
+    apti_map_forward(m, l, APTI_VALUE, a->v, ldk, a->memory, ld, a->rows_k, a->xa[APTI_VALUE], NULL);
     if (m->block->rotary) {
         const apti_rotary_op q = apti_rotary_of(p, l, m->shape[l].heads), k = apti_rotary_of(p, l, m->shape[l].kv_heads);
         apti_rotary_forward(ctx, &q, a->q, ldq, a->rows_q);
@@ -11452,12 +14048,10 @@ static void apti_ffn_sublayer(apti_pass *p, int32_t l)
     float *act = a->act != NULL ? a->act : p->act;
     const apti_epilogue up = {(int32_t)m->config.activation, a->pre, ldf, NULL, 0, gated ? NULL : mask.neuron};
     if (m->block->pre_norm) apti_norm(p, a->in2, a->stats2, a->y1, slot[APTI_NORM2_W], slot[APTI_NORM2_B], a->rows_q);
-    apti_linear_op op = apti_layer_view(m, l, acting);
-    apti_linear_forward(ctx, &op, act, ldf, a->in2, ld, a->rows_q, a->xa[acting], &up);
+    apti_map_forward(m, l, acting, act, ldf, a->in2, ld, a->rows_q, a->xa[acting], &up);
     if (gated) {
         const int32_t factor = apti_factor(m);
-        op = apti_layer_view(m, l, factor);
-        apti_linear_forward(ctx, &op, a->other, ldf, a->in2, ld, a->rows_q, a->xa[factor], NULL);
+        apti_map_forward(m, l, factor, a->other, ldf, a->in2, ld, a->rows_q, a->xa[factor], NULL);
         apti_gate_forward(ctx, act, ldf, act, ldf, a->other, ldf, mask.neuron, a->rows_q, f);
     }
     apti_probe_act(p, apti_probe_neuron(m, l), act, ldf, a->rows_q, f);
@@ -12816,6 +15410,7 @@ APT_API apt_result apt_model_compact(apt_model *model)
     if (apti_quant_refuse(model, "apt_model_compact") != APT_OK) return APT_E_STATE;
     apt_ctx *ctx = model->ctx;
     apti_survivors s;
+    apti_compressed_drop(model);
     if (model->pass != NULL) apti_pass_shrink(model->pass);
     apt_result r = apti_survivors_make(model, &s);
     const int64_t most = apti_largest_linear(model);
@@ -13151,6 +15746,7 @@ APT_API apt_result apt_model_quantize(apt_model *model, const apt_quantize_desc 
         if (r == APT_OK) model->params[i].packed = q.fresh[i];
     }
     if (r == APT_OK) {
+        apti_compressed_drop(model);
         model->config.quant = desc->kind;
         model->structure++;
     }
@@ -13568,6 +16164,7 @@ APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *de
     if (r != APT_OK) return r;
     apt_trainer *t = (apt_trainer *)apti_calloc(ctx, 1, (int64_t)sizeof(apt_trainer));
     if (t == NULL) return apti_fail(ctx, APT_E_MEMORY, "trainer: no memory for its frame");
+    apti_compressed_drop(model);
     t->ctx = ctx;
     t->model = model;
     t->desc = resolved;
@@ -14792,6 +17389,34 @@ APT_API apt_result apt_trainer_iteration(const apt_trainer *trainer, int32_t ind
     return APT_OK;
 }
 
+APT_API apt_result apt_trainer_iterative_query(const apt_trainer *trainer, apt_iterative_summary *summary)
+{
+    apt_iterative_summary s = APT_ZERO;
+    if (trainer == NULL || summary == NULL) return APT_E_ARGUMENT;
+    const apti_iterative *it = &trainer->iterative;
+    if (it->chosen == NULL)
+        return apti_fail(trainer->ctx, APT_E_STATE, "apt_trainer_iterative_query: apt_trainer_iterative has made no plan");
+    s.iterations = it->desc.iterations;
+    s.done = it->done;
+    s.begin = it->desc.begin;
+    s.retrain = it->desc.retrain;
+    s.first = it->desc.first;
+    s.last = it->desc.last;
+    apti_sparsity_of(trainer->model, it->chosen, &s.reached);
+    if (it->done > 0 && (it->history[0].measured & APT_MEASURED_BEFORE) != 0) {
+        s.measured |= APT_MEASURED_BEFORE;
+        s.before = it->history[0].before;
+    }
+    for (int32_t i = it->done - 1; i >= 0 && (s.measured & APT_MEASURED_RETRAINED) == 0; i--) {
+        if ((it->history[i].measured & APT_MEASURED_RETRAINED) == 0) continue;
+        s.measured |= APT_MEASURED_RETRAINED;
+        s.retrained = it->history[i].retrained;
+        s.degradation = it->history[i].degradation;
+    }
+    *summary = s;
+    return APT_OK;
+}
+
 /* Asks the callback; false: it gave no metric. */
 static bool apti_measure(apt_trainer *t, double *metric)
 {
@@ -15093,6 +17718,7 @@ enum {
     APTI_USE_OPTIMIZER,
     APTI_USE_ACTIVATIONS,
     APTI_USE_TEACHER,
+    APTI_USE_MASKS,                   /* of single weights */
     APTI_USE_SCRATCH,
     APTI_USES
 };
@@ -15105,7 +17731,9 @@ typedef struct apti_rehearsal {
     uint8_t *shared;                  /* [params] a buffer that the teacher holds as well */
     apt_trainer t;                    /* the resolved desc and what plans read */
     int64_t now[APTI_USES], most[APTI_USES];                 /* held; held at the peak */
-    int64_t tokens, target_tokens, sequences, pass, teacher_pass, masks, adapter_budget;
+    int64_t tokens, target_tokens, sequences, pass, teacher_pass, masks, adapter_budget, shareable;
+    const apt_iterative_desc *plan;              /* pruning of single weights, or NULL ... */
+    uint8_t *chosen;                             /* [params] ... of these */
     apti_growth growth;
 } apti_rehearsal;
 
@@ -15322,6 +17950,7 @@ static void apti_rehearse_params(apti_rehearsal *r, bool shared)
         apti_note_param(r, p, 1);
         apti_note_param(r, &old, -1);
         if (shared) apti_note(r, APTI_USE_TEACHER, apti_storage_cost(m, &old));
+        if (shared && p->linear) r->shareable += apti_storage_cost(m, p);
         if (shared) r->shared[i] = 2;
     }
     for (int32_t i = 0; i < m->param_count && !shared; i++)
@@ -15412,12 +18041,38 @@ static void apti_rehearse_pruning(apti_rehearsal *r, uint32_t mode)
     }
 }
 
+/* apti_magnitude_reserve and what comes of it: the list of masks and the masks stay, the plan and a matrix that lives in panels
+   only go again. */
+static void apti_rehearse_magnitude(apti_rehearsal *r)
+{
+    const apt_model *m = r->m;
+    int64_t masks = 0, sum = 0, most = 0, count = 0;
+    if (r->plan == NULL) return;
+    for (int32_t i = 0; i < m->param_count; i++) {
+        const apti_param *p = &m->params[i];
+        const int64_t n = apti_param_count(p);
+        if (!r->chosen[i] || n == 0) continue;
+        count++;
+        masks += apti_cost(apt_bitmask_words(n) * (int64_t)sizeof(uint64_t));
+        if (p->linear && !p->trainable) {
+            sum += n;
+            most = apti_max_i64(most, n);
+        }
+    }
+    apti_note(r, APTI_USE_MASKS, masks + apti_cost(m->param_count * (int64_t)sizeof(uint64_t *)));
+    if (r->t.model == NULL) return;              /* nothing is trained, so nothing pruned */
+    apti_note_brief(r, APTI_USE_SCRATCH, apti_cost(count * (int64_t)sizeof(apt_weights)) + apti_cost(m->param_count) +
+                    apti_cost(count * (int64_t)sizeof(apti_param *)) + (r->plan->iterations != 1 ? masks : 0) +
+                    apti_cost((r->plan->global ? sum : most) * (int64_t)sizeof(float)));
+}
+
 static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
 {
     apti_rehearse_model(r);
     if (desc == NULL) {
         apti_note(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(r->m));
         apti_note_pass(r, 0);
+        apti_rehearse_magnitude(r);
         return APT_OK;
     }
     if (apti_quant_refuse(r->m, "apt_estimate: training") != APT_OK) return APT_E_STATE;
@@ -15428,8 +18083,11 @@ static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
     if (result != APT_OK) return result;
     const bool prunes = r->t.desc.method == APT_METHOD_APT && r->t.desc.target_sparsity > 0;
     const uint32_t mode = apti_train_mode(&r->t, prunes, prunes && !r->t.desc.disable_distill);
+    const bool first = r->plan != NULL && r->plan->begin == 0 && r->plan->iterations == 1;
     apti_rehearse_attach(r);
+    if (first) apti_rehearse_magnitude(r);       /* there is nothing to compute with yet */
     apti_note_pass(r, mode);
+    if (!first) apti_rehearse_magnitude(r);
     if (prunes) apti_rehearse_pruning(r, mode);
     return APT_OK;
 }
@@ -15441,7 +18099,9 @@ static void apti_estimate_report(const apti_rehearsal *r, apt_estimate_info *inf
     info->optimizer = r->most[APTI_USE_OPTIMIZER];
     info->activations = r->most[APTI_USE_ACTIVATIONS];
     info->teacher = r->most[APTI_USE_TEACHER];
+    info->masks = r->most[APTI_USE_MASKS];
     info->scratch = r->most[APTI_USE_SCRATCH];
+    info->shareable = r->shareable;
     info->total = 0;
     for (int32_t i = 0; i < APTI_USES; i++) info->total += r->most[i];
 }
@@ -15455,6 +18115,26 @@ APT_API apt_result apt_estimate(apt_ctx *ctx, const apt_config *config, const ap
 
 APT_API apt_result apt_estimate_pair(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc, int64_t tokens,
                                      int64_t target_tokens, int64_t sequences, apt_estimate_info *info)
+{
+    return apt_estimate_magnitude(ctx, config, desc, NULL, tokens, target_tokens, sequences, info);
+}
+
+/* Which matrices are pruned; without a plan: none. */
+static apt_result apti_rehearse_choose(apti_rehearsal *r, const apt_iterative_desc *plan)
+{
+    r->plan = plan;
+    if (plan == NULL) return APT_OK;
+    if (plan->start_canary != 0 || plan->end_canary != 0)
+        return apti_fail(r->ctx, APT_E_ARGUMENT, "apt_estimate_magnitude: the plan is not initialised with APT_ZERO");
+    if (plan->iterations < 0 || plan->begin < 0)
+        return apti_fail(r->ctx, APT_E_RANGE, "apt_estimate_magnitude: %d iterations from step %lld on; expected 0 or more",
+                         (int)plan->iterations, (long long)plan->begin);
+    return apti_magnitude_choose(r->m, plan->patterns, plan->pattern_count, r->chosen);
+}
+
+APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
+                                          const apt_iterative_desc *plan, int64_t tokens, int64_t target_tokens,
+                                          int64_t sequences, apt_estimate_info *info)
 {
     apti_rehearsal r = APT_ZERO;
     if (ctx == NULL) return APT_E_ARGUMENT;
@@ -15475,13 +18155,15 @@ APT_API apt_result apt_estimate_pair(apt_ctx *ctx, const apt_config *config, con
     r.sequences = sequences;
     r.acts = (apti_acts *)apti_calloc(ctx, r.m->config.layers, (int64_t)sizeof(apti_acts));
     r.dense = (apt_layer_shape *)apti_alloc(ctx, r.m->config.layers, (int64_t)sizeof(apt_layer_shape));
-    r.shared = (uint8_t *)apti_calloc(ctx, r.m->param_count, 1);
+    r.shared = (uint8_t *)apti_calloc(ctx, 2 * (int64_t)r.m->param_count, 1);
+    r.chosen = r.shared != NULL ? r.shared + r.m->param_count : NULL;
     const int32_t adapters = apti_sites(r.m);
     r.growth.block = apti_alloc(ctx, apti_growth_plan(&r.growth, NULL, adapters), 1);
     if (r.acts != NULL && r.dense != NULL && r.shared != NULL && r.growth.block != NULL) {
         (void)apti_growth_plan(&r.growth, (char *)r.growth.block, adapters);
         memcpy(r.dense, r.m->shape, (size_t)r.m->config.layers * sizeof(apt_layer_shape));
-        result = apti_rehearse(&r, desc);
+        result = apti_rehearse_choose(&r, plan);
+        if (result == APT_OK) result = apti_rehearse(&r, desc);
     } else {
         result = apti_fail(ctx, APT_E_MEMORY, "apt_estimate: no memory for its plan");
     }
@@ -17502,44 +20184,6 @@ APT_API apt_result apt_sparse_save(apt_ctx *ctx, const char *path, const char *c
     apti_free(ctx, keys);
     apti_free(ctx, s.dense);
     return r;
-}
-
-/* Room for a matrix of this size, all rows empty. */
-static apt_result apti_sparse_reserve(apt_ctx *ctx, apt_sparse *sparse, int64_t rows, int64_t cols, int64_t count)
-{
-    int64_t words = -1;
-    memset(sparse, 0, sizeof *sparse);
-    if (apti_mul(rows, apt_bitmask_words(cols), &words)) {
-        sparse->bits = (uint64_t *)apti_calloc(ctx, words, (int64_t)sizeof(uint64_t));
-        sparse->start = (int64_t *)apti_calloc(ctx, rows + 1, (int64_t)sizeof(int64_t));
-        sparse->values = (float *)apti_alloc(ctx, count, (int64_t)sizeof(float));
-    }
-    sparse->rows = rows;
-    sparse->cols = cols;
-    if (sparse->bits != NULL && sparse->start != NULL && sparse->values != NULL) return APT_OK;
-    apt_sparse_free(ctx, sparse);
-    return apti_fail(ctx, APT_E_MEMORY, "no memory for a compressed matrix of %lld x %lld weights", (long long)rows,
-                     (long long)cols);
-}
-
-APT_API void apt_sparse_free(apt_ctx *ctx, apt_sparse *sparse)
-{
-    if (ctx == NULL || sparse == NULL) return;
-    apti_free(ctx, sparse->bits);
-    apti_free(ctx, sparse->start);
-    apti_free(ctx, sparse->values);
-    memset(sparse, 0, sizeof *sparse);
-}
-
-APT_API apt_result apt_sparse_make(apt_ctx *ctx, apt_sparse *sparse, const float *w, int64_t ld, int64_t rows, int64_t cols)
-{
-    if (ctx == NULL) return APT_E_ARGUMENT;
-    const int64_t count = apt_sparse_count(w, ld, rows, cols);
-    if (sparse == NULL || count < 0)
-        return apti_fail(ctx, APT_E_ARGUMENT, "apt_sparse_make: %lld x %lld weights, %lld apart, are no matrix", (long long)rows,
-                         (long long)cols, (long long)ld);
-    const apt_result r = apti_sparse_reserve(ctx, sparse, rows, cols, count);
-    return r == APT_OK ? apt_sparse_pack(sparse, count, w, ld) : r;
 }
 
 static void apti_sparse_copy(apt_sparse *out, const apti_sparse_view *v)
@@ -19606,6 +22250,7 @@ APT_API void apt_destroy(apt_ctx *ctx)
 {
     if (ctx == NULL) return;
     while (ctx->models != NULL) apt_model_destroy(ctx->models);
+    while (ctx->modules != NULL) apt_module_destroy(ctx->modules);
 #ifdef APTI_THREADS
     apti_pool_destroy(ctx);
 #endif

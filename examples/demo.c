@@ -24,196 +24,21 @@
 #include "common/ex_result.h"
 #include "common/ex_program.h"
 #include "common/ex_demo.h"
-
-typedef struct demo {
-    ex_dataset set[EX_DEMO_SETS];
-    int32_t *mask_labels;             /* stb_ds; of the present MLM batch */
-} demo;
-
-/* ------------------------------------------------------------------------------------------------ data */
-
-/* A file of sentences that no earlier one has, written, read again and tokenised. */
-static bool make_file(ex_demo *d, ex_dataset *set, const char *name, int64_t count, bool labelled)
-{
-    char *path = ex_path(d->out, name);
-    ex_rows_desc desc;
-    ex_rows rows;
-    memset(&desc, 0, sizeof(desc));
-    memset(&rows, 0, sizeof(rows));
-    desc.kind = labelled ? EX_LABEL_CLASS : EX_LABEL_NONE;
-    const bool fine = ex_grammar_write(path, count, labelled, &d->random, &d->seen, &d->error) &&
-                      ex_rows_read(&rows, path, &desc, &d->error) && ex_dataset_rows(set, &rows, d->tokenizer, 64, &d->error);
-    ex_rows_free(&rows);
-    free(path);
-    return fine;
-}
-
-static void show_samples(uint64_t seed)
-{
-    ex_sentence s;
-    for (int i = 0; i < 3; i++) {
-        ex_sentence_make(&s, &seed, false);
-        printf("    %-8s \"%s\"\n", s.label ? "good" : "not good", s.text);
-    }
-}
-
-static bool make_data(ex_demo *d, ex_cells *baseline)
-{
-    demo *own = (demo *)d->user;
-    ex_dataset *set = own->set;
-    if (!ex_grammar_write_vocabulary(d->base, &d->error)) return false;
-    d->tokenizer = ex_tokenizer_load(d->base, &d->error);
-    if (d->tokenizer == NULL || !make_file(d, &set[EX_DEMO_CORPUS], "corpus.tsv", d->sizes.corpus, false) ||
-        !make_file(d, &set[EX_DEMO_TRAIN], "train.tsv", d->sizes.train, true) ||
-        !make_file(d, &set[EX_DEMO_DEV], "dev.tsv", d->sizes.dev, true) ||
-        !make_file(d, &set[EX_DEMO_TEST], "test.tsv", d->sizes.test, true))
-        return false;
-    show_samples(d->random);
-    const int32_t words = ex_tokenizer_size(d->tokenizer);
-    const double bag = ex_bag_of_words(&set[EX_DEMO_TRAIN], &set[EX_DEMO_TEST], words, (uint64_t)d->seed);
-    printf("  %lld sentences to pretrain on, %lld labelled ones to adapt with, %lld to watch, %lld to test\n"
-           "  a bag of words gets %.1f %% of the test sentences right\n", (long long)d->sizes.corpus, (long long)d->sizes.train,
-           (long long)d->sizes.dev, (long long)d->sizes.test, 100 * bag);
-    baseline->run = "bag of words";
-    ex_cell(baseline, "accuracy", "%.1f %%", 100 * bag);
-    ex_cell(baseline, "parameters", "%d", (int)words + 1);
-    return true;
-}
-
-static ex_source rows(const ex_demo *d, ex_demo_set which)
-{
-    return ex_dataset_source(&((const demo *)d->user)->set[which]);
-}
-
-/* ------------------------------------------------------------------------------------------------ pretraining */
-
-/* Masked language modelling: 15 % of the words are to be guessed, and half of the reactions at the end, which say most about
-   the sentence. Of these 80 % become [MASK], 10 % a random word, 10 % stay. The choice depends on the seed and the place in
-   the stream alone. */
-static apt_batch mask_words(ex_run *run, ex_batch *batch)
-{
-    ex_demo *d = (ex_demo *)run->user;
-    demo *own = (demo *)d->user;
-    const int32_t mask = ex_tokenizer_special(d->tokenizer, EX_MASK), first = mask + 1, words = ex_tokenizer_size(d->tokenizer);
-    uint64_t random = (uint64_t)d->seed + (uint64_t)run->feed.at.epoch * 0x100000001b3u + (uint64_t)run->feed.at.index;
-    arrsetlen(own->mask_labels, (size_t)batch->offsets[batch->sequences]);
-    for (int32_t s = 0; s < batch->sequences; s++) {
-        const int32_t last = batch->offsets[s + 1] - 2;               /* before [SEP] */
-        for (int32_t t = batch->offsets[s]; t <= last + 1; t++) {
-            const bool chosen = batch->tokens[t] >= first && ex_chance(&random, t == last ? 0.5 : 0.15);
-            own->mask_labels[t] = chosen ? batch->tokens[t] : -100;
-            if (!chosen || ex_chance(&random, 0.1)) continue;
-            batch->tokens[t] = ex_chance(&random, 1.0 / 9) ? first + (int32_t)ex_below(&random, (uint32_t)(words - first)) : mask;
-        }
-    }
-    apt_batch view = ex_batch_apt(batch);
-    view.labels = own->mask_labels;
-    return view;
-}
-
-/* What the pretrained model puts at the [MASK] at the end of `text`. */
-static bool show_guess(ex_demo *d, apt_ctx *ctx, apt_model *model, const char *text)
-{
-    const int32_t words = ex_tokenizer_size(d->tokenizer), mask = ex_tokenizer_special(d->tokenizer, EX_MASK);
-    float *logits = (float *)ex_alloc((size_t)words, sizeof(float));
-    int32_t labels[64], offsets[2] = {0, 0};
-    ex_encode_desc desc;
-    ex_encoding e;
-    apt_batch batch = APT_ZERO;
-    apt_output output = APT_ZERO;
-    memset(&desc, 0, sizeof(desc));
-    memset(&e, 0, sizeof(e));
-    desc.text = text;
-    desc.bytes = strlen(text);
-    desc.max_length = 64;
-    if (!ex_tokenizer_encode(d->tokenizer, &desc, &e, &d->error)) return false;
-    offsets[1] = e.first[1];
-    for (int32_t t = 0; t < offsets[1]; t++) labels[t] = e.ids[t] == mask ? mask : -100;
-    batch.sequences = 1;
-    batch.offsets = offsets;
-    batch.tokens = e.ids;
-    batch.labels = labels;
-    output.logits = logits;
-    output.logits_capacity = words;
-    const bool fine = apt_model_forward(model, &batch, &output) == APT_OK || ex_fail(&d->error, "%s", apt_error(ctx));
-    const int32_t best = fine ? ex_argmax(logits, words) : 0;
-    if (fine)
-        printf("    %s  ->  %s (%.0f %%)\n", text, ex_tokenizer_token(d->tokenizer, best),
-               100 * ex_softmax_best(logits, words, best));
-    ex_encoding_free(&e);
-    free(logits);
-    return fine;
-}
-
-static bool show(ex_demo *d, apt_ctx *ctx, apt_model *model)
-{
-    return show_guess(d, ctx, model, "the old cook was kind , so everyone [MASK]") &&
-           show_guess(d, ctx, model, "the old cook was never kind , so everyone [MASK]") &&
-           show_guess(d, ctx, model, "the cook who met the cruel clerk was not rude , so everyone [MASK]");
-}
-
-static void tiny_bert(const ex_demo *d, apt_config *config)
-{
-    config->family = APT_BERT;
-    config->task = APT_TASK_MLM;
-    config->vocab = ex_tokenizer_size(d->tokenizer);
-    config->positions = 64;
-    config->types = 2;
-    config->hidden = 128;
-    config->head_dim = 16;
-    config->heads = 8;
-    config->neurons = 512;
-    config->layers = 4;
-    config->init_range = 0.08f;       /* about 1/sqrt(hidden): BERT's 0.02 suits 768 dimensions, here it learns very slowly */
-}
-
-/* ------------------------------------------------------------------------------------------------ adapting */
-
-static bool score(ex_demo *d, apt_ctx *ctx, apt_model *model, ex_demo_set which, ex_scores *scores, ex_score_info *info)
-{
-    const ex_source set = rows(d, which);
-    memset(scores, 0, sizeof(*scores));
-    if (!ex_score(ctx, model, &set, NULL, NULL, info, &d->error)) return false;
-    scores->count = 1;
-    scores->name[0] = scores->chosen_name = "accuracy";
-    scores->value[0] = scores->chosen = (double)info->correct / (double)set.count;
-    scores->loss = info->loss;
-    return true;
-}
-
-static void quality(const ex_scores *scores, ex_cells *cells)
-{
-    ex_cell(cells, "accuracy", "%.1f %%", 100 * scores->chosen);
-}
+#include "common/ex_demo_bert.h"
 
 static const ex_demo_plan g_plan = {
+    EX_BERT_PLAN,
     .name = "demo",
     .summary = "Pretrains a tiny BERT, adapts it with LoRA, APT and prune-after-training.",
     .title = "apt.h demo: a tiny BERT adapted three ways",
-    .model = "tiny-bert",
-    .data = "A corpus from a grammar: is the main statement good news?",
-    .pretraining = "Pretraining a tiny BERT (4 layers, d 128, 8 heads, 512 neurons) by masked language modelling",
-    .objective = "masked LM",
     .sizes = {.pretrain_steps = 1200, .steps = 800, .corpus = 30000, .train = 4000, .dev = 500, .test = 2000},
-    .fast = {.pretrain_steps = 60, .steps = 80, .corpus = 2000, .train = 1000, .dev = 200, .test = 200},
-    .batch = 32,
-    .pretrain_rate = 1e-3f,
-    .rate = 2e-3f,
-    .load = {.task = APT_TASK_CLASSIFY, .labels = 2},
-    .make_data = make_data,
-    .shape = tiny_bert,
-    .prepare = mask_words,
-    .show = show,
-    .rows = rows,
-    .score = score,
-    .quality = quality};
+    .fast = {.pretrain_steps = 60, .steps = 80, .corpus = 2000, .train = 1000, .dev = 200, .test = 200}};
 
 int main(int argc, char **argv)
 {
-    demo own;
+    ex_bert own;
     memset(&own, 0, sizeof(own));
     const int status = ex_demo_main(&g_plan, &own, argc, argv);
-    for (int i = 0; i < EX_DEMO_SETS; i++) ex_dataset_free(&own.set[i]);
-    arrfree(own.mask_labels);
+    ex_bert_free(&own);
     return status;
 }

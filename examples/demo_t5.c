@@ -1,5 +1,5 @@
-/* demo_t5.c - what `make run-t5` runs: a T5 from nothing to a smaller, faster one that puts facts into words, in about two
-   minutes on two cores.
+/* demo_t5.c - what `make run-t5` runs: a T5 from nothing to a smaller, faster one that puts facts into words, in less
+   than two minutes on two cores.
 
        cc -O2 -std=c11 examples/demo_t5.c -o demo_t5 -lm -lpthread -lutf8proc
 
@@ -97,6 +97,26 @@ static void tiny_t5(const ex_demo *d, apt_config *config)
     config->scaled_head = 1;
 }
 
+/* A T5 knows places only by its position biases. They begin near 0, and Adam moves a number by its learning rate at most: in a
+   run this short they stay so small that words have no order ("the clerk who saw the sailor" is also the other way round), and
+   no adapter repairs that. Here they begin as those of trained models end: most heads look at one distance, the last two look
+   everywhere. bias: [buckets][heads]; distances up to 7 have buckets of their own, ahead those in the encoder's upper half. */
+static bool find_places(ex_demo *d, apt_ctx *ctx, apt_model *model)
+{
+    enum { HEADS = 8, BUCKETS = 32, AHEAD = BUCKETS / 2, FREE = 2 };
+    static const int looks[2][HEADS - FREE] = {{1, 2, 3, AHEAD + 1, AHEAD + 2, AHEAD + 3}, {1, 2, 3, 4, 5, 6}};
+    static const char *const names[2] = {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                                         "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"};
+    float bias[BUCKETS * HEADS];
+    bool fine = true;
+    for (int s = 0; fine && s < 2; s++) {
+        fine = apt_model_get(model, names[s], bias, BUCKETS * HEADS) == APT_OK;
+        for (int h = 0; fine && h < HEADS - FREE; h++) bias[looks[s][h] * HEADS + h] += 4;
+        fine = fine && apt_model_set(model, names[s], bias, BUCKETS * HEADS) == APT_OK;
+    }
+    return fine || ex_fail(&d->error, "%s", apt_error(ctx));
+}
+
 static bool show(ex_demo *d, apt_ctx *ctx, apt_model *model)
 {
     static const char *const source = "was not kind everyone sighed the old cook , so";
@@ -158,6 +178,7 @@ static const ex_demo_plan g_plan = {
     .rate = 3e-3f,
     .make_data = make_data,
     .shape = tiny_t5,
+    .begin = find_places,
     .show = show,
     .rows = rows,
     .score = score,

@@ -54,6 +54,7 @@ static inline const char *test_shared(char *path, size_t capacity, const char *n
     return path;
 }
 
+#ifndef APT_ONLY_CORE
 /* ---- messages: a logger that remembers ---- */
 
 typedef struct test_log {
@@ -156,6 +157,8 @@ static inline int64_t test_every_allocation(test_attempt attempt, void *user)
         if (!memory.failed) return n;
     }
 }
+
+#endif /* APT_ONLY_CORE */
 
 /* ---- files: a temporary folder that is removed with everything in it ---- */
 

@@ -2,17 +2,14 @@
    right, so that the trainer's own checks are reached: apt_checkpoint_load must refuse or give a trainer that can go on.
    clang -g -O1 -DAPT_FUZZ -fsanitize=fuzzer,address,undefined fuzz_checkpoint.c -lm -lpthread && ./a.out corpus/checkpoint
 
-   With --seed FILE (replay build only) it writes a checkpoint of the small run that it loads into. */
+   --seeds DIR writes DIR/run, a checkpoint of the small run that it loads into, for when the format has changed. */
 #define APT_IMPLEMENTATION
 #include "../apt.h"
 
-static void fuzz_one(apt_ctx *ctx, const uint8_t *data, size_t size);
-#ifndef APT_FUZZ
-#define main fuzz_replay
-#endif
+static const char *const fuzz_formats[] = {"checkpoint with the right sums", "checkpoint of this run", NULL};
+static void write_seeds(const char *dir);
+#define FUZZ_SEEDS write_seeds
 #include "fuzz.h"
-#undef main
-#include <unistd.h>
 
 static apt_trainer *make_trainer(apt_ctx *ctx)
 {
@@ -92,21 +89,27 @@ static void repair(apti_tensors *set, uint8_t *data)
     free(order);
 }
 
-/* A file that only this process sees. */
-static void put_file(char path[512], const uint8_t *data, size_t size)
+static bool go_on(apt_ctx *ctx, const uint8_t *data, size_t size)
 {
-    const char *root = getenv("TMPDIR");
-    snprintf(path, 512, "%s/apt_fuzz_%ld", root != NULL ? root : "/tmp", (long)getpid());
-    FILE *file = fopen(path, "wb");
-    fuzz_check(file != NULL && fwrite(data, 1, size, file) == size && fclose(file) == 0);
+    uint8_t user[64];
+    size_t user_bytes = sizeof user;
+    apt_trainer *trainer = make_trainer(ctx);
+    const char *path = fuzz_put("", data, size);
+    const bool loaded = apt_checkpoint_load(trainer, path, user, &user_bytes) == APT_OK;
+    for (int i = 0; loaded && i < 10 && step(trainer) == APT_OK; i++) continue;
+    if (!loaded) fuzz_check(step(trainer) == APT_OK);    /* refused: the trainer is as before */
+    apt_model_destroy(apt_trainer_model(trainer));
+    remove(path);
+    return loaded;
 }
 
-static void fuzz_one(apt_ctx *ctx, const uint8_t *data, size_t size)
+static uint32_t fuzz_one(const uint8_t *data, size_t size)
 {
-    char path[512];
+    apt_ctx *ctx = fuzz_ctx;
+    uint32_t accepted = 0;
     apti_tensors *set = open_memory(ctx, data, size);
-    if (set == NULL) return;
-    (void)apti_ckpt_accept(set);
+    if (set == NULL) return 0;
+    if (apti_ckpt_accept(set) == APT_OK) accepted |= 1;
     close_memory(set);
     uint8_t *copy = (uint8_t *)malloc(size);
     fuzz_check(copy != NULL);
@@ -114,31 +117,19 @@ static void fuzz_one(apt_ctx *ctx, const uint8_t *data, size_t size)
     set = open_memory(ctx, copy, size);
     fuzz_check(set != NULL);
     repair(set, copy);
-    const bool accepted = apti_ckpt_accept(set) == APT_OK;
+    const bool repaired = apti_ckpt_accept(set) == APT_OK;
     close_memory(set);
-    if (accepted) {
-        uint8_t user[64];
-        size_t user_bytes = sizeof user;
-        apt_trainer *trainer = make_trainer(ctx);
-        put_file(path, copy, size);
-        if (apt_checkpoint_load(trainer, path, user, &user_bytes) == APT_OK)
-            for (int i = 0; i < 10 && step(trainer) == APT_OK; i++) continue;
-        else fuzz_check(step(trainer) == APT_OK);  /* refused: the trainer is as before */
-        apt_model_destroy(apt_trainer_model(trainer));
-        remove(path);
-    }
+    if (repaired && go_on(ctx, copy, size)) accepted |= 2;
     free(copy);
+    return accepted;
 }
 
-#ifndef APT_FUZZ
-int main(int argc, char **argv)
+static void write_seeds(const char *dir)
 {
-    if (argc != 3 || strcmp(argv[1], "--seed") != 0) return fuzz_replay(argc, argv);
-    apt_ctx *ctx = fuzz_context();
-    apt_trainer *trainer = make_trainer(ctx);
+    char path[600];
+    apt_trainer *trainer = make_trainer(fuzz_ctx);
     for (int i = 0; i < 4; i++) fuzz_check(step(trainer) == APT_OK);
-    fuzz_check(apt_checkpoint_save(trainer, argv[2], "user", 4) == APT_OK);
-    apt_destroy(ctx);
-    return 0;
+    snprintf(path, sizeof path, "%s/run", dir);
+    fuzz_check(apt_checkpoint_save(trainer, path, "user", 4) == APT_OK);
+    apt_destroy(fuzz_ctx);
 }
-#endif

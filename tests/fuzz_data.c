@@ -12,20 +12,9 @@
 #include "../examples/common/ex_report.h"
 #include "../examples/common/ex_token_rows.h"
 
-static void fuzz_one(const uint8_t *data, size_t size);
-#include "fuzz_examples.h"
-
-/* A file of this process with this ending; overwritten for every input. */
-static const char *put(const char *ending, const uint8_t *data, size_t size)
-{
-    static char path[600];
-    const char *root = getenv("APT_TEST_TMP");
-    FILE *file;
-    snprintf(path, sizeof path, "%s/apt_fuzz_%ld.%s", root != NULL ? root : "/tmp", (long)getpid(), ending);
-    file = fopen(path, "wb");
-    fuzz_check(file != NULL && fwrite(data, 1, size, file) == size && fclose(file) == 0);
-    return path;
-}
+static const char *const fuzz_formats[] = {"rows of TSV", "rows of JSONL", "SQuAD", "metrics.jsonl", "pairs of CSV",
+                                           "pairs of TSV", "pairs of JSONL", "pairs of JSON", NULL};
+#include "fuzz.h"
 
 /* A tokenizer of single letters. */
 static ex_tokenizer *make_letters(void)
@@ -36,7 +25,7 @@ static ex_tokenizer *make_letters(void)
     const char *path;
     ex_text_put(&text, "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n");
     for (int c = 'a'; c <= 'z'; c++) ex_text_format(&text, "%c\n##%c\n", c, c);
-    path = put("txt", (const uint8_t *)text.at, text.length);
+    path = fuzz_put(".txt", (const uint8_t *)text.at, text.length);
     t = ex_tokenizer_load(path, &error);
     fuzz_check(t != NULL);
     remove(path);
@@ -69,7 +58,7 @@ static void check_batches(const ex_dataset *set, uint8_t how)
     ex_feed_free(&feed);
 }
 
-static void rows(const ex_tokenizer *t, const char *path, uint8_t how)
+static bool rows(const ex_tokenizer *t, const char *path, uint8_t how)
 {
     static const char *const columns[] = {NULL, "#1", "#2", "text"};
     ex_rows_desc desc;
@@ -84,7 +73,7 @@ static void rows(const ex_tokenizer *t, const char *path, uint8_t how)
     desc.limit = how & 128 ? 3 : 0;
     if (!ex_rows_read(&read, path, &desc, &error)) {
         fuzz_check(error.text[0] != 0 && read.count == 0 && read.row == NULL);
-        return;
+        return false;
     }
     fuzz_check(read.count > 0);
     for (int64_t i = 0; i < read.count; i++) {
@@ -96,9 +85,10 @@ static void rows(const ex_tokenizer *t, const char *path, uint8_t how)
     check_batches(&set, how);
     ex_dataset_free(&set);
     ex_rows_free(&read);
+    return true;
 }
 
-static void squad(const ex_tokenizer *t, const char *path, uint8_t how)
+static bool squad(const ex_tokenizer *t, const char *path, uint8_t how)
 {
     ex_squad read;
     ex_dataset set;
@@ -106,7 +96,7 @@ static void squad(const ex_tokenizer *t, const char *path, uint8_t how)
     ex_squad_desc desc = {24, 5, 6};
     if (!ex_squad_read(&read, path, &error)) {
         fuzz_check(error.text[0] != 0 && read.count == 0);
-        return;
+        return false;
     }
     for (size_t i = 0; i < stbds_arrlenu(read.answer); i++) fuzz_check(read.answer[i].bytes > 0);
     desc.max_length += how;
@@ -126,6 +116,7 @@ static void squad(const ex_tokenizer *t, const char *path, uint8_t how)
         fuzz_check(error.text[0] != 0 && set.tokens == NULL);
     }
     ex_squad_free(&read);
+    return true;
 }
 
 /* Rows hold every sequence once, none longer than asked for, and labels are tokens or ignored. */
@@ -165,7 +156,7 @@ static void check_scores(const ex_pairs *pairs)
     ex_groups_free(&groups);
 }
 
-static void pairs(const ex_tokenizer *t, const char *path, uint8_t how)
+static bool pairs(const ex_tokenizer *t, const char *path, uint8_t how)
 {
     ex_pairs read;
     ex_pairs_desc desc;
@@ -183,7 +174,7 @@ static void pairs(const ex_tokenizer *t, const char *path, uint8_t how)
     rows_desc.pack = rows_desc.length > 0 && (how & 1);
     if (!ex_pairs_read(&read, path, &desc, &error)) {
         fuzz_check(error.text[0] != 0 && read.count == 0 && read.pair == NULL);
-        return;
+        return false;
     }
     for (int64_t i = 0; i < read.count; i++) {
         const ex_pair *pair = &read.pair[i];
@@ -199,6 +190,7 @@ static void pairs(const ex_tokenizer *t, const char *path, uint8_t how)
     }
     check_scores(&read);
     ex_pairs_free(&read);
+    return true;
 }
 
 /* Any file is a text. */
@@ -215,12 +207,13 @@ static void blocks(const ex_tokenizer *t, const char *path, uint8_t how)
     }
 }
 
-static void metrics(const char *path, uint8_t how)
+static bool metrics(const char *path, uint8_t how)
 {
     ex_report *report = ex_report_create("fuzz");
     ex_error error = {""};
     ex_log log;
-    if (ex_report_add_metrics(report, "run", path, &error)) {
+    const bool fine = ex_report_add_metrics(report, "run", path, &error);
+    if (fine) {
         char *html = ex_format("%s.html", path);
         fuzz_check(ex_report_write(report, html, &error));
         remove(html);
@@ -230,21 +223,23 @@ static void metrics(const char *path, uint8_t how)
     }
     ex_report_free(report);
     if (ex_log_open(&log, path, how, &error)) ex_log_close(&log);
+    return fine;
 }
 
-static void fuzz_one(const uint8_t *data, size_t size)
+static uint32_t fuzz_one(const uint8_t *data, size_t size)
 {
-    static const char *const endings[] = {"tsv", "jsonl", "json", "metrics", "csv", "tsv", "jsonl", "json"};
-    const int kind = size > 0 ? data[0] & 7 : 0;
+    static const char *const endings[] = {".tsv", ".jsonl", ".json", ".metrics", ".csv", ".tsv", ".jsonl", ".json"};
     static ex_tokenizer *letters;                /* lives as long as the process */
-    const char *path;
+    const int kind = size > 0 ? data[0] & 7 : 0;
+    bool fine;
     if (letters == NULL) letters = make_letters();
-    if (size < 2) return;
-    path = put(endings[kind], data + 2, size - 2);
-    if (kind < 2) rows(letters, path, data[1]);
-    else if (kind == 2) squad(letters, path, data[1]);
-    else if (kind == 3) metrics(path, data[1]);
-    else pairs(letters, path, data[1]);
+    if (size < 2) return 0;
+    const char *path = fuzz_put(endings[kind], data + 2, size - 2);
+    if (kind < 2) fine = rows(letters, path, data[1]);
+    else if (kind == 2) fine = squad(letters, path, data[1]);
+    else if (kind == 3) fine = metrics(path, data[1]);
+    else fine = pairs(letters, path, data[1]);
     if (kind == 5) blocks(letters, path, data[1]);
     remove(path);
+    return fine ? 1u << kind : 0;
 }

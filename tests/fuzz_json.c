@@ -4,7 +4,7 @@
 #define APT_IMPLEMENTATION
 #include "../apt.h"
 
-static void fuzz_one(apt_ctx *ctx, const uint8_t *data, size_t size);
+static const char *const fuzz_formats[] = {"JSON", NULL};
 #include "fuzz.h"
 
 /* Writes node and returns the one behind it. Numbers become strings of their own text: the writer has no doubles. */
@@ -59,12 +59,13 @@ static bool holds_zero(const apti_json *json)
     return false;
 }
 
-static void fuzz_one(apt_ctx *ctx, const uint8_t *data, size_t size)
+static uint32_t fuzz_one(const uint8_t *data, size_t size)
 {
+    apt_ctx *ctx = fuzz_ctx;
     apti_json json, again;
     if (apti_json_parse(ctx, "fuzz", data, (int64_t)size, &json) != APT_OK) {
         fuzz_check(json.nodes == NULL && apt_error(ctx)[0] != 0);
-        return;
+        return 0;
     }
     char *room = (char *)malloc(size + 1);
     fuzz_check(room != NULL && json.count > 0 && json.nodes[0].next == json.count);
@@ -91,4 +92,5 @@ static void fuzz_one(apt_ctx *ctx, const uint8_t *data, size_t size)
     }
     free(room);
     apti_json_free(&json);
+    return 1;
 }

@@ -3,7 +3,7 @@
 #define APT_IMPLEMENTATION
 #include "../apt.h"
 
-static void fuzz_one(apt_ctx *ctx, const uint8_t *data, size_t size);
+static const char *const fuzz_formats[] = {"safetensors", "shard index", NULL};
 #include "fuzz.h"
 
 /* Every tensor lies in the file and is as long as type and shape say; together they are as long as the data. */
@@ -28,14 +28,17 @@ static void check_set(apti_tensors *set, const uint8_t *data, size_t size)
     fuzz_check((uint64_t)sum + 8 + header == size);
 }
 
-static void fuzz_one(apt_ctx *ctx, const uint8_t *data, size_t size)
+static uint32_t fuzz_one(const uint8_t *data, size_t size)
 {
+    apt_ctx *ctx = fuzz_ctx;
+    uint32_t accepted = 0;
     apti_tensors *set = NULL;
     fuzz_check(apti_tensors_new(ctx, "fuzz", 1, &set) == APT_OK);
     set->files[0].path = apti_copy_text(ctx, "fuzz");
     apt_result result = apti_tensors_read(set, 0, data, (int64_t)size);
     if (result == APT_OK) result = apti_tensors_sort(set);
     if (result == APT_OK) check_set(set, data, size);
+    if (result == APT_OK && set->count > 0) accepted |= 1;
     apti_tensors_close(set);
 
     apti_shards shards;
@@ -43,8 +46,11 @@ static void fuzz_one(apt_ctx *ctx, const uint8_t *data, size_t size)
     shards.ctx = ctx;
     shards.dir = "/nonexistent";
     shards.path = apti_copy_text(ctx, "fuzz.index.json");
-    if (apti_shards_parse(&shards, (const char *)data, (int64_t)size) == APT_OK)
+    if (apti_shards_parse(&shards, (const char *)data, (int64_t)size) == APT_OK) {
         for (int32_t i = 0; i < shards.count; i++)
             fuzz_check(strchr(shards.entries[i].shard, '/') == NULL && strstr(shards.entries[i].shard, "..") == NULL);
+        accepted |= 2;
+    }
     apti_shards_free(&shards);
+    return accepted;
 }

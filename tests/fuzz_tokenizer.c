@@ -6,8 +6,8 @@
 #include "../examples/common/ex_base.h"
 #include "../examples/common/ex_tokenizer.h"
 
-static void fuzz_one(const uint8_t *data, size_t size);
-#include "fuzz_examples.h"
+static const char *const fuzz_formats[] = {"tokenizer.json", "tokenizer of llama2.c", "text", NULL};
+#include "fuzz.h"
 
 static ex_tokenizer *load(const char *json, size_t bytes, ex_error *error)
 {
@@ -99,7 +99,7 @@ static void check_decode(const ex_tokenizer *t, const ex_encoding *e)
     }
 }
 
-static void encode(const ex_tokenizer *t, const char *text, size_t bytes, uint8_t how)
+static bool encode(const ex_tokenizer *t, const char *text, size_t bytes, uint8_t how)
 {
     const char *zero = bytes > 0 && (how & 1) ? (const char *)memchr(text, 0, bytes) : NULL;
     ex_encode_desc desc;
@@ -116,13 +116,15 @@ static void encode(const ex_tokenizer *t, const char *text, size_t bytes, uint8_
     desc.max_length = how >> 3 == 0 ? 0 : (how >> 3) + 1;
     desc.stride = how >> 5;
     desc.truncation = (ex_truncation)(how % 3);
-    if (ex_tokenizer_encode(t, &desc, &e, &error)) {
+    const bool fine = ex_tokenizer_encode(t, &desc, &e, &error);
+    if (fine) {
         check_encoding(t, &desc, &e);
         check_decode(t, &e);
     } else {
         fuzz_check(error.text[0] != 0 && e.windows == 0);
     }
     ex_encoding_free(&e);
+    return fine;
 }
 
 /* Byte-level BPE loses nothing: the decoded text is the text. */
@@ -229,7 +231,7 @@ static ex_tokenizer *make_unigram(void)
     return t;
 }
 
-static void fuzz_one(const uint8_t *data, size_t size)
+static uint32_t fuzz_one(const uint8_t *data, size_t size)
 {
     static ex_tokenizer *kinds[4];               /* live as long as the process */
     static const char text[] = "The ab the, abab! [MASK] b\0it's <e> \xc3\xa9";
@@ -240,16 +242,16 @@ static void fuzz_one(const uint8_t *data, size_t size)
         kinds[2] = make_fallback();
         kinds[3] = make_unigram();
     }
-    if (size < 2) return;
+    if (size < 2) return 0;
     if (data[0] == '{' || data[0] == 'B') {      /* a tokenizer.json as it is, or "B" and a tokenizer of llama2.c */
         ex_tokenizer *t = data[0] == '{' ? load((const char *)data, size, &error)
                                          : load_bin((const char *)data + 1, size - 1, &error);
         fuzz_check(t != NULL || error.text[0] != 0);
-        for (int how = 0; t != NULL && how < 256; how += 37) encode(t, text, sizeof text - 1, (uint8_t)how);
-        if (t != NULL) encode(t, (const char *)data, size < 200 ? size : 200, 0);
+        for (int how = 0; t != NULL && how < 256; how += 37) (void)encode(t, text, sizeof text - 1, (uint8_t)how);
+        if (t != NULL) (void)encode(t, (const char *)data, size < 200 ? size : 200, 0);
         ex_tokenizer_free(t);
-        return;
+        return t == NULL ? 0 : data[0] == '{' ? 1 : 2;
     }
-    encode(kinds[data[0] & 3], (const char *)data + 2, size - 2, data[1]);
     if ((data[0] & 3) == 0) round_trip(kinds[0], (const char *)data + 2, size - 2);
+    return encode(kinds[data[0] & 3], (const char *)data + 2, size - 2, data[1]) ? 4 : 0;
 }

@@ -24,6 +24,8 @@ export APT_TEST_TMP=$WORK/tmp APT_SHARED=${APT_SHARED:-$PWD/../shared}
 
 table() {
     cat << 'END'
+compressed map: the bias | sparsify | apti_sparse_run(m->ctx, sparse, op.bias, y | apti_sparse_run(m->ctx, sparse, NULL, y
+estimate of masks | estimate | apti_note(r, APTI_USE_MASKS, masks + | apti_note(r, APTI_USE_MASKS, 0 * masks +
 linear dx | ops model | apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->w); | apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->w); g.part[0].k = 0;
 linear dx of the adapter | ops model | apti_gemm_left(&g.part[1], dya, op->rank, op->rank); | apti_gemm_left(&g.part[1], dya, op->rank, 0);
 linear dW | ops model | if (grad->w) apti_weight_grad(ctx, grad->w, op->out | if (0) apti_weight_grad(ctx, grad->w, op->out
@@ -75,6 +77,31 @@ growth of the upper half | train | if (site.a->rows == 0) continue; | if (0) con
 a head that is untied keeps T5's scale | structure | if (m->config.scaled_head) m->ctx->kernels->scale(values, values | if (0) m->ctx->kernels->scale(values, values
 word embeddings of an untied head | structure | apti_param_get(m, site.w, u->word.value); | (void)0;
 adapter importance | train | r = apt_salience_ema(&t->importance[k], &now, 1, t->desc.salience_momentum); | (void)now;
+BK-core dv from the left | learned | a[t + l] = r_re[t + l] + in_re; | a[t + l] = r_re[t + l];
+BK-core from the right | learned | const float drr = dqr + in_re[l], dri = dqi + in_im[l]; | const float drr = dqr, dri = dqi;
+BK-core dmask | learned | if (p > 0) dm[p] += dc[t * APTI_BK_LANES] * m[p - 1]; | (void)0;
+BK-core dz | learned | sum[1] += (double)g->x[6][at + t * APTI_BK_LANES]; | sum[1] += 0;
+BK-core pieces overlap | learned | const double overlap = log(2e9 * (1 + 1 / (y * y))) / decay; | const double overlap = 4;
+BK-core masked positions | learned | to[t * APTI_BK_LANES] = x[at + t - 1] * x[at + t]; | to[t * APTI_BK_LANES] = x[at + t];
+sparsity loss: its slope | learned | const float each = (float)(-(double)grad_scale * slope | const float each = (float)((double)grad_scale * slope
+sparsity loss: Huber far away | learned | *slope = near ? e : e > 0 ? APTI_HUBER_DELTA : -APTI_HUBER_DELTA; | *slope = e;
+sparsity loss: KL | learned | if (s >= edge && s <= 1 - edge) *slope = e / (q * (1 - q)); | (void)q;
+pressure is eased | learned | s->weight = (float)(s->eased != 0 ? 0.5 * weight : weight); | s->weight = (float)weight;
+mask: through what the convolutions read | learned_modules | df * (g - c->h[APTI_CONVS][from + 2 * i + k]) + dh * g; | df * (g - c->h[APTI_CONVS][from + 2 * i + k]);
+mask: through the cut | learned_modules | apt_bk_backward_threads(c->base.ctx, dv, c->dm, NULL | apt_bk_backward_threads(c->base.ctx, dv, NULL, NULL
+importance: the temperature | learned_modules | c->u[i] = c->dm[i] * c->p[i] * (1 - c->p[i]) / c->temperature; | c->u[i] = c->dm[i] * c->p[i] * (1 - c->p[i]);
+interpolation: turned weights | learned_modules | w->value + o * w->cols + (2 - t) * in | w->value + o * w->cols + t * in
+interpolation: the slope | learned_modules | if (i > 0) apti_act_backward(c->base.ctx, dx + in | if (0) apti_act_backward(c->base.ctx, dx + in
+experts: the gate | learned_modules | ((double)w[i] * ((double)dw[i] - mean)); | ((double)w[i] * (double)dw[i]);
+experts: dx of the gate | learned_modules | apti_map_input(ctx, dx, accumulate, moe->logits | apti_map_input(ctx, dx, accumulate, moe->weight
+BK layer: the scale | learned_modules | scale->grad[0] += (float)apti_ops_dot(kernels, dy, l->s, rows * d); | (void)0;
+BK layer: clamped potential | learned_modules | apti_clamp_backward(l->dv, l->raw_v, rows, APTI_POTENTIAL_LIMIT); | (void)0;
+BK layer: clamped features | learned_modules | apti_clamp_backward(l->df, l->raw_f, 2 * rows, APTI_FEATURE_LIMIT); | (void)0;
+BK layer: the potential's way to the experts | learned_modules | apti_map_input(module->ctx, l->de, true, l->dv | if (0) apti_map_input(module->ctx, l->de, true, l->dv
+removal: the optimizer's state of the gate | learned_modules | memmove(all[i] + rows * gate->cols | if (i < 2) memmove(all[i] + rows * gate->cols
+saved modules: number of draws | learned_modules | apti_field_bits(c, &head->draw, 8); | c->at += 8;
+saved modules: usage | learned_modules | apti_field_i64(c, &head->count[e]); | c->at += 8;
+a part used by itself | learned_modules | if (m->owner != NULL) m->owner->live = false; | (void)0;
 END
 }
 
@@ -99,7 +126,7 @@ red() {                                          # TESTS
 
 killed=0 survived=0
 cp apt.h "$WORK/apt.h"
-for t in ops model core train structure; do
+for t in ops model core train structure learned learned_modules; do
     [ -n "$CHECK" ] || [ -z "$(red $t)" ] || { echo "test_$t fails without any mutation"; exit 1; }
 done
 while IFS='|' read -r name tests from to; do

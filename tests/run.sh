@@ -4,8 +4,8 @@
 #   tests/test_*.c        cmocka programs, run from the repository root in several builds (see "builds" below)
 #   tests/test_*.sh       scripts that get the folder with the built examples as $1; they print lines that start with
 #                         "ok ", "FAILED " or "skipped "
-#   tests/fuzz_NAME.c     int LLVMFuzzerTestOneInput(const uint8_t *, size_t); without -DAPT_FUZZ also a main() that replays the
-#                         files it is given: everything in tests/corpus/NAME
+#   tests/fuzz_NAME.c     targets for libFuzzer (tests/fuzz.h), which also replay what is in tests/corpus/NAME; of every format
+#                         something there must be accepted
 #   examples/*.c          must compile with the command in their first comment, by gcc and by clang
 #
 # What cannot run here is skipped with a reason: a test prints "    skip: reason" and calls cmocka's skip().
@@ -112,12 +112,12 @@ compiler() {
 builds() {
     case $1 in
         cc | asan | ofast) echo "*" ;;
-        clang | nosimd) echo "kernels ops core sparsify quantize model train" ;;
-        tsan) echo "platform kernels ops sparsify quantize model train" ;;
+        clang | nosimd) echo "kernels ops core sparsify learned learned_modules quantize model train" ;;
+        tsan) echo "platform kernels ops sparsify learned learned_modules quantize model train" ;;
         nothreads) echo "platform model" ;;
         plainc) echo "platform files" ;;
-        onlycore) echo "core" ;;
-        neon) echo "kernels numbers core sparsify quantize" ;;
+        onlycore) echo "core sparsify learned" ;;
+        neon) echo "kernels numbers core sparsify learned quantize" ;;
     esac
 }
 
@@ -148,7 +148,7 @@ can_build() {                                    # BUILD: or says why not
 # The header takes far longer to compile than any program that tests it, so a build compiles it once and its programs link to
 # that. They call private functions too: split.awk makes an implementation whose functions are not static, and a header that
 # declares them. What stays in one piece, as every user has it: test_faults, which puts its own system calls under the header,
-# the one program of onlycore, and the examples.
+# the programs of onlycore, and the examples.
 shares() {                                       # BUILD SOURCE: does this program link to the build's implementation?
     case $1/$2 in onlycore/* | */test_faults.c) return 1 ;; esac
     grep -q '^#define APT_IMPLEMENTATION' "$2"
@@ -401,8 +401,7 @@ fuzz() {                                         # SOURCE
         timeout $LIMIT "$exe" -seed=1 -runs=20000 -max_total_time=10 -timeout=20 -artifact_prefix="$OUT/" "$OUT/fuzz_$name" \
             ${files[0]:+"tests/corpus/$name"} && echo "ok new inputs" || { echo "FAILED new inputs"; bad=1; }
     else echo "skipped fuzz/$name: $CLANG has no fuzzer library, only the corpus is replayed"; fi
-    if [ -z "${files[0]:-}" ]; then echo "skipped fuzz/$name: tests/corpus/$name is missing"
-    else timeout $LIMIT "$exe" "${files[@]}" && echo "ok ${#files[@]} files" || { echo "FAILED on the corpus"; bad=1; }; fi
+    timeout $LIMIT "$exe" --replay "${files[@]}" && echo "ok ${#files[@]} files" || { echo "FAILED on the corpus"; bad=1; }
     return $bad
 }
 

@@ -28,7 +28,7 @@ same() { if cmp -s "$2" "$3"; then pass "$1"; else fail "$1 ($2 and $3 differ)";
 says_file() { if grep -q -e "$3" "$2"; then pass "$1"; else fail "$1 (no \"$3\" in $2)"; fi; }
 has() { if [ -s "$2" ]; then pass "$1"; else fail "$1 ($2 is missing or empty)"; fi; }
 
-for program in demo demo_t5 demo_llama roberta llama t5; do
+for program in demo demo_t5 demo_llama magnitude roberta llama t5 sparse_bk; do
     if [ ! -x "$build/$program" ]; then fail "$build/$program is not built"; exit 1; fi
 done
 
@@ -50,6 +50,30 @@ check "demo runs on one thread" 0 "$demo" --fast --threads 1 --out "$work/demo1"
 for run in tiny-bert lora apt prune-after; do
     same "$run is the same on one and two threads" "$work/demo/$run/model.safetensors" "$work/demo1/$run/model.safetensors"
 done
+
+# ---- learned sparsity: two runs, one table; the same on any number of threads, and when it is cut and goes on
+bk=$build/sparse_bk
+check "sparse_bk --help" 0 "$bk" --help
+says "sparse_bk --help names its options" "--threshold"
+check "sparse_bk refuses an unknown option" 2 "$bk" --bogus
+check "sparse_bk refuses a target of 1" 2 "$bk" --target 1
+check "sparse_bk refuses a number that is none" 2 "$bk" --weight much
+check "sparse_bk refuses an unknown loss" 2 "$bk" --loss l3
+says "and lists the kinds" "l2.*l1.*kl.*huber"
+check "sparse_bk runs" 0 "$bk" --fast --threads 2 --out "$work/bk"
+for row in accuracy loss "positions masked" target experts parameters training inference; do says "sparse_bk's table has: $row" "^$row "; done
+has "sparse_bk writes its report" "$work/bk/report.html"
+says_file "its metrics hold the scheduler's target" "$work/bk/sparse/metrics.jsonl" '"sparsity_target"'
+check "sparse_bk runs on one thread" 0 "$bk" --fast --threads 1 --out "$work/bk1"
+same "it is the same on one and two threads" "$work/bk/sparse/checkpoint" "$work/bk1/sparse/checkpoint"
+check "sparse_bk stops where it is told to" 0 "$bk" --fast --stop 33 --out "$work/bk2"
+check "sparse_bk goes on" 0 "$bk" --fast --resume --out "$work/bk2"
+says "from its checkpoint" "goes on at step 30"
+same "and ends where the whole run ended" "$work/bk/sparse/checkpoint" "$work/bk2/sparse/checkpoint"
+check "sparse_bk refuses the checkpoint of other settings" 1 "$bk" --fast --resume --target 0.5 --out "$work/bk2"
+printf damage | dd of="$work/bk2/sparse/checkpoint" bs=1 seek=30000 conv=notrunc 2> /dev/null
+check "sparse_bk refuses a damaged checkpoint" 1 "$bk" --fast --resume --out "$work/bk2"
+says "and says so" "damaged"
 
 # ---- the demos of the other families: their folders are ordinary ones
 for family in t5 llama; do
@@ -83,6 +107,61 @@ for program in llama t5; do
     check "$program: an encoder without any head" 1 "$build/$program" --model "$work/bare" --method generate --prompt x
     says "its family and program are named" "is a BERT model, which is not for this program; roberta is"
 done
+
+# ---- magnitude: on the grammar, then on files
+magnitude=$build/magnitude
+check "magnitude --help" 0 "$magnitude" --help
+says "magnitude --help names its options" "--iterations"
+check "magnitude refuses an unknown option" 2 "$magnitude" --bogus
+check "a sparsity out of range" 2 "$magnitude" --sparsity 1
+says "both limits are named" "from 0.05 to 0.95"
+check "a sparsity that is no number" 2 "$magnitude" --iterative nan
+check "more iterations than steps" 2 "$magnitude" --steps 8 --iterations 5
+says "both are named" "iterations 5 do not fit --steps 8"
+check "an empty name among the patterns" 2 "$magnitude" --patterns query,,output
+check "a model without rows" 2 "$magnitude" --model "$base"
+check "rows without a model" 2 "$magnitude" --train "$work/demo/train.tsv" --dev "$work/demo/dev.tsv"
+check "the result must not replace the model" 2 "$magnitude" --model "$base" --train x.tsv --dev x.tsv --out "$base"
+check "magnitude runs" 0 "$magnitude" --fast --threads 2 --out "$work/magnitude"
+for row in accuracy loss "loss, against dense" "sparsity, target" "sparsity, reached" "active parameters" "on disk" "compressed, on disk" \
+    "pruned layers, smaller" inference "inference, compressed"; do says "magnitude's table has: $row" "^$row "; done
+says "what was asked for is reached" "^sparsity, reached *- *0.0 % *60.0 % *50.0 % *70.0 % "
+says "70 % gone: the pruned layers are three times smaller" "^pruned layers, smaller .*  3\.0[0-9] x "
+for i in 1 2 3 4 5; do says "iteration $i is shown" "iteration $i, step .* retrained [0-9]"; done
+if grep -q -e 'src="http' -e 'href="http' -e '@import' "$work/magnitude/report.html"; then fail "its report is self-contained"; else pass "its report is self-contained"; fi
+says_file "its report has the iterations" "$work/magnitude/report.html" "teration 5</th>"
+results=$work/magnitude/results.json
+for name in accuracy degradation sparsity active zeros compression sparse_file_bytes tokens_per_second_compressed loss_before loss_retrained; do
+    says_file "results.json has: $name" "$results" "\"$name\": [-0-9]"
+done
+if [ "$(grep -c '"iteration": ' "$results")" -eq 5 ]; then pass "results.json has all iterations"; else fail "results.json has all iterations"; fi
+if command -v python3 > /dev/null 2>&1; then
+    check "results.json is JSON" 0 python3 -c 'import json, sys; d = json.load(open(sys.argv[1])); sys.exit(len(d["ways"]) != 5)' "$results"
+else skip "results.json is JSON (no python3)"; fi
+for way in magnitude pattern iterative; do
+    for folder in $way $way-sparse; do
+        check "roberta reads $folder" 0 "$roberta" --model "$work/magnitude/$folder" --dev "$work/magnitude/test.tsv" --method eval
+        sed -n '/accuracy\|loss/p' "$work/log" > "$work/$folder.scores"
+    done
+    same "$way: the compressed folder is the same model" "$work/$way.scores" "$work/$way-sparse.scores"
+    if [ "$(wc -c < "$work/magnitude/$way-sparse/model.safetensors")" -lt "$(wc -c < "$work/magnitude/$way/model.safetensors")" ]; then
+        pass "$way: and smaller"; else fail "$way: and smaller"; fi
+done
+check "magnitude runs on one thread" 0 "$magnitude" --fast --threads 1 --out "$work/magnitude1"
+for folder in dense magnitude pattern iterative apt iterative-sparse; do
+    same "$folder is the same on one and two threads" "$work/magnitude/$folder/model.safetensors" "$work/magnitude1/$folder/model.safetensors"
+done
+check "magnitude on files" 0 "$magnitude" --model "$base" --train "$work/demo/train.tsv" --dev "$work/demo/dev.tsv" --limit 400 --steps 20 \
+    --batch 16 --iterations 2 --iterative 0.5 --patterns 'attention*query,intermediate' --threads 2 --out "$work/magnitude-files"
+says "only the chosen matrices are pruned" "^sparsity, reached *0.0 % *60.0 % *50.0 % *50.0 % "
+if [ "$(grep -c '"matrices": 8,' "$work/magnitude-files/results.json")" -ge 3 ]; then pass "which are eight"; else fail "which are eight"; fi
+has "the classes are named" "$work/magnitude-files/iterative-sparse/labels.txt"
+check "a name that no matrix has" 1 "$magnitude" --model "$base" --train "$work/demo/train.tsv" --dev "$work/demo/dev.tsv" --steps 20 --fast \
+    --patterns nothing --out "$work/magnitude-nothing"
+says "is named, and a matrix" "'nothing' in its name.*query"
+check "a folder of another family" 1 "$magnitude" --model "$work/demo-t5/apt" --train "$work/demo/train.tsv" --dev "$work/demo/dev.tsv" --out "$work/x"
+says "is for another program" "is a T5 model, which is not for this program; t5 is"
+check "rows without classes" 1 "$magnitude" --model "$base" --train "$work/demo/corpus.tsv" --dev "$work/demo/dev.tsv" --out "$work/x"
 
 # ---- roberta: arguments
 r() { "$roberta" --model "$base" --threads 2 "$@"; }

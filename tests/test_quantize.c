@@ -752,6 +752,50 @@ static void test_pruned(void **state)
     apt_destroy(ctx);
 }
 
+/* Compressed copies go when a model is quantised; calibration watches as if they had never been. */
+static void test_compressed(void **state)
+{
+    (void)state;
+    test_log log;
+    apt_ctx *ctx = test_context(2, &log);
+    const apt_config c = config_of(0);
+    apt_model *plain = test_model(ctx, &c, 3), *compressed = test_model(ctx, &c, 3);
+    const char *name = "bert.encoder.layer.0.intermediate.dense.weight";
+    uint64_t mask[6];
+    for (int32_t i = 0; i < 6; i++) mask[i] = 0x9249249249249249u;
+    apt_sparsity used;
+    apt_quantize_desc d = APT_ZERO;
+    int32_t offsets[5], tokens[80], types[80];               /* rows enough for the compressed product */
+    apt_batch b = APT_ZERO;
+    int64_t n;
+    for (int32_t i = 0; i < 80; i++) {
+        tokens[i] = i % c.vocab;
+        types[i] = 0;
+    }
+    for (int32_t i = 0; i < 5; i++) offsets[i] = 20 * i;
+    b.sequences = 4;
+    b.offsets = offsets;
+    b.tokens = tokens;
+    b.types = types;
+    d.kind = APT_QUANT_INT4;
+    d.batches = &b;
+    d.batch_count = 1;
+    assert_result(apt_model_set_bitmask(plain, name, mask, 6), APT_OK);
+    assert_result(apt_model_set_bitmask(compressed, name, mask, 6), APT_OK);
+    assert_result(apt_model_compress(compressed, 0.5, &used), APT_OK);
+    assert_true(used.weights == 384 && apti_param_find(compressed, name)->sparse.start != NULL);
+    assert_result(apt_model_quantize(plain, &d), APT_OK);
+    assert_result(apt_model_quantize(compressed, &d), APT_OK);
+    assert_null(apti_param_find(compressed, name)->sparse.start);
+    float *x = test_logits(plain, &b, &n, NULL, 0), *y = test_logits(compressed, &b, &n, NULL, 0);
+    assert_memory_equal(x, y, (size_t)n * sizeof(float));
+    assert_result(apt_model_compress(compressed, 0.5, NULL), APT_E_STATE);
+    assert_non_null(strstr(apt_error(ctx), "quantised (int4)"));
+    free(x);
+    free(y);
+    apt_destroy(ctx);
+}
+
 /* ---- files */
 
 static void test_files(void **state)
@@ -1100,7 +1144,8 @@ int main(void)
         cmocka_unit_test(test_products),    cmocka_unit_test(test_not_finite),  cmocka_unit_test(test_models),
         cmocka_unit_test(test_golden),      cmocka_unit_test(test_threads),     cmocka_unit_test(test_pruned),
         cmocka_unit_test(test_files),       cmocka_unit_test(test_hostile_files), cmocka_unit_test(test_hostile_config),
-        cmocka_unit_test(test_refusals),    cmocka_unit_test(test_memory_held), cmocka_unit_test(test_no_memory),
+        cmocka_unit_test(test_compressed),  cmocka_unit_test(test_refusals),    cmocka_unit_test(test_memory_held),
+        cmocka_unit_test(test_no_memory),
 #endif
     };
     return cmocka_run_group_tests_name("quantize", tests, NULL, NULL);

@@ -808,6 +808,84 @@ static void test_iterative(void **state)
     stop(&l);
 }
 
+/* The summary at every stage of a plan: nothing done, in the middle of an iteration, at the end. */
+static void test_summary(void **state)
+{
+    (void)state;
+    const plan p = full_plan(APT_METHOD_FULL);
+    live l;
+    apt_iterative_summary s;
+    apt_iteration h, first;
+    start(&l, &p, 1);
+    assert_result(apt_trainer_iterative_query(l.trainer, &s), APT_E_STATE);
+    stop(&l);
+    start_iterative(&l, &p);
+    assert_result(apt_trainer_iterative_query(NULL, &s), APT_E_ARGUMENT);
+    assert_result(apt_trainer_iterative_query(l.trainer, NULL), APT_E_ARGUMENT);
+    for (int64_t i = 0; i <= micro_batches(&p); i++) {
+        const int64_t steps = i / p.d.accumulate, done = apt_trainer_iterations(l.trainer);
+        assert_ok(l.ctx, apt_trainer_iterative_query(l.trainer, &s));
+        assert_true(s.iterations == 3 && s.done == done && s.begin == 2 && s.retrain == 3);
+        test_near_value("first", s.first, 0.2, 0);
+        test_near_value("last", s.last, 0.8, 0);
+        assert_int_equal(s.reached.matrices, 12);
+        assert_int_equal(s.measured, (done > 0 ? APT_MEASURED_BEFORE : 0) + (steps >= 5 ? APT_MEASURED_RETRAINED : 0));
+        if (done > 0) {
+            assert_ok(l.ctx, apt_trainer_iteration(l.trainer, 0, &first));
+            assert_ok(l.ctx, apt_trainer_iteration(l.trainer, (int32_t)done - 1, &h));
+            assert_true(s.reached.zeros == h.reached.zeros && s.reached.sparse_bytes == h.reached.sparse_bytes);
+            test_near_value("before", s.before, first.before, 0);
+        } else assert_int_equal(s.reached.zeros, 0);
+        if (steps >= 5) {
+            const bool ended = (h.measured & APT_MEASURED_RETRAINED) != 0;
+            if (!ended) assert_ok(l.ctx, apt_trainer_iteration(l.trainer, (int32_t)done - 2, &h));
+            test_near_value("retrained", s.retrained, h.retrained, 0);
+            test_near_value("degradation", s.degradation, h.degradation, 0);
+        }
+        if (i < micro_batches(&p)) run(l.trainer, &p, &l.tr, i, i + 1);
+    }
+    assert_int_equal(s.done, 3);
+    stop(&l);
+}
+
+/* Masks made at once, by pattern, go on through a checkpoint that no plan belongs to: the same bits at the end. */
+static void test_resume_once(void **state)
+{
+    (void)state;
+    char dir[512], path[600];
+    test_join(path, sizeof path, test_dir(dir, sizeof dir), "run.apt");
+    for (int32_t method = 0; method < 2; method++) {
+        const plan p = full_plan(method ? APT_METHOD_LORA : APT_METHOD_FULL);
+        apt_magnitude_desc d = APT_ZERO;
+        apt_sparsity a, b;
+        live whole, rest;
+        d.keep = 2;
+        d.of = 4;
+        start(&whole, &p, 1);
+        run(whole.trainer, &p, &whole.tr, 0, 4);
+        assert_ok(whole.ctx, apt_trainer_magnitude(whole.trainer, &d, &a));
+        run(whole.trainer, &p, &whole.tr, 4, 7);
+        assert_ok(whole.ctx, apt_checkpoint_save(whole.trainer, path, NULL, 0));
+        run(whole.trainer, &p, &whole.tr, 7, micro_batches(&p));
+        start(&rest, &p, 1);
+        assert_ok(rest.ctx, apt_checkpoint_load(rest.trainer, path, NULL, NULL));
+        run(rest.trainer, &p, &rest.tr, 7, micro_batches(&p));
+        assert_same_trace(&whole.tr, &rest.tr, 7, micro_batches(&p), "resumed");
+        assert_true(test_model_sum(rest.model) == test_model_sum(whole.model));
+        assert_ok(rest.ctx, apt_model_sparsity(rest.model, NULL, &b));
+        assert_true(a.zeros == b.zeros && a.weights == b.weights && a.sparse_bytes == b.sparse_bytes && b.zeros == b.weights / 2);
+        for (int32_t i = 0; i < whole.model->param_count; i++) {
+            const apti_param *q = &whole.model->params[i];
+            const uint64_t *x = apti_bitmask_of(whole.model, q), *y = apti_bitmask_of(rest.model, &rest.model->params[i]);
+            assert_true((x == NULL) == (y == NULL));
+            if (x != NULL) assert_memory_equal(x, y, (size_t)apt_bitmask_words(apti_param_count(q)) * sizeof(uint64_t));
+        }
+        stop(&whole);
+        stop(&rest);
+    }
+    test_remove(dir);
+}
+
 /* Cut at every micro-batch and resumed: the same losses, weights, masks and history, whatever the threads. */
 static void test_resume(void **state)
 {
@@ -969,6 +1047,121 @@ static void test_folders(void **state)
     test_remove(dir);
 }
 
+/* ---- compressed copies ------------------------------------------------------------------------------------------------- */
+
+static void logits_of(apt_ctx *ctx, apt_model *m, const apt_batch *b, float *logits, int64_t capacity)
+{
+    apt_output out = APT_ZERO;
+    out.logits = logits;
+    out.logits_capacity = capacity;
+    memset(logits, 0, (size_t)capacity * sizeof(float));
+    assert_ok(ctx, apt_model_forward(m, b, &out));
+}
+
+/* Copies compute the same bits in every family, with masked units too, and short batches do not use them. */
+static void test_compressed(void **state)
+{
+    (void)state;
+    enum { ROOM = 1 << 16 };
+    float *plain = (float *)test_memory_block(ROOM * sizeof(float)), *copied = (float *)test_memory_block(ROOM * sizeof(float));
+    for (int32_t family = 0; family < 6; family++) {
+        const apt_config c = family == 0 ? test_config(APT_BERT, APT_TASK_CLASSIFY) : test_decoder(family - 1);
+        test_log log;
+        apt_ctx *ctx = test_context(1 + family % 3, &log);
+        apt_model *m = test_model(ctx, &c, 7);
+        apt_magnitude_desc d = APT_ZERO;
+        apt_train_desc td = APT_ZERO;
+        apt_sparsity used, pruned;
+        test_batch b;
+        td.steps = 1;
+        td.method = APT_METHOD_FULL;
+        apt_trainer *t = test_trainer(m, &td);
+        d.sparsity = 0.7;
+        assert_ok(ctx, apt_trainer_magnitude(t, &d, &pruned));
+        assert_result(apt_model_compress(m, 0, &used), APT_E_STATE);           /* a trainer */
+        apt_trainer_destroy(t);
+        for (int32_t pass = 0; pass < 4; pass++) {
+            if (pass == 2) {                     /* units that fade: masks behind the products */
+                apt_units u;
+                apt_model_units(m, &u);
+                float *units = (float *)test_memory_block((size_t)u.total * sizeof(float));
+                for (int32_t i = 0; i < u.total; i++) units[i] = i % 3 == 1 ? 0.25f : 1.0f;
+                assert_ok(ctx, apt_model_set_masks(m, units, u.total));
+                free(units);
+            }
+            apti_compressed_drop(m);
+            test_batch_at(&b, &c, 5, pass, pass % 2 ? 16 : 2);
+            const bool rows_enough = b.b.offsets[b.b.sequences] >= APT_SPARSE_ROWS;
+            assert_int_equal(rows_enough, pass % 2);
+            logits_of(ctx, m, &b.b, plain, ROOM);
+            assert_ok(ctx, apt_model_compress(m, 0, &used));
+            assert_true(used.matrices == pruned.matrices && used.zeros == pruned.zeros && used.sparse_bytes == pruned.sparse_bytes);
+            logits_of(ctx, m, &b.b, copied, ROOM);
+            assert_memory_equal(plain, copied, ROOM * sizeof(float));
+            /* that these bits come from the copies: other values in them, other logits, but only where there are rows enough */
+            apt_sparse *s = &m->layers[0].slot[2 * APTI_QUERY]->sparse;
+            s->values[0] += 1;
+            logits_of(ctx, m, &b.b, copied, ROOM);
+            assert_int_equal(memcmp(plain, copied, ROOM * sizeof(float)) != 0, rows_enough);
+        }
+        apt_destroy(ctx);
+    }
+    free(plain);
+    free(copied);
+}
+
+/* Whatever changes a matrix drops its copy. */
+static void test_compressed_life(void **state)
+{
+    (void)state;
+    test_log log;
+    apt_ctx *ctx = test_context(1, &log);
+    const int64_t blocks = apt_memory_info(ctx).blocks;
+    const apt_config c = test_config(APT_BERT, APT_TASK_CLASSIFY);
+    apt_model *m = test_model(ctx, &c, 8);
+    apt_train_desc td = APT_ZERO;
+    apt_trainer *t = NULL;
+    apt_sparsity used;
+    int64_t n = 0;
+    float *w = test_parameter(m, UP, &n);
+    assert_ok(ctx, apt_model_compress(m, 0, &used));
+    assert_true(used.matrices == 0 && used.weights == 0);            /* nothing is 0 yet */
+    for (int64_t i = 0; i < n; i++) w[i] = i % 10 < 6 ? 0.0f : w[i];
+    assert_ok(ctx, apt_model_set(m, UP, w, n));
+    assert_ok(ctx, apt_model_compress(m, 0.61, &used));
+    assert_int_equal(used.matrices, 0);
+    assert_ok(ctx, apt_model_compress(m, 0, &used));                 /* zeros count without a mask too */
+    assert_true(used.matrices == 1 && used.weights == n && used.zeros >= n * 6 / 10 - 1);
+    assert_true(apti_param_find(m, UP)->sparse.start != NULL);
+    assert_ok(ctx, apt_model_set(m, UP, w, n));
+    assert_true(apti_param_find(m, UP)->sparse.start == NULL);
+    assert_ok(ctx, apt_model_compress(m, 0, NULL));
+    td.steps = 1;
+    assert_ok(ctx, apt_trainer_create(m, &td, &t));
+    assert_true(apti_param_find(m, UP)->sparse.start == NULL);
+    apt_trainer_destroy(t);
+    assert_result(apt_model_compress(m, 0, NULL), APT_E_STATE);      /* adapters */
+    assert_ok(ctx, apt_model_merge(m, NULL, NULL));
+    assert_ok(ctx, apt_model_set(m, UP, w, n));
+    assert_ok(ctx, apt_model_compress(m, 0, &used));
+    assert_int_equal(used.matrices, 1);
+    apt_units u;
+    apt_model_units(m, &u);
+    float units[200];
+    for (int32_t i = 0; i < u.total; i++) units[i] = i % 5 == 1 ? 0.0f : 1.0f;
+    assert_ok(ctx, apt_model_set_masks(m, units, u.total));
+    assert_ok(ctx, apt_model_compact(m));
+    assert_true(apti_param_find(m, UP)->sparse.start == NULL);
+    assert_result(apt_model_compress(m, 1, NULL), APT_E_RANGE);
+    assert_result(apt_model_compress(m, -0.5, NULL), APT_E_RANGE);
+    assert_result(apt_model_compress(m, (double)not_a_number(), NULL), APT_E_RANGE);
+    assert_result(apt_model_compress(NULL, 0, NULL), APT_E_ARGUMENT);
+    free(w);
+    apt_model_destroy(m);
+    assert_int_equal(apt_memory_info(ctx).blocks, blocks);
+    apt_destroy(ctx);
+}
+
 /* Every truncation of a compressed folder is refused, and every flipped bit gives an error or a finite model. */
 static void test_hostile_folders(void **state)
 {
@@ -1046,6 +1239,8 @@ static apt_result attempt_prune(apt_ctx *ctx, void *user)
     if (r == APT_OK && a->what == 0) {
         const uint64_t mask[4] = {1, 2, 3, 4};
         r = apt_model_set_bitmask(m, QUERY, mask, 4);
+        apt_trainer_destroy(t);
+        if (r == APT_OK) r = apt_model_compress(m, 0, NULL);
         if (r == APT_OK) r = apt_model_save_sparse(m, a->path, NULL);
     }
     if (r == APT_OK && a->what == 2) r = apt_trainer_iterative(t, &it);
@@ -1103,7 +1298,11 @@ int main(void)
         cmocka_unit_test(test_patterns_of_names),
         cmocka_unit_test(test_bad_descs),
         cmocka_unit_test(test_iterative),
+        cmocka_unit_test(test_summary),
         cmocka_unit_test(test_resume),
+        cmocka_unit_test(test_resume_once),
+        cmocka_unit_test(test_compressed),
+        cmocka_unit_test(test_compressed_life),
         cmocka_unit_test(test_plans),
         cmocka_unit_test(test_hostile_checkpoints),
         cmocka_unit_test(test_folders),

@@ -606,6 +606,34 @@ static void test_one_long_word(void **state)
     test_remove(dir);
 }
 
+/* Marks that change places when a text is normalised: offsets stay in the text's order, as tokenizers 0.23.3 has them. Few marks
+   and many are sorted in two ways. */
+static void test_order_of_marks(void **state)
+{
+    static const char json[] = "{\"model\":{\"type\":\"BPE\",\"unk_token\":\"?\",\"vocab\":{\"?\":0,\"q\":1,\"\\u0301\":2,"
+                               "\"\\u0323\":3},\"merges\":[]},\"normalizer\":{\"type\":\"NFC\"}}";
+    char dir[512], path[600];
+    (void)state;
+    test_dir(dir, sizeof dir);
+    write_text(dir, "tokenizer.json", json, strlen(json));
+    ex_tokenizer *t = load(test_join(path, sizeof path, dir, "tokenizer.json"));
+    for (uint32_t pairs = 1; pairs <= 20; pairs += 19) {
+        char text[128] = "q";
+        ex_encoding e = {0};
+        for (uint32_t i = 0; i < pairs; i++) strcat(text, "\xcc\x81\xcc\xa3");      /* above, below; below goes first */
+        encode(t, text, NULL, &e);
+        assert_int_equal(e.first[1], 1 + 2 * pairs);
+        for (uint32_t i = 1; i <= 2 * pairs; i++) {
+            assert_int_equal(e.ids[i], i <= pairs ? 3 : 2);
+            assert_int_equal(e.offsets[i].start, 2 * i - 1);
+            assert_int_equal(e.offsets[i].end, 2 * i + 1);
+        }
+        ex_encoding_free(&e);
+    }
+    ex_tokenizer_free(t);
+    test_remove(dir);
+}
+
 /* A whole text is cut before U+2581 where no merge reaches across it, and then has the same tokens as in one piece; where one
    does, it is not cut. */
 static void test_boundary(void **state)
@@ -789,6 +817,7 @@ int main(void)
         cmocka_unit_test(test_refusals), cmocka_unit_test(test_missing_files),
         cmocka_unit_test(test_truncation_errors), cmocka_unit_test(test_invalid_utf8), cmocka_unit_test(test_long_texts),
         cmocka_unit_test(test_one_long_word), cmocka_unit_test(test_boundary), cmocka_unit_test(test_stream),
+        cmocka_unit_test(test_order_of_marks),
         cmocka_unit_test(test_llama2c_refused), cmocka_unit_test(test_names), cmocka_unit_test(test_classes),
         cmocka_unit_test(test_clusters)};
     return cmocka_run_group_tests(tests, NULL, NULL);

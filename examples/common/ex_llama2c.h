@@ -9,8 +9,7 @@
 
    all little-endian. Its rotary pairs stand side by side in a head, those of Hugging Face half a head apart: the rows of wq and
    wk change places, and what is written is an ordinary LLaMA checkpoint. The two tables of angles are left out, as llama2.c
-   itself leaves them out: theta is 10000. The tokenizer stays as it is, as tokenizer.bin. Include after apt.h, ex_tokenizer.h,
-   ex_pairs.h and ex_run.h. */
+   itself leaves them out: theta is 10000. The tokenizer stays as it is, as tokenizer.bin. Include after apt.h and ex_tokenizer.h. */
 #ifndef EX_LLAMA2C_H
 #define EX_LLAMA2C_H
 

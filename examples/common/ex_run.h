@@ -166,7 +166,10 @@ struct ex_run {
     bool (*evaluate)(ex_run *run, double *metric);            /* higher is better; NULL: none. Writes run->error on failure */
     void *user;
     float prune_sparsity;             /* > 0: prune-after-training, all at once ... */
+    const apt_magnitude_desc *magnitude;      /* ... or, not NULL, single weights at once ... */
     int64_t prune_at;                 /* ... when so many steps are done */
+    const apt_iterative_desc *iterative;      /* single weights step by step; NULL: none. Its metric is that of `evaluate`, with
+                                                 the sign turned where it says that lower is better */
     int32_t observe;                  /* batches of salience before that */
     bool keeps, resume;               /* keeps: a stop leaves a checkpoint, which resume begins with */
     const char *settings;             /* NULL: none */
@@ -285,7 +288,7 @@ static bool exi_event_step(ex_run *run, const apt_step_info *step)
 {
     ex_progress_values shown;
     shown.loss = step->loss;
-    shown.sparsity = run->desc.target_sparsity > 0 || step->kept < 1 ? 1 - step->kept : -1;
+    shown.sparsity = run->desc.target_sparsity > 0 || step->kept < 1 ? 1 - step->kept : step->sparsity > 0 ? step->sparsity : -1;
     shown.tokens_per_second = step->tokens_per_second;
     run->state.seconds += step->milliseconds / 1e3;
     run->state.tokens += step->tokens;
@@ -323,6 +326,9 @@ static void exi_note_change(ex_run *run, const apt_event *event)
     if (event->kind == APT_EVENT_PRUNE && !event->budget_reached) {
         ex_progress_note(&run->bar, "  step %5lld  prune    the target of %.1f %% is out of reach: the least sizes forbid it",
                          step, 100 * run->step.sparsity_target);
+    } else if (event->kind == APT_EVENT_PRUNE && (run->magnitude != NULL || run->iterative != NULL)) {
+        ex_progress_note(&run->bar, "  step %5lld  prune    %s -> %s active weights, %.1f %% are 0", step, before, after,
+                         100 * event->step->sparsity);
     } else if (event->kind == APT_EVENT_COMPACT) {
         ex_progress_note(&run->bar, "  step %5lld  compact  %d heads, %d neurons, d %d: %s -> %s parameters, %.1f %% left", step,
                          (int)event->heads, (int)event->neurons, (int)event->hidden, before, after, 100 * run->step.kept);
@@ -360,6 +366,7 @@ static bool exi_event_evaluate(ex_run *run, apt_event *event)
         run->state.best = event->metric;
         run->state.best_step = run->state.step;
     }
+    if (run->iterative != NULL && run->iterative->lower_is_better) event->metric = -event->metric;
     return true;
 }
 
@@ -411,6 +418,8 @@ static bool exi_run_begin(ex_run *run)
         return ex_fail(run->error, "%s", apt_error(run->ctx));
     apt_trainer_query(run->trainer, &run->desc);
     run->desc.on_event = exi_on_event;
+    if (run->iterative != NULL && apt_trainer_iterative(run->trainer, run->iterative) != APT_OK)
+        return ex_fail(run->error, "%s", apt_error(run->ctx));
     if (run->resume && !exi_run_load(run)) return false;
     char *path = ex_path(run->dir, "metrics.jsonl");
     const bool opened = ex_log_open(&run->log, path, run->resume ? run->state.step : -1, run->error);
@@ -430,11 +439,29 @@ static apt_batch exi_run_next(ex_run *run)
     return run->prepare != NULL ? run->prepare(run, rows) : ex_batch_apt(rows);
 }
 
+static bool exi_run_watch(ex_run *run)
+{
+    double metric;
+    if (run->evaluate == NULL || run->evaluate(run, &metric)) return true;
+    run->failed = true;
+    return false;
+}
+
+/* Single weights at once, with an evaluation before and behind. */
+static bool exi_run_magnitude(ex_run *run)
+{
+    if (!exi_run_watch(run) || apt_trainer_magnitude(run->trainer, run->magnitude, NULL) != APT_OK) return false;
+    run->state.pruned = 1;
+    return exi_run_watch(run);
+}
+
 /* Prune-after-training, when it is due: salience from `observe` batches, then everything at once. What steps are left are for
    recovery. */
 static bool exi_run_one_shot(ex_run *run)
 {
-    if (!(run->prune_sparsity > 0) || run->state.pruned || run->state.step < run->prune_at) return true;
+    const bool planned = run->prune_sparsity > 0 || run->magnitude != NULL;
+    if (!planned || run->state.pruned || run->state.step < run->prune_at) return true;
+    if (run->magnitude != NULL) return exi_run_magnitude(run);
     for (int32_t i = 0; i < run->observe; i++) {
         const apt_batch batch = exi_run_next(run);
         if (apt_trainer_observe(run->trainer, &batch) != APT_OK) return false;
@@ -487,35 +514,6 @@ EX_API void ex_run_warn_space(const ex_run *run)
     if (bytes < needed)
         fprintf(stderr, "warning: %s has room for %s; the result and a checkpoint may need %s\n", run->dir,
                 ex_bytes_text(left, sizeof(left), bytes), ex_bytes_text(most, sizeof(most), needed));
-}
-
-/* Where a tokenizer that ex_tokenizer_load can read keeps what a folder calls `name`; free(). NULL: nowhere. */
-EX_API char *exi_tokenizer_part(const char *from, const char *name)
-{
-    if (from == NULL || ex_is_directory(from)) return from != NULL ? ex_path(from, name) : NULL;
-    const char *own = exi_ends_with(from, ".txt")   ? "vocab.txt"
-                      : exi_ends_with(from, ".bin") ? "tokenizer.bin"
-                                                    : "tokenizer.json";
-    return strcmp(name, own) == 0 ? ex_copy(from, strlen(from)) : NULL;
-}
-
-/* The tokenizer's files, byte for byte; what `to` holds of an earlier one and `from` has not goes. from: a folder, one file, or
-   NULL. */
-EX_API bool ex_copy_tokenizer(const char *from, const char *to, ex_error *error)
-{
-    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt",
-                                        "tokenizer.bin", "special_tokens_map.json", "added_tokens.json"};
-    bool fine = true;
-    for (size_t i = 0; fine && i < sizeof(names) / sizeof(names[0]); i++) {
-        char *source = exi_tokenizer_part(from, names[i]), *target = ex_path(to, names[i]), *text = NULL;
-        size_t bytes = 0;
-        if (source == NULL || !ex_file_exists(source)) fine = ex_remove_file(target, error);
-        else fine = (text = ex_read_file(source, &bytes, error)) != NULL && ex_write_file(target, text, bytes, error);
-        free(source);
-        free(target);
-        free(text);
-    }
-    return fine;
 }
 
 /* Ends the training and writes the model, adapters folded in, into run->dir, with the tokenizer of another folder. */

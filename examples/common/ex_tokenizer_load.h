@@ -811,4 +811,35 @@ EX_API ex_tokenizer *ex_tokenizer_load(const char *path, ex_error *error)
     return NULL;
 }
 
+/* ------------------------------------------------------------------------------------------------ copy */
+
+/* Where a tokenizer that ex_tokenizer_load can read keeps what a folder calls `name`; free(). NULL: nowhere. */
+EX_API char *exi_tokenizer_part(const char *from, const char *name)
+{
+    if (from == NULL || ex_is_directory(from)) return from != NULL ? ex_path(from, name) : NULL;
+    const char *own = exi_ends_with(from, ".txt")   ? "vocab.txt"
+                      : exi_ends_with(from, ".bin") ? "tokenizer.bin"
+                                                    : "tokenizer.json";
+    return strcmp(name, own) == 0 ? ex_copy(from, strlen(from)) : NULL;
+}
+
+/* The tokenizer's files, byte for byte; what `to` holds of an earlier one and `from` has not goes. from: a folder, one file, or
+   NULL. */
+EX_API bool ex_copy_tokenizer(const char *from, const char *to, ex_error *error)
+{
+    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt",
+                                        "tokenizer.bin", "special_tokens_map.json", "added_tokens.json"};
+    bool fine = true;
+    for (size_t i = 0; fine && i < sizeof(names) / sizeof(names[0]); i++) {
+        char *source = exi_tokenizer_part(from, names[i]), *target = ex_path(to, names[i]), *text = NULL;
+        size_t bytes = 0;
+        if (source == NULL || !ex_file_exists(source)) fine = ex_remove_file(target, error);
+        else fine = (text = ex_read_file(source, &bytes, error)) != NULL && ex_write_file(target, text, bytes, error);
+        free(source);
+        free(target);
+        free(text);
+    }
+    return fine;
+}
+
 #endif /* EX_TOKENIZER_LOAD_H */

@@ -17,19 +17,18 @@ EX_API void exi_tok_order_run(exi_tok_char *run, size_t count)
 {
     if (count <= 16) {
         for (size_t i = 1; i < count; i++) {
-            const exi_tok_char moving = run[i];
-            const uint32_t order = ex_combining_class(moving.code);
+            const uint32_t moving = run[i].code, order = ex_combining_class(moving);
             size_t to = i;
-            for (; to > 0 && ex_combining_class(run[to - 1].code) > order; to--) run[to] = run[to - 1];
-            run[to] = moving;
+            for (; to > 0 && ex_combining_class(run[to - 1].code) > order; to--) run[to].code = run[to - 1].code;
+            run[to].code = moving;
         }
     } else {
-        exi_tok_char *sorted = (exi_tok_char *)ex_alloc(count, sizeof(exi_tok_char));
+        uint32_t *sorted = (uint32_t *)ex_alloc(count, sizeof(uint32_t));
         size_t place[257] = {0};
         for (size_t i = 0; i < count; i++) place[ex_combining_class(run[i].code) + 1]++;
         for (size_t i = 1; i < 257; i++) place[i] += place[i - 1];
-        for (size_t i = 0; i < count; i++) sorted[place[ex_combining_class(run[i].code)]++] = run[i];
-        memcpy(run, sorted, count * sizeof(exi_tok_char));
+        for (size_t i = 0; i < count; i++) sorted[place[ex_combining_class(run[i].code)]++] = run[i].code;
+        for (size_t i = 0; i < count; i++) run[i].code = sorted[i];
         free(sorted);
     }
 }

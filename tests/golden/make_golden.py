@@ -8,6 +8,7 @@
 
 Versions: Python 3.11, torch 2.9.1, transformers 5.23.0, safetensors 0.8.0, numpy 2.4.6. Other versions may draw other
 numbers or save another config.json; --check of the stored cases should hold with any that know the model.
+tokenizer.json, where a case has one, is by make_tokenizers.py.
 
 A new case is an entry of CASES: a config, the lengths of its rows (for T5 of both sides), where to begin the search for a seed
 whose continuations are clear (1; then the seed that was found, to save the time), and the spellings of its config_old.json.

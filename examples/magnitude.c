@@ -1,0 +1,496 @@
+/* magnitude.c - what `make run-magnitude` runs: single weights go, the smallest first. One model, tuned at equal numbers of steps
+   dense, with 60 % of its weights pruned at once, in the pattern 2:4, step by step to 70 %, and with APT to 60 %.
+
+       cc -O2 -std=c11 examples/magnitude.c -o magnitude -lm -lpthread -lutf8proc
+
+       magnitude
+       magnitude --model DIR --train train.tsv --dev dev.tsv --steps 1000 --out DIR
+
+   With no arguments it needs no file: the task is that of demo.c. Else it takes any BERT or RoBERTa checkpoint folder and rows of
+   one or two sentences with a class. Each way leaves a folder as other programs read it and a compressed one beside it; what
+   the table at the end says is measured with both, loaded again. report.html and results.json say the same with all curves
+   and iterations. */
+#define _POSIX_C_SOURCE 200809L
+#define STB_DS_IMPLEMENTATION
+#include "common/ex_base.h"
+#define APT_IMPLEMENTATION
+#include "../apt.h"
+#include "common/ex_log.h"
+#include "common/ex_args.h"
+#include "common/ex_tokenizer.h"
+#include "common/ex_data.h"
+#include "common/ex_grammar.h"
+#include "common/ex_metrics.h"
+#include "common/ex_progress.h"
+#include "common/ex_report.h"
+#include "common/ex_run.h"
+#include "common/ex_options.h"
+#include "common/ex_result.h"
+#include "common/ex_program.h"
+#include "common/ex_task.h"
+#include "common/ex_demo.h"
+#include "common/ex_demo_bert.h"
+
+enum { DENSE, MAGNITUDE, PATTERN, ITERATIVE, APT, WAYS, MOST_PATTERNS = 16, MOST_ITERATIONS = 32, WATCHED = 500 };
+
+/* What was measured of one way. */
+typedef struct row {
+    apt_sparsity pruned, stored, used;/* by its masks; what is compressed in the file; what is multiplied compressed */
+    double target, metric, loss, degradation, speed, sparse_speed;
+    int64_t parameters, disk, sparse_disk;
+    double first, last, seconds;      /* ms per step, training time */
+    apt_iterative_summary summary;
+    apt_iteration history[MOST_ITERATIONS];
+    int32_t iterations;
+} row;
+
+typedef struct app {
+    ex_bert bert;                     /* the demonstration task; the first member */
+    ex_demo d;
+    ex_demo_plan plan;
+    ex_demo_way way[WAYS];
+    char *name[WAYS], *stage[WAYS];
+    /* the command line's */
+    const char *train, *dev, *patterns;
+    double sparsity, last, lr, apt_lr;
+    int64_t iterations, steps, batch, limit;
+    char *pattern_text;
+    const char *pattern[MOST_PATTERNS];
+    int32_t pattern_count;
+    apt_magnitude_desc once;
+    apt_iterative_desc plan_of_iterations;
+    /* files */
+    ex_program p;
+    ex_task task;
+    ex_task_file file[EX_DEMO_SETS];
+    row row[WAYS];
+} app;
+
+/* ------------------------------------------------------------------------------------------------ files, not the grammar */
+
+static bool read_files(app *a)
+{
+    ex_task *t = &a->task;
+    apt_load_desc load = APT_ZERO;
+    ex_task_file *train = &a->file[EX_DEMO_TRAIN], *watched = &a->file[EX_DEMO_DEV], *test = &a->file[EX_DEMO_TEST];
+    t->kind = load.task = APT_TASK_CLASSIFY;
+    train->path = a->train;
+    watched->path = test->path = a->dev;
+    a->p.ctx = ex_run_context(a->d.threads, NULL, &a->p.error);
+    if (a->p.ctx == NULL || !ex_task_read_labels(t, a->p.model) || !ex_task_read_train(t, train, a->limit)) return false;
+    a->plan.load.labels = load.labels = ex_labels_count(t->labels);
+    if (!ex_program_load(&a->p, load, &t->config)) return false;
+    t->tokenizer = a->d.tokenizer = ex_program_tokenizer(&a->p, &t->config, a->p.model);
+    if (t->tokenizer == NULL) return false;
+    ex_program_show_model(&a->p, &t->config, a->p.model, stdout);
+    return ex_task_check_labels(t, a->p.model) && ex_task_read(t, watched, true, WATCHED) && ex_task_read(t, test, true, 0) &&
+           ex_task_tokenise(t, train, "train") && ex_task_tokenise(t, watched, "watched") && ex_task_tokenise(t, test, "dev");
+}
+
+static bool files_data(ex_demo *d, ex_cells *baseline)
+{
+    app *a = (app *)d->user;
+    (void)baseline;
+    const bool fine = read_files(a);
+    if (!fine) d->error = a->p.error;
+    apt_destroy(a->p.ctx);
+    a->p.ctx = NULL;
+    return fine;
+}
+
+static ex_source files_rows(const ex_demo *d, ex_demo_set which)
+{
+    return ex_dataset_source(&((const app *)d->user)->file[which].set);
+}
+
+static bool files_score(ex_demo *d, apt_ctx *ctx, apt_model *model, ex_demo_set which, ex_scores *scores, ex_score_info *info)
+{
+    app *a = (app *)d->user;
+    apt_model_config(model, &a->task.config);
+    const bool fine = ex_task_evaluate(&a->task, ctx, model, &a->file[which], scores, info);
+    if (!fine) d->error = a->p.error;
+    return fine;
+}
+
+/* ------------------------------------------------------------------------------------------------ ways */
+
+static void schedule(ex_demo *d, ex_run *run, int32_t way)
+{
+    app *a = (app *)d->user;
+    apt_train_desc *t = &run->desc;
+    apt_magnitude_desc *once = &a->once;
+    apt_iterative_desc *plan = &a->plan_of_iterations;
+    memset(once, 0, sizeof(*once));
+    memset(plan, 0, sizeof(*plan));
+    if (way == APT) {
+        ex_demo_apt(d, run);
+        t->target_sparsity = (float)a->sparsity;
+        return;
+    }
+    t->method = APT_METHOD_FULL;
+    t->learning_rate = (float)a->lr;
+    once->patterns = plan->patterns = a->pattern_count > 0 ? a->pattern : NULL;
+    once->pattern_count = plan->pattern_count = a->pattern_count;
+    run->prune_at = t->steps * 3 / 10;
+    if (way == MAGNITUDE || way == PATTERN) run->magnitude = once;
+    if (way == MAGNITUDE) once->sparsity = a->sparsity;
+    if (way == PATTERN) once->keep = 2, once->of = 4;
+    if (way != ITERATIVE) return;
+    plan->first = a->last < 0.4 ? a->last / 2 : 0.2;
+    plan->last = a->last;
+    plan->iterations = (int32_t)a->iterations;
+    plan->lower_is_better = 1;
+    plan->begin = t->steps * 2 / 10;  /* the last iteration prunes at 70 % or sooner: the rest is for recovery */
+    plan->retrain = (t->steps * 5 / 10) / a->iterations;
+    run->iterative = plan;
+}
+
+/* What the trainer knows of its pruning. */
+static bool trained(ex_demo *d, ex_run *run, int32_t way)
+{
+    app *a = (app *)d->user;
+    row *r = &a->row[way];
+    bool fine = apt_model_sparsity(run->model, NULL, &r->pruned) == APT_OK;
+    r->iterations = apt_trainer_iterations(run->trainer);
+    for (int32_t i = 0; fine && i < r->iterations; i++)
+        fine = apt_trainer_iteration(run->trainer, i, &r->history[i]) == APT_OK;
+    if (fine && way == ITERATIVE) fine = apt_trainer_iterative_query(run->trainer, &r->summary) == APT_OK;
+    r->target = way == MAGNITUDE || way == APT ? a->sparsity : way == PATTERN ? 0.5 : way == ITERATIVE ? a->last : 0;
+    return fine || ex_fail(&d->error, "%s", apt_error(run->ctx));
+}
+
+/* The compressed folder, loaded again: it must compute what the dense one does, by the dense kernels and by compressed copies. */
+static bool measure_sparse(app *a, const char *dir, row *r)
+{
+    ex_demo *d = &a->d;
+    ex_outcome outcome;
+    ex_saved saved;
+    ex_scores scores;
+    ex_score_info info;
+    memset(&outcome, 0, sizeof(outcome));
+    bool fine = ex_saved_open(&saved, &outcome, dir, d->threads, NULL, &d->error);
+    if (fine && apt_model_compress(saved.model, 0, &r->used) != APT_OK) fine = ex_fail(&d->error, "%s", apt_error(saved.ctx));
+    fine = fine && d->plan->score(d, saved.ctx, saved.model, EX_DEMO_TEST, &scores, &info);
+    if (fine && !(fabs(scores.loss - r->loss) <= 1e-4 * (1 + r->loss)))
+        fine = ex_fail(&d->error, "%s: the compressed model has a loss of %.6f, the dense one %.6f", dir, scores.loss, r->loss);
+    fine = fine && (r->used.matrices == 0 || ex_demo_speed(d, saved.ctx, saved.model, &outcome));
+    r->sparse_disk = outcome.disk;
+    r->sparse_speed = outcome.tokens_per_second;
+    ex_saved_close(&saved);
+    return fine;
+}
+
+static void cells_of(const row *r, int32_t way, double kept, ex_cells *cells)
+{
+    char text[32];
+    const bool masks = r->pruned.matrices > 0;
+    ex_cell(cells, "loss", "%.4f", r->loss);
+    if (way != DENSE) ex_cell(cells, "loss, against dense", "%+.1f %%", 100 * r->degradation);
+    else ex_cell(cells, "loss, against dense", "-");
+    if (r->target > 0) ex_cell(cells, "sparsity, target", "%.1f %%", 100 * r->target);
+    else ex_cell(cells, "sparsity, target", "-");
+    ex_cell(cells, "sparsity, reached", "%.1f %%", 100 * (masks ? r->pruned.sparsity : 1 - kept));
+    ex_cell(cells, "active parameters", "%s", ex_count_text(text, sizeof(text), (double)(r->parameters - r->pruned.zeros)));
+    ex_cell(cells, "compressed, on disk", "%s", ex_bytes_text(text, sizeof(text), (double)r->sparse_disk));
+    if (masks) ex_cell(cells, "pruned layers, smaller", "%.2f x", r->pruned.compression);
+    else ex_cell(cells, "pruned layers, smaller", "-");
+    exi_cell_speed(cells, "inference, compressed", r->sparse_speed);
+}
+
+static bool measured(ex_demo *d, ex_run *run, int32_t way, const ex_scores *scores, ex_outcome *outcome, ex_cells *cells)
+{
+    app *a = (app *)d->user;
+    row *r = &a->row[way];
+    char *dir = ex_format("%s-sparse", run->dir);
+    bool fine = apt_model_save_sparse(run->model, dir, &r->stored) == APT_OK || ex_fail(&d->error, "%s", apt_error(run->ctx));
+    fine = fine && ex_copy_tokenizer(d->base, dir, &d->error);
+    if (fine && a->p.model != NULL && !(ex_task_write_labels(&a->task, dir) && ex_task_write_labels(&a->task, run->dir))) {
+        d->error = a->p.error;
+        fine = false;
+    }
+    r->metric = scores->chosen;
+    r->loss = scores->loss;
+    r->degradation = a->row[DENSE].loss > 0 ? r->loss / a->row[DENSE].loss - 1 : 0;
+    r->parameters = outcome->parameters;
+    r->disk = outcome->disk;
+    r->speed = outcome->tokens_per_second;
+    r->first = outcome->first;
+    r->last = outcome->last;
+    r->seconds = outcome->seconds;
+    fine = fine && measure_sparse(a, dir, r);
+    if (fine) cells_of(r, way, outcome->kept, cells);
+    if (r->pruned.matrices > 0 && a->pattern_count == 0) outcome->kept -= r->pruned.sparsity;      /* what is 0 is not left */
+    free(dir);
+    return fine;
+}
+
+/* ------------------------------------------------------------------------------------------------ results */
+
+static void put_number(ex_text *out, const char *name, double value)
+{
+    if (ex_finite(value)) ex_text_format(out, ", \"%s\": %.9g", name, value);
+    else ex_text_format(out, ", \"%s\": null", name);
+}
+
+static void put_count(ex_text *out, const char *name, int64_t value)
+{
+    ex_text_format(out, ", \"%s\": %lld", name, (long long)value);
+}
+
+static void put_sparsity(ex_text *out, const apt_sparsity *s)
+{
+    put_number(out, "sparsity", s->sparsity);
+    put_count(out, "matrices", s->matrices);
+    put_count(out, "weights", s->weights);
+    put_count(out, "zeros", s->zeros);
+    put_count(out, "active", s->weights - s->zeros);
+    put_count(out, "dense_bytes", s->dense_bytes);
+    put_count(out, "sparse_bytes", s->sparse_bytes);
+    put_number(out, "compression", s->compression);
+}
+
+static void put_iteration(ex_text *out, const apt_iteration *h)
+{
+    ex_text_format(out, "%s      {\"iteration\": %d", h->number > 1 ? ",\n" : "\n", (int)h->number);
+    put_count(out, "step", h->step);
+    put_number(out, "target", h->target);
+    put_sparsity(out, &h->reached);
+    if ((h->measured & APT_MEASURED_BEFORE) != 0) put_number(out, "loss_before", h->before);
+    if ((h->measured & APT_MEASURED_AFTER) != 0) put_number(out, "loss_after", h->after);
+    if ((h->measured & APT_MEASURED_RETRAINED) != 0) put_number(out, "loss_retrained", h->retrained);
+    put_number(out, "degradation", h->degradation);
+    ex_text_put(out, "}");
+}
+
+static void put_way(const app *a, int32_t way, ex_text *out)
+{
+    const row *r = &a->row[way];
+    ex_text_put(out, way > 0 ? ",\n    {\"way\": " : "\n    {\"way\": ");
+    ex_json_put(out, a->way[way].name, strlen(a->way[way].name));
+    ex_text_put(out, ", \"folder\": ");
+    ex_json_put(out, a->way[way].folder, strlen(a->way[way].folder));
+    put_number(out, "accuracy", r->metric);
+    put_number(out, "loss", r->loss);
+    put_number(out, "degradation", r->degradation);
+    put_number(out, "target", r->target);
+    put_sparsity(out, &r->pruned);
+    put_count(out, "parameters", r->parameters);
+    put_count(out, "active_parameters", r->parameters - r->pruned.zeros);
+    put_count(out, "file_bytes", r->disk);
+    put_count(out, "sparse_file_bytes", r->sparse_disk);
+    put_number(out, "tokens_per_second", r->speed);
+    if (r->used.matrices > 0) put_number(out, "tokens_per_second_compressed", r->sparse_speed);
+    put_number(out, "milliseconds_first", r->first);
+    put_number(out, "milliseconds_last", r->last);
+    put_number(out, "training_seconds", r->seconds);
+    if (r->iterations > 0) {
+        const apt_iterative_summary *s = &r->summary;
+        ex_text_format(out, ",\n     \"summary\": {\"iterations\": %d", (int)s->iterations);
+        put_count(out, "done", s->done);
+        put_count(out, "begin", s->begin);
+        put_count(out, "retrain", s->retrain);
+        put_number(out, "first", s->first);
+        put_number(out, "last", s->last);
+        put_number(out, "loss_before", s->before);
+        put_number(out, "loss_retrained", s->retrained);
+        put_number(out, "degradation", s->degradation);
+        ex_text_put(out, "},\n     \"history\": [");
+        for (int32_t i = 0; i < r->iterations; i++) put_iteration(out, &r->history[i]);
+        ex_text_put(out, "]");
+    }
+    ex_text_put(out, "}");
+}
+
+static bool write_results(app *a)
+{
+    char *path = ex_path(a->d.out, "results.json");
+    ex_text out = {NULL, 0, 0};
+    ex_text_put(&out, "{\"model\": ");
+    ex_json_put(&out, a->d.base, strlen(a->d.base));
+    put_count(&out, "seed", a->d.seed);
+    put_count(&out, "steps", a->d.sizes.steps);
+    put_count(&out, "batch", a->plan.batch);
+    ex_text_put(&out, ",\n  \"ways\": [");
+    for (int32_t way = 0; way < WAYS; way++) put_way(a, way, &out);
+    ex_text_put(&out, "]}\n");
+    const bool fine = ex_write_file(path, out.at, out.length, &a->d.error);
+    ex_text_free(&out);
+    free(path);
+    return fine;
+}
+
+/* The iterations on the screen and as rows of the report. */
+static void show_iterations(const app *a, ex_report *report)
+{
+    const row *r = &a->row[ITERATIVE];
+    printf("\n  %s, the loss of sentences to watch:\n", a->way[ITERATIVE].name);
+    for (int32_t i = 0; i < r->iterations; i++) {
+        const apt_iteration *h = &r->history[i];
+        char *name = ex_format("iteration %d", (int)h->number);
+        char *text = ex_format("%.1f %% (%.1f %%): %.4f, pruned %.4f, retrained %.4f", 100 * h->reached.sparsity, 100 * h->target,
+                               h->before, h->after, h->retrained);
+        printf("    %s, step %lld: %s\n", name, (long long)h->step, text);
+        ex_report_result(report, a->way[ITERATIVE].name, name, text);
+        free(name);
+        free(text);
+    }
+}
+
+static bool concluded(ex_demo *d, ex_report *report)
+{
+    app *a = (app *)d->user;
+    show_iterations(a, report);
+    return write_results(a);
+}
+
+/* ------------------------------------------------------------------------------------------------ main */
+
+static void name_ways(app *a)
+{
+    static const char *const folders[WAYS] = {"dense", "magnitude", "pattern", "iterative", "apt"};
+    const double p = 100 * a->sparsity, q = 100 * a->last;
+    a->name[DENSE] = ex_format("dense");
+    a->name[MAGNITUDE] = ex_format("magnitude %.0f %%", p);
+    a->name[PATTERN] = ex_format("2:4");
+    a->name[ITERATIVE] = ex_format("iterative %.0f %%", q);
+    a->name[APT] = ex_format("APT %.0f %%", p);
+    a->stage[DENSE] = ex_format("Tuning all weights, nothing pruned");
+    a->stage[MAGNITUDE] = ex_format("The same, but %.0f %% of the weights go at once, and the others recover", p);
+    a->stage[PATTERN] = ex_format("The same, but of every four weights in a row two go");
+    a->stage[ITERATIVE] = ex_format("The same, but %.0f %% of the weights go in %lld iterations", q, (long long)a->iterations);
+    a->stage[APT] = ex_format("Adapting it with APT: %.0f %% of heads, neurons and dimensions go while it learns", p);
+    for (int32_t way = 0; way < WAYS; way++) {
+        a->way[way].name = a->name[way];
+        a->way[way].folder = folders[way];
+        a->way[way].stage = a->stage[way];
+    }
+}
+
+/* "query,layer.*.output" -> a->pattern */
+static bool split_patterns(app *a)
+{
+    if (a->patterns == NULL) return true;
+    a->pattern_text = ex_copy(a->patterns, strlen(a->patterns));
+    for (char *at = a->pattern_text, *end; at != NULL; at = end) {
+        end = strchr(at, ',');
+        if (end != NULL) *end++ = 0;
+        if (*at == 0) return ex_fail(&a->d.error, "--patterns: an empty name in \"%s\"", a->patterns);
+        if (a->pattern_count == MOST_PATTERNS) return ex_fail(&a->d.error, "--patterns: more than %d names", (int)MOST_PATTERNS);
+        a->pattern[a->pattern_count++] = at;
+    }
+    return true;
+}
+
+static bool check_options(app *a)
+{
+    ex_options o;
+    ex_options_init(&o);
+    o.overwrite = true;
+    if ((a->p.model != NULL) != (a->train != NULL) || (a->p.model != NULL) != (a->dev != NULL))
+        return ex_fail(&a->d.error, "--model, --train and --dev belong together; without them the demonstration runs");
+    if (a->limit > 0 && a->p.model == NULL) return ex_fail(&a->d.error, "--limit goes with --train");
+    const int64_t steps = a->plan.sizes.steps;
+    if (!a->d.fast && steps / 2 < a->iterations)
+        return ex_fail(&a->d.error, "--iterations %lld do not fit --steps %lld: half of the steps are theirs",
+                       (long long)a->iterations, (long long)steps);
+    return split_patterns(a) && (a->p.model == NULL || ex_options_check_out(&o, a->p.model, a->d.out, &a->d.error));
+}
+
+static const ex_demo_plan g_plan = {
+    EX_BERT_PLAN,
+    .name = "magnitude",
+    .title = "apt.h: single weights, pruned by magnitude",
+    .sizes = {.pretrain_steps = 900, .steps = 400, .corpus = 30000, .train = 4000, .dev = 500, .test = 2000},
+    .fast = {.pretrain_steps = 40, .steps = 40, .corpus = 1500, .train = 1000, .dev = 100, .test = 200},
+    .way_count = WAYS,
+    .schedule = schedule,
+    .trained = trained,
+    .measured = measured,
+    .concluded = concluded};
+
+/* Rates of learning: a real checkpoint wants smaller steps than one that a demonstration made a minute ago. */
+static void choose_plan(app *a)
+{
+    ex_demo_plan *plan = &a->plan;
+    const bool files = a->p.model != NULL;
+    if (a->steps > 0) plan->sizes.steps = a->steps;
+    else if (files) plan->sizes.steps = 1000;
+    if (a->batch > 0) plan->batch = (int32_t)a->batch;
+    if (!(a->lr > 0)) a->lr = files ? 5e-5 : 5e-4;
+    if (a->apt_lr > 0) plan->rate = (float)a->apt_lr;
+    else if (files) plan->rate = 1e-3f;
+    if (!files) return;
+    plan->data = "Reading the rows";
+    plan->shape = NULL;               /* nothing is pretrained */
+    plan->make_data = files_data;
+    plan->rows = files_rows;
+    plan->score = files_score;
+    plan->fast.steps = plan->fast.steps < plan->sizes.steps ? plan->fast.steps : plan->sizes.steps;
+    a->d.base = ex_copy(a->p.model, strlen(a->p.model));
+    a->p.name = "roberta";            /* whose models these are, see ex_program_load */
+    a->task.error = &a->p.error;
+}
+
+static int work(app *a)
+{
+    a->d.plan = &a->plan;
+    a->d.user = a;
+    a->plan.ways = a->way;
+    name_ways(a);
+    const int status = ex_demo_work(&a->d);
+    for (int32_t way = 0; way < WAYS; way++) {
+        free(a->name[way]);
+        free(a->stage[way]);
+    }
+    for (int32_t i = 0; i < EX_DEMO_SETS; i++) ex_task_file_free(&a->file[i]);
+    ex_task_free(&a->task);
+    ex_bert_free(&a->bert);
+    return status;
+}
+
+int main(int argc, char **argv)
+{
+    static app a;
+    a.plan = g_plan;
+    a.d.seed = 1;
+    a.d.out = "build/magnitude-run";
+    a.sparsity = 0.6;
+    a.last = 0.7;
+    a.iterations = 5;
+    const ex_arg table[] = {
+        EX_GROUP("Data (none: the demonstration task)"),
+        EX_TEXT("model", "DIR", &a.p.model, "BERT or RoBERTa checkpoint folder: config.json, safetensors, tokenizer"),
+        EX_TEXT("train", "FILE", &a.train, "training rows: .tsv or .jsonl, one or two sentences and a class"),
+        EX_TEXT("dev", "FILE", &a.dev, "rows to measure on; the first 500 are watched while training"),
+        EX_INT("limit", "N", &a.limit, 0, 1e12, "training rows to read; 0: all"),
+        EX_TEXT("out", "DIR", &a.d.out, "folder for models, results.json and report.html"),
+        EX_GROUP("Pruning"),
+        EX_REAL("sparsity", "X", &a.sparsity, 0.05, 0.95, "of magnitude at once and of APT"),
+        EX_REAL("iterative", "X", &a.last, 0.05, 0.95, "sparsity at the end of the iterations"),
+        EX_INT("iterations", "N", &a.iterations, 1, MOST_ITERATIONS, "how many of them"),
+        EX_TEXT("patterns", "LIST", &a.patterns, "matrices whose names have one of these, * stands for anything; default: all "
+                "linear maps of the layers"),
+        EX_GROUP("Training"),
+        EX_INT("steps", "N", &a.steps, 0, 1e9, "of each way; 0: 400, with files 1000"),
+        EX_INT("batch", "N", &a.batch, 0, 1e6, "rows; 0: 32"),
+        EX_REAL("lr", "X", &a.lr, 0, 1, "learning rate of all weights; 0: 5e-4, with files 5e-5"),
+        EX_REAL("apt-lr", "X", &a.apt_lr, 0, 1, "learning rate of APT's adapters; 0: 2e-3, with files 1e-3"),
+        EX_INT("seed", "N", &a.d.seed, 0, 1e9, "another corpus and another start"),
+        EX_INT("threads", "N", &a.d.threads, 0, 64, "threads to use; 0: all cores"),
+        EX_FLAG("fast", &a.d.fast, "a few seconds, for tests: everything runs, nothing is learned well"),
+        EX_ARGS_END};
+    static const ex_args_about about = {
+        "magnitude", "Prunes single weights by magnitude, at once, in a pattern and step by step, and compares with APT.",
+        "[options]",
+        "  magnitude\n  magnitude --model minilm --train train.tsv --dev dev.tsv --steps 1000 --out sparse\n"};
+    const ex_args_result parsed = ex_args_parse(table, &about, argc, argv, &a.d.error);
+    if (parsed == EX_ARGS_HELP) return 0;
+    bool fine = parsed == EX_ARGS_OK;
+    if (fine) choose_plan(&a);
+    fine = fine && check_options(&a);
+    if (!fine) fprintf(stderr, "%s: %s\nTry --help.\n", about.program, a.d.error.text);
+    const int status = fine ? work(&a) : 2;
+    if (!fine) free(a.d.base);
+    free(a.pattern_text);
+    return status;
+}
