@@ -140,6 +140,14 @@
    moves target and weight, and eases both while the validation loss is too high. apt_moe_prune and apt_moe_progress remove
    experts. apt_module_save and apt_adaptive_save hold all that a run needs to go on bit for bit. See examples/sparse_bk.c.
 
+   ON QUANTISATION
+   apt_model_quantize turns the linear maps of all layers of a finished model into int8 (a scale per out feature) or int4 (a
+   scale per 32 weights) and frees their floats: a quarter or an eighth of the bytes, in memory and in the folder that
+   apt_model_save writes and apt_model_load reads back. Forward and generation then multiply integers: activations are narrowed
+   to int8 row by row, sums are exact, so every kernel table gives the same integers. Scales come from the largest weight, or,
+   with batches to calibrate on, from what each map reads. A quantised model cannot be trained or pruned any more; for training
+   with quantised values in a loop of your own there are apt_fake_quantize and its straight-through backward.
+
    ON DECODERS
    T5 and LLaMA know one task, APT_TASK_LM: the next token. A LLaMA batch has labels[i] = the token that stands at i (or -100,
    for a prompt); a T5 batch has sources in offsets and tokens, and target_offsets with labels for what is to be written. The
@@ -4791,7 +4799,8 @@ static uint8_t *apti_quant_panel(const apti_packed *packed, int64_t index)
 static float *apti_quant_scales(const apti_packed *packed, int64_t index)
 {
     const int64_t panels = apti_ceil_div(packed->n, packed->nr);
-    return (float *)(void *)apti_quant_panel(packed, panels) + index * apti_quant_panel_scales(packed->nr, packed->k, packed->type);
+    return (float *)(void *)apti_quant_panel(packed, panels)
+           + index * apti_quant_panel_scales(packed->nr, packed->k, packed->type);
 }
 
 /* Where input p of a panel's output j is; int4: *shift says which half of the byte. */
@@ -5395,12 +5404,14 @@ typedef struct apti_quant_block {
 } apti_quant_block;
 
 /* Rows of a block. Its parts lie one behind the other in the scratch. */
-static int64_t apti_quant_block_make(apti_quant_block *block, const apti_quant_kernels *quant, const apti_packed *w, void *scratch)
+static int64_t apti_quant_block_make(apti_quant_block *block, const apti_quant_kernels *quant, const apti_packed *w,
+                                    void *scratch)
 {
     const bool wide = quant->wide && w->type == APT_I8, sums = w->type == APT_U8 || !quant->wide;
     block->groups = apti_ceil_div(w->k, APT_QUANT_GROUP);
     block->bytes = block->groups * APT_QUANT_GROUP * (wide ? 2 : 1);
-    const int64_t rows = apti_min_i64(APTI_QUANT_ROWS, apti_max_i64(1, APTI_QUANT_A_BYTES / block->bytes / quant->mr) * quant->mr);
+    const int64_t rows = apti_min_i64(APTI_QUANT_ROWS,
+                                      apti_max_i64(1, APTI_QUANT_A_BYTES / block->bytes / quant->mr) * quant->mr);
     block->scale = (float *)scratch;
     block->tile = (int32_t *)(void *)(block->scale + APTI_QUANT_ROWS);
     int32_t *next = block->tile + APTI_QUANT_MR_MAX * APTI_QUANT_COLS;
@@ -5445,7 +5456,8 @@ static void apti_quant_strip(const apt_ctx *ctx, const apti_gemm *g, const apti_
 }
 
 /* C[i0..i1) x [j0..j1); j0 is a multiple of nr. */
-static void apti_quant_region(const apt_ctx *ctx, const apti_gemm *g, int64_t i0, int64_t i1, int64_t j0, int64_t j1, void *scratch)
+static void apti_quant_region(const apt_ctx *ctx, const apti_gemm *g, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                              void *scratch)
 {
     const apti_quant_kernels *quant = ctx->quant;
     const apti_gemm_part *part = &g->part[0];
@@ -5457,7 +5469,8 @@ static void apti_quant_region(const apt_ctx *ctx, const apti_gemm *g, int64_t i0
     for (int64_t i = i0, end; i < i1; i = end) {
         end = apti_min_i64(i1, i + most);
         for (int64_t r = 0; r < end - i; r++)
-            block.scale[r] = quant->narrow(block.rows + r * block.bytes, block.sums != NULL ? block.sums + r * (block.groups + 1) : NULL,
+            block.scale[r] = quant->narrow(block.rows + r * block.bytes,
+                                         block.sums != NULL ? block.sums + r * (block.groups + 1) : NULL,
                                            part->a + (i + r) * part->a_row, part->k, wide);
         const int64_t strips = apti_ceil_div(end - i, quant->mr);
         for (int64_t j = j0; j < j1; j += cols) {
@@ -5489,7 +5502,8 @@ static void apti_quant_run(apt_ctx *ctx, const apti_gemm *g)
     job.g = g;
     job.panels = apti_ceil_div(g->n, ctx->quant->nr);
     const int64_t rows = apti_quant_block_make(&block, ctx->quant, g->part[0].packed, ctx->scratch[0]);
-    const int64_t share = ctx->threads == 1 ? 1 : 4 * ctx->threads, wanted = apti_min_i64(share, 1 + (int64_t)(work / APTI_GEMM_TASK));
+    const int64_t share = ctx->threads == 1 ? 1 : 4 * ctx->threads,
+                  wanted = apti_min_i64(share, 1 + (int64_t)(work / APTI_GEMM_TASK));
     job.tiles_m = apti_max_i64(apti_ceil_div(g->m, rows), apti_min_i64(wanted, g->m / (2 * ctx->quant->mr)));
     job.tiles_n = apti_max_i64(1, apti_min_i64(wanted / job.tiles_m, job.panels / 4));
     apti_parallel_for(ctx, job.tiles_m * job.tiles_n, apti_quant_task, &job);
@@ -11779,7 +11793,8 @@ static apt_result apti_quant_check(apt_ctx *ctx, const char *function, const apt
 }
 
 /* w is read, scales are given. */
-static apt_result apti_quant_check_input(apt_ctx *ctx, const char *function, const apti_quant_rows *job, bool weights, bool scales)
+static apt_result apti_quant_check_input(apt_ctx *ctx, const char *function, const apti_quant_rows *job, bool weights,
+                                          bool scales)
 {
     apt_result r = apti_quant_check(ctx, function, job);
     if (r != APT_OK) return r;
@@ -11842,8 +11857,8 @@ APT_API apt_result apt_quantize(apt_ctx *ctx, int32_t kind, void *q, const float
     return APT_OK;
 }
 
-APT_API apt_result apt_dequantize(apt_ctx *ctx, int32_t kind, float *w, int64_t ld, const void *q, const float *scale, int64_t rows,
-                                  int64_t cols)
+APT_API apt_result apt_dequantize(apt_ctx *ctx, int32_t kind, float *w, int64_t ld, const void *q, const float *scale,
+                                  int64_t rows, int64_t cols)
 {
     apti_quant_rows job = apti_quant_job(kind, scale, NULL, 0, rows, cols);
     job.bytes = (uint8_t *)(uintptr_t)q;
@@ -11917,7 +11932,7 @@ typedef struct apti_param {
     int32_t layer;                    /* -1: outside the layers */
     int64_t rows, cols;
     apti_axis row_axis, col_axis;
-    bool linear;                      /* multiplied from packed panels (in the layers maybe quantised); `value` exists only while it is trained */
+    bool linear;                      /* multiplied from packed panels; `value` exists only while it is trained */
     bool narrow;                      /* may be stored in fewer bits while frozen */
     bool optional_in_file;            /* task heads: seeded when a checkpoint lacks them */
     bool trainable;
@@ -12518,7 +12533,12 @@ static void apti_quant_get(apt_ctx *ctx, float *out, const apti_packed *packed)
 }
 
 /* The same as bytes and scales of files, at any alignment. */
-typedef struct apti_quant_file { apt_ctx *ctx; const apti_packed *packed; const uint8_t *bytes, *scales; void *out; } apti_quant_file;
+typedef struct apti_quant_file {
+    apt_ctx *ctx;
+    const apti_packed *packed;
+    const uint8_t *bytes, *scales;
+    void *out;
+} apti_quant_file;
 
 static void apti_quant_read_task(int64_t index, int32_t thread, void *arg)
 {
@@ -12669,7 +12689,8 @@ static apt_result apti_config_check_layer(apt_ctx *ctx, const apt_config *c, int
         return apti_fail(ctx, APT_E_RANGE, "config: layer %d: heads %d, KV heads %d, neurons %d do not make a layer", (int)l,
                          (int)s->heads, (int)s->kv_heads, (int)s->neurons);
     if (c->quant != APT_QUANT_NONE && (s->neurons > APT_QUANT_IN || (int64_t)s->heads * c->head_dim > APT_QUANT_IN))
-        return apti_fail(ctx, APT_E_RANGE, "config: layer %d: %d neurons, %d heads of %d: a quantised matrix has at most %d inputs",
+        return apti_fail(ctx, APT_E_RANGE,
+                         "config: layer %d: %d neurons, %d heads of %d: a quantised matrix has at most %d inputs",
                          (int)l, (int)s->neurons, (int)s->heads, (int)c->head_dim, APT_QUANT_IN);
     if (s->neurons > 0 && !apti_has_ffn(c, l))
         return apti_fail(ctx, APT_E_RANGE, "config: layer %d is the self attention of a decoder; it has %d neurons, expected 0",
@@ -15717,7 +15738,8 @@ static apt_result apti_quantize_all(apt_model *model, int32_t kind, apti_quantiz
     apt_ctx *ctx = model->ctx;
     q->fresh = (apti_packed *)apti_calloc(ctx, model->param_count, (int64_t)sizeof(apti_packed));
     q->values = (float *)apti_alloc(ctx, apti_largest_layer(model), (int64_t)sizeof(float));
-    if (q->fresh == NULL || q->values == NULL) return apti_fail(ctx, APT_E_MEMORY, "apt_model_quantize: no memory for one matrix");
+    if (q->fresh == NULL || q->values == NULL)
+        return apti_fail(ctx, APT_E_MEMORY, "apt_model_quantize: no memory for one matrix");
     for (int32_t i = 0; i < model->param_count; i++) {
         const apti_param *p = &model->params[i];
         if (!apti_is_quantizable(p)) continue;
@@ -15725,7 +15747,8 @@ static apt_result apti_quantize_all(apt_model *model, int32_t kind, apti_quantiz
         if (!apti_finite_all(q->values, apti_param_count(p)))
             return apti_fail(ctx, APT_E_NONFINITE, "apt_model_quantize: %s holds NaN or infinity", p->name);
         if (!apti_packed_reserve(ctx, &q->fresh[i], p->rows, p->cols, apti_quant_type(kind)))
-            return apti_fail(ctx, APT_E_MEMORY, "apt_model_quantize: no memory for %s (%lld x %lld); nothing was changed", p->name,
+            return apti_fail(ctx, APT_E_MEMORY, "apt_model_quantize: no memory for %s (%lld x %lld); nothing was changed",
+                             p->name,
                              (long long)p->rows, (long long)p->cols);
         apti_quant_set(ctx, &q->fresh[i], q->values, q->squares != NULL ? q->squares[i] : NULL);
     }
@@ -21059,7 +21082,8 @@ static apt_result apti_loader_quant(apti_loader *l, int32_t index)
     const apti_tensor_view *view = l->found[index] = apti_loader_find(l, p, "");
     const apti_tensor_view *scale = l->found[l->model->param_count + index] = apti_loader_find(l, p, APTI_QUANT_SUFFIX);
     if (view == NULL || scale == NULL)
-        return apti_fail(l->ctx, APT_E_MISSING, "'%.600s': no tensor '%s%s', which config.json wants: \"apt.quantization\" is \"%s\"",
+        return apti_fail(l->ctx, APT_E_MISSING,
+                         "'%.600s': no tensor '%s%s', which config.json wants: \"apt.quantization\" is \"%s\"",
                          l->set->path, p->name, view == NULL ? "" : APTI_QUANT_SUFFIX, apt_quant_kind_name(kind));
     apt_result r = apti_loader_expect(l, view, apti_quant_type(kind), shape, 2);
     if (r == APT_OK) r = apti_loader_expect(l, scale, APT_F32, scales, kind == APT_QUANT_INT8 ? 1 : 2);

@@ -765,18 +765,18 @@ static void test_compressed(void **state)
     for (int32_t i = 0; i < 6; i++) mask[i] = 0x9249249249249249u;
     apt_sparsity used;
     apt_quantize_desc d = APT_ZERO;
-    int32_t offsets[5], tokens[80], types[80];               /* rows enough for the compressed product */
+    int32_t offsets[5], tokens[80], kind[80];               /* rows enough for the compressed product */
     apt_batch b = APT_ZERO;
     int64_t n;
     for (int32_t i = 0; i < 80; i++) {
         tokens[i] = i % c.vocab;
-        types[i] = 0;
+        kind[i] = 0;
     }
     for (int32_t i = 0; i < 5; i++) offsets[i] = 20 * i;
     b.sequences = 4;
     b.offsets = offsets;
     b.tokens = tokens;
-    b.types = types;
+    b.types = kind;
     d.kind = APT_QUANT_INT4;
     d.batches = &b;
     d.batch_count = 1;

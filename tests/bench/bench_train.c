@@ -1,6 +1,7 @@
 /* Training step and forward of whole models with random weights: LoRA (rank 8 on query, value and FFN up) dense, and the same
-   after 60 % of the prunable parameters are gone. Medians of single steps; ratios are of this one run. The shapes and batches
-   are those of peer_torch.py: T5 counts source tokens, with a quarter as many target tokens.
+   after 60 % of the prunable parameters are gone; and the forward of the plain model with weights as float32, int8 and int4.
+   Medians of single steps; ratios are of this one run. The shapes and batches are those of peer_torch.py: T5 counts source
+   tokens, with a quarter as many target tokens.
 
    usage: bench_train [SHAPE|all [BATCH [TOKENS [STEPS [THREADS]]]]]      default: all shapes, their own batches, 5 steps */
 #define _DEFAULT_SOURCE
@@ -88,23 +89,29 @@ static apt_batch make_batch(const shape *s)
     return b;
 }
 
+static double measure_forward(apt_ctx *ctx, apt_model *model, const apt_batch *batch, int steps)
+{
+    double forward[64];
+    for (int i = -1; i < steps; i++) {
+        apt_output out = APT_ZERO;
+        const double start = apti_seconds();
+        if (apt_model_forward(model, batch, &out) != APT_OK) fail(ctx, "forward");
+        if (i >= 0) forward[i] = 1e3 * (apti_seconds() - start);
+    }
+    return median(forward, steps);
+}
+
 static timing measure(apt_ctx *ctx, apt_trainer *t, const apt_batch *batch, int steps)
 {
-    double step[64], forward[64];
+    double step[64];
     timing r;
     for (int i = -1; i < steps; i++) {
         apt_step_info info;
         if (apt_trainer_step(t, batch, &info) != APT_OK) fail(ctx, "step");
         if (i >= 0) step[i] = info.milliseconds;
     }
-    for (int i = -1; i < steps; i++) {
-        apt_output out = APT_ZERO;
-        const double start = apti_seconds();
-        if (apt_model_forward(apt_trainer_model(t), batch, &out) != APT_OK) fail(ctx, "forward");
-        if (i >= 0) forward[i] = 1e3 * (apti_seconds() - start);
-    }
     r.step = median(step, steps);
-    r.forward = median(forward, steps);
+    r.forward = measure_forward(ctx, apt_trainer_model(t), batch, steps);
     return r;
 }
 
@@ -114,6 +121,32 @@ static void report(const shape *s, const char *what, timing t, timing dense)
     printf("%-13s %-8s step %8.1f ms %8.0f tokens/s (%.2fx)   forward %8.1f ms %8.0f tokens/s (%.2fx)\n", s->name, what, t.step,
            1e3 * tokens / t.step, dense.step / t.step, t.forward, 1e3 * tokens / t.forward, dense.forward / t.forward);
     fflush(stdout);
+}
+
+/* The same dense model without adapters: its weights as float32, int8 and int4. */
+static void bench_quantized(const shape *s, int steps, int32_t threads)
+{
+    static const int32_t kinds[3] = {APT_QUANT_NONE, APT_QUANT_INT8, APT_QUANT_INT4};
+    const apt_config c = make_config(s);
+    const apt_batch batch = make_batch(s);
+    const double tokens = (double)s->batch * s->tokens;
+    double dense = 0;
+    for (int i = 0; i < 3; i++) {
+        apt_desc desc = APT_ZERO;
+        apt_quantize_desc d = APT_ZERO;
+        apt_model *model = NULL;
+        desc.threads = threads;
+        d.kind = kinds[i];
+        apt_ctx *ctx = apt_create(&desc);
+        if (ctx == NULL || apt_model_create(ctx, &c, 1, &model) != APT_OK) fail(ctx, "create");
+        if (i > 0 && apt_model_quantize(model, &d) != APT_OK) fail(ctx, "quantize");
+        const double bytes = (double)apt_memory_info(ctx).bytes, ms = measure_forward(ctx, model, &batch, steps);
+        if (i == 0) dense = ms;
+        printf("%-13s %-8s forward %8.1f ms %8.0f tokens/s (%.2fx)   model %.0f MB\n", s->name,
+               i > 0 ? apt_quant_kind_name(kinds[i]) : "plain", ms, 1e3 * tokens / ms, dense / ms, bytes / 1048576);
+        fflush(stdout);
+        apt_destroy(ctx);
+    }
 }
 
 static void bench(const shape *s, int steps, int32_t threads)
@@ -153,6 +186,7 @@ int main(int argc, char **argv)
         if (argc > 3) s.tokens = atoi(argv[3]);
         const int steps = argc > 4 ? atoi(argv[4]) : 5;
         bench(&s, steps < 1 ? 1 : steps > 64 ? 64 : steps, argc > 5 ? atoi(argv[5]) : 0);
+        bench_quantized(&s, steps < 1 ? 1 : steps > 64 ? 64 : steps, argc > 5 ? atoi(argv[5]) : 0);
     }
     if (!known) fprintf(stderr, "unknown shape '%s'\n", argv[1]);
     return known ? 0 : 2;
