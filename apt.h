@@ -1382,8 +1382,8 @@ APT_API apt_result apt_quant_calibrate(apt_ctx *ctx, int32_t kind, float *scale,
 APT_API apt_result apt_quantize(apt_ctx *ctx, int32_t kind, void *q, const float *scale, const float *w, int64_t ld, int64_t rows,
                                 int64_t cols);
 /* w = q * scale. APT_E_RANGE: a q that apt_quantize does not write. */
-APT_API apt_result apt_dequantize(apt_ctx *ctx, int32_t kind, float *w, int64_t ld, const void *q, const float *scale, int64_t rows,
-                                  int64_t cols);
+APT_API apt_result apt_dequantize(apt_ctx *ctx, int32_t kind, float *w, int64_t ld, const void *q, const float *scale,
+                                  int64_t rows, int64_t cols);
 /* y = the value of w after both, for quantisation-aware training: forward with y, ... y may be w. */
 APT_API apt_result apt_fake_quantize(apt_ctx *ctx, int32_t kind, float *y, int64_t ldy, const float *scale, const float *w,
                                      int64_t ldw, int64_t rows, int64_t cols);
@@ -3519,7 +3519,7 @@ APTI_INLINE int64_t apti_load_8(const void *p)
 /* Products with quantised weights, from a second template (search for APTI_QUANT_ISA below). A panel is one vector of int32 wide.
    vpmaddubsw multiplies bytes, but one factor without a sign, and 2 * 255 * 127 does not fit its 16 bits; so int8 weights are
    widened to 16 bits once per step, shared by the rows of the tile. vpmaddwd adds pairs: a sum is two vectors until the end. int4
-   weights do go in as bytes, 0..15: eight pairs of them times an int8 fit (8 * 2 * 15 * 127 = 30480), which is one group of 32. */
+   weights do go in as bytes, 0..15: eight pairs of them times an int8 fit (8 * 2 * 15 * 127 = 30480): one group of 32. */
 #define APTI_QUANT_ISA avx2
 #define APTI_QUANT_TARGET APTI_AVX2
 #define APTI_QUANT_BASE "avx2"
@@ -3764,7 +3764,8 @@ __attribute__((always_inline)) APTI_INLINE void apti_quant_int8_body_neon(const 
         vst1q_s32(t->sums + i * t->ld + 4, q##i);                                                           \
     }
 
-APTI_DOTPROD __attribute__((always_inline)) APTI_INLINE void apti_quant_int8_body_dotprod(const apti_quant_tile *t, const int rows)
+APTI_DOTPROD __attribute__((always_inline)) APTI_INLINE void apti_quant_int8_body_dotprod(const apti_quant_tile *t,
+    const int rows)
 {
     const int8_t *b = (const int8_t *)t->b;
     const uint8_t *a = t->a;
