@@ -203,6 +203,15 @@ check "prune-after in a single step" 0 r $data --method prune-after --steps 1 --
 if grep -q "^prunable left *[34]" "$work/log"; then pass "prunes all the same"; else fail "prunes all the same"; fi
 check "a pruned model can be pruned further" 0 "$roberta" --model "$work/apt" $data $short --sparsity 0.5 --out "$work/apt2"
 check "bf16 weights" 0 r $data $short --method lora --weights bf16 --out "$work/bf16"
+for kind in int8 int4; do
+    check "$kind weights in the result" 0 r $data $short --quantize $kind --out "$work/$kind"
+    says_file "config.json says so" "$work/$kind/config.json" "\"quantization\": \"$kind\""
+    check "which loads again" 0 "$roberta" --model "$work/$kind" --dev "$work/demo/dev.tsv" --method eval
+done
+[ "$(wc -c < "$work/int4/model.safetensors")" -lt "$(wc -c < "$work/int8/model.safetensors")" ] && pass "int4 is smaller" || fail "int4 is smaller"
+check "but cannot be trained" 1 "$roberta" --model "$work/int8" $data $short --out "$work/int8-again"
+says "and says why" "quantised (int8)"
+check "an unknown kind" 2 r $data --quantize int5 --out "$work/x"
 check "accumulation, length groups, preset, linear schedule" 0 r $data --steps 8 --accumulate 3 --group-by-length --preset glue-small \
     --schedule linear --no-grow --no-distill --lr-schedule cosine --warmup 2 --out "$work/options"
 check "predictions" 0 "$roberta" --model "$work/apt" --method predict --predict "$work/demo/test.tsv" --out "$work/predicted"

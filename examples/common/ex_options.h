@@ -10,7 +10,7 @@ enum { EX_METHOD_APT, EX_METHOD_LORA, EX_METHOD_FULL, EX_METHOD_PRUNE_AFTER, EX_
 
 typedef struct ex_options {
     const char *adapt, *prune, *kernels;
-    int32_t preset, lr_schedule, schedule, salience, weights;
+    int32_t preset, lr_schedule, schedule, salience, weights, quantize;
     bool resume, overwrite, grow, kurtosis, reset_moments, distill, group_by_length;
     int64_t batch, accumulate, epochs, steps, warmup, rank, max_rank, seed, threads;
     int64_t prune_begin, prune_end, distill_end, prune_every, round_heads, round_neurons, round_hidden, min_hidden, observe;
@@ -100,6 +100,7 @@ EX_API bool ex_method_prunes(int32_t method)
     EX_INT("checkpoint-every", "N", &(o)->checkpoint_every, 0, 1e12, "steps between checkpoints; 0: only on Ctrl-C"),       \
     EX_INT("log-every", "N", &(o)->log_every, 0, 1e12, "steps between lines of metrics.jsonl; 0: about 2000 lines"),        \
     EX_CHOICE("weights", &(o)->weights, "f32|bf16", "how frozen matrices are kept in memory"),                              \
+    EX_CHOICE("quantize", &(o)->quantize, "none|int8|int4", "what OUT holds of the layers' matrices, for inference only"),   \
     EX_INT("threads", "N", &(o)->threads, 0, 64, "0: all cores"),                                                           \
     EX_TEXT("kernels", "NAME", &(o)->kernels, "ref, avx2, avx512, neon; default: the fastest here")
 
@@ -242,6 +243,7 @@ EX_API bool ex_options_plan(const ex_options *o, int32_t method, ex_run *run)
     run->feed.batch = (int32_t)o->batch;
     run->feed.seed = t->seed = (uint64_t)o->seed;
     run->feed.by_length = o->group_by_length;
+    run->quantize = o->quantize;      /* the words stand in the order of APT_QUANT_* */
     const int64_t per_epoch = (ex_feed_batches(&run->feed) + o->accumulate - 1) / o->accumulate;
     t->method = method == EX_METHOD_APT ? APT_METHOD_APT : method == EX_METHOD_FULL ? APT_METHOD_FULL : APT_METHOD_LORA;
     t->steps = o->steps > 0 ? o->steps : per_epoch * o->epochs;

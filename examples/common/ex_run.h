@@ -171,6 +171,7 @@ struct ex_run {
     const apt_iterative_desc *iterative;      /* single weights step by step; NULL: none. Its metric is that of `evaluate`, with
                                                  the sign turned where it says that lower is better */
     int32_t observe;                  /* batches of salience before that */
+    int32_t quantize;                 /* APT_QUANT_*: what ex_run_save makes of the weights */
     bool keeps, resume;               /* keeps: a stop leaves a checkpoint, which resume begins with */
     const char *settings;             /* NULL: none */
     const ex_arg *arguments;          /* written into the log; NULL: none */
@@ -516,12 +517,25 @@ EX_API void ex_run_warn_space(const ex_run *run)
                 ex_bytes_text(left, sizeof(left), bytes), ex_bytes_text(most, sizeof(most), needed));
 }
 
+/* Calibrated on what would have been the next batch. */
+static bool exi_run_quantize(ex_run *run)
+{
+    if (run->quantize == APT_QUANT_NONE) return true;
+    const apt_batch batch = exi_run_next(run);
+    apt_quantize_desc d = APT_ZERO;
+    d.kind = run->quantize;
+    d.batches = &batch;
+    d.batch_count = 1;
+    return apt_model_quantize(run->model, &d) == APT_OK;
+}
+
 /* Ends the training and writes the model, adapters folded in, into run->dir, with the tokenizer of another folder. */
 EX_API bool ex_run_save(ex_run *run, const char *tokenizer_dir)
 {
     apt_trainer_destroy(run->trainer);
     run->trainer = NULL;
-    if (apt_model_merge(run->model, NULL, NULL) != APT_OK || apt_model_save(run->model, run->dir) != APT_OK)
+    if (apt_model_merge(run->model, NULL, NULL) != APT_OK || !exi_run_quantize(run) ||
+        apt_model_save(run->model, run->dir) != APT_OK)
         return ex_fail(run->error, "%s", apt_error(run->ctx));
     return tokenizer_dir == NULL || ex_copy_tokenizer(tokenizer_dir, run->dir, run->error);
 }
