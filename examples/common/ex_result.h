@@ -57,7 +57,7 @@ EX_API bool ex_saved_open(ex_saved *saved, ex_outcome *outcome, const char *dir,
                           ex_error *error)
 {
     char *file = ex_path(dir, "model.safetensors");
-    apt_model_info info;
+    apt_model_info info = APT_ZERO;
     saved->model = NULL;
     saved->ctx = ex_run_context(threads, kernels, error);
     outcome->disk = ex_file_bytes(file);
