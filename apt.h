@@ -4846,7 +4846,7 @@ static void apti_quant_get_row(const apti_packed *packed, int64_t row, int8_t *q
     int32_t shift;
     for (int64_t p = 0; p < packed->k; p++) {
         const uint8_t byte = panel[apti_quant_at(packed, p, j, &shift)];
-        q[p] = packed->type == APT_I8 ? (int8_t)byte : (int8_t)((byte >> shift & 15) - 8);
+        q[p] = (int8_t)(packed->type == APT_I8 ? byte : (byte >> shift & 15) - 8);
     }
     for (int64_t g = 0; g < scales; g++) scale[g] = from[g * nr + j];
 }
