@@ -9,6 +9,16 @@
 
 static const int32_t kinds[2] = {APT_QUANT_INT8, APT_QUANT_INT4};
 
+/* -Ofast divides by multiplying with a reciprocal: a scale may be one unit in its last place off, which moves what rounding
+   leaves of w, at worst s/2 = |w|/254, by 127 times as many units. */
+#ifdef __FAST_MATH__
+#define SCALE_OFF 1.2e-7f
+#define ERROR_OFF 1e-4
+#else
+#define SCALE_OFF 0.0f
+#define ERROR_OFF 1e-6
+#endif
+
 static float limit_of(int32_t kind)
 {
     return kind == APT_QUANT_INT8 ? 127.0f : 7.0f;
@@ -90,7 +100,7 @@ static void test_round_trip(void **state)
                 float largest = 0;
                 for (int64_t i = 0; i < m.cols; i++)
                     if (group_of(m.kind, i) == group_of(m.kind, c)) largest = fmaxf(largest, fabsf(m.w[r * m.cols + i]));
-                assert_true(s == largest / limit_of(m.kind));
+                assert_true(fabsf(s - largest / limit_of(m.kind)) <= SCALE_OFF * s);
                 assert_true(back == (float)integer_at(&m, r, c) * s);
                 assert_true(fabsf(back - w) <= s * 0.500001f);
                 if (fabsf(w) == largest) assert_int_equal(abs(integer_at(&m, r, c)), (int)limit_of(m.kind));
@@ -164,7 +174,7 @@ static void test_calibration(void **state)
             for (int64_t j = 0; j < n; j++) full = fmaxf(full, fabsf(w[j]) / limit_of(m.kind));
             const double mine = weighted_error(w, i, n, m.scale[g], limit_of(m.kind));
             for (int32_t step = 0; step <= 30; step++)
-                assert_true(mine <= weighted_error(w, i, n, full * (1 - 0.02f * (float)step), limit_of(m.kind)) * 1.000001);
+                assert_true(mine <= weighted_error(w, i, n, full * (1 - 0.02f * (float)step), limit_of(m.kind)) * (1 + ERROR_OFF));
             clipped += m.scale[g] < full;
         }
         free(importance);
@@ -696,7 +706,7 @@ static void test_threads(void **state)
             quantize(m, kinds[k], i == 5 ? NULL : &b.b);
             float *logits = test_logits(m, &b.b, &n, NULL, 0);
             if (first != NULL && i < 5) assert_memory_equal(logits, first, (size_t)n * sizeof(float));
-            if (i == 5) assert_memory_not_equal(logits, first, (size_t)n * sizeof(float));
+            if (i == 5) assert_true(memcmp(logits, first, (size_t)n * sizeof(float)) != 0);
             if (first == NULL) first = logits;
             else free(logits);
             apt_destroy(ctx);
