@@ -36,7 +36,8 @@ enum { DENSE, MAGNITUDE, PATTERN, ITERATIVE, APT, WAYS, MOST_PATTERNS = 16, MOST
 /* What was measured of one way. */
 typedef struct row {
     apt_sparsity pruned, stored, used;/* by its masks; what is compressed in the file; what is multiplied compressed */
-    double target, metric, loss, degradation, speed, sparse_speed;
+    double target, metric, loss, speed, sparse_speed;
+    double degradation, perplexity_degradation;      /* of the loss and of e^loss, against the dense way's */
     int64_t parameters, disk, sparse_disk;
     double first, last, seconds;      /* ms per step, training time */
     apt_iterative_summary summary;
@@ -52,7 +53,7 @@ typedef struct app {
     char *name[WAYS], *stage[WAYS];
     /* the command line's */
     const char *train, *dev, *patterns;
-    double sparsity, last, lr, apt_lr;
+    double sparsity, begin, last, lr, apt_lr;
     int64_t iterations, steps, batch, limit;
     char *pattern_text;
     const char *pattern[MOST_PATTERNS];
@@ -136,7 +137,7 @@ static void schedule(ex_demo *d, ex_run *run, int32_t way)
     if (way == MAGNITUDE) once->sparsity = a->sparsity;
     if (way == PATTERN) once->keep = 2, once->of = 4;
     if (way != ITERATIVE) return;
-    plan->first = a->last < 0.4 ? a->last / 2 : 0.2;
+    plan->first = a->begin;
     plan->last = a->last;
     plan->iterations = (int32_t)a->iterations;
     plan->global = 1;                 /* one threshold: layers that can spare more lose more */
@@ -186,8 +187,10 @@ static void cells_of(const row *r, int32_t way, double kept, ex_cells *cells)
     char text[32];
     const bool masks = r->pruned.matrices > 0;
     ex_cell(cells, "loss", "%.4f", r->loss);
-    if (way != DENSE) ex_cell(cells, "loss, against dense", "%+.1f %%", 100 * r->degradation);
-    else ex_cell(cells, "loss, against dense", "-");
+    if (way != DENSE) {
+        ex_cell(cells, "loss, against dense", "%+.1f %%", 100 * r->degradation);
+        ex_cell(cells, "perplexity, against dense", "%+.1f %%", 100 * r->perplexity_degradation);
+    }
     if (r->target > 0) ex_cell(cells, "sparsity, target", "%.1f %%", 100 * r->target);
     else ex_cell(cells, "sparsity, target", "-");
     ex_cell(cells, "sparsity, reached", "%.1f %%", 100 * (masks ? r->pruned.sparsity : 1 - kept));
@@ -212,6 +215,7 @@ static bool measured(ex_demo *d, ex_run *run, int32_t way, const ex_scores *scor
     r->metric = scores->chosen;
     r->loss = scores->loss;
     r->degradation = a->row[DENSE].loss > 0 ? r->loss / a->row[DENSE].loss - 1 : 0;
+    r->perplexity_degradation = exp(r->loss - a->row[DENSE].loss) - 1;
     r->parameters = outcome->parameters;
     r->disk = outcome->disk;
     r->speed = outcome->tokens_per_second;
@@ -272,7 +276,9 @@ static void put_way(const app *a, int32_t way, ex_text *out)
     ex_json_put(out, a->way[way].folder, strlen(a->way[way].folder));
     put_number(out, "accuracy", r->metric);
     put_number(out, "loss", r->loss);
+    put_number(out, "perplexity", exp(r->loss));
     put_number(out, "degradation", r->degradation);
+    put_number(out, "perplexity_degradation", r->perplexity_degradation);
     put_number(out, "target", r->target);
     put_sparsity(out, &r->pruned);
     put_count(out, "parameters", r->parameters);
@@ -390,6 +396,8 @@ static bool check_options(app *a)
     if ((a->p.model != NULL) != (a->train != NULL) || (a->p.model != NULL) != (a->dev != NULL))
         return ex_fail(&a->d.error, "--model, --train and --dev belong together; without them the demonstration runs");
     if (a->limit > 0 && a->p.model == NULL) return ex_fail(&a->d.error, "--limit goes with --train");
+    if (a->begin > a->last)
+        return ex_fail(&a->d.error, "--first %g is above --iterative %g, where the iterations end", a->begin, a->last);
     const int64_t steps = a->plan.sizes.steps;
     if (!a->d.fast && steps / 2 < a->iterations)
         return ex_fail(&a->d.error, "--iterations %lld do not fit --steps %lld: half of the steps are theirs",
@@ -401,7 +409,7 @@ static const ex_demo_plan g_plan = {
     EX_BERT_PLAN,
     .name = "magnitude",
     .title = "apt.h: single weights, pruned by magnitude",
-    .sizes = {.pretrain_steps = 900, .steps = 600, .corpus = 30000, .train = 4000, .dev = 500, .test = 2000},
+    .sizes = {.pretrain_steps = 800, .steps = 500, .corpus = 30000, .train = 4000, .dev = 500, .test = 2000},
     .fast = {.pretrain_steps = 40, .steps = 40, .corpus = 1500, .train = 1000, .dev = 100, .test = 200},
     .way_count = WAYS,
     .schedule = schedule,
@@ -456,6 +464,7 @@ int main(int argc, char **argv)
     a.d.seed = 1;
     a.d.out = "build/magnitude-run";
     a.sparsity = 0.6;
+    a.begin = 0.5;                    /* the more goes early, while the task is still being learned, the less it costs */
     a.last = 0.7;
     a.iterations = 5;
     const ex_arg table[] = {
@@ -467,12 +476,13 @@ int main(int argc, char **argv)
         EX_TEXT("out", "DIR", &a.d.out, "folder for models, results.json and report.html"),
         EX_GROUP("Pruning"),
         EX_REAL("sparsity", "X", &a.sparsity, 0.05, 0.95, "of magnitude at once and of APT"),
-        EX_REAL("iterative", "X", &a.last, 0.05, 0.95, "sparsity at the end of the iterations"),
+        EX_REAL("first", "X", &a.begin, 0.05, 0.95, "sparsity that the iterations start from: X (iterative/X)^(t/iterations)"),
+        EX_REAL("iterative", "X", &a.last, 0.05, 0.95, "sparsity at their end"),
         EX_INT("iterations", "N", &a.iterations, 1, MOST_ITERATIONS, "how many of them"),
         EX_TEXT("patterns", "LIST", &a.patterns, "matrices whose names have one of these, * stands for anything; default: all "
                 "linear maps of the layers"),
         EX_GROUP("Training"),
-        EX_INT("steps", "N", &a.steps, 0, 1e9, "of each way; 0: 600, with files 1000"),
+        EX_INT("steps", "N", &a.steps, 0, 1e9, "of each way; 0: 500, with files 1000"),
         EX_INT("batch", "N", &a.batch, 0, 1e6, "rows; 0: 32"),
         EX_REAL("lr", "X", &a.lr, 0, 1, "learning rate of all weights; 0: 5e-4, with files 5e-5"),
         EX_REAL("apt-lr", "X", &a.apt_lr, 0, 1, "learning rate of APT's adapters; 0: 2e-3, with files 1e-3"),

@@ -118,12 +118,14 @@ says "both limits are named" "from 0.05 to 0.95"
 check "a sparsity that is no number" 2 "$magnitude" --iterative nan
 check "more iterations than steps" 2 "$magnitude" --steps 8 --iterations 5
 says "both are named" "iterations 5 do not fit --steps 8"
+check "iterations that would lead back" 2 "$magnitude" --first 0.6 --iterative 0.5
+says "both ends are named" "first 0.6 is above --iterative 0.5"
 check "an empty name among the patterns" 2 "$magnitude" --patterns query,,output
 check "a model without rows" 2 "$magnitude" --model "$base"
 check "rows without a model" 2 "$magnitude" --train "$work/demo/train.tsv" --dev "$work/demo/dev.tsv"
 check "the result must not replace the model" 2 "$magnitude" --model "$base" --train x.tsv --dev x.tsv --out "$base"
 check "magnitude runs" 0 "$magnitude" --fast --threads 2 --out "$work/magnitude"
-for row in accuracy loss "loss, against dense" "sparsity, target" "sparsity, reached" "active parameters" "on disk" "compressed, on disk" \
+for row in accuracy loss "loss, against dense" "perplexity, against dense" "sparsity, target" "sparsity, reached" "active parameters" "on disk" "compressed, on disk" \
     "pruned layers, smaller" inference "inference, compressed"; do says "magnitude's table has: $row" "^$row "; done
 says "what was asked for is reached" "^sparsity, reached *- *0.0 % *60.0 % *50.0 % *70.0 % "
 says "70 % gone: the pruned layers are three times smaller" "^pruned layers, smaller .*  3\.0[0-9] x "
@@ -131,7 +133,7 @@ for i in 1 2 3 4 5; do says "iteration $i is shown" "iteration $i, step .* retra
 if grep -q -e 'src="http' -e 'href="http' -e '@import' "$work/magnitude/report.html"; then fail "its report is self-contained"; else pass "its report is self-contained"; fi
 says_file "its report has the iterations" "$work/magnitude/report.html" "teration 5</th>"
 results=$work/magnitude/results.json
-for name in accuracy degradation sparsity active zeros compression sparse_file_bytes tokens_per_second_compressed loss_before loss_retrained; do
+for name in accuracy perplexity degradation perplexity_degradation sparsity active zeros compression sparse_file_bytes tokens_per_second_compressed loss_before loss_retrained; do
     says_file "results.json has: $name" "$results" "\"$name\": [-0-9]"
 done
 if [ "$(grep -c '"iteration": ' "$results")" -eq 5 ]; then pass "results.json has all iterations"; else fail "results.json has all iterations"; fi
@@ -152,7 +154,7 @@ for folder in dense magnitude pattern iterative apt iterative-sparse; do
     same "$folder is the same on one and two threads" "$work/magnitude/$folder/model.safetensors" "$work/magnitude1/$folder/model.safetensors"
 done
 check "magnitude on files" 0 "$magnitude" --model "$base" --train "$work/demo/train.tsv" --dev "$work/demo/dev.tsv" --limit 400 --steps 20 \
-    --batch 16 --iterations 2 --iterative 0.5 --patterns 'attention*query,intermediate' --threads 2 --out "$work/magnitude-files"
+    --batch 16 --iterations 2 --first 0.2 --iterative 0.5 --patterns 'attention*query,intermediate' --threads 2 --out "$work/magnitude-files"
 says "only the chosen matrices are pruned" "^sparsity, reached *0.0 % *60.0 % *50.0 % *50.0 % "
 if [ "$(grep -c '"matrices": 8,' "$work/magnitude-files/results.json")" -ge 3 ]; then pass "which are eight"; else fail "which are eight"; fi
 has "the classes are named" "$work/magnitude-files/iterative-sparse/labels.txt"
