@@ -142,11 +142,12 @@
 
    ON QUANTISATION
    apt_model_quantize turns the linear maps of all layers of a finished model into int8 (a scale per out feature) or int4 (a
-   scale per 32 weights) and frees their floats: a quarter or an eighth of the bytes, in memory and in the folder that
-   apt_model_save writes and apt_model_load reads back. Forward and generation then multiply integers: activations are narrowed
-   to int8 row by row, sums are exact, so every kernel table gives the same integers. Scales come from the largest weight, or,
-   with batches to calibrate on, from what each map reads. A quantised model cannot be trained or pruned any more; for training
-   with quantised values in a loop of your own there are apt_fake_quantize and its straight-through backward.
+   scale per 32 weights) and frees their floats: a quarter of the bytes or, with the scales of int4, a sixth, in memory and in
+   the folder that apt_model_save writes and apt_model_load reads back. Forward and generation then multiply integers:
+   activations are narrowed to int8 row by row, sums are exact, so every kernel table gives the same integers. Scales come from
+   the largest weight, or, with batches to calibrate on, from what each map reads. A quantised model cannot be trained or pruned
+   any more; for training with quantised values in a loop of your own there are apt_fake_quantize and its straight-through
+   backward.
 
    ON DECODERS
    T5 and LLaMA know one task, APT_TASK_LM: the next token. A LLaMA batch has labels[i] = the token that stands at i (or -100,
@@ -1448,6 +1449,9 @@ APT_API apt_result apt_model_quantize(apt_model *model, const apt_quantize_desc 
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 #elif defined(_WIN32)
 #include <direct.h>
 #endif
@@ -1854,10 +1858,6 @@ static bool apti_cpu_has(apti_cpu_feature feature)
     return false;
 }
 #else
-#if defined(APTI_NEON) && defined(__linux__)
-extern unsigned long getauxval(unsigned long type);              /* as <sys/auxv.h> has it */
-#endif
-
 /* NEON is part of every 64-bit ARM. */
 APTI_INLINE bool apti_cpu_has(apti_cpu_feature feature)
 {
@@ -1865,9 +1865,9 @@ APTI_INLINE bool apti_cpu_has(apti_cpu_feature feature)
     bool dotprod = false;
 #if defined(__ARM_FEATURE_DOTPROD)
     dotprod = true;
-#elif defined(__linux__)
-    const unsigned long at_hwcap = 16, hwcap_asimddp = 1ul << 20;
-    dotprod = (getauxval(at_hwcap) & hwcap_asimddp) != 0;
+#elif defined(APTI_POSIX) && defined(__linux__)
+    const unsigned long asimddp = 1ul << 20;     /* HWCAP_ASIMDDP */
+    dotprod = (getauxval(AT_HWCAP) & asimddp) != 0;
 #endif
     return feature == APTI_CPU_NEON || (feature == APTI_CPU_DOTPROD && dotprod);
 #else
@@ -5399,6 +5399,7 @@ static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
 typedef struct apti_quant_block {
     uint8_t *rows;
     int64_t bytes, groups;
+    bool wide;                                   /* they are int16 */
     int32_t *sums;                               /* NULL: this kernel does not read them */
     float *scale;
     int32_t *tile;                               /* [mr][APTI_QUANT_COLS] sums (int4: floats) of one strip */
@@ -5406,13 +5407,14 @@ typedef struct apti_quant_block {
 
 /* Rows of a block. Its parts lie one behind the other in the scratch. */
 static int64_t apti_quant_block_make(apti_quant_block *block, const apti_quant_kernels *quant, const apti_packed *w,
-                                    void *scratch)
+                                     void *scratch)
 {
-    const bool wide = quant->wide && w->type == APT_I8, sums = w->type == APT_U8 || !quant->wide;
+    const bool sums = w->type == APT_U8 || !quant->wide;
+    block->wide = quant->wide && w->type == APT_I8;
     block->groups = apti_ceil_div(w->k, APT_QUANT_GROUP);
-    block->bytes = block->groups * APT_QUANT_GROUP * (wide ? 2 : 1);
-    const int64_t rows = apti_min_i64(APTI_QUANT_ROWS,
-                                      apti_max_i64(1, APTI_QUANT_A_BYTES / block->bytes / quant->mr) * quant->mr);
+    block->bytes = block->groups * APT_QUANT_GROUP * (block->wide ? 2 : 1);
+    const int64_t fit = APTI_QUANT_A_BYTES / block->bytes, strips = fit / quant->mr * quant->mr;
+    const int64_t rows = strips > 0 ? apti_min_i64(APTI_QUANT_ROWS, strips) : apti_max_i64(1, fit);
     block->scale = (float *)scratch;
     block->tile = (int32_t *)(void *)(block->scale + APTI_QUANT_ROWS);
     int32_t *next = block->tile + APTI_QUANT_MR_MAX * APTI_QUANT_COLS;
@@ -5466,13 +5468,13 @@ static void apti_quant_region(const apt_ctx *ctx, const apti_gemm *g, int64_t i0
     const int64_t most = apti_quant_block_make(&block, quant, part->packed, scratch);
     const int64_t fit = APTI_QUANT_B_BYTES / apti_quant_panel_bytes(quant->nr, part->k, part->packed->type) * quant->nr;
     const int64_t cols = apti_max_i64(4 * quant->nr, apti_min_i64(fit, APTI_QUANT_COLS));
-    const bool wide = quant->wide && part->packed->type == APT_I8;
     for (int64_t i = i0, end; i < i1; i = end) {
         end = apti_min_i64(i1, i + most);
-        for (int64_t r = 0; r < end - i; r++)
-            block.scale[r] = quant->narrow(block.rows + r * block.bytes,
-                                         block.sums != NULL ? block.sums + r * (block.groups + 1) : NULL,
-                                           part->a + (i + r) * part->a_row, part->k, wide);
+        for (int64_t r = 0; r < end - i; r++) {
+            int32_t *sums = block.sums != NULL ? block.sums + r * (block.groups + 1) : NULL;
+            const float *a = part->a + (i + r) * part->a_row;
+            block.scale[r] = quant->narrow(block.rows + r * block.bytes, sums, a, part->k, block.wide);
+        }
         const int64_t strips = apti_ceil_div(end - i, quant->mr);
         for (int64_t j = j0; j < j1; j += cols) {
             for (int64_t s = 0, r0 = 0, r1; s < strips; s++, r0 = r1) {
@@ -10019,7 +10021,7 @@ APT_API apt_result apt_bk_forward(float *re, float *im, const float *v, const fl
 
 APT_API apt_result apt_bk_backward(float *dv, float *dmask, double *dz, const float *dre, const float *dim, const float *v,
                                    const float *mask, int64_t rows, int64_t n, const apt_bk *z, void *scratch,
-                                       size_t scratch_bytes)
+                                   size_t scratch_bytes)
 {
     apti_bk_job job;
     apt_result r = apti_bk_backward_plan(&job, dv, dmask, dz, dre, dim, v, mask, rows, n, z);
@@ -10325,7 +10327,7 @@ APT_API apt_result apt_module_adam(apt_module *module, float learning_rate, int6
 /* y(rows, out) = act(x W^T + bias); W and bias are tensors i and i+1. x has rows of w->cols floats that begin ldx apart: a row
    of a convolution's input is the window of three positions, and windows overlap. pre: [rows * out] or NULL. */
 static void apti_affine_forward(const apt_module *m, int32_t i, float *y, const float *x, int64_t ldx, int64_t rows, int32_t act,
-                             float *pre)
+                                float *pre)
 {
     const apti_tensor *w = &m->tensor[i];
     apti_gemm g = apti_gemm_begin(y, w->rows, rows, w->rows, false);
@@ -10999,7 +11001,7 @@ static void apti_conv_forward(const apti_bk_core *c, int32_t i)
 {
     const int32_t in = apti_conv_channels[i], out = apti_conv_channels[i + 1];
     apti_affine_forward(&c->base, APTI_CONV_TENSOR + 2 * i, c->h[i + 1] + out, c->h[i], in, apti_bk_core_padded(c) - 2,
-                     i + 1 < APTI_CONVS ? APT_RELU : -1, NULL);
+                        i + 1 < APTI_CONVS ? APT_RELU : -1, NULL);
     apti_conv_clear(c, c->h[i + 1], out);
 }
 
@@ -11795,7 +11797,7 @@ static apt_result apti_quant_check(apt_ctx *ctx, const char *function, const apt
 
 /* w is read, scales are given. */
 static apt_result apti_quant_check_input(apt_ctx *ctx, const char *function, const apti_quant_rows *job, bool weights,
-                                          bool scales)
+                                         bool scales)
 {
     apt_result r = apti_quant_check(ctx, function, job);
     if (r != APT_OK) return r;
@@ -13258,7 +13260,7 @@ APT_API apt_result apt_model_compress(apt_model *model, double least, apt_sparsi
     if (model == NULL) return APT_E_ARGUMENT;
     if (!apti_finite_f64(least) || least < 0 || least >= 1)
         return apti_fail(model->ctx, APT_E_RANGE, "apt_model_compress: least %g; expected 0 <= least < 1", least);
-    if (model->config.quant != APT_QUANT_NONE) return apti_quant_refuse(model, "apt_model_compress");
+    if (apti_quant_refuse(model, "apt_model_compress") != APT_OK) return APT_E_STATE;
     if (model->trainer != NULL || apti_adapter_total(model) > 0)
         return apti_fail(model->ctx, APT_E_STATE, "apt_model_compress: the model has %s",
                          model->trainer != NULL ? "a trainer" : "adapters; merge them first");
@@ -15700,7 +15702,7 @@ static apt_result apti_quantize_check(const apt_model *model, const apt_quantize
         return apti_fail(ctx, APT_E_STATE, "apt_model_quantize: the model has a trainer; finish and destroy it first");
     if (apti_adapter_total(model) > 0)
         return apti_fail(ctx, APT_E_STATE, "apt_model_quantize: the model has adapters: call apt_model_merge first");
-    if (model->config.quant != APT_QUANT_NONE) return apti_quant_refuse(model, "apt_model_quantize");
+    if (apti_quant_refuse(model, "apt_model_quantize") != APT_OK) return APT_E_STATE;
     apt_config c = model->config;
     c.quant = d->kind;
     return apti_config_check(ctx, &c);
@@ -15749,8 +15751,7 @@ static apt_result apti_quantize_all(apt_model *model, int32_t kind, apti_quantiz
             return apti_fail(ctx, APT_E_NONFINITE, "apt_model_quantize: %s holds NaN or infinity", p->name);
         if (!apti_packed_reserve(ctx, &q->fresh[i], p->rows, p->cols, apti_quant_type(kind)))
             return apti_fail(ctx, APT_E_MEMORY, "apt_model_quantize: no memory for %s (%lld x %lld); nothing was changed",
-                             p->name,
-                             (long long)p->rows, (long long)p->cols);
+                             p->name, (long long)p->rows, (long long)p->cols);
         apti_quant_set(ctx, &q->fresh[i], q->values, q->squares != NULL ? q->squares[i] : NULL);
     }
     return APT_OK;

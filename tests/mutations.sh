@@ -24,6 +24,13 @@ export APT_TEST_TMP=$WORK/tmp APT_SHARED=${APT_SHARED:-$PWD/../shared}
 
 table() {
     cat << 'END'
+quantised product: the bias and what follows | quantize | apti_gemm_place(&f, g, i, j0); | f.c = g->c + i * g->ldc + j0; f.ldc = g->ldc; f.act = -1;
+quantised product: the scale of a row | quantize | f.row_scale = block->scale + r0; | f.row_scale = block->scale;
+quantised product: the scratch of wide rows | quantize | strips > 0 ? apti_min_i64(APTI_QUANT_ROWS, strips) : apti_max_i64(1, fit) | apti_min_i64(APTI_QUANT_ROWS, apti_max_i64(strips, quant->mr))
+quantised model: calibration | quantize | if (op->squares != NULL) apti_column_square_sum | if (0) apti_column_square_sum
+quantised model: compressed copies while calibrating | quantize | sparse->start == NULL || op.squares != NULL | sparse->start == NULL
+fake quantisation: what was cut off | quantize | if (fabsf(w[i]) > most) job->out | if (0) job->out
+int4: the half of a byte | quantize | inside >= half ? 4 : 0; | inside >= half ? 0 : 4;
 compressed map: the bias | sparsify | apti_sparse_run(m->ctx, sparse, op.bias, y | apti_sparse_run(m->ctx, sparse, NULL, y
 estimate of masks | estimate | apti_note(r, APTI_USE_MASKS, masks + | apti_note(r, APTI_USE_MASKS, 0 * masks +
 linear dx | ops model | apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->w); | apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->w); g.part[0].k = 0;
@@ -126,7 +133,7 @@ red() {                                          # TESTS
 
 killed=0 survived=0
 cp apt.h "$WORK/apt.h"
-for t in ops model core train structure learned learned_modules; do
+for t in ops model core train structure learned learned_modules quantize; do
     [ -n "$CHECK" ] || [ -z "$(red $t)" ] || { echo "test_$t fails without any mutation"; exit 1; }
 done
 while IFS='|' read -r name tests from to; do

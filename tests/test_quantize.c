@@ -525,6 +525,37 @@ static void test_products(void **state)
 }
 
 /* A row of activations that is not finite makes its own row NaN, no other. */
+/* A block of narrowed rows, its scales and its strip of sums fit into a task's scratch, for every table of this build, also
+   those that this CPU cannot run, and for matrices of any width. */
+static void test_blocks_fit(void **state)
+{
+    (void)state;
+    const apti_quant_kernels *const tables[] = {
+        &apti_quant_kernels_ref,
+#ifdef APTI_X86
+        &apti_quant_kernels_avx2, &apti_quant_kernels_avx512, &apti_quant_kernels_avx512vnni,
+#endif
+#ifdef APTI_NEON
+        &apti_quant_kernels_neon, &apti_quant_kernels_dotprod,
+#endif
+    };
+    char *scratch = (char *)test_memory_block(APTI_SCRATCH_BYTES);
+    for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
+        for (int64_t k = 1; k <= APT_QUANT_IN; k += 1 + k / 7) {
+            for (int32_t t = 0; t < 2; t++) {
+                apti_packed w = APT_ZERO;
+                apti_quant_block block;
+                w.k = APT_QUANT_IN - k < k / 7 ? APT_QUANT_IN : k;             /* the widest, too */
+                w.type = types[t];
+                const int64_t rows = apti_quant_block_make(&block, tables[i], &w, scratch);
+                assert_true(rows >= 1 && rows <= APTI_QUANT_ROWS && block.bytes >= w.k);
+                assert_true((char *)block.rows + rows * block.bytes <= scratch + APTI_SCRATCH_BYTES);
+            }
+        }
+    }
+    free(scratch);
+}
+
 static void test_not_finite(void **state)
 {
     (void)state;
@@ -1151,7 +1182,7 @@ int main(void)
         cmocka_unit_test(test_straight_through), cmocka_unit_test(test_names),  cmocka_unit_test(test_bad_input),
 #ifndef APT_ONLY_CORE
         cmocka_unit_test(test_contexts),    cmocka_unit_test(test_tiles),       cmocka_unit_test(test_narrow),
-        cmocka_unit_test(test_products),    cmocka_unit_test(test_not_finite),  cmocka_unit_test(test_models),
+        cmocka_unit_test(test_products),    cmocka_unit_test(test_blocks_fit),  cmocka_unit_test(test_not_finite),  cmocka_unit_test(test_models),
         cmocka_unit_test(test_golden),      cmocka_unit_test(test_threads),     cmocka_unit_test(test_pruned),
         cmocka_unit_test(test_files),       cmocka_unit_test(test_hostile_files), cmocka_unit_test(test_hostile_config),
         cmocka_unit_test(test_compressed),  cmocka_unit_test(test_refusals),    cmocka_unit_test(test_memory_held),

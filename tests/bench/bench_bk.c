@@ -8,23 +8,16 @@
    the sparse form has it. */
 #define APT_IMPLEMENTATION
 #include "../../apt.h"
-
-#include <stdio.h>
+#include "bench.h"
 
 enum { BATCH = 1 << 17, MOST_THREADS = 64 };
 
 typedef struct arrays { float *v, *mask, *out[2], *grad[2], *dv, *dmask; } arrays;
 
-static void fail(const char *why)
-{
-    fprintf(stderr, "bench_bk: %s\n", why);
-    exit(1);
-}
-
 static float *block(apt_ctx *ctx, int64_t n)
 {
     float *memory = (float *)apti_calloc(ctx, n, (int64_t)sizeof(float));
-    if (memory == NULL) fail("no memory");
+    if (memory == NULL) fail(ctx, "calloc");
     return memory;
 }
 
@@ -40,7 +33,7 @@ static double best(apt_ctx *ctx, const arrays *a, bool masked, bool backward, in
             ? apt_bk_backward_threads(ctx, a->dv, masked ? a->dmask : NULL, NULL, a->grad[0], a->grad[1], a->v, mask, rows, n, NULL)
             : apt_bk_forward_threads(ctx, a->out[0], a->out[1], a->v, mask, rows, n, NULL);
         least = fmin(least, apti_seconds() - start);
-        if (r != APT_OK) fail(apt_error(ctx));
+        if (r != APT_OK) fail(ctx, "BK-core");
     }
     return least;
 }
@@ -67,7 +60,7 @@ int main(int argc, char **argv)
         apt_desc desc = APT_ZERO;
         desc.threads = t;
         apt_ctx *ctx = apt_create(&desc);
-        if (ctx == NULL) fail("no context");
+        if (ctx == NULL) fail(NULL, "apt_create");
         arrays a = {block(ctx, most), block(ctx, most), {block(ctx, most), block(ctx, most)}, {block(ctx, most), block(ctx, most)},
                     block(ctx, most), block(ctx, most)};
         apti_rng rng = {1, 0};

@@ -89,29 +89,26 @@ static apt_batch make_batch(const shape *s)
     return b;
 }
 
-static double measure_forward(apt_ctx *ctx, apt_model *model, const apt_batch *batch, int steps)
+static double forward_ms(apt_ctx *ctx, apt_model *model, const apt_batch *batch)
 {
-    double forward[64];
-    for (int i = -1; i < steps; i++) {
-        apt_output out = APT_ZERO;
-        const double start = apti_seconds();
-        if (apt_model_forward(model, batch, &out) != APT_OK) fail(ctx, "forward");
-        if (i >= 0) forward[i] = 1e3 * (apti_seconds() - start);
-    }
-    return median(forward, steps);
+    apt_output out = APT_ZERO;
+    const double start = apti_seconds();
+    if (apt_model_forward(model, batch, &out) != APT_OK) fail(ctx, "forward");
+    return 1e3 * (apti_seconds() - start);
 }
 
 static timing measure(apt_ctx *ctx, apt_trainer *t, const apt_batch *batch, int steps)
 {
-    double step[64];
+    double step[64], forward[64];
     timing r;
     for (int i = -1; i < steps; i++) {
         apt_step_info info;
         if (apt_trainer_step(t, batch, &info) != APT_OK) fail(ctx, "step");
         if (i >= 0) step[i] = info.milliseconds;
     }
+    for (int i = -1; i < steps; i++) forward[i < 0 ? 0 : i] = forward_ms(ctx, apt_trainer_model(t), batch);
     r.step = median(step, steps);
-    r.forward = measure_forward(ctx, apt_trainer_model(t), batch, steps);
+    r.forward = median(forward, steps);
     return r;
 }
 
@@ -123,30 +120,36 @@ static void report(const shape *s, const char *what, timing t, timing dense)
     fflush(stdout);
 }
 
-/* The same dense model without adapters: its weights as float32, int8 and int4. */
+/* The same dense model without adapters, its weights as float32, int8 and int4; the three take turns. */
 static void bench_quantized(const shape *s, int steps, int32_t threads)
 {
     static const int32_t kinds[3] = {APT_QUANT_NONE, APT_QUANT_INT8, APT_QUANT_INT4};
     const apt_config c = make_config(s);
     const apt_batch batch = make_batch(s);
-    const double tokens = (double)s->batch * s->tokens;
-    double dense = 0;
+    apt_desc desc = APT_ZERO;
+    apt_model *model[3] = {NULL, NULL, NULL};
+    double ms[3][64], bytes[3], plain = 0;
+    desc.threads = threads;
+    apt_ctx *ctx = apt_create(&desc);
+    if (ctx == NULL) exit(1);
     for (int i = 0; i < 3; i++) {
-        apt_desc desc = APT_ZERO;
+        const int64_t before = apt_memory_info(ctx).bytes;
         apt_quantize_desc d = APT_ZERO;
-        apt_model *model = NULL;
-        desc.threads = threads;
         d.kind = kinds[i];
-        apt_ctx *ctx = apt_create(&desc);
-        if (ctx == NULL || apt_model_create(ctx, &c, 1, &model) != APT_OK) fail(ctx, "create");
-        if (i > 0 && apt_model_quantize(model, &d) != APT_OK) fail(ctx, "quantize");
-        const double bytes = (double)apt_memory_info(ctx).bytes, ms = measure_forward(ctx, model, &batch, steps);
-        if (i == 0) dense = ms;
-        printf("%-13s %-8s forward %8.1f ms %8.0f tokens/s (%.2fx)   model %.0f MB\n", s->name,
-               i > 0 ? apt_quant_kind_name(kinds[i]) : "plain", ms, 1e3 * tokens / ms, dense / ms, bytes / 1048576);
-        fflush(stdout);
-        apt_destroy(ctx);
+        if (apt_model_create(ctx, &c, 1, &model[i]) != APT_OK) fail(ctx, "create");
+        if (i > 0 && apt_model_quantize(model[i], &d) != APT_OK) fail(ctx, "quantize");
+        bytes[i] = (double)(apt_memory_info(ctx).bytes - before) / 1048576;
     }
+    for (int k = -1; k < steps; k++)
+        for (int i = 0; i < 3; i++) ms[i][k < 0 ? 0 : k] = forward_ms(ctx, model[i], &batch);
+    for (int i = 0; i < 3; i++) {
+        const double middle = median(ms[i], steps), tokens = (double)s->batch * s->tokens;
+        if (i == 0) plain = middle;
+        printf("%-13s %-8s forward %8.1f ms %8.0f tokens/s (%.2fx)   model %.0f MB\n", s->name,
+               i > 0 ? apt_quant_kind_name(kinds[i]) : "plain", middle, 1e3 * tokens / middle, plain / middle, bytes[i]);
+    }
+    fflush(stdout);
+    apt_destroy(ctx);
 }
 
 static void bench(const shape *s, int steps, int32_t threads)
@@ -184,9 +187,11 @@ int main(int argc, char **argv)
         known = true;
         if (argc > 2) s.batch = atoi(argv[2]);
         if (argc > 3) s.tokens = atoi(argv[3]);
-        const int steps = argc > 4 ? atoi(argv[4]) : 5;
-        bench(&s, steps < 1 ? 1 : steps > 64 ? 64 : steps, argc > 5 ? atoi(argv[5]) : 0);
-        bench_quantized(&s, steps < 1 ? 1 : steps > 64 ? 64 : steps, argc > 5 ? atoi(argv[5]) : 0);
+        int steps = argc > 4 ? atoi(argv[4]) : 5;
+        steps = steps < 1 ? 1 : steps > 64 ? 64 : steps;
+        const int32_t threads = argc > 5 ? atoi(argv[5]) : 0;
+        bench(&s, steps, threads);
+        bench_quantized(&s, steps, threads);
     }
     if (!known) fprintf(stderr, "unknown shape '%s'\n", argv[1]);
     return known ? 0 : 2;
