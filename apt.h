@@ -12483,9 +12483,9 @@ typedef struct apti_quant_move {
 } apti_quant_move;
 
 /* The scratch of a task: integers of a row, and its scales */
-static float *apti_quant_row_scratch(const apti_quant_move *job, int32_t thread, int8_t **q)
+static float *apti_quant_row_scratch(const apt_ctx *ctx, int32_t thread, int8_t **q)
 {
-    *q = (int8_t *)job->ctx->scratch[thread];
+    *q = (int8_t *)ctx->scratch[thread];
     return (float *)(void *)(*q + APT_QUANT_IN);
 }
 
@@ -12495,7 +12495,7 @@ static void apti_quant_set_task(int64_t index, int32_t thread, void *arg)
     const apti_packed *p = job->packed;
     const int32_t kind = apti_quant_kind(p->type);
     int8_t *q;
-    float *scale = apti_quant_row_scratch(job, thread, &q);
+    float *scale = apti_quant_row_scratch(job->ctx, thread, &q);
     for (int64_t r = index * p->nr; r < apti_min_i64(p->n, (index + 1) * p->nr); r++) {
         const float *w = job->values + r * p->k;
         apti_quant_row_scales(kind, scale, w, p->k, job->importance != NULL, job->importance);
@@ -12520,7 +12520,7 @@ static void apti_quant_get_task(int64_t r, int32_t thread, void *arg)
 {
     const apti_quant_move *job = (const apti_quant_move *)arg;
     int8_t *q;
-    float *scale = apti_quant_row_scratch(job, thread, &q);
+    float *scale = apti_quant_row_scratch(job->ctx, thread, &q);
     apti_quant_get_row(job->packed, r, q, scale);
     apti_quant_values(apti_quant_kind(job->packed->type), job->out + r * job->packed->k, scale, q, job->packed->k);
 }
@@ -12549,8 +12549,8 @@ static void apti_quant_read_task(int64_t index, int32_t thread, void *arg)
     const apti_packed *p = job->packed;
     const int32_t kind = apti_quant_kind(p->type);
     const int64_t row = apt_quant_bytes(kind, 1, p->k), scales = apt_quant_scales(kind, 1, p->k) * (int64_t)sizeof(float);
-    int8_t *q = (int8_t *)job->ctx->scratch[thread];
-    float *scale = (float *)(void *)(q + APT_QUANT_IN);
+    int8_t *q;
+    float *scale = apti_quant_row_scratch(job->ctx, thread, &q);
     for (int64_t r = index * p->nr; r < apti_min_i64(p->n, (index + 1) * p->nr); r++) {
         apti_quant_row_unpack(kind, q, job->bytes + r * row, p->k);
         memcpy(scale, job->scales + r * scales, (size_t)scales);
@@ -12570,8 +12570,8 @@ static void apti_quant_write(apt_ctx *ctx, void *out, const apti_packed *packed,
 {
     const int32_t kind = apti_quant_kind(packed->type);
     const int64_t bytes = apt_quant_bytes(kind, 1, packed->k), count = apt_quant_scales(kind, 1, packed->k);
-    int8_t *q = (int8_t *)ctx->scratch[0];
-    float *scale = (float *)(void *)(q + APT_QUANT_IN);
+    int8_t *q;
+    float *scale = apti_quant_row_scratch(ctx, 0, &q);
     for (int64_t r = 0; r < packed->n; r++) {
         apti_quant_get_row(packed, r, q, scale);
         if (scales) memcpy((float *)out + r * count, scale, (size_t)count * sizeof(float));

@@ -116,7 +116,7 @@ builds() {
         tsan) echo "platform kernels ops sparsify learned learned_modules quantize model train" ;;
         nothreads) echo "platform model" ;;
         plainc) echo "platform files" ;;
-        onlycore) echo "core sparsify learned" ;;
+        onlycore) echo "core sparsify learned quantize" ;;
         neon) echo "kernels numbers core sparsify learned quantize" ;;
     esac
 }
