@@ -525,29 +525,24 @@ static void test_products(void **state)
 }
 
 /* A row of activations that is not finite makes its own row NaN, no other. */
-/* A block of narrowed rows, its scales and its strip of sums fit into a task's scratch, for every table of this build, also
-   those that this CPU cannot run, and for matrices of any width. */
+/* A block of narrowed rows, its scales and its strip of sums fit into a task's scratch, for matrices of any width and for every
+   table that there can be: also those that this CPU does not run. */
 static void test_blocks_fit(void **state)
 {
     (void)state;
-    const apti_quant_kernels *const tables[] = {
-        &apti_quant_kernels_ref,
-#ifdef APTI_X86
-        &apti_quant_kernels_avx2, &apti_quant_kernels_avx512, &apti_quant_kernels_avx512vnni,
-#endif
-#ifdef APTI_NEON
-        &apti_quant_kernels_neon, &apti_quant_kernels_dotprod,
-#endif
-    };
     char *scratch = (char *)test_memory_block(APTI_SCRATCH_BYTES);
-    for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
+    for (int32_t table = 0; table < 2 * APTI_QUANT_MR_MAX; table++) {
+        apti_quant_kernels quant;
+        memset(&quant, 0, sizeof quant);
+        quant.mr = 1 + table / 2;
+        quant.wide = table % 2 != 0;
         for (int64_t k = 1; k <= APT_QUANT_IN; k += 1 + k / 7) {
             for (int32_t t = 0; t < 2; t++) {
                 apti_packed w = APT_ZERO;
                 apti_quant_block block;
                 w.k = APT_QUANT_IN - k < k / 7 ? APT_QUANT_IN : k;             /* the widest, too */
                 w.type = types[t];
-                const int64_t rows = apti_quant_block_make(&block, tables[i], &w, scratch);
+                const int64_t rows = apti_quant_block_make(&block, &quant, &w, scratch);
                 assert_true(rows >= 1 && rows <= APTI_QUANT_ROWS && block.bytes >= w.k);
                 assert_true((char *)block.rows + rows * block.bytes <= scratch + APTI_SCRATCH_BYTES);
             }
