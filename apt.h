@@ -18,6 +18,7 @@
    TABLE OF CONTENTS (each section is marked in the text: search for // >>name)
 
        >>api           configuration, results; the core on raw arrays; context, model, trainer
+       >>backend       what a context asks of a device
        >>platform      errors, memory, threads, files
        >>numbers       half precision, random numbers, sums in a fixed order
        >>kernels       matrix products and vectors, one table per instruction set
@@ -254,7 +255,8 @@ extern "C" {
     X(E_STATE, -11, "call not allowed in this state")                                   \
     X(E_SCRATCH, -12, "scratch buffer too small")                                       \
     X(E_CANCELLED, -13, "cancelled by a callback")                                      \
-    X(E_THREAD, -14, "threads could not be started")
+    X(E_THREAD, -14, "threads could not be started")                                    \
+    X(E_DEVICE, -15, "a device failed")
 
 #define APT_RESULT_ENUMERATOR(id, value, text) APT_##id = (value),
 typedef enum apt_result { APT_RESULTS(APT_RESULT_ENUMERATOR) APT_RESULT_MIN_ = -0x7fffffff } apt_result;
@@ -287,6 +289,8 @@ typedef enum apt_dtype { APT_F32 = 0, APT_F64, APT_F16, APT_BF16, APT_I64, APT_I
 /* One task of a parallel_for: index runs over [0, count); thread < apt_desc.threads names the scratch it may use. */
 typedef void (*apt_task)(int64_t index, int32_t thread, void *arg);
 
+typedef struct apt_backend apt_backend;
+
 /* Zero means: malloc/free, messages of level ERROR and WARNING to stderr, all cores, the fastest kernels. */
 typedef struct apt_desc {
     uint32_t start_canary;                                        /* both canaries stay 0 */
@@ -301,7 +305,8 @@ typedef struct apt_desc {
     void (*parallel_for)(int64_t count, apt_task task, void *arg, void *user);
     void *parallel_user;
     const char *kernels;                                          /* NULL: best; else "ref", "avx2", "avx512", "neon" */
-    uint32_t end_canary;
+    apt_backend *backend;                                         /* NULL: this CPU computes; else a device, see apt_cuda.h. It */
+    uint32_t end_canary;                                          /* belongs to the context, also when apt_create fails */
 } apt_desc;
 
 typedef struct apt_memory { int64_t bytes, peak_bytes, blocks; } apt_memory;
@@ -1414,6 +1419,315 @@ APT_API apt_result apt_model_quantize(apt_model *model, const apt_quantize_desc 
 #endif
 #endif /* APT_H */
 
+#if (defined(APT_IMPLEMENTATION) || defined(APT_BACKEND)) && !defined(APT_ONLY_CORE) && !defined(APTI_BACKEND_H)
+#define APTI_BACKEND_H
+#ifndef __cplusplus
+#include <stdbool.h>
+#endif
+// >>backend
+/* ---------------------------------------------------------------------------------------------------------------------
+   Backends: what a context asks of a device (apt_cuda.h is one)
+
+   With apt_desc.backend the arrays of models and trainers (weights, gradients, moments, activations) lie in memory that the
+   device and this CPU can both address. run() puts one operation, described by the struct named beside it, at the end of the
+   device's queue and returns; the struct is gone when it returns, the arrays are not. When run() says false, the device has no
+   such operation: then sync() waits for the queue and the CPU computes it. So a backend may begin with products alone; what is
+   rare (decisions, compaction, merging, files) needs no second version; and both sides see the same arrays always.
+
+   Matrices are row-major with a leading dimension in floats, unless a comment says otherwise. Outputs come first. What an
+   operation computes stands above the CPU's function of that name in the section "ops".
+   ------------------------------------------------------------------------------------------------------------------ */
+
+typedef enum apti_op {
+    APTI_OP_GEMM = 0,                 /* apti_gemm; a backend must have this one: packed matrices are its own */
+    APTI_OP_PACK,                     /* apti_pack_job */
+    APTI_OP_COPY,                     /* apti_copy_job */
+    APTI_OP_SCALE,                    /* apti_scale_job */
+    APTI_OP_COLUMN,                   /* apti_column_job */
+    APTI_OP_NORM_FORWARD,             /* apti_norm_job */
+    APTI_OP_NORM_BACKWARD,            /* apti_norm_job */
+    APTI_OP_ROTARY_TABLE,             /* apti_rotary_job */
+    APTI_OP_ROTARY,                   /* apti_rotary_job */
+    APTI_OP_RELATIVE_FORWARD,         /* apti_relative_job */
+    APTI_OP_RELATIVE_BACKWARD,        /* apti_relative_job */
+    APTI_OP_ATTENTION_FORWARD,        /* apti_attention_job */
+    APTI_OP_ATTENTION_BACKWARD,       /* apti_attention_job */
+    APTI_OP_ACT_BACKWARD,             /* apti_act_job */
+    APTI_OP_RESIDUAL,                 /* apti_residual_job */
+    APTI_OP_GATE_FORWARD,             /* apti_gate_job */
+    APTI_OP_GATE_BACKWARD,            /* apti_gate_job */
+    APTI_OP_TANH_FORWARD,             /* apti_tanh_job */
+    APTI_OP_TANH_BACKWARD,            /* apti_tanh_job */
+    APTI_OP_EMBED,                    /* apti_embed_job */
+    APTI_OP_GATHER,                   /* apti_rows_job */
+    APTI_OP_SCATTER,                  /* apti_rows_job */
+    APTI_OP_CROSS_ENTROPY,            /* apti_loss_job */
+    APTI_OP_KL,                       /* apti_kl_job */
+    APTI_OP_LAYER_LOSS,               /* apti_layer_loss */
+    APTI_OP_SQUARES,                  /* apti_squares_job */
+    APTI_OP_ADAM,                     /* apti_adam_job */
+    APTI_OP_COUNT
+} apti_op;
+
+#define APTI_BACKEND_MESSAGE 512
+
+/* Every function gets self. A failure inside the device is kept and returned by the next sync, with a message. */
+struct apt_backend {
+    const char *name;                                                  /* "cuda", say */
+    void *self;
+    void *(*alloc)(void *self, size_t bytes);                          /* 256-byte aligned; NULL: no memory */
+    void (*release)(void *self, void *memory);                         /* nothing in the queue uses it any more */
+    bool (*run)(void *self, apti_op op, const void *job);
+    apt_result (*sync)(void *self, char message[APTI_BACKEND_MESSAGE]);
+    void (*close)(void *self);                                         /* ends the backend, self included */
+};
+
+/* A matrix W(n, k) (n out features, k in features, as checkpoints store it) held for y = x W^T in panels:
+   data[panel][k][nr], a panel being nr out features. The last panel is filled up with zeros. Backends have nr = 1, which is
+   W(n, k) row by row. For int8 (APT_I8) and int4 (APT_U8) weights see "quantised matrices" below. */
+typedef struct apti_packed {
+    int64_t n, k;
+    int32_t nr;
+    apt_dtype type;                              /* APT_F32, APT_BF16, APT_I8 or APT_U8 */
+    void *data;                                  /* from apti_data; NULL: no matrix */
+} apti_packed;
+
+typedef struct apti_pack_job {
+    apt_ctx *ctx;                     /* the CPU's, as in all jobs */
+    const apti_packed *packed;
+    const float *w;                   /* (n, k), row stride ldw */
+    float *out;                       /* unpacking, which only the CPU does */
+    int64_t ldw;
+} apti_pack_job;
+
+typedef enum apti_b_kind {
+    APTI_B_PACKED = 0,                           /* B = W^T of a packed W: columns = packed->n, reduction over packed->k */
+    APTI_B_PACKED_T,                             /* B = W: columns = packed->k, reduction over packed->n (dx = dy W) */
+    APTI_B_PLAIN,                                /* b[p * ldb + j] */
+    APTI_B_PLAIN_T                               /* b[j * ldb + p] */
+} apti_b_kind;
+
+/* One reduction segment: += A(m,k) B(k,n). k may be 0. */
+typedef struct apti_gemm_part {
+    int64_t k;
+    const float *a;                              /* element (i,p) at a[i*a_row + p*a_col]; one of the strides is 1 */
+    int64_t a_row, a_col;
+    apti_b_kind kind;
+    const apti_packed *packed;                   /* APTI_B_PACKED* */
+    const float *b;                              /* APTI_B_PLAIN* */
+    int64_t ldb;
+} apti_gemm_part;
+
+/* z = [c +] part[0] + part[1] + bias;  pre = z;  c = (act(z) + residual) * mask */
+typedef struct apti_gemm {
+    int64_t m, n;
+    apti_gemm_part part[2];
+    float *c;
+    int64_t ldc;
+    bool accumulate;                             /* start from c instead of 0 */
+    const float *bias;                           /* [n] or NULL */
+    float *pre;                                  /* or NULL */
+    int64_t ld_pre;
+    int32_t act;                                 /* -1 none, else apt_activation */
+    const float *residual;                       /* or NULL; may be c itself when ld_residual == ldc */
+    int64_t ld_residual;
+    const float *mask;                           /* [n] or NULL */
+    bool flip;                                   /* the driver's own: C is stored transposed */
+} apti_gemm;
+
+/* y(rows, n) = x, NULL: 0 */
+typedef struct apti_copy_job {
+    float *y;
+    const float *x;
+    int64_t ldy, ldx, rows, n;
+} apti_copy_job;
+
+/* x(n) *= s */
+typedef struct apti_scale_job { const struct apti_kernels *kernels; float *x; int64_t n; float s; } apti_scale_job;
+
+typedef enum apti_column_kind { APTI_COLUMN_SUM = 0, APTI_COLUMN_ABS, APTI_COLUMN_SQUARE } apti_column_kind;
+
+/* acc(n) += sum over rows of x, |x| or x^2 */
+typedef struct apti_column_job {
+    float *acc;
+    const float *x;
+    int64_t ldx, rows, n;
+    apti_column_kind kind;
+    const struct apti_kernels *kernels;
+    float *partial;
+    int64_t chunk, blocks;
+} apti_column_job;
+
+typedef struct apti_norm_job {
+    apt_ctx *ctx;
+    float *y;                         /* forward: y, backward: dz or NULL */
+    int64_t ldy;
+    const float *z, *dy;
+    int64_t ldz, lddy;
+    float *stats;                     /* forward: (rows, 2) mean and rstd, written when not NULL */
+    const float *saved;               /* backward: the same, read */
+    const float *gamma, *beta, *mask;
+    float *dgamma, *dbeta;            /* backward: +=, or NULL */
+    float *partial;                   /* the CPU's: sums for dgamma and dbeta, 2 x d for each task */
+    int64_t rows, d, chunk;
+    float eps;
+    bool rms;                         /* no mean, no beta; the mask only chooses the columns: see apti_rmsnorm_forward */
+} apti_norm_job;
+
+typedef struct apti_rotary_op {
+    int32_t heads, dim;               /* dim: of a head, even */
+    bool interleaved;                 /* pairs are (2i, 2i + 1), as llama2.c stores them; else (i, i + dim/2), as Hugging Face */
+    const float *table;               /* (rows, dim): the cosines of a row's angles, then the sines */
+} apti_rotary_op;
+
+typedef struct apti_rotary_job {
+    const apti_rotary_op *op;
+    float *x;
+    int64_t ldx, rows, chunk;
+    float direction;                  /* -1: the backward */
+    float *table;                     /* ROTARY_TABLE: of positions[rows] and frequency[dim/2] */
+    const int32_t *positions;
+    const float *frequency;
+} apti_rotary_job;
+
+typedef struct apti_relative_op {
+    int32_t heads, table_heads;       /* of the layer; columns of the table */
+    const int32_t *column;            /* [heads] columns that the layer's heads have in the table, NULL: 0, 1, 2 ... */
+    int32_t buckets, max_distance;    /* buckets >= 4 (causal 2), max_distance > half of the exact ones */
+    int32_t span;                     /* distances -(span - 1) .. span - 1; max_distance + 1 loses nothing */
+    bool causal;
+    const int32_t *bucket;            /* [2*span - 1] from apti_relative_buckets: the same for all layers of a stack */
+} apti_relative_op;
+
+typedef struct apti_relative_job { const apti_relative_op *op; float *out; const float *in; } apti_relative_job;
+
+typedef struct apti_attention_op {
+    int32_t heads, kv_heads, head_dim;        /* heads: a multiple of kv_heads; head_dim 1..256 */
+    float scale;                              /* > 0 */
+    bool causal;                              /* key j is visible to query i when j <= i + shift, shift = keys - queries */
+    int32_t sequences;
+    const int32_t *q_offsets, *k_offsets;     /* [sequences + 1], the same for self attention */
+    const int32_t *k_ends;                    /* [sequences] or NULL: k_offsets[1..]. A cache has room behind its keys */
+    const float *bias;                        /* NULL or (heads, 2*bias_span - 1), indexed by j - i (- shift when causal) */
+    int32_t bias_span;                        /* distances are clamped to -(bias_span - 1) .. bias_span - 1 */
+    const float *head_mask;                   /* [kv_heads], of a key head and all its query heads; or NULL */
+} apti_attention_op;
+
+typedef struct apti_attention_job {
+    apt_ctx *ctx;
+    const apti_attention_op *op;
+    const float *q, *k, *v;
+    int64_t ldq, ldk, ldv;
+    const float *o;                   /* backward: the forward's output, or NULL */
+    float *out;                       /* forward: o */
+    int64_t ldo;
+    float *lse;                       /* forward: written when not NULL */
+    const float *saved;               /* backward: the same, read */
+    float *dq, *dk, *dv, *dbias;
+    const float *d_o;
+    int64_t lddq, lddk, lddv, lddo;
+    int64_t longest_q, longest_k;     /* of a sequence */
+    int64_t blocks;                   /* the CPU's: blocks of the longest sequence */
+} apti_attention_job;
+
+typedef struct apti_act_job {
+    const struct apti_kernels *kernels;
+    float *du;
+    const float *da, *pre, *mask;
+    int64_t lddu, ldda, ld_pre, rows, n, chunk;
+    int32_t act;
+} apti_act_job;
+
+typedef struct apti_residual_job {
+    const struct apti_kernels *kernels;
+    float *y;
+    const float *x, *r, *mask;
+    int64_t ldy, ldx, ldr, rows, n, chunk;
+} apti_residual_job;
+
+typedef struct apti_gate_job {
+    apt_ctx *ctx;
+    float *h, *du, *dv;
+    const float *a, *u, *v, *mask, *dh;
+    int64_t ldh, lda, ldu, ldv, lddh, lddu, lddv, rows, n, chunk;
+    int32_t act;
+} apti_gate_job;
+
+typedef struct apti_tanh_job {
+    const struct apti_kernels *kernels;
+    float *out;
+    const float *dy, *x;
+    int64_t ld, rows, n;              /* the same ld everywhere */
+} apti_tanh_job;
+
+/* x(rows, d) = sum over the tables of row id[i] of each, type NULL ids: row 0. An element j of a table's row is
+   data[id * stride + (columns ? columns[j] : j)], in panels (nr above 1, the CPU's) where a packed matrix has it. */
+typedef struct apti_embed_job {
+    float *x;
+    int64_t ldx, rows, d;
+    struct { const void *data; apt_dtype type; int64_t stride, nr; const int32_t *columns, *id; } table[3];
+} apti_embed_job;
+
+typedef struct apti_rows_job {        /* embedding, gather and scatter */
+    const struct apti_kernels *kernels;
+    float *x;
+    const float *from;                /* gather: source; backward and scatter: gradient rows */
+    const float *word, *position, *type;
+    const int32_t *index, *positions, *types;
+    int64_t ldx, ld_from, rows, zero_rows, d, chunk;
+} apti_rows_job;
+
+enum { APTI_OPS_PARTS = 64 };         /* partial sums of a loss or a sum over rows, at most */
+
+typedef struct apti_loss_job {
+    apt_ctx *ctx;
+    float *dlogits;
+    const float *logits;
+    int64_t ldd, ldl, rows, classes, chunk;
+    const int32_t *labels, *offsets;
+    int32_t ignore;
+    double weight[2];                 /* of a row in the gradient: grad_scale / count; spans: start, end */
+    double *result;                   /* backends: result[0] += the sum of the terms, result[1] += rows that are hit */
+    double sum[2][APTI_OPS_PARTS];    /* of each task */
+    int64_t correct[APTI_OPS_PARTS];
+} apti_loss_job;
+
+/* grad(rows, vocab) = scale T^2 d KL(teacher || student)/d student at temperature T; row_loss[row] = T^2 KL, see apt_distill_kl */
+typedef struct apti_kl_job {
+    float *grad;
+    const float *student, *teacher;
+    double *row_loss;
+    int64_t ld, vocab;
+    float temperature, scale;
+    int64_t rows;
+} apti_kl_job;
+
+/* mapped[place] += h; row_sum = sum of squares of e = mapped - teacher; mapped = coefficient e; dy += mapped[place] */
+typedef struct apti_layer_loss {
+    const int32_t *place;             /* [d] */
+    float *mapped;                    /* (rows, dt) in: s B A h; out: d loss / d Tr(h) */
+    const float *h, *teacher;
+    float *dy;                        /* receives the identity's part */
+    double *row_sum;
+    int64_t ld, ld_mapped, d, dt, rows;
+    float coefficient;                /* 2 * factor / (rows * teacher hidden) */
+} apti_layer_loss;
+
+/* result[0] += sum of x(n)^2 */
+typedef struct apti_squares_job { double *result; const float *x; int64_t n; } apti_squares_job;
+
+/* g *= grad_scale;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  w -= step_size m / (sqrt(v) + eps) + decay w,
+   and 0 where the mask has no bit; which is Adam with both bias corrections folded in. */
+typedef struct apti_adam_job {
+    float *w, *m, *v;
+    const float *g;
+    int64_t n;
+    const uint64_t *mask;             /* or NULL: weights that stay 0 */
+    const struct apti_kernels *kernels;
+    float grad_scale, beta1, beta2, step_size, eps, decay;
+} apti_adam_job;
+#endif /* APTI_BACKEND_H */
+
 
 #if (defined(APT_IMPLEMENTATION) || defined(__INTELLISENSE__)) && !defined(APT_IMPLEMENTED)
 #define APT_IMPLEMENTED
@@ -1627,6 +1941,9 @@ struct apt_ctx {
     void *scratch[APTI_MAX_THREADS];             /* one per thread, scratch_bytes each, 64-byte aligned */
     size_t scratch_bytes;
     int64_t bytes, peak_bytes, blocks;           /* held from the allocator, overhead included */
+    double *device_sums;                         /* backends: where losses and norms come out, APTI_DEVICE_SUMS of them */
+    uint64_t fallbacks;                          /* bit per apti_op that the backend did not have; said once */
+    apt_result device_result;                    /* first failure of the backend */
     apt_model *models;                           /* list through apt_model.next */
     struct apt_module *modules;                  /* the same through apt_module.next */
     int32_t busy;                                /* atomic: a parallel_for is running */
@@ -1692,6 +2009,7 @@ typedef struct apti_block {
     void *base;                                  /* what the allocator returned */
     int64_t bytes, total;                        /* asked for by us; asked from the allocator */
     int64_t references;
+    apt_backend *backend;                        /* NULL: the memory is not the device's */
 } apti_block;
 
 #define APTI_ALIGNMENT 64
@@ -1701,7 +2019,26 @@ APTI_INLINE apti_block *apti_block_of(const void *block)
     return (apti_block *)((uintptr_t)block - sizeof(apti_block));
 }
 
-static void *apti_alloc_bytes(apt_ctx *ctx, int64_t count, int64_t size, bool zero)
+/* Waits until the device has done everything it was asked for; nothing to do on a context without one. A failure of the device
+   is kept: apti_device_check reports it. */
+static void apti_sync(apt_ctx *ctx)
+{
+    apt_backend *backend = ctx->desc.backend;
+    char message[APTI_BACKEND_MESSAGE] = "";
+    if (backend == NULL) return;
+    const apt_result r = backend->sync(backend->self, message);
+    if (r == APT_OK || ctx->device_result != APT_OK) return;
+    ctx->device_result = apti_fail(ctx, r, "%s: %.400s", backend->name, message);
+}
+
+/* Waits, and says whether the device has failed; once it has, its contents are not to be trusted. */
+static apt_result apti_device_check(apt_ctx *ctx)
+{
+    apti_sync(ctx);
+    return ctx->device_result;
+}
+
+static void *apti_alloc_bytes(apt_ctx *ctx, int64_t count, int64_t size, bool zero, apt_backend *backend)
 {
     int64_t bytes, total;
     if (!apti_mul(count, size, &bytes) || !apti_add(bytes, 3 * APTI_ALIGNMENT, &total)) return NULL;
@@ -1709,17 +2046,19 @@ static void *apti_alloc_bytes(apt_ctx *ctx, int64_t count, int64_t size, bool ze
     total = apti_round_up(apti_max_i64(bytes, 1), APTI_ALIGNMENT) + 2 * APTI_ALIGNMENT;
     if ((uint64_t)total > (uint64_t)PTRDIFF_MAX) return NULL;
     void *base;
-    if (ctx->desc.alloc != NULL) base = ctx->desc.alloc((size_t)total, ctx->desc.alloc_user);
+    if (backend != NULL) base = backend->alloc(backend->self, (size_t)total);
+    else if (ctx->desc.alloc != NULL) base = ctx->desc.alloc((size_t)total, ctx->desc.alloc_user);
     else base = zero ? calloc(1, (size_t)total) : malloc((size_t)total);
     if (base == NULL) return NULL;
     const uintptr_t address = ((uintptr_t)base + 2 * APTI_ALIGNMENT - 1) & ~(uintptr_t)(APTI_ALIGNMENT - 1);
     void *block = (char *)base + (address - (uintptr_t)base);
-    if (zero && ctx->desc.alloc != NULL) memset(block, 0, (size_t)apti_round_up(bytes, APTI_ALIGNMENT));
+    if (zero && (backend != NULL || ctx->desc.alloc != NULL)) memset(block, 0, (size_t)apti_round_up(bytes, APTI_ALIGNMENT));
     apti_block *header = apti_block_of(block);
     header->base = base;
     header->bytes = bytes;
     header->total = total;
     header->references = 1;
+    header->backend = backend;
     ctx->bytes += total;
     ctx->blocks++;
     ctx->peak_bytes = apti_max_i64(ctx->peak_bytes, ctx->bytes);
@@ -1730,12 +2069,23 @@ static void *apti_alloc_bytes(apt_ctx *ctx, int64_t count, int64_t size, bool ze
    Zero bytes give a valid block. Not for tasks of a parallel_for. */
 static void *apti_alloc(apt_ctx *ctx, int64_t count, int64_t size)
 {
-    return apti_alloc_bytes(ctx, count, size, false);
+    return apti_alloc_bytes(ctx, count, size, false, NULL);
 }
 
 static void *apti_calloc(apt_ctx *ctx, int64_t count, int64_t size)
 {
-    return apti_alloc_bytes(ctx, count, size, true);
+    return apti_alloc_bytes(ctx, count, size, true, NULL);
+}
+
+/* The same for arrays that a backend's operations read or write. */
+static void *apti_data(apt_ctx *ctx, int64_t count, int64_t size)
+{
+    return apti_alloc_bytes(ctx, count, size, false, ctx->desc.backend);
+}
+
+static void *apti_data_zero(apt_ctx *ctx, int64_t count, int64_t size)
+{
+    return apti_alloc_bytes(ctx, count, size, true, ctx->desc.backend);
 }
 
 static void *apti_retain(void *block)
@@ -1751,9 +2101,13 @@ static void apti_free(apt_ctx *ctx, void *block)
     apti_block *header = apti_block_of(block);
     if (--header->references > 0) return;
     void *base = header->base;
+    apt_backend *backend = header->backend;
     ctx->bytes -= header->total;
     ctx->blocks--;
-    if (ctx->desc.release != NULL) ctx->desc.release(base, ctx->desc.alloc_user);
+    if (backend != NULL) {
+        apti_sync(ctx);
+        backend->release(backend->self, base);
+    } else if (ctx->desc.release != NULL) ctx->desc.release(base, ctx->desc.alloc_user);
     else free(base);
 }
 
@@ -2099,6 +2453,7 @@ static void apti_parallel_for(apt_ctx *ctx, int64_t count, apt_task task, void *
         apti_run_inline(count, apti_thread_self(ctx), task, arg);
         return;
     }
+    apti_sync(ctx);
     APTI_STORE(&ctx->busy, 1);
     const bool alone = count == 1 || ctx->threads == 1;
     if (!alone && ctx->desc.parallel_for != NULL) {
@@ -2117,6 +2472,36 @@ static void apti_parallel_for(apt_ctx *ctx, int64_t count, apt_task task, void *
         apti_run_inline(count, 0, task, arg);
     }
     APTI_STORE(&ctx->busy, 0);
+}
+
+/* Gives an operation to the backend. False: the CPU must do it, and may. */
+static bool apti_device_run(apt_ctx *ctx, apti_op op, const void *job)
+{
+    apt_backend *backend = ctx->desc.backend;
+    if (backend == NULL) return false;
+    if (backend->run(backend->self, op, job)) return true;
+    if ((ctx->fallbacks >> op & 1) == 0)
+        apti_log(ctx, APT_LOG_INFO, "%s: operation %d is computed by the CPU", backend->name, (int)op);
+    ctx->fallbacks |= (uint64_t)1 << op;
+    apti_sync(ctx);
+    return false;
+}
+
+/* y(rows, n) = x, or 0 when x is NULL; they do not overlap. */
+static void apti_copy_rows(apt_ctx *ctx, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t n)
+{
+    const apti_copy_job job = {y, x, ldy, ldx, rows, n};
+    if (rows == 0 || n == 0 || apti_device_run(ctx, APTI_OP_COPY, &job)) return;
+    if (x != NULL && ldx == n && ldy == n) memcpy(y, x, (size_t)(rows * n) * sizeof(float));
+    else if (x != NULL)
+        for (int64_t i = 0; i < rows; i++) memcpy(y + i * ldy, x + i * ldx, (size_t)n * sizeof(float));
+    else
+        for (int64_t i = 0; i < rows; i++) memset(y + i * ldy, 0, (size_t)n * sizeof(float));
+}
+
+static void apti_zero(apt_ctx *ctx, float *y, int64_t n)
+{
+    apti_copy_rows(ctx, y, n, NULL, 0, 1, n);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -2802,51 +3187,6 @@ static uint64_t apti_checksum(uint64_t state, const void *data, size_t n)
    on the tile, or on how many other rows there are; and avx2, avx512 and neon agree bit for bit. (ref keeps the links of one
    k block in double.)
    ------------------------------------------------------------------------------------------------------------------ */
-
-/* A matrix W(n, k) (n out features, k in features, as checkpoints store it) held for y = x W^T in panels:
-   data[panel][k][nr], a panel being nr out features. The last panel is filled up with zeros. For int8 (APT_I8) and int4 (APT_U8)
-   weights see "quantised matrices" below. */
-typedef struct apti_packed {
-    int64_t n, k;
-    int32_t nr;
-    apt_dtype type;                              /* APT_F32, APT_BF16, APT_I8 or APT_U8 */
-    void *data;                                  /* from apti_alloc; NULL: no matrix */
-} apti_packed;
-
-typedef enum apti_b_kind {
-    APTI_B_PACKED = 0,                           /* B = W^T of a packed W: columns = packed->n, reduction over packed->k */
-    APTI_B_PACKED_T,                             /* B = W: columns = packed->k, reduction over packed->n (dx = dy W) */
-    APTI_B_PLAIN,                                /* b[p * ldb + j] */
-    APTI_B_PLAIN_T                               /* b[j * ldb + p] */
-} apti_b_kind;
-
-/* One reduction segment: += A(m,k) B(k,n). k may be 0. */
-typedef struct apti_gemm_part {
-    int64_t k;
-    const float *a;                              /* element (i,p) at a[i*a_row + p*a_col]; one of the strides is 1 */
-    int64_t a_row, a_col;
-    apti_b_kind kind;
-    const apti_packed *packed;                   /* APTI_B_PACKED* */
-    const float *b;                              /* APTI_B_PLAIN* */
-    int64_t ldb;
-} apti_gemm_part;
-
-/* z = [c +] part[0] + part[1] + bias;  pre = z;  c = (act(z) + residual) * mask */
-typedef struct apti_gemm {
-    int64_t m, n;
-    apti_gemm_part part[2];
-    float *c;
-    int64_t ldc;
-    bool accumulate;                             /* start from c instead of 0 */
-    const float *bias;                           /* [n] or NULL */
-    float *pre;                                  /* or NULL */
-    int64_t ld_pre;
-    int32_t act;                                 /* -1 none, else apt_activation */
-    const float *residual;                       /* or NULL; may be c itself when ld_residual == ldc */
-    int64_t ld_residual;
-    const float *mask;                           /* [n] or NULL */
-    bool flip;                                   /* the driver's own: C is stored transposed */
-} apti_gemm;
 
 /* What a tile kernel reads for one stretch of the reduction: row i of A at a + i*a_row, and a panel of B whose row p is
    at b + p*b_step. The thin kernel takes two panels, b and b + b_panel, and also bf16 ones. */
@@ -4855,23 +5195,21 @@ static void apti_quant_get_row(const apti_packed *packed, int64_t row, int8_t *q
    Packed matrices
    ------------------------------------------------------------------------------------------------------------------ */
 
+/* nr of packed matrices */
+static int32_t apti_panel_width(const apt_ctx *ctx)
+{
+    return ctx->desc.backend != NULL ? 1 : ctx->kernels->nr;
+}
+
 /* -1 when the size overflows. */
 static int64_t apti_packed_bytes(const apt_ctx *ctx, int64_t n, int64_t k, apt_dtype type)
 {
     if (apti_is_quant(type)) return apti_quant_bytes(ctx->quant->nr, n, k, type);
-    const int64_t nr = ctx->kernels->nr;
+    const int64_t nr = apti_panel_width(ctx);
     int64_t bytes;
     if (n < 0 || n > INT64_MAX - nr || !apti_mul(apti_round_up(n, nr), k, &bytes)) return -1;
     return apti_mul(bytes, type == APT_BF16 ? 2 : 4, &bytes) ? bytes : -1;
 }
-
-typedef struct apti_pack_job {
-    apt_ctx *ctx;
-    const apti_packed *packed;
-    const float *w;
-    float *out;
-    int64_t ldw;
-} apti_pack_job;
 
 #define APTI_PACK_ROWS 256                       /* rows of a bf16 panel converted at a time */
 
@@ -4901,6 +5239,7 @@ static void apti_pack(apt_ctx *ctx, apti_packed *packed, const float *w, int64_t
     job.packed = packed;
     job.w = w;
     job.ldw = ldw;
+    if (apti_device_run(ctx, APTI_OP_PACK, &job)) return;
     apti_parallel_for(ctx, apti_ceil_div(packed->n, packed->nr), apti_pack_task, &job);
 }
 
@@ -5519,6 +5858,7 @@ static void apti_gemm_run(apt_ctx *ctx, const apti_gemm *g)
         apti_quant_run(ctx, g);
         return;
     }
+    if (apti_device_run(ctx, APTI_OP_GEMM, g)) return;
     apti_gemm flipped;
     apti_gemm_job job = APT_ZERO;
     job.ctx = ctx;
@@ -5547,8 +5887,7 @@ enum {
     APTI_OPS_SLAB = 65536,            /* columns whose sums are gathered at once */
     APTI_OPS_FOLD = 64,               /* rows added up in float before they go to a double */
     APTI_OPS_BLOCK = 64,              /* vectors that a kernel adds up before they go to a double */
-    APTI_OPS_LANES = 16,              /* widest vector of any table */
-    APTI_OPS_PARTS = 64               /* partial sums of a loss or a sum over rows, at most */
+    APTI_OPS_LANES = 16               /* widest vector of any table */
 };
 
 /* Second half of the thread's scratch; the first half is lent to apti_gemm_serial. */
@@ -5643,16 +5982,6 @@ static void apti_fold_run(apt_ctx *ctx, float *acc, const float *partial, int64_
     apti_parallel_for(ctx, apti_ceil_div(n, APTI_OPS_COLUMNS), apti_fold_task, &job);
 }
 
-typedef enum apti_column_kind { APTI_COLUMN_SUM = 0, APTI_COLUMN_ABS, APTI_COLUMN_SQUARE } apti_column_kind;
-
-typedef struct apti_column_job {
-    const apti_kernels *kernels;
-    float *partial;
-    const float *x;
-    int64_t ldx, rows, n, chunk, blocks;
-    apti_column_kind kind;
-} apti_column_job;
-
 /* Task (chunk of rows, block of columns) */
 static void apti_column_task(int64_t index, int32_t thread, void *arg)
 {
@@ -5676,17 +6005,21 @@ static void apti_column_task(int64_t index, int32_t thread, void *arg)
 static void apti_column_run(apt_ctx *ctx, float *acc, const float *x, int64_t ldx, int64_t rows, int64_t n,
                             apti_column_kind kind)
 {
-    for (int64_t c0 = 0; rows > 0 && c0 < n; c0 += APTI_OPS_SLAB) {
-        apti_column_job job = APT_ZERO;
-        job.kernels = ctx->kernels;
+    apti_column_job job = APT_ZERO;
+    job.kernels = ctx->kernels;
+    job.acc = acc;
+    job.x = x;
+    job.ldx = ldx;
+    job.rows = rows;
+    job.n = n;
+    job.kind = kind;
+    if (rows == 0 || n == 0 || apti_device_run(ctx, APTI_OP_COLUMN, &job)) return;
+    for (int64_t c0 = 0; c0 < n; c0 += APTI_OPS_SLAB) {
         job.partial = apti_ops_partial(ctx);
         job.x = x + c0;
-        job.ldx = ldx;
-        job.rows = rows;
         job.n = apti_min_i64(APTI_OPS_SLAB, n - c0);
         job.chunk = apti_ops_chunk(ctx, rows, job.n, APTI_OPS_FOLD);
         job.blocks = apti_ceil_div(job.n, APTI_OPS_WIDE);
-        job.kind = kind;
         const int64_t chunks = apti_ceil_div(rows, job.chunk);
         apti_parallel_for(ctx, chunks * job.blocks, apti_column_task, &job);
         apti_fold_run(ctx, acc + c0, job.partial, job.n, chunks, job.n, NULL);
@@ -5735,8 +6068,6 @@ typedef struct apti_epilogue {
 
 typedef struct apti_linear_grad { float *w, *bias, *a, *b; } apti_linear_grad;
 
-typedef struct apti_scale_job { const apti_kernels *kernels; float *x; int64_t n; float s; } apti_scale_job;
-
 static void apti_scale_task(int64_t index, int32_t thread, void *arg)
 {
     const apti_scale_job *job = (const apti_scale_job *)arg;
@@ -5752,6 +6083,7 @@ static void apti_scale_run(apt_ctx *ctx, float *x, int64_t n, float s)
     job.x = x;
     job.n = n;
     job.s = s;
+    if (n == 0 || apti_device_run(ctx, APTI_OP_SCALE, &job)) return;
     apti_parallel_for(ctx, apti_ceil_div(n, APTI_OPS_ELEMENTS), apti_scale_task, &job);
 }
 
@@ -5872,21 +6204,6 @@ static void apti_linear_backward(apt_ctx *ctx, const apti_linear_op *op, float *
 
 /* ---- layer norm, RMS norm ---------------------------------------------------------------------------------------- */
 
-typedef struct apti_norm_job {
-    apt_ctx *ctx;
-    float *y;                         /* forward: y, backward: dz */
-    int64_t ldy;
-    const float *z, *dy;
-    int64_t ldz, lddy;
-    float *stats;                     /* forward: written when not NULL */
-    const float *saved;               /* backward: the same, read */
-    const float *gamma, *beta, *mask;
-    float *partial;                   /* backward: sums for dgamma and dbeta, 2 x d for each task; NULL: not wanted */
-    int64_t rows, d, chunk;
-    float eps;
-    bool rms;                         /* no mean, no beta; the mask only chooses the columns: see apti_rmsnorm_forward */
-} apti_norm_job;
-
 /* Arrays of a task in its scratch, [d] each. The statistics of a masked row are taken from its alive columns, gathered into
    `row`: so they are those of the compacted row, bit for bit. */
 typedef struct apti_norm_alive {
@@ -5958,6 +6275,7 @@ static void apti_layernorm_forward_task(int64_t index, int32_t thread, void *arg
 static void apti_norm_run(apti_norm_job *job)
 {
     job->chunk = apti_ops_rows(job->d);
+    if (job->rows == 0 || apti_device_run(job->ctx, APTI_OP_NORM_FORWARD, job)) return;
     apti_parallel_for(job->ctx, apti_ceil_div(job->rows, job->chunk), apti_layernorm_forward_task, job);
 }
 
@@ -6023,6 +6341,9 @@ static void apti_norm_backward_run(apti_norm_job *job, float *dgamma, float *dbe
     const float *factor = job->rms ? NULL : job->mask;    /* of dgamma and dbeta: what the forward has put on gamma and beta */
     job->chunk = apti_ops_rows(job->d);
     if (job->rows == 0 || (!job->y && !dgamma && !dbeta)) return;
+    job->dgamma = dgamma;
+    job->dbeta = dbeta;
+    if (apti_device_run(job->ctx, APTI_OP_NORM_BACKWARD, job)) return;
     if (dgamma || dbeta) {
         job->partial = apti_ops_partial(job->ctx);
         job->chunk = apti_ops_chunk(job->ctx, job->rows, 2 * job->d, job->chunk);
@@ -6101,22 +6422,6 @@ static void apti_rmsnorm_backward(apt_ctx *ctx, float *dz, int64_t lddz, float *
 
 /* ---- rotary positions, relative position bias -------------------------------------------------------------------- */
 
-typedef struct apti_rotary_op {
-    int32_t heads, dim;               /* dim: of a head, even */
-    bool interleaved;                 /* pairs are (2i, 2i + 1), as llama2.c stores them; else (i, i + dim/2), as Hugging Face */
-    const float *table;               /* (rows, dim): the cosines of a row's angles, then the sines */
-} apti_rotary_op;
-
-typedef struct apti_rotary_job {
-    const apti_rotary_op *op;
-    float *x;
-    int64_t ldx, rows, chunk;
-    float direction;                  /* -1: the backward */
-    float *table;
-    const int32_t *positions;
-    const float *frequency;
-} apti_rotary_job;
-
 static void apti_rotary_table_task(int64_t index, int32_t thread, void *arg)
 {
     const apti_rotary_job *job = (const apti_rotary_job *)arg;
@@ -6143,6 +6448,7 @@ static void apti_rotary_table(apt_ctx *ctx, float *table, const int32_t *positio
     job.frequency = frequency;
     job.rows = rows;
     job.chunk = 16;
+    if (rows == 0 || apti_device_run(ctx, APTI_OP_ROTARY_TABLE, &job)) return;
     apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_rotary_table_task, &job);
 }
 
@@ -6175,6 +6481,7 @@ static void apti_rotary_run(apt_ctx *ctx, const apti_rotary_op *op, float *x, in
     job.rows = rows;
     job.direction = direction;
     job.chunk = apti_ops_rows((int64_t)op->heads * op->dim);
+    if (rows == 0 || op->heads == 0 || apti_device_run(ctx, APTI_OP_ROTARY, &job)) return;
     apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_rotary_task, &job);
 }
 
@@ -6189,15 +6496,6 @@ static void apti_rotary_backward(apt_ctx *ctx, const apti_rotary_op *op, float *
 {
     apti_rotary_run(ctx, op, dx, lddx, rows, -1.0f);
 }
-
-typedef struct apti_relative_op {
-    int32_t heads, table_heads;       /* of the layer; columns of the table */
-    const int32_t *column;            /* [heads] columns that the layer's heads have in the table, NULL: 0, 1, 2 ... */
-    int32_t buckets, max_distance;    /* buckets >= 4 (causal 2), max_distance > half of the exact ones */
-    int32_t span;                     /* distances -(span - 1) .. span - 1; max_distance + 1 loses nothing */
-    bool causal;
-    const int32_t *bucket;            /* [2*span - 1] from apti_relative_buckets: the same for all layers of a stack */
-} apti_relative_op;
 
 /* The bucket of distance = key - query. Near distances have buckets of their own, farther ones share them in steps that grow by
    a constant factor up to max_distance. In float as in the original, so that the borders are the same. */
@@ -6224,9 +6522,11 @@ static void apti_relative_buckets(int32_t *bucket, const apti_relative_op *op)
 
 /* bias(heads, 2*span - 1), as apti_attention_op wants it, from table(buckets, table_heads):  bias[h][distance] =
    table[bucket[distance]][column[h]] */
-static void apti_relative_forward(const apti_relative_op *op, float *bias, const float *table)
+static void apti_relative_forward(apt_ctx *ctx, const apti_relative_op *op, float *bias, const float *table)
 {
     const int64_t wide = 2 * (int64_t)op->span - 1;
+    const apti_relative_job job = {op, bias, table};
+    if (apti_device_run(ctx, APTI_OP_RELATIVE_FORWARD, &job)) return;
     for (int64_t u = 0; u < wide; u++) {
         const float *row = table + (int64_t)op->bucket[u] * op->table_heads;
         for (int32_t h = 0; h < op->heads; h++) bias[h * wide + u] = row[op->column ? op->column[h] : h];
@@ -6234,9 +6534,11 @@ static void apti_relative_forward(const apti_relative_op *op, float *bias, const
 }
 
 /* dtable += : each entry takes in all distances of its bucket */
-static void apti_relative_backward(const apti_relative_op *op, float *dtable, const float *dbias)
+static void apti_relative_backward(apt_ctx *ctx, const apti_relative_op *op, float *dtable, const float *dbias)
 {
     const int64_t wide = 2 * (int64_t)op->span - 1;
+    const apti_relative_job job = {op, dtable, dbias};
+    if (apti_device_run(ctx, APTI_OP_RELATIVE_BACKWARD, &job)) return;
     for (int64_t u = 0; u < wide; u++) {
         float *row = dtable + (int64_t)op->bucket[u] * op->table_heads;
         for (int32_t h = 0; h < op->heads; h++) row[op->column ? op->column[h] : h] += dbias[h * wide + u];
@@ -6246,23 +6548,11 @@ static void apti_relative_backward(const apti_relative_op *op, float *dtable, co
 /* ---- attention ---------------------------------------------------------------------------------------------------
 
    For sequence s and head h with the key head g = h * kv_heads / heads, all rows relative to the sequence:
-       S(i,j) = scale * q_i . k_j + bias[h][distance],  P = softmax over the visible j,  o_i = head_mask[h] * sum_j P(i,j) v_j
+       S(i,j) = scale * q_i . k_j + bias[h][distance],  P = softmax over the visible j,  o_i = head_mask[g] * sum_j P(i,j) v_j
    A tile holds APTI_ATTN_Q queries by APTI_ATTN_K keys; tiles are cut from the start of each sequence, so a sequence gives
    the same bits alone and in a batch. The forward keeps a running maximum and sum per query; only
    lse_i = log sum_j exp S(i,j) is kept for the backward, which computes P again tile by tile. Nothing is ever T x T.
    ------------------------------------------------------------------------------------------------------------------ */
-
-typedef struct apti_attention_op {
-    int32_t heads, kv_heads, head_dim;        /* heads: a multiple of kv_heads; head_dim 1..256 */
-    float scale;                              /* > 0 */
-    bool causal;                              /* key j is visible to query i when j <= i + shift, shift = keys - queries */
-    int32_t sequences;
-    const int32_t *q_offsets, *k_offsets;     /* [sequences + 1], the same for self attention */
-    const int32_t *k_ends;                    /* [sequences] or NULL: k_offsets[1..]. A cache has room behind its keys */
-    const float *bias;                        /* NULL or (heads, 2*bias_span - 1), indexed by j - i (- shift when causal) */
-    int32_t bias_span;                        /* distances are clamped to -(bias_span - 1) .. bias_span - 1 */
-    const float *head_mask;                   /* [heads] or NULL */
-} apti_attention_op;
 
 enum {
     APTI_ATTN_Q = 128,
@@ -6271,22 +6561,6 @@ enum {
     APTI_ATTN_ROWS = 16,              /* rows that go through the passes of the softmax together */
     APTI_HEAD_MAX = 256
 };
-
-typedef struct apti_attention_job {
-    apt_ctx *ctx;
-    const apti_attention_op *op;
-    const float *q, *k, *v;
-    int64_t ldq, ldk, ldv;
-    const float *o;                   /* backward: the forward's output, or NULL */
-    float *out;                       /* forward: o */
-    int64_t ldo;
-    float *lse;                       /* forward: written when not NULL */
-    const float *saved;               /* backward: the same, read */
-    float *dq, *dk, *dv, *dbias;
-    const float *d_o;
-    int64_t lddq, lddk, lddv, lddo;
-    int64_t blocks;                   /* blocks of the longest sequence */
-} apti_attention_job;
 
 /* A matrix in memory, element (i, j) at p[i*row + j*col]; one stride is 1 */
 typedef struct apti_operand { const float *p; int64_t row, col; } apti_operand;
@@ -6455,7 +6729,7 @@ static void apti_attn_output(const apti_attn *t, bool whole)
 {
     const apti_attention_job *job = t->job;
     const int64_t dim = job->op->head_dim, row = t->q_row + t->q0;
-    const float mask = job->op->head_mask ? job->op->head_mask[t->head] : 1.0f;
+    const float mask = job->op->head_mask ? job->op->head_mask[t->group] : 1.0f;
     const apti_operand v = apti_operand_of(apti_attn_row(job->v, job->ldv, t->k_row, t->group, t), job->ldv, 1);
     float *o = job->out + row * job->ldo + t->head * dim;
     for (int64_t i = 0; i < t->m; i++) {
@@ -6530,7 +6804,9 @@ static void apti_attention_forward(apt_ctx *ctx, const apti_attention_op *op, fl
     job.out = o;
     job.ldo = ldo;
     job.lse = lse;
-    job.blocks = apti_ceil_div(apti_attention_longest(op->q_offsets, op->sequences), APTI_ATTN_BLOCK);
+    job.longest_q = apti_attention_longest(op->q_offsets, op->sequences);
+    job.blocks = apti_ceil_div(job.longest_q, APTI_ATTN_BLOCK);
+    if (op->heads == 0 || apti_device_run(ctx, APTI_OP_ATTENTION_FORWARD, &job)) return;
     apti_parallel_for(ctx, (int64_t)op->sequences * op->heads * job.blocks, apti_attention_forward_task, &job);
 }
 
@@ -6540,7 +6816,7 @@ static void apti_attn_masked_grad(apti_attn *t)
     const apti_attention_job *job = t->job;
     const int64_t dim = job->op->head_dim;
     const float *d_o = apti_attn_row(job->d_o, job->lddo, t->q_row + t->q0, t->head, t);
-    const float mask = job->op->head_mask ? job->op->head_mask[t->head] : 1.0f;
+    const float mask = job->op->head_mask ? job->op->head_mask[t->group] : 1.0f;
     t->d_o = mask == 1.0f ? apti_operand_of(d_o, job->lddo, 1) : apti_operand_of(t->acc, dim, 1);
     for (int64_t i = 0; mask != 1.0f && i < t->m; i++) t->kernels->scale(t->acc + i * dim, d_o + i * job->lddo, mask, dim);
 }
@@ -6725,9 +7001,10 @@ static void apti_attention_backward(apt_ctx *ctx, const apti_attention_op *op, f
                                     const float *v, int64_t ldv)
 {
     const int64_t pairs = (int64_t)op->sequences * op->kv_heads;
-    const int64_t longest =
-        apti_max_i64(apti_attention_longest(op->q_offsets, op->sequences), apti_attention_longest(op->k_offsets, op->sequences));
     apti_attention_job job = APT_ZERO;
+    job.longest_q = apti_attention_longest(op->q_offsets, op->sequences);
+    job.longest_k = apti_attention_longest(op->k_offsets, op->sequences);
+    const int64_t longest = apti_max_i64(job.longest_q, job.longest_k);
     job.ctx = ctx;
     job.op = op;
     job.q = q;
@@ -6749,6 +7026,7 @@ static void apti_attention_backward(apt_ctx *ctx, const apti_attention_op *op, f
     job.d_o = d_o;
     job.lddo = lddo;
     job.blocks = apti_ceil_div(longest, APTI_ATTN_BLOCK);
+    if (op->heads == 0 || apti_device_run(ctx, APTI_OP_ATTENTION_BACKWARD, &job)) return;
     if (job.dbias) apti_parallel_for(ctx, op->kv_heads, apti_attention_bias_task, &job);
     else if (pairs < ctx->threads && longest > 2 * APTI_ATTN_BLOCK)
         apti_parallel_for(ctx, 2 * pairs * job.blocks, apti_attention_block_task, &job);
@@ -6756,14 +7034,6 @@ static void apti_attention_backward(apt_ctx *ctx, const apti_attention_op *op, f
 }
 
 /* ---- activations ------------------------------------------------------------------------------------------------- */
-
-typedef struct apti_act_job {
-    const apti_kernels *kernels;
-    float *du;
-    const float *da, *pre, *mask;
-    int64_t lddu, ldda, ld_pre, rows, n, chunk;
-    int32_t act;
-} apti_act_job;
 
 static void apti_act_backward_task(int64_t index, int32_t thread, void *arg)
 {
@@ -6798,15 +7068,9 @@ static void apti_act_backward(apt_ctx *ctx, float *du, int64_t lddu, const float
     job.n = n;
     job.act = act;
     job.chunk = apti_ops_rows(n);
+    if (rows == 0 || n == 0 || apti_device_run(ctx, APTI_OP_ACT_BACKWARD, &job)) return;
     apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_act_backward_task, &job);
 }
-
-typedef struct apti_residual_job {
-    const apti_kernels *kernels;
-    float *y;
-    const float *x, *r, *mask;
-    int64_t ldy, ldx, ldr, rows, n, chunk;
-} apti_residual_job;
 
 static void apti_residual_task(int64_t index, int32_t thread, void *arg)
 {
@@ -6837,16 +7101,9 @@ static void apti_residual(apt_ctx *ctx, float *y, int64_t ldy, const float *x, i
     job.rows = rows;
     job.n = n;
     job.chunk = apti_ops_rows(n);
+    if (rows == 0 || n == 0 || apti_device_run(ctx, APTI_OP_RESIDUAL, &job)) return;
     apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_residual_task, &job);
 }
-
-typedef struct apti_gate_job {
-    apt_ctx *ctx;
-    float *h, *du, *dv;
-    const float *a, *u, *v, *mask, *dh;
-    int64_t ldh, lda, ldu, ldv, lddh, lddu, lddv, rows, n, chunk;
-    int32_t act;
-} apti_gate_job;
 
 static void apti_gate_forward_task(int64_t index, int32_t thread, void *arg)
 {
@@ -6878,6 +7135,7 @@ static void apti_gate_forward(apt_ctx *ctx, float *h, int64_t ldh, const float *
     job.rows = rows;
     job.n = n;
     job.chunk = apti_ops_rows(n);
+    if (rows == 0 || n == 0 || apti_device_run(ctx, APTI_OP_GATE_FORWARD, &job)) return;
     apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_gate_forward_task, &job);
 }
 
@@ -6921,59 +7179,42 @@ static void apti_gate_backward(apt_ctx *ctx, float *du, int64_t lddu, float *dv,
     job.n = n;
     job.act = act;
     job.chunk = apti_ops_rows(n);
+    if (rows == 0 || n == 0 || apti_device_run(ctx, APTI_OP_GATE_BACKWARD, &job)) return;
     apti_parallel_for(ctx, apti_ceil_div(rows, job.chunk), apti_gate_backward_task, &job);
 }
 
-typedef struct apti_tanh_job { const apti_kernels *kernels; float *out; const float *dy, *x; int64_t n; } apti_tanh_job;
-
-static void apti_tanh_forward_task(int64_t index, int32_t thread, void *arg)
+static void apti_tanh_forward_task(int64_t row, int32_t thread, void *arg)
 {
     const apti_tanh_job *job = (const apti_tanh_job *)arg;
-    const int64_t i = index * APTI_OPS_ELEMENTS;
     (void)thread;
-    job->kernels->tanh(job->out + i, job->x + i, apti_min_i64(APTI_OPS_ELEMENTS, job->n - i));
+    job->kernels->tanh(job->out + row * job->ld, job->x + row * job->ld, job->n);
 }
 
-/* y(n) = tanh(x) */
-static void apti_tanh_forward(apt_ctx *ctx, float *y, const float *x, int64_t n)
+/* y(rows, n) = tanh(x), both with ld */
+static void apti_tanh_forward(apt_ctx *ctx, float *y, const float *x, int64_t ld, int64_t rows, int64_t n)
 {
-    apti_tanh_job job = APT_ZERO;
-    job.kernels = ctx->kernels;
-    job.out = y;
-    job.x = x;
-    job.n = n;
-    apti_parallel_for(ctx, apti_ceil_div(n, APTI_OPS_ELEMENTS), apti_tanh_forward_task, &job);
+    apti_tanh_job job = {ctx->kernels, y, NULL, x, ld, rows, n};
+    if (rows == 0 || n == 0 || apti_device_run(ctx, APTI_OP_TANH_FORWARD, &job)) return;
+    apti_parallel_for(ctx, rows, apti_tanh_forward_task, &job);
 }
 
-static void apti_tanh_backward_task(int64_t index, int32_t thread, void *arg)
+static void apti_tanh_backward_task(int64_t row, int32_t thread, void *arg)
 {
     const apti_tanh_job *job = (const apti_tanh_job *)arg;
-    const int64_t end = apti_min_i64(job->n, (index + 1) * APTI_OPS_ELEMENTS);
+    const int64_t at = row * job->ld;
     (void)thread;
-    for (int64_t i = index * APTI_OPS_ELEMENTS; i < end; i++) job->out[i] = job->dy[i] * (1.0f - job->x[i] * job->x[i]);
+    for (int64_t i = at; i < at + job->n; i++) job->out[i] = job->dy[i] * (1.0f - job->x[i] * job->x[i]);
 }
 
-/* dx(n) = dy * (1 - y^2) with y of the forward; dx may be dy */
-static void apti_tanh_backward(apt_ctx *ctx, float *dx, const float *dy, const float *y, int64_t n)
+/* dx(rows, n) = dy * (1 - y^2) with y of the forward, all with ld; dx may be dy */
+static void apti_tanh_backward(apt_ctx *ctx, float *dx, const float *dy, const float *y, int64_t ld, int64_t rows, int64_t n)
 {
-    apti_tanh_job job = APT_ZERO;
-    job.out = dx;
-    job.dy = dy;
-    job.x = y;
-    job.n = n;
-    apti_parallel_for(ctx, apti_ceil_div(n, APTI_OPS_ELEMENTS), apti_tanh_backward_task, &job);
+    apti_tanh_job job = {ctx->kernels, dx, dy, y, ld, rows, n};
+    if (rows == 0 || n == 0 || apti_device_run(ctx, APTI_OP_TANH_BACKWARD, &job)) return;
+    apti_parallel_for(ctx, rows, apti_tanh_backward_task, &job);
 }
 
 /* ---- embeddings, gathered rows ----------------------------------------------------------------------------------- */
-
-typedef struct apti_rows_job {        /* embedding, gather and scatter */
-    const apti_kernels *kernels;
-    float *x;
-    const float *from;                /* gather: source; backward and scatter: gradient rows */
-    const float *word, *position, *type;
-    const int32_t *index, *positions, *types;
-    int64_t ldx, ld_from, rows, zero_rows, d, chunk;
-} apti_rows_job;
 
 static void apti_embed_forward_task(int64_t index, int32_t thread, void *arg)
 {
@@ -7043,6 +7284,7 @@ static void apti_scatter_run(apt_ctx *ctx, float *x, int64_t ldx, const float *f
     job.rows = rows;
     job.zero_rows = zero_rows;
     job.d = d;
+    if (d == 0 || (rows == 0 && zero_rows == 0) || apti_device_run(ctx, APTI_OP_SCATTER, &job)) return;
     apti_parallel_for(ctx, apti_ceil_div(d, APTI_OPS_COLUMNS), apti_scatter_task, &job);
 }
 
@@ -7077,6 +7319,7 @@ static void apti_gather_rows(apt_ctx *ctx, float *y, int64_t ldy, const float *x
     job.rows = n_rows;
     job.d = d;
     job.chunk = apti_ops_rows(d);
+    if (n_rows == 0 || d == 0 || apti_device_run(ctx, APTI_OP_GATHER, &job)) return;
     apti_parallel_for(ctx, apti_ceil_div(n_rows, job.chunk), apti_gather_task, &job);
 }
 
@@ -7093,18 +7336,6 @@ static void apti_scatter_rows(apt_ctx *ctx, float *x, int64_t ldx, const float *
    is written in the same call. Without a counted term the sum and every gradient are 0. A term with a NaN or an infinity in
    its logits is NaN, and so is its gradient: the kernels' max and exp may swallow a NaN, so the logits are looked at first.
    ------------------------------------------------------------------------------------------------------------------ */
-
-typedef struct apti_loss_job {
-    apt_ctx *ctx;
-    float *dlogits;
-    const float *logits;
-    int64_t ldd, ldl, rows, classes, chunk;
-    const int32_t *labels, *offsets;
-    int32_t ignore;
-    double weight[2];                 /* of a row in the gradient: grad_scale / count; spans: start, end */
-    double sum[2][APTI_OPS_PARTS];    /* of each task */
-    int64_t correct[APTI_OPS_PARTS];
-} apti_loss_job;
 
 static bool apti_loss_counts(int32_t label, int64_t classes, int32_t ignore)
 {
@@ -7171,6 +7402,31 @@ static void apti_cross_entropy_task(int64_t index, int32_t thread, void *arg)
     job->correct[index] = correct;
 }
 
+/* The backend adds to the sums here; they are read after apti_sync. */
+enum { APTI_DEVICE_LOSS = 0, APTI_DEVICE_HITS, APTI_DEVICE_SQUARES, APTI_DEVICE_SUMS = 8 };
+
+static void apti_device_clear(apt_ctx *ctx, int32_t first, int32_t count)
+{
+    if (ctx->desc.backend == NULL) return;
+    apti_sync(ctx);
+    for (int32_t i = 0; i < count; i++) ctx->device_sums[first + i] = 0;
+}
+
+/* Cross entropy on the backend: its sums go on growing, chunk after chunk, until somebody reads them. */
+static bool apti_loss_device(apti_loss_job *job)
+{
+    if (job->ctx->desc.backend == NULL) return false;
+    job->result = job->ctx->device_sums + APTI_DEVICE_LOSS;
+    return apti_device_run(job->ctx, APTI_OP_CROSS_ENTROPY, job);
+}
+
+static double apti_loss_read(apt_ctx *ctx, int64_t *correct)
+{
+    apti_sync(ctx);
+    *correct = (int64_t)ctx->device_sums[APTI_DEVICE_HITS];
+    return ctx->device_sums[APTI_DEVICE_LOSS];
+}
+
 /* Cuts the rows into at most APTI_OPS_PARTS tasks and adds their sums in order. */
 static double apti_loss_run(apti_loss_job *job, apt_task task, int64_t *correct)
 {
@@ -7205,6 +7461,8 @@ static double apti_cross_entropy(apt_ctx *ctx, float *dlogits, int64_t ldd, cons
     job.classes = classes;
     job.ignore = ignore_label;
     job.weight[0] = *count > 0 ? (double)grad_scale / (double)*count : 0.0;
+    apti_device_clear(ctx, APTI_DEVICE_LOSS, 2);
+    if (rows > 0 && apti_loss_device(&job)) return apti_loss_read(ctx, correct);
     return apti_loss_run(&job, apti_cross_entropy_task, correct);
 }
 
@@ -7212,7 +7470,7 @@ static double apti_cross_entropy(apt_ctx *ctx, float *dlogits, int64_t ldd, cons
 static double apti_regression(apt_ctx *ctx, float *dpred, const float *pred, const float *targets, int64_t n, float grad_scale)
 {
     double total = 0;
-    (void)ctx;
+    apti_sync(ctx);
     for (int64_t i = 0; i < n; i++) {
         const double difference = (double)pred[i] - (double)targets[i];
         total += difference * difference;
@@ -7361,17 +7619,20 @@ static double apti_lm_loss(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_
     job.classes = vocab;
     job.ignore = ignore_label;
     job.weight[0] = *count > 0 ? (double)grad_scale / (double)*count : 0.0;
+    apti_device_clear(ctx, APTI_DEVICE_LOSS, 2);
+    bool device = false;
     for (int64_t first = 0; first < rows; first += chunk) {
         const float *from = h + first * ldh;
-        int64_t hits;
+        int64_t hits = 0;
         job.rows = apti_min_i64(chunk, rows - first);
         job.labels = labels + first;
         apti_lm_logits(ctx, op, work, ld, from, ldh, job.rows);
-        total += apti_loss_run(&job, apti_cross_entropy_task, &hits);
+        device = apti_loss_device(&job);
+        if (!device) total += apti_loss_run(&job, apti_cross_entropy_task, &hits);
         *correct += hits;
         if (grad) apti_lm_grads(ctx, op, dh ? dh + first * lddh : NULL, lddh, false, work, ld, from, ldh, job.rows, grad);
     }
-    return total;
+    return device ? apti_loss_read(ctx, correct) : total;
 }
 #endif /* APT_ONLY_CORE */
 // >>core
@@ -12584,9 +12845,9 @@ static bool apti_packed_reserve(apt_ctx *ctx, apti_packed *packed, int64_t n, in
 {
     packed->n = n;
     packed->k = k;
-    packed->nr = apti_is_quant(type) ? ctx->quant->nr : ctx->kernels->nr;
+    packed->nr = apti_is_quant(type) ? ctx->quant->nr : apti_panel_width(ctx);
     packed->type = type;
-    packed->data = apti_alloc(ctx, apti_packed_bytes(ctx, n, k, type), 1);
+    packed->data = apti_data(ctx, apti_packed_bytes(ctx, n, k, type), 1);
     return packed->data != NULL;
 }
 
@@ -12602,11 +12863,11 @@ static bool apti_param_reserve(apt_model *model, apti_param *p)
 {
     const int64_t n = apti_param_count(p);
     if (p->linear && !apti_packed_reserve(model->ctx, &p->packed, p->rows, p->cols, apti_param_type(model, p))) return false;
-    if (!p->linear || p->trainable) p->value = (float *)apti_alloc(model->ctx, n, (int64_t)sizeof(float));
+    if (!p->linear || p->trainable) p->value = (float *)apti_data(model->ctx, n, (int64_t)sizeof(float));
     if (p->trainable) {
-        p->grad = (float *)apti_calloc(model->ctx, n, (int64_t)sizeof(float));
-        p->moment1 = (float *)apti_calloc(model->ctx, n, (int64_t)sizeof(float));
-        p->moment2 = (float *)apti_calloc(model->ctx, n, (int64_t)sizeof(float));
+        p->grad = (float *)apti_data_zero(model->ctx, n, (int64_t)sizeof(float));
+        p->moment1 = (float *)apti_data_zero(model->ctx, n, (int64_t)sizeof(float));
+        p->moment2 = (float *)apti_data_zero(model->ctx, n, (int64_t)sizeof(float));
         if (p->grad == NULL || p->moment1 == NULL || p->moment2 == NULL) return false;
     }
     return p->value != NULL || (p->linear && !p->trainable);
@@ -12830,7 +13091,7 @@ static apt_result apti_model_frame(apt_ctx *ctx, const apt_config *given, apt_dt
     model->shape = (apt_layer_shape *)apti_calloc(ctx, layers, (int64_t)sizeof(apt_layer_shape));
     model->layers = (apti_layer *)apti_calloc(ctx, layers, (int64_t)sizeof(apti_layer));
     model->params = (apti_param *)apti_calloc(ctx, count, (int64_t)sizeof(apti_param));
-    if (columns > 0) model->bias_head = (int32_t *)apti_calloc(ctx, layers * columns, (int64_t)sizeof(int32_t));
+    if (columns > 0) model->bias_head = (int32_t *)apti_data_zero(ctx, layers * columns, (int64_t)sizeof(int32_t));
     if (model->shape == NULL || model->layers == NULL || model->params == NULL || (columns > 0 && model->bias_head == NULL)) {
         apti_model_free(model);
         return apti_fail(ctx, APT_E_MEMORY, "model: no memory for %lld parameter entries", (long long)count);
@@ -13118,7 +13379,7 @@ static bool apti_masks_reserve(apt_model *model)
     apt_units u;
     if (model->masks != NULL) return true;
     apt_model_units(model, &u);
-    model->masks = (float *)apti_alloc(model->ctx, u.total, (int64_t)sizeof(float));
+    model->masks = (float *)apti_data(model->ctx, u.total, (int64_t)sizeof(float));
     for (int32_t i = 0; i < u.total && model->masks != NULL; i++) model->masks[i] = 1.0f;
     return model->masks != NULL;
 }
@@ -13326,7 +13587,7 @@ APT_API apt_result apt_model_set_bitmask(apt_model *model, const char *name, con
     const int64_t n = apti_param_count(p);
     if (!apti_bitmask_tail_ok(mask, n))
         return apti_fail(model->ctx, APT_E_RANGE, "%s: the mask has bits behind its %lld weights", name, (long long)n);
-    uint64_t *copy = (uint64_t *)apti_alloc(model->ctx, words, (int64_t)sizeof(uint64_t));
+    uint64_t *copy = (uint64_t *)apti_data(model->ctx, words, (int64_t)sizeof(uint64_t));
     float *values = (float *)apti_alloc(model->ctx, p->value == NULL ? n : 0, (int64_t)sizeof(float));
     const bool fine = copy != NULL && values != NULL && apti_bitmasks_reserve(model) && apti_param_own(model, p);
     if (fine) {
@@ -13405,6 +13666,8 @@ struct apti_pass {
     int32_t stacks;
     apti_stack stack[2];
     int32_t *first, *one_each, *mlm_index, *mlm_labels, *target_tokens;
+    int32_t *copies;                  /* backends: the batch's arrays, where the device can read them, see apti_index_copy */
+    const int32_t *types, *labels;    /* of the batch, or their copies */
     bool lean;
     /* embeddings and head */
     float *embed_z, *embed_stats;
@@ -13412,9 +13675,8 @@ struct apti_pass {
     float *head_xa, *head_dya;        /* adapter of the LM head: apti_lm_op */
     int64_t mlm_chunk;
     /* shared by all layers */
-    float *head_mask;                 /* grouped queries: the mask of each query head of the layer at work */
     float *bias, *dbias;              /* relative positions of the layer at work, as apti_attention_op wants them */
-    float frequency[APTI_HEAD_MAX / 2];                                 /* rotary positions */
+    float *frequency;                 /* [APTI_HEAD_MAX / 2] rotary positions */
     float *ctx, *act, *g, *t, *dq, *dk, *dv, *dctx, *dact, *dother, *dmemory, *dya;
     apti_cache *cache;                /* NULL: no generation */
     /* hooks of the trainer */
@@ -13653,7 +13915,9 @@ static int64_t apti_plan(apti_pass *pass, char *block, int64_t rows, int64_t tar
     pass->mlm_index = (int32_t *)apti_bump_take(&b, labels, i);
     pass->mlm_labels = (int32_t *)apti_bump_take(&b, labels, i);
     pass->target_tokens = (int32_t *)apti_bump_take(&b, pass->stack[1].rows, i);
-    pass->head_mask = (float *)apti_bump_take(&b, w.query / m->config.head_dim + 1, f);
+    pass->copies = m->ctx->desc.backend == NULL ? NULL
+                   : (int32_t *)apti_bump_take(&b, 2 * rows + 4 * sequences + 2, i);
+    pass->frequency = (float *)apti_bump_take(&b, APTI_HEAD_MAX / 2, f);
     const int64_t bias = m->block->relative ? (int64_t)m->config.bias_heads * (2 * (int64_t)m->config.max_distance + 1) : 0;
     pass->bias = (float *)apti_bump_take(&b, bias, f);
     pass->dbias = (float *)apti_bump_take(&b, full ? bias : 0, f);
@@ -13712,7 +13976,7 @@ static apt_result apti_pass_prepare(apti_pass *pass, const apt_batch *batch, uin
     const int64_t bytes = apti_plan(pass, NULL, rows, target_rows, batch->sequences);
     if (bytes > pass->block_bytes) {
         apti_pass_shrink(pass);
-        pass->block = (char *)apti_alloc(ctx, bytes, 1);
+        pass->block = (char *)apti_data(ctx, bytes, 1);
         if (pass->block == NULL)
             return apti_fail(ctx, APT_E_MEMORY, "no memory for the activations of %lld tokens: %lld bytes",
                              (long long)(rows + target_rows), (long long)bytes);
@@ -13945,14 +14209,11 @@ static apti_attention_op apti_attention_of(const apti_pass *p, int32_t l)
     }
     if (m->block->relative && !cross && op.heads > 0) {
         const apti_relative_op relative = apti_relative_of(p, l);
-        apti_relative_forward(&relative, p->bias, m->embed[APTI_RELATIVE + a->stack]->value);
+        apti_relative_forward(m->ctx, &relative, p->bias, m->embed[APTI_RELATIVE + a->stack]->value);
         op.bias = p->bias;
         op.bias_span = relative.span;
     }
     op.head_mask = apti_masks_of(m, l).head;
-    if (op.head_mask == NULL || op.heads == op.kv_heads) return op;
-    for (int32_t h = 0; h < op.heads; h++) p->head_mask[h] = op.head_mask[h / (op.heads / op.kv_heads)];
-    op.head_mask = p->head_mask;      /* a mask belongs to a KV head and so to all its query heads */
     return op;
 }
 
@@ -13990,18 +14251,17 @@ static void apti_cache_store(const apti_pass *p, int32_t l, int64_t ldk)
 {
     const apti_acts *a = &p->acts[l];
     const apti_cache *cache = p->cache;
-    const size_t row = (size_t)ldk * sizeof(float);
+    apt_ctx *ctx = p->model->ctx;
     if (apti_is_cross(&p->model->config, l)) {
-        memcpy(cache->k[l], a->k, (size_t)a->rows_k * row);
-        memcpy(cache->v[l], a->v, (size_t)a->rows_k * row);
+        apti_copy_rows(ctx, cache->k[l], ldk, a->k, ldk, a->rows_k, ldk);
+        apti_copy_rows(ctx, cache->v[l], ldk, a->v, ldk, a->rows_k, ldk);
         return;
     }
     const int32_t *offsets = p->stack[a->stack].offsets;
     for (int32_t s = 0; s < p->batch->sequences; s++) {
-        const size_t n = (size_t)(offsets[s + 1] - offsets[s]);
-        const int64_t to = (cache->start[s] + cache->before[s]) * ldk, from = offsets[s] * ldk;
-        memcpy(cache->k[l] + to, a->k + from, n * row);
-        memcpy(cache->v[l] + to, a->v + from, n * row);
+        const int64_t n = offsets[s + 1] - offsets[s], to = (cache->start[s] + cache->before[s]) * ldk, from = offsets[s] * ldk;
+        apti_copy_rows(ctx, cache->k[l] + to, ldk, a->k + from, ldk, n, ldk);
+        apti_copy_rows(ctx, cache->v[l] + to, ldk, a->v + from, ldk, n, ldk);
     }
 }
 
@@ -14110,7 +14370,7 @@ static void apti_index_target(apti_pass *p)
                                                                : b->labels[i - 1];
             p->target_tokens[i] = before == -100 ? c->pad_id : before;
         }
-    p->stack[1].offsets = b->target_offsets;
+    if (p->copies == NULL) p->stack[1].offsets = b->target_offsets;
     p->stack[1].tokens = p->target_tokens;
 }
 
@@ -14146,6 +14406,35 @@ static void apti_index_positions(apti_pass *p, const apti_stack *stack)
     }
 }
 
+/* The next `n` of the copies; from NULL: none. */
+static const int32_t *apti_index_copy(int32_t **at, const int32_t *from, int64_t n)
+{
+    int32_t *copy = *at;
+    if (from == NULL) return NULL;
+    memcpy(copy, from, (size_t)n * sizeof(int32_t));
+    *at += n;
+    return copy;
+}
+
+/* A backend reads copies of the caller's arrays: offsets of both stacks, tokens, types, labels of sequences. (Target tokens and
+   labels of tokens are copied anyway.) */
+static void apti_index_arrays(apti_pass *p)
+{
+    const apt_batch *b = p->batch;
+    const apt_task_kind task = p->model->config.task;
+    int32_t *at = p->copies;
+    p->stack[0].offsets = b->offsets;
+    p->stack[0].tokens = b->tokens;
+    p->types = b->types;
+    p->labels = b->labels;
+    if (at == NULL) return;
+    p->stack[0].offsets = apti_index_copy(&at, b->offsets, b->sequences + 1);
+    p->stack[0].tokens = apti_index_copy(&at, b->tokens, b->offsets[b->sequences]);
+    p->types = apti_index_copy(&at, b->types, b->offsets[b->sequences]);
+    if (task == APT_TASK_CLASSIFY) p->labels = apti_index_copy(&at, b->labels, b->sequences);
+    if (p->stacks > 1) p->stack[1].offsets = apti_index_copy(&at, b->target_offsets, b->sequences + 1);
+}
+
 /* Positions, first rows, labelled rows. */
 static void apti_index_batch(apti_pass *p)
 {
@@ -14153,8 +14442,8 @@ static void apti_index_batch(apti_pass *p)
     const apt_model *m = p->model;
     const apt_config *c = &m->config;
     const int32_t base = c->family == APT_ROBERTA ? c->pad_id + 1 : 0;
-    p->stack[0].offsets = b->offsets;
-    p->stack[0].tokens = b->tokens;
+    apti_sync(m->ctx);                /* what is written here may still be read for the last batch */
+    apti_index_arrays(p);
     if (p->stacks > 1) apti_index_target(p);
     for (int32_t s = 0; s < b->sequences; s++) {
         p->first[s] = b->offsets[s];
@@ -14169,44 +14458,39 @@ static void apti_index_batch(apti_pass *p)
     for (int32_t k = 0; k < p->stacks; k++) apti_index_positions(p, &p->stack[k]);
 }
 
-typedef struct apti_embed_job { const apti_pass *p; const apti_stack *stack; float *x; } apti_embed_job;
-
-/* The same sum as apti_embed_forward from tables of which this model reads some columns only. */
-static void apti_embed_columns_task(int64_t index, int32_t thread, void *arg)
+/* A task of apti_embed for tables of which this model reads some columns only, or that exist as panels because they are the LM
+   head as well. */
+static void apti_embed_task(int64_t index, int32_t thread, void *arg)
 {
     const apti_embed_job *job = (const apti_embed_job *)arg;
-    const apt_model *m = job->p->model;
-    const apti_stack *stack = job->stack;
-    const int32_t *types = job->p->batch->types;
-    const int64_t d = m->config.hidden, ld = apti_ld(d), end = apti_min_i64(stack->rows, (index + 1) * 64);
+    const int64_t d = job->d, end = apti_min_i64(job->rows, (index + 1) * 64);
     (void)thread;
     for (int64_t i = index * 64; i < end; i++) {
-        const int32_t id[] = {stack->tokens[i], stack->positions[i], types != NULL ? types[i] : 0};
-        float *x = job->x + i * ld;
+        float *x = job->x + i * job->ldx;
         for (int32_t k = 0; k < 3; k++) {             /* APTI_WORD, APTI_POSITION, APTI_TYPE */
-            const apti_param *e = m->embed[k];
-            if (e == NULL) continue;
-            const float *row = e->value + id[k] * (e->columns != NULL ? e->stride : d);
-            for (int64_t j = 0; j < d; j++) x[j] = (k > 0 ? x[j] : 0.0f) + row[e->columns != NULL ? e->columns[j] : j];
+            const int32_t *columns = job->table[k].columns;
+            if (job->table[k].data == NULL) continue;
+            const int64_t id = job->table[k].id != NULL ? job->table[k].id[i] : 0, nr = job->table[k].nr;
+            const int64_t at = id / nr * job->table[k].stride * nr + id % nr;
+            if (job->table[k].type == APT_BF16)
+                for (int64_t j = 0; j < d; j++) x[j] = apti_bf16_to_f32(((const uint16_t *)job->table[k].data)[at + j * nr]);
+            else
+                for (int64_t j = 0; j < d; j++)
+                    x[j] = (k > 0 ? x[j] : 0.0f) + ((const float *)job->table[k].data)[at + (columns != NULL ? columns[j] : j) * nr];
         }
     }
 }
 
-/* Rows of a table that exists as panels only, because it is the LM head as well. */
-static void apti_embed_panels_task(int64_t index, int32_t thread, void *arg)
+/* Where table k of the embeddings is. */
+static void apti_embed_table(apti_embed_job *job, int32_t k, const apti_param *e, const int32_t *id)
 {
-    const apti_embed_job *job = (const apti_embed_job *)arg;
-    const apti_packed *e = &job->p->model->embed[APTI_WORD]->packed;
-    const int64_t d = e->k, ld = apti_ld(d), end = apti_min_i64(job->stack->rows, (index + 1) * 64);
-    (void)thread;
-    for (int64_t i = index * 64; i < end; i++) {
-        const int64_t token = job->stack->tokens[i], at = token / e->nr * d * e->nr + token % e->nr;
-        float *x = job->x + i * ld;
-        if (e->type == APT_BF16)
-            for (int64_t j = 0; j < d; j++) x[j] = apti_bf16_to_f32(((const uint16_t *)e->data)[at + j * e->nr]);
-        else
-            for (int64_t j = 0; j < d; j++) x[j] = ((const float *)e->data)[at + j * e->nr];
-    }
+    if (e == NULL) return;
+    job->table[k].data = e->value != NULL ? (const void *)e->value : e->packed.data;
+    job->table[k].type = e->value != NULL ? APT_F32 : e->packed.type;
+    job->table[k].nr = e->value != NULL ? 1 : e->packed.nr;
+    job->table[k].stride = e->columns != NULL ? e->stride : job->d;
+    job->table[k].columns = e->columns;
+    job->table[k].id = id;
 }
 
 /* x(rows, d) *= hidden mask: a write to the residual stream, and its backward. */
@@ -14225,15 +14509,22 @@ static void apti_embed(apti_pass *p, const apti_stack *stack)
     apti_param *const *e = m->embed;
     const int64_t d = m->config.hidden, ld = apti_ld(d);
     float *first = p->acts[stack->first].x;
-    apti_embed_job job = {p, stack, m->block->pre_norm ? first : p->embed_z};
+    apti_embed_job job = APT_ZERO;
     bool columns = false;
+    job.x = m->block->pre_norm ? first : p->embed_z;
+    job.ldx = ld;
+    job.rows = stack->rows;
+    job.d = d;
+    apti_embed_table(&job, APTI_WORD, e[APTI_WORD], stack->tokens);
+    apti_embed_table(&job, APTI_POSITION, e[APTI_POSITION], stack->positions);
+    apti_embed_table(&job, APTI_TYPE, e[APTI_TYPE], p->types);
     for (int32_t k = 0; k < 3; k++) columns = columns || (e[k] != NULL && e[k]->columns != NULL);
-    if (columns) apti_parallel_for(m->ctx, apti_ceil_div(stack->rows, 64), apti_embed_columns_task, &job);
-    else if (e[APTI_WORD]->value == NULL) apti_parallel_for(m->ctx, apti_ceil_div(stack->rows, 64), apti_embed_panels_task, &job);
+    if (apti_device_run(m->ctx, APTI_OP_EMBED, &job)) columns = false;
+    else if (columns || e[APTI_WORD]->value == NULL)
+        apti_parallel_for(m->ctx, apti_ceil_div(stack->rows, 64), apti_embed_task, &job);
     else
         apti_embed_forward(m->ctx, job.x, ld, e[APTI_WORD]->value, e[APTI_POSITION] != NULL ? e[APTI_POSITION]->value : NULL,
-                           e[APTI_TYPE] != NULL ? e[APTI_TYPE]->value : NULL, stack->tokens, stack->positions, p->batch->types,
-                           stack->rows, d);
+                           e[APTI_TYPE] != NULL ? e[APTI_TYPE]->value : NULL, stack->tokens, stack->positions, p->types, stack->rows, d);
     if (!m->block->pre_norm) apti_norm(p, first, p->embed_stats, job.x, e[APTI_EMBED_NORM_W], e[APTI_EMBED_NORM_B], stack->rows);
     else apti_mask_hidden(p, first, stack->rows);
 }
@@ -14255,7 +14546,7 @@ static void apti_head_forward(apti_pass *p)
     if (p->lean) apti_gather_rows(ctx, p->head_in, ld, last->y2, ld, p->one_each, n, d);
     else apti_gather_rows(ctx, p->head_in, ld, last->y2, ld, p->first, n, d);
     apti_linear_forward(ctx, &dense, p->head_pre, ldo, p->head_in, ld, n, NULL, NULL);
-    for (int64_t i = 0; i < n; i++) apti_tanh_forward(ctx, p->head_out + i * ldo, p->head_pre + i * ldo, dense.out);
+    apti_tanh_forward(ctx, p->head_out, p->head_pre, ldo, n, dense.out);
     apti_linear_forward(ctx, &out, p->logits, width, p->head_out, ldo, n, NULL, NULL);
 }
 
@@ -14278,7 +14569,8 @@ static void apti_head_scale(const apti_pass *p, float *x, int64_t rows)
     const apt_model *m = p->model;
     const int64_t d = m->config.hidden, ld = apti_ld(d);
     const float s = 1.0f / sqrtf((float)m->config.hidden_dense);
-    for (int64_t i = 0; m->config.scaled_head && i < rows; i++) m->ctx->kernels->scale(x + i * ld, x + i * ld, s, d);
+    if (m->config.scaled_head && m->ctx->desc.backend != NULL) apti_scale_run(m->ctx, x, rows * ld, s);
+    else for (int64_t i = 0; m->config.scaled_head && i < rows; i++) m->ctx->kernels->scale(x + i * ld, x + i * ld, s, d);
 }
 
 /* LM: the labelled rows of the last norm; the head is a product with E, see apti_lm_loss. */
@@ -14304,8 +14596,7 @@ static void apti_stack_forward(apti_pass *pass, int32_t which)
         apti_attention_sublayer(pass, l);
         if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * l + 1), a->y1, ld, a->rows_q, d);
         if (apti_has_ffn(&m->config, l)) apti_ffn_sublayer(pass, l);
-        if (pass->capture != NULL && pass->capture[l] != NULL)
-            for (int64_t i = 0; i < a->rows_q; i++) memcpy(pass->capture[l] + i * d, a->y2 + i * ld, (size_t)d * sizeof(float));
+        if (pass->capture != NULL && pass->capture[l] != NULL) apti_copy_rows(m->ctx, pass->capture[l], d, a->y2, ld, a->rows_q, d);
     }
     const apti_acts *last = &pass->acts[stack->end - 1];
     if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * pass->layers), last->y2, ld, last->rows_q, d);
@@ -14374,7 +14665,7 @@ static void apti_task_loss(apti_pass *p, bool grad, float grad_scale)
     } else if (b->labels == NULL) {
         return;
     } else if (m->config.task == APT_TASK_CLASSIFY) {
-        p->loss_sum = apti_cross_entropy(m->ctx, dlogits, width, p->logits, width, b->labels, n, width, -100, grad_scale,
+        p->loss_sum = apti_cross_entropy(m->ctx, dlogits, width, p->logits, width, p->labels, n, width, -100, grad_scale,
                                          &p->loss_count, &p->correct);
     } else if (m->config.task == APT_TASK_SPAN) {
         p->loss_sum = apti_span_loss(m->ctx, dlogits, p->logits, 2, b->labels, b->offsets, b->sequences, grad_scale,
@@ -14431,8 +14722,7 @@ static void apti_head_backward(apti_pass *p)
     const apti_linear_grad gdense = apti_grads(m->head[APTI_HEAD_DENSE_W], m->head[APTI_HEAD_DENSE_B], NULL, NULL);
     const int64_t ldo = apti_ld(dense.out);
     apti_linear_backward(ctx, &out, p->dhead, ldo, false, p->dlogits, width, p->head_out, ldo, NULL, NULL, n, &gout);
-    for (int64_t i = 0; i < n; i++)
-        apti_tanh_backward(ctx, p->dhead + i * ldo, p->dhead + i * ldo, p->head_out + i * ldo, dense.out);
+    apti_tanh_backward(ctx, p->dhead, p->dhead, p->head_out, ldo, n, dense.out);
     apti_linear_backward(ctx, &dense, p->dhead_in, ld, false, p->dhead, ldo, p->head_in, ld, NULL, NULL, n, &gdense);
     apti_scatter_rows(ctx, p->g, ld, p->dhead_in, ld, p->lean ? p->one_each : p->first, n, d, last->rows_q);
 }
@@ -14572,12 +14862,12 @@ static void apti_attention_grads(apti_pass *p, int32_t l)
     const apti_attention_op at = apti_attention_of(p, l);
     apti_param *table = at.bias != NULL ? m->embed[APTI_RELATIVE + a->stack] : NULL;
     float *dbias = table != NULL && table->grad != NULL ? p->dbias : NULL;
-    if (dbias != NULL) memset(dbias, 0, (size_t)(at.heads * (2 * (int64_t)at.bias_span - 1)) * sizeof(float));
+    if (dbias != NULL) apti_zero(m->ctx, dbias, at.heads * (2 * (int64_t)at.bias_span - 1));
     apti_attention_backward(m->ctx, &at, p->dq, ldq, p->dk, ldk, p->dv, ldk, dbias, p->dctx, ldq, a->ctx, ldq, a->lse, a->q, ldq,
                             a->k, ldk, a->v, ldk);
     if (dbias != NULL) {
         const apti_relative_op relative = apti_relative_of(p, l);
-        apti_relative_backward(&relative, table->grad, dbias);
+        apti_relative_backward(m->ctx, &relative, table->grad, dbias);
     }
     if (!m->block->rotary) return;
     const apti_rotary_op q = apti_rotary_of(p, l, m->shape[l].heads), k = apti_rotary_of(p, l, m->shape[l].kv_heads);
@@ -14615,7 +14905,7 @@ static void apti_embed_backward_pass(apti_pass *p, const apti_stack *stack)
     }
     apti_embed_backward(m->ctx, e[APTI_WORD]->grad, e[APTI_POSITION] != NULL ? e[APTI_POSITION]->grad : NULL,
                         e[APTI_TYPE] != NULL ? e[APTI_TYPE]->grad : NULL, dx, ld, stack->tokens, stack->positions,
-                        p->batch->types, stack->rows, d);
+                        p->types, stack->rows, d);
 }
 
 /* One stack, from g, the gradient of its output, down to `lowest` (-1: through the embeddings). */
@@ -14653,14 +14943,32 @@ static void apti_backward(apti_pass *p)
     else if (m->config.task == APT_TASK_MLM) apti_mlm_backward(p);
     else apti_head_backward(p);
     if (p->stacks > 1) {
-        memset(p->dmemory, 0, (size_t)(p->stack[0].rows * ld) * sizeof(float));
+        apti_zero(m->ctx, p->dmemory, p->stack[0].rows * ld);
         apti_stack_backward(p, 1, lowest);
-        for (int64_t i = 0; i < p->stack[0].rows; i++) memcpy(p->g + i * ld, p->dmemory + i * ld, (size_t)d * sizeof(float));
+        apti_copy_rows(m->ctx, p->g, ld, p->dmemory, ld, p->stack[0].rows, d);
     }
     apti_stack_backward(p, 0, lowest);
 }
 
 /* ------------------------------------------------------------------------------------------------ inference */
+
+/* logits(n, vocab) of h(n, hidden) into memory of the caller's, which a device cannot write to: chunk by chunk through our own. */
+static void apti_output_rows(apti_pass *p, const apti_lm_op *op, float *logits, const float *h, int64_t n)
+{
+    apt_ctx *ctx = p->model->ctx;
+    const int64_t ldh = apti_ld(op->head.in), vocab = op->head.out, ld = apti_ld(vocab);
+    if (ctx->desc.backend == NULL) {
+        apti_lm_logits(ctx, op, logits, vocab, h, ldh, n);
+        return;
+    }
+    for (int64_t first = 0; first < n; first += p->mlm_chunk) {
+        const int64_t rows = apti_min_i64(p->mlm_chunk, n - first);
+        apti_lm_logits(ctx, op, p->mlm_work, ld, h + first * ldh, ldh, rows);
+        apti_sync(ctx);
+        for (int64_t i = 0; i < rows; i++)
+            memcpy(logits + (first + i) * vocab, p->mlm_work + i * ld, (size_t)vocab * sizeof(float));
+    }
+}
 
 static apt_result apti_output_logits(apti_pass *p, apt_output *out)
 {
@@ -14678,7 +14986,7 @@ static apt_result apti_output_logits(apti_pass *p, apt_output *out)
     if (c->task == APT_TASK_MLM || lm) {
         const apti_lm_op op = apti_decoder_of(p);
         if (lm) apti_head_scale(p, last->out, n);                     /* nobody reads it after this */
-        apti_lm_logits(p->model->ctx, &op, out->logits, width, lm ? last->out : p->head_norm, apti_ld(c->hidden), n);
+        apti_output_rows(p, &op, out->logits, lm ? last->out : p->head_norm, n);
     } else if (c->task == APT_TASK_SPAN) {
         for (int64_t i = 0; i < n; i++) {
             out->logits[i] = p->logits[2 * i];
@@ -14705,13 +15013,16 @@ APT_API apt_result apt_model_forward(apt_model *model, const apt_batch *batch, a
     if (r != APT_OK) return r;
     apti_pass *p = model->pass;
     const float *last = model->block->pre_norm ? p->stack[p->stacks - 1].out : p->acts[p->layers - 1].y2;
+    apti_sync(model->ctx);
     for (int64_t i = 0; i < rows && output->hidden != NULL; i++)
         memcpy(output->hidden + i * d, last + i * ld, (size_t)d * sizeof(float));
     apti_task_loss(p, false, 1.0f);
     output->loss = apti_mean_loss(p);
     output->loss_count = p->loss_count;
     output->correct = p->correct;
-    return apti_output_logits(p, output);
+    r = apti_output_logits(p, output);
+    const apt_result device = apti_device_check(model->ctx);
+    return r != APT_OK ? r : device;
 }
 /* ------------------------------------------------------------------------------------------------ generation
 
@@ -15195,7 +15506,7 @@ APT_API apt_result apt_generate(apt_model *model, const apt_batch *batch, const 
     g.room = (int32_t)room;
     g.lanes = (int32_t)lanes;
     const int64_t bytes = apti_generator_plan(&g, NULL);
-    char *block = (char *)apti_calloc(ctx, bytes, 1);
+    char *block = (char *)apti_data_zero(ctx, bytes, 1);
     if (block == NULL) return apti_fail(ctx, APT_E_MEMORY, "apt_generate: no memory for its cache: %lld bytes", (long long)bytes);
     (void)apti_generator_plan(&g, block);
     if (!desc->disable_cache) apti_generator_views(&g, g.bank[0]);
@@ -15288,7 +15599,7 @@ static apti_cut apti_cut_of(const apti_survivors *s, const apti_param *p)
 /* Embedding tables are large and only looked up: while a teacher needs the whole table, the student reads columns of it. */
 static bool apti_param_columns(apt_model *model, apti_param *out, const apti_param *p, const apti_cut *cut)
 {
-    out->columns = (int32_t *)apti_alloc(model->ctx, cut->c, (int64_t)sizeof(int32_t));
+    out->columns = (int32_t *)apti_data(model->ctx, cut->c, (int64_t)sizeof(int32_t));
     if (out->columns == NULL) return false;
     for (int64_t j = 0; j < cut->c; j++) {
         const int32_t at = cut->cols.index[j];
@@ -15716,7 +16027,7 @@ static apt_result apti_quantize_observe(apt_model *model, const apt_quantize_des
     if (d->batch_count == 0) return APT_OK;
     for (int32_t i = 0; i < model->param_count; i++) total += apti_is_quantizable(&model->params[i]) ? model->params[i].cols : 0;
     q->squares = (float **)apti_calloc(model->ctx, model->param_count, (int64_t)sizeof(float *));
-    q->square = (float *)apti_calloc(model->ctx, total, (int64_t)sizeof(float));
+    q->square = (float *)apti_data_zero(model->ctx, total, (int64_t)sizeof(float));
     if (q->squares == NULL || q->square == NULL)
         return apti_fail(model->ctx, APT_E_MEMORY, "apt_model_quantize: no memory to calibrate; nothing was changed");
     float *next = q->square;
@@ -15802,7 +16113,7 @@ static bool apti_param_snapshot(apt_model *model, apti_param *copy, const apti_p
         apti_pack(model->ctx, &copy->packed, p->value, p->cols);
         return true;
     }
-    copy->value = (float *)apti_alloc(model->ctx, apti_param_count(p), (int64_t)sizeof(float));
+    copy->value = (float *)apti_data(model->ctx, apti_param_count(p), (int64_t)sizeof(float));
     if (copy->value != NULL) memcpy(copy->value, p->value, (size_t)apti_param_count(p) * sizeof(float));
     return copy->value != NULL;
 }
@@ -16087,7 +16398,7 @@ static apt_result apti_unit_arrays_make(const apt_model *model, apti_unit_arrays
 {
     a->salience = (float *)apti_calloc(model->ctx, 3 * (int64_t)units, (int64_t)sizeof(float));
     a->keep = (uint8_t *)apti_calloc(model->ctx, units, 1);
-    a->probe = (float *)apti_calloc(model->ctx, 3 * probes, (int64_t)sizeof(float));
+    a->probe = (float *)apti_data_zero(model->ctx, 3 * probes, (int64_t)sizeof(float));
     if (a->salience != NULL && a->keep != NULL && a->probe != NULL) return APT_OK;
     apti_unit_arrays_free(model->ctx, a);
     return apti_fail(model->ctx, APT_E_MEMORY, "trainer: no memory for the salience of %d units", (int)units);
@@ -16250,6 +16561,8 @@ static apt_result apti_work_begin(apt_trainer *t, const char *what)
 static apt_result apti_work_end(apt_trainer *t, apt_result r)
 {
     t->working = t->half_done = false;
+    const apt_result device = apti_device_check(t->ctx);
+    if (r == APT_OK) r = device;
     if (r != APT_OK || !t->cancelled) return r;
     return apti_fail(t->ctx, APT_E_CANCELLED, "cancelled by the event callback at step %lld", (long long)t->step);
 }
@@ -16274,14 +16587,18 @@ static double apti_gradient_norm(apt_trainer *t)
 {
     double sum = 0;
     const apti_param *p;
+    apti_device_clear(t->ctx, APTI_DEVICE_SQUARES, 1);
     for (int32_t i = 0; (p = apti_trained(t, i)) != NULL; i++) {
         const int64_t n = apti_is_trained(p) ? apti_param_count(p) : 0;
+        const apti_squares_job job = {t->ctx->device_sums + APTI_DEVICE_SQUARES, p->grad, n};
+        if (n == 0 || apti_device_run(t->ctx, APTI_OP_SQUARES, &job)) continue;
         for (int64_t at = 0; at < n; at += 4096) {
             const float *g = p->grad + at;
             sum += (double)t->ctx->kernels->dot(g, g, apti_min_i64(4096, n - at));
         }
     }
-    return sqrt(sum);
+    apti_sync(t->ctx);
+    return sqrt(t->ctx->desc.backend != NULL ? sum + t->ctx->device_sums[APTI_DEVICE_SQUARES] : sum);
 }
 
 static double apti_learning_rate(const apt_train_desc *d, int64_t step)
@@ -16295,23 +16612,16 @@ static double apti_learning_rate(const apt_train_desc *d, int64_t step)
     return d->learning_rate * (1 - done);
 }
 
-/* w -= lr*sqrt(c2)/c1 * m / (sqrt(v) + eps*sqrt(c2)) + lr*decay*w, which is Adam with both bias corrections folded in. */
-typedef struct apti_adam_job {
-    apti_param *p;
-    const uint64_t *mask;             /* or NULL: weights that stay 0 */
-    const apti_kernels *kernels;
-    float grad_scale, beta1, beta2, step_size, eps, decay;
-} apti_adam_job;
 #define APTI_ADAM_BLOCK 8192          /* whole words of a mask, which is applied while the block is in the cache */
 
 static void apti_adam_task(int64_t index, int32_t thread, void *arg)
 {
     const apti_adam_job *j = (const apti_adam_job *)arg;
-    const int64_t at = index * APTI_ADAM_BLOCK, n = apti_min_i64(APTI_ADAM_BLOCK, apti_param_count(j->p) - at);
+    const int64_t at = index * APTI_ADAM_BLOCK, n = apti_min_i64(APTI_ADAM_BLOCK, j->n - at);
     (void)thread;
-    j->kernels->adam(j->p->value + at, j->p->moment1 + at, j->p->moment2 + at, j->p->grad + at, n, j->grad_scale, j->beta1,
-                     j->beta2, j->step_size, j->eps, j->decay);
-    if (j->mask != NULL) apti_bitmask_run(j->p->value + at, j->mask + at / 64, n);
+    j->kernels->adam(j->w + at, j->m + at, j->v + at, j->g + at, n, j->grad_scale, j->beta1, j->beta2, j->step_size, j->eps,
+                     j->decay);
+    if (j->mask != NULL) apti_bitmask_run(j->w + at, j->mask + at / 64, n);
 }
 
 /* Weight decay leaves vectors (biases, norms) alone, as usual. */
@@ -16323,10 +16633,23 @@ static void apti_adam_update(apt_trainer *t, double grad_scale, double lr)
     for (int32_t i = 0; (p = apti_trained(t, i)) != NULL; i++) {
         if (!apti_is_trained(p)) continue;
         const uint64_t *mask = i < t->model->param_count ? apti_bitmask_of(t->model, p) : NULL;
-        apti_adam_job job = {
-            p,        mask,                     t->ctx->kernels,             (float)grad_scale,  d->beta1,
-            d->beta2, (float)(lr * root2 / c1), (float)(d->epsilon * root2), p->dims == 2 ? (float)(lr * d->weight_decay) : 0.0f};
-        apti_parallel_for(t->ctx, apti_ceil_div(apti_param_count(p), APTI_ADAM_BLOCK), apti_adam_task, &job);
+        const int64_t count = apti_param_count(p);
+        apti_adam_job job = APT_ZERO;
+        job.w = p->value;
+        job.m = p->moment1;
+        job.v = p->moment2;
+        job.g = p->grad;
+        job.n = count;
+        job.mask = mask;
+        job.kernels = t->ctx->kernels;
+        job.grad_scale = (float)grad_scale;
+        job.beta1 = d->beta1;
+        job.beta2 = d->beta2;
+        job.step_size = (float)(lr * root2 / c1);
+        job.eps = (float)(d->epsilon * root2);
+        job.decay = p->dims == 2 ? (float)(lr * d->weight_decay) : 0.0f;
+        if (!apti_device_run(t->ctx, APTI_OP_ADAM, &job))
+            apti_parallel_for(t->ctx, apti_ceil_div(count, APTI_ADAM_BLOCK), apti_adam_task, &job);
         apti_param_repack(t->model, p);
     }
 }
@@ -16335,13 +16658,14 @@ static void apti_zero_gradients(apt_trainer *t)
 {
     apti_param *p;
     for (int32_t i = 0; (p = apti_trained(t, i)) != NULL; i++)
-        if (apti_is_trained(p)) memset(p->grad, 0, (size_t)apti_param_count(p) * sizeof(float));
+        if (apti_is_trained(p)) apti_zero(t->ctx, p->grad, apti_param_count(p));
 }
 
 static void apti_zero_moments(apt_trainer *t)
 {
     apti_param *p;
     t->adam_steps = 0;
+    apti_sync(t->ctx);
     for (int32_t i = 0; (p = apti_trained(t, i)) != NULL; i++) {
         if (!apti_is_trained(p)) continue;
         memset(p->moment1, 0, (size_t)apti_param_count(p) * sizeof(float));
@@ -16358,6 +16682,7 @@ static void apti_optimize(apt_trainer *t, double norm)
     t->info.skipped = !apti_finite((float)norm);
     if (!t->info.skipped) apti_adam_update(t, clip > 0 && norm > clip ? clip / norm : 1.0, t->info.learning_rate);
     apti_zero_gradients(t);
+    apti_sync(t->ctx);                /* the CPU may look at everything again */
 }
 /* ------------------------------------------------------------------------------------------------ self-distillation */
 
@@ -16407,7 +16732,7 @@ static bool apti_transform_make(apt_trainer *t, apti_transform *tr, int64_t hidd
     const int64_t d = t->model->config.hidden;
     apt_rng rng = apti_trainer_rng(t, APTI_STREAM_TRANSFORM);
     memset(tr, 0, sizeof(*tr));
-    tr->place = (int32_t *)apti_alloc(t->ctx, d, (int64_t)sizeof(int32_t));
+    tr->place = (int32_t *)apti_data(t->ctx, d, (int64_t)sizeof(int32_t));
     if (!apti_transform_param(t, &tr->a, "transform_A", APTI_TRANSFORM_RANK, d) ||
         !apti_transform_param(t, &tr->b, "transform_B", hidden, APTI_TRANSFORM_RANK) || tr->place == NULL)
         return false;
@@ -16459,7 +16784,7 @@ static bool apti_transform_cut(apt_trainer *t, apti_transform *out, const apt_ax
     rows.units = rows.kept = (int32_t)tr->a.rows;
     rows.width = 1;
     memset(out, 0, sizeof(*out));
-    out->place = (int32_t *)apti_alloc(t->ctx, hidden->kept, (int64_t)sizeof(int32_t));
+    out->place = (int32_t *)apti_data(t->ctx, hidden->kept, (int64_t)sizeof(int32_t));
     if (out->place == NULL || !apti_transform_param(t, a, "transform_A", tr->a.rows, hidden->kept)) return false;
     (void)apt_gather(a->value, a->cols, tr->a.value, tr->a.cols, &rows, hidden);
     (void)apt_gather(a->moment1, a->cols, tr->a.moment1, tr->a.cols, &rows, hidden);
@@ -16537,7 +16862,7 @@ static apt_result apti_teacher_forward(apt_trainer *t, const apt_batch *batch)
     if (bytes > t->distill_bytes) {
         apti_free(t->ctx, t->distill_block);
         t->distill_bytes = 0;
-        t->distill_block = (float *)apti_alloc(t->ctx, bytes, 1);
+        t->distill_block = (float *)apti_data(t->ctx, bytes, 1);
         if (t->distill_block == NULL)
             return apti_fail(t->ctx, APT_E_MEMORY, "distillation: no memory for %lld tokens", (long long)rows);
         t->distill_bytes = bytes;
@@ -16564,6 +16889,7 @@ static double apti_distill_span(apt_trainer *t, double scale)
     const double each = 1.0 / (2.0 * b->sequences);
     float *row = s->g, *target = s->t;                /* free until the backward begins */
     double sum = 0, loss = 0;
+    apti_sync(t->ctx);
     for (int32_t q = 0; q < 2 * b->sequences; q++) {
         const int64_t at = b->offsets[q / 2], n = b->offsets[q / 2 + 1] - at, c = q % 2;
         float *grad = s->dq;
@@ -16578,14 +16904,6 @@ static double apti_distill_span(apt_trainer *t, double scale)
     }
     return sum;
 }
-
-typedef struct apti_kl_job {
-    float *grad;
-    const float *student, *teacher;
-    double *row_loss;
-    int64_t ld, vocab;
-    float temperature, scale;
-} apti_kl_job;
 
 static void apti_kl_task(int64_t index, int32_t thread, void *arg)
 {
@@ -16607,13 +16925,15 @@ static double apti_distill_lm(apt_trainer *t, double scale)
     const double each = rows > 0 ? 1.0 / (double)rows : 0;
     double *row_loss = apti_distill_plan(t, (char *)t->distill_block, s->most_rows).row_sum, total = 0;
     apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, vocab, t->desc.distill_temperature,
-                       (float)(scale * each)};
+                       (float)(scale * each), 0};
     for (int64_t first = 0; first < rows; first += s->mlm_chunk) {
         const int64_t n = apti_min_i64(s->mlm_chunk, rows - first);
         const float *h = s->head_in + first * ldx;
         apti_lm_logits(t->ctx, &x, s->mlm_work, ld, h, ldx, n);
         apti_lm_logits(t->ctx, &y, teacher->mlm_work, ld, teacher->head_in + first * ldy, ldy, n);
-        apti_parallel_for(t->ctx, n, apti_kl_task, &job);
+        job.rows = n;
+        if (!apti_device_run(t->ctx, APTI_OP_KL, &job)) apti_parallel_for(t->ctx, n, apti_kl_task, &job);
+        apti_sync(t->ctx);
         for (int64_t i = 0; i < n; i++) total += row_loss[i] * each;
         apti_lm_grads(t->ctx, &x, s->dhead + first * ldx, ldx, true, s->kl_work, ld, h, ldx, n, &grad);
     }
@@ -16626,6 +16946,7 @@ static double apti_distill_pred(apt_trainer *t, double scale)
     const int64_t width = apti_head_width(&t->model->config), n = s->batch->sequences;
     const float *teacher = t->teacher_pass->logits;
     double loss = 0;
+    apti_sync(t->ctx);
     switch (t->model->config.task) {
     case APT_TASK_CLASSIFY:
         (void)apt_distill_kl(&loss, s->dlogits, width, s->logits, width, teacher, width, NULL, n, width,
@@ -16642,16 +16963,6 @@ static double apti_distill_pred(apt_trainer *t, double scale)
 
 /* ---- layer loss: MSE(Tr(h_student), h_teacher) of each drawn pair, injected where the backward reaches that layer ---- */
 
-typedef struct apti_layer_loss {
-    const apti_transform *tr;
-    float *mapped;                    /* in: s B A h; out: d loss / d Tr(h) */
-    const float *h, *teacher;
-    float *dy;                        /* receives the identity's part */
-    double *row_sum;
-    int64_t ld, ld_mapped, d, dt, rows;
-    float coefficient;                /* 2 * factor / (rows * teacher hidden) */
-} apti_layer_loss;
-
 #define APTI_LAYER_LOSS_ROWS 32
 static void apti_layer_loss_task(int64_t index, int32_t thread, void *arg)
 {
@@ -16662,13 +16973,13 @@ static void apti_layer_loss_task(int64_t index, int32_t thread, void *arg)
         float *m = j->mapped + r * j->ld_mapped;
         const float *h = j->h + r * j->ld, *target = j->teacher + r * j->dt;
         double sum = 0;
-        for (int64_t i = 0; i < j->d; i++) m[j->tr->place[i]] += h[i];
+        for (int64_t i = 0; i < j->d; i++) m[j->place[i]] += h[i];
         for (int64_t i = 0; i < j->dt; i++) {
             const float e = m[i] - target[i];
             sum += (double)e * e;
             m[i] = e * j->coefficient;
         }
-        for (int64_t i = 0; i < j->d; i++) j->dy[r * j->ld + i] += m[j->tr->place[i]];
+        for (int64_t i = 0; i < j->d; i++) j->dy[r * j->ld + i] += m[j->place[i]];
         j->row_sum[r] = sum;
     }
 }
@@ -16708,17 +17019,19 @@ static void apti_distill_inject(void *user, int32_t layer, float *dy, int64_t ld
     for (int32_t i = 0; i < t->map.pairs; i++) {
         if (t->map.student[i] != layer) continue;
         apti_plain_product(ctx, b.u, k, false, rows, k, d, h, ld, 1, tr->a.value, d, APTI_B_PLAIN_T);
-        ctx->kernels->scale(b.u, b.u, t->model->scale, rows * k);
+        apti_scale_run(ctx, b.u, rows * k, t->model->scale);
         apti_plain_product(ctx, b.mapped, ldm, false, rows, dt, k, b.u, k, 1, tr->b.value, k, APTI_B_PLAIN_T);
-        apti_layer_loss job = {tr, b.mapped, h, b.hidden[i], dy, b.row_sum, ld, ldm, d, dt, rows, 0};
+        apti_layer_loss job = {tr->place, b.mapped, h, b.hidden[i], dy, b.row_sum, ld, ldm, d, dt, rows, 0};
         job.coefficient = (float)(2.0 * t->layer_scale / ((double)rows * (double)dt));
-        apti_parallel_for(ctx, apti_ceil_div(rows, APTI_LAYER_LOSS_ROWS), apti_layer_loss_task, &job);
+        if (!apti_device_run(ctx, APTI_OP_LAYER_LOSS, &job))
+            apti_parallel_for(ctx, apti_ceil_div(rows, APTI_LAYER_LOSS_ROWS), apti_layer_loss_task, &job);
         double sum = 0;
+        apti_sync(ctx);
         for (int64_t r = 0; r < rows; r++) sum += b.row_sum[r];
         t->distill_loss += t->desc.distill_layer * sum / ((double)rows * (double)dt);
         apti_plain_product(ctx, tr->b.grad, k, true, dt, k, rows, b.mapped, 1, ldm, b.u, k, APTI_B_PLAIN);
         apti_plain_product(ctx, b.du, k, false, rows, k, dt, b.mapped, ldm, 1, tr->b.value, k, APTI_B_PLAIN);
-        ctx->kernels->scale(b.du, b.du, t->model->scale, rows * k);
+        apti_scale_run(ctx, b.du, rows * k, t->model->scale);
         apti_plain_product(ctx, tr->a.grad, d, true, k, d, rows, b.du, 1, k, h, ld, APTI_B_PLAIN);
         apti_plain_product(ctx, dy, ld, true, rows, d, k, b.du, k, 1, tr->a.value, d, APTI_B_PLAIN);
     }
@@ -16942,7 +17255,7 @@ static apt_result apti_snap_and_shrink(apt_trainer *t)
     apt_units u;
     if (gliding == NULL) return APT_OK;
     apt_model_units(m, &u);
-    m->masks = (float *)apti_alloc(t->ctx, u.total, (int64_t)sizeof(float));
+    m->masks = (float *)apti_data(t->ctx, u.total, (int64_t)sizeof(float));
     apt_result r = APT_OK;
     if (m->masks == NULL) r = apti_fail(t->ctx, APT_E_MEMORY, "compaction: no memory for %d masks", (int)u.total);
     else {
@@ -17267,7 +17580,7 @@ static apt_result apti_magnitude_reserve(apt_model *m, const apt_magnitude_desc 
         apt_weights *w = &g->part[at];
         g->param[at++] = p;
         w->n = apti_param_count(p);
-        w->mask = (uint64_t *)apti_alloc(m->ctx, apt_bitmask_words(w->n), (int64_t)sizeof(uint64_t));
+        w->mask = (uint64_t *)apti_data(m->ctx, apt_bitmask_words(w->n), (int64_t)sizeof(uint64_t));
         fine = w->mask != NULL && apti_param_own(m, p);
         if (p->value != NULL) continue;
         sum += w->n;
@@ -21919,7 +22232,7 @@ static apt_result apti_ckpt_read_transform(apt_trainer *t, apti_ckpt_reader *r, 
     const void *place = NULL;
     apt_result result = apti_ckpt_find(r, "teacher.place", APT_I32, d, &place, NULL);
     if (result != APT_OK) return result;
-    tr->place = (int32_t *)apti_alloc(t->ctx, d, (int64_t)sizeof(int32_t));
+    tr->place = (int32_t *)apti_data(t->ctx, d, (int64_t)sizeof(int32_t));
     if (tr->place == NULL) return apti_fail(t->ctx, APT_E_MEMORY, "checkpoint: no memory for the transform");
     memcpy(tr->place, place, (size_t)d * sizeof(int32_t));
     for (int64_t i = 0; i < d; i++)
@@ -21951,7 +22264,7 @@ static apt_result apti_ckpt_read_masks(apti_ckpt_reader *r, apt_model *m)
         apt_result result = apti_ckpt_find(r, apti_ckpt_key("bitmask", p->name).text, APT_I64, words, &data, NULL);
         if (result == APT_OK) result = apti_ckpt_find(r, apti_ckpt_key("model", p->name).text, APT_F32, n, &values, NULL);
         if (result != APT_OK) return result;
-        uint64_t *mask = (uint64_t *)apti_alloc(m->ctx, words, (int64_t)sizeof(uint64_t));
+        uint64_t *mask = (uint64_t *)apti_data(m->ctx, words, (int64_t)sizeof(uint64_t));
         if (mask != NULL) memcpy(mask, data, (size_t)words * sizeof(uint64_t));
         if (mask == NULL || !apti_bitmasks_reserve(m)) {
             apti_free(m->ctx, mask);
@@ -22225,6 +22538,10 @@ static apt_result apti_context_start(apt_ctx *ctx)
         return apti_fail(ctx, APT_E_UNSUPPORTED, "kernels '%.100s' are unknown, not compiled in or not supported by this CPU",
                          ctx->desc.kernels != NULL ? ctx->desc.kernels : "(best)");
     ctx->quant = apti_quant_kernels_find(ctx->kernels);
+    if (ctx->desc.backend != NULL) {
+        ctx->device_sums = (double *)apti_data_zero(ctx, APTI_DEVICE_SUMS, (int64_t)sizeof(double));
+        if (ctx->device_sums == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory on %s", ctx->desc.backend->name);
+    }
     ctx->desc.kernels = NULL;                    /* the caller's text may go */
     ctx->threads = ctx->desc.threads > 0 ? ctx->desc.threads : apti_cpu_count();
 #ifndef APTI_THREADS
@@ -22256,14 +22573,25 @@ static apt_result apti_check_desc(apt_ctx *ctx, const apt_desc *desc)
     return APT_OK;
 }
 
+static void apti_backend_close(apt_ctx *ctx)
+{
+    apt_backend *backend = ctx->desc.backend;
+    ctx->desc.backend = NULL;
+    if (backend != NULL) backend->close(backend->self);
+}
+
 APT_API apt_ctx *apt_create(const apt_desc *desc)
 {
     apt_ctx first;                               /* counts and reports until the real one exists */
     memset(&first, 0, sizeof first);
-    if (desc != NULL && apti_check_desc(&first, desc) != APT_OK) return NULL;
+    if (desc != NULL && apti_check_desc(&first, desc) != APT_OK) {
+        apti_backend_close(&first);
+        return NULL;
+    }
     apt_ctx *ctx = (apt_ctx *)apti_alloc(&first, 1, (int64_t)sizeof(apt_ctx));
     if (ctx == NULL) {
         (void)apti_fail(&first, APT_E_MEMORY, "no memory for a context");
+        apti_backend_close(&first);
         return NULL;
     }
     memcpy(ctx, &first, sizeof first);
@@ -22281,6 +22609,8 @@ APT_API void apt_destroy(apt_ctx *ctx)
     apti_pool_destroy(ctx);
 #endif
     for (int32_t i = 0; i < APTI_MAX_THREADS; i++) apti_free(ctx, ctx->scratch[i]);
+    apti_free(ctx, ctx->device_sums);
+    apti_backend_close(ctx);
     apt_ctx last;                                /* apti_free writes to the context after the release */
     memcpy(&last, ctx, sizeof last);
     apti_free(&last, ctx);

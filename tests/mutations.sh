@@ -56,7 +56,7 @@ column mask | ops train | if (job->mask) job->kernels->mul(du, da, job->mask, jo
 gate: the other map | ops model | kernels->mul(dv, dv, dh, job->n); | memset(dv, 0, (size_t)job->n * sizeof(float));
 gate: the slope | ops model | kernels->act_grad(du, du, u, job->n, job->act); | (void)u;
 rotary | ops model | apti_rotary_run(ctx, op, dx, lddx, rows, -1.0f); | (void)dx;
-relative position table | ops model | apti_relative_backward(&relative, table->grad, dbias); | (void)relative;
+relative position table | ops model | apti_relative_backward(m->ctx, &relative, table->grad, dbias); | (void)relative;
 tanh | ops model | job->dy[i] * (1.0f - job->x[i] * job->x[i]) | job->dy[i]
 word embedding | ops model | if (dword) apti_scatter_run | if (0) apti_scatter_run
 position embedding | ops model | if (dposition) apti_scatter_run | if (0) apti_scatter_run

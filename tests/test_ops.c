@@ -809,7 +809,7 @@ static void attention_reference_head(op_case *c, int64_t s, int64_t h)
     const int64_t q0 = a->q_offsets[s], tq = a->q_offsets[s + 1] - q0, k0 = a->k_offsets[s], tk = a->k_offsets[s + 1] - k0;
     const int64_t dim = a->op.head_dim, hc = h * dim, gc = h * a->op.kv_heads / a->op.heads * dim, shift = a->op.causal ? tk - tq : 0;
     const int64_t span = a->op.bias_span, wide = 2 * span - 1, width = c->in[AK].cols, width_q = c->in[AQ].cols;
-    const double mask = a->op.head_mask ? (double)a->head_mask[h] : 1.0, scale = (double)a->op.scale;
+    const double mask = a->op.head_mask ? (double)a->head_mask[h / (a->op.heads / a->op.kv_heads)] : 1.0, scale = (double)a->op.scale;
     double *p = (double *)calloc((size_t)(tk + 1), sizeof(double)), *dp = (double *)calloc((size_t)(tk + 1), sizeof(double));
     for (int64_t i = 0; i < tq; i++) {
         double max = 0, sum = 0, dot = 0;
@@ -884,7 +884,7 @@ static op_case *attention_make(const attention_shape *s, attention_case *a)
     a->bias = s->span > 0;
     a->no_o = s->no_o;
     if (s->head_mask) a->op.head_mask = a->head_mask;
-    for (int h = 0; h < s->heads; h++) a->head_mask[h] = h % 3 == 0 ? 0.3f : h % 3 == 1 ? 0.0f : 1.0f;
+    for (int h = 0; h < s->kv_heads; h++) a->head_mask[h] = h % 3 == 0 ? 0.3f : h % 3 == 1 ? 0.0f : 1.0f;
     a->lse = new_floats(rows, s->heads, s->heads);
     snprintf(c->name, sizeof c->name, "attention heads %d/%d dim %d causal %d span %d mask %d o %d sequences %d (%d..)", s->heads, s->kv_heads,
              s->head_dim, s->causal, s->span, s->head_mask, !s->no_o, s->sequences, s->q[0]);
@@ -1236,9 +1236,9 @@ static void test_rotary(void **state)
 
 /* ---- relative position bias -------------------------------------------------------------------------------------- */
 
-static void relative_forward(op_case *c) { apti_relative_forward((apti_relative_op *)c->op, c->out[0].v, c->in[0].v); }
+static void relative_forward(op_case *c) { apti_relative_forward(c->ctx, (apti_relative_op *)c->op, c->out[0].v, c->in[0].v); }
 
-static void relative_backward(op_case *c) { apti_relative_backward((apti_relative_op *)c->op, c->in[0].g, c->out[0].g); }
+static void relative_backward(op_case *c) { apti_relative_backward(c->ctx, (apti_relative_op *)c->op, c->in[0].g, c->out[0].g); }
 
 /* The definition, in double, with borders found by comparison and not by a logarithm */
 static int32_t relative_bucket(const apti_relative_op *op, int64_t distance)
@@ -1499,13 +1499,13 @@ static void gather_reference(op_case *c)
 
 static void tanh_forward(op_case *c)
 {
-    apti_tanh_forward(c->ctx, c->out[0].v, c->in[0].v, c->in[0].cols);
+    apti_tanh_forward(c->ctx, c->out[0].v, c->in[0].v, c->in[0].ld, c->in[0].rows, c->in[0].cols);
 }
 
 static void tanh_backward(op_case *c)
 {
     memcpy(c->in[0].g, c->out[0].g, (size_t)c->in[0].cols * sizeof(float));     /* in place */
-    apti_tanh_backward(c->ctx, c->in[0].g, c->in[0].g, c->out[0].v, c->in[0].cols);
+    apti_tanh_backward(c->ctx, c->in[0].g, c->in[0].g, c->out[0].v, c->in[0].ld, c->in[0].rows, c->in[0].cols);
 }
 
 static void tanh_reference(op_case *c)
