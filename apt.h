@@ -1626,6 +1626,7 @@ typedef struct apti_attention_job {
     float *dq, *dk, *dv, *dbias;
     const float *d_o;
     int64_t lddq, lddk, lddv, lddo;
+    int64_t rows_q;                   /* of all sequences */
     int64_t longest_q, longest_k;     /* of a sequence */
     int64_t blocks;                   /* the CPU's: blocks of the longest sequence */
 } apti_attention_job;
@@ -1675,6 +1676,8 @@ typedef struct apti_rows_job {        /* embedding, gather and scatter */
     const float *word, *position, *type;
     const int32_t *index, *positions, *types;
     int64_t ldx, ld_from, rows, zero_rows, d, chunk;
+    int64_t targets;                  /* scatter: rows that index can name */
+    bool unique;                      /* scatter: no two rows have the same index */
 } apti_rows_job;
 
 enum { APTI_OPS_PARTS = 64 };         /* partial sums of a loss or a sum over rows, at most */
@@ -7004,6 +7007,7 @@ static void apti_attention_backward(apt_ctx *ctx, const apti_attention_op *op, f
     apti_attention_job job = APT_ZERO;
     job.longest_q = apti_attention_longest(op->q_offsets, op->sequences);
     job.longest_k = apti_attention_longest(op->k_offsets, op->sequences);
+    job.rows_q = op->q_offsets[op->sequences];
     const int64_t longest = apti_max_i64(job.longest_q, job.longest_k);
     job.ctx = ctx;
     job.op = op;
@@ -7272,7 +7276,7 @@ static void apti_scatter_task(int64_t index, int32_t thread, void *arg)
 }
 
 static void apti_scatter_run(apt_ctx *ctx, float *x, int64_t ldx, const float *from, int64_t ld_from, const int32_t *index,
-                             int64_t rows, int64_t d, int64_t zero_rows)
+                             int64_t rows, int64_t d, int64_t zero_rows, int64_t targets, bool unique)
 {
     apti_rows_job job = APT_ZERO;
     job.kernels = ctx->kernels;
@@ -7284,17 +7288,18 @@ static void apti_scatter_run(apt_ctx *ctx, float *x, int64_t ldx, const float *f
     job.rows = rows;
     job.zero_rows = zero_rows;
     job.d = d;
+    job.targets = targets;
+    job.unique = unique;
     if (d == 0 || (rows == 0 && zero_rows == 0) || apti_device_run(ctx, APTI_OP_SCATTER, &job)) return;
     apti_parallel_for(ctx, apti_ceil_div(d, APTI_OPS_COLUMNS), apti_scatter_task, &job);
 }
 
-/* dword[tokens[i]] += dx[i], likewise positions and types; a NULL table is not wanted. Parallel over columns, rows in order. */
-static void apti_embed_backward(apt_ctx *ctx, float *dword, float *dposition, float *dtype_, const float *dx, int64_t lddx,
-                                const int32_t *tokens, const int32_t *positions, const int32_t *types, int64_t rows, int64_t d)
+/* dtable(targets, d)[index[i]] += dx[i], for words, positions and types; NULL: not wanted; index NULL: all 0. Parallel over columns,
+   rows in order. */
+static void apti_embed_backward(apt_ctx *ctx, float *dtable, int64_t targets, const float *dx, int64_t lddx, const int32_t *index,
+                                int64_t rows, int64_t d)
 {
-    if (dword) apti_scatter_run(ctx, dword, d, dx, lddx, tokens, rows, d, 0);
-    if (dposition) apti_scatter_run(ctx, dposition, d, dx, lddx, positions, rows, d, 0);
-    if (dtype_) apti_scatter_run(ctx, dtype_, d, dx, lddx, types, rows, d, 0);
+    if (dtable) apti_scatter_run(ctx, dtable, d, dx, lddx, index, rows, d, 0, targets, false);
 }
 
 static void apti_gather_task(int64_t index, int32_t thread, void *arg)
@@ -7323,11 +7328,11 @@ static void apti_gather_rows(apt_ctx *ctx, float *y, int64_t ldy, const float *x
     apti_parallel_for(ctx, apti_ceil_div(n_rows, job.chunk), apti_gather_task, &job);
 }
 
-/* The backward of a gather: x(zero_rows, d) = 0 (0: leave x), then x[index[i]] += y[i] in the order of i */
+/* The backward of a gather whose indices differ: x(zero_rows, d) = 0 (0: leave x), then x[index[i]] += y[i] */
 static void apti_scatter_rows(apt_ctx *ctx, float *x, int64_t ldx, const float *y, int64_t ldy, const int32_t *index,
                               int64_t n_rows, int64_t d, int64_t zero_rows)
 {
-    apti_scatter_run(ctx, x, ldx, y, ldy, index, n_rows, d, zero_rows);
+    apti_scatter_run(ctx, x, ldx, y, ldy, index, n_rows, d, zero_rows, 0, true);
 }
 
 /* ---- losses ------------------------------------------------------------------------------------------------------
@@ -14903,9 +14908,9 @@ static void apti_embed_backward_pass(apti_pass *p, const apti_stack *stack)
     } else {
         apti_mask_hidden(p, dx, stack->rows);
     }
-    apti_embed_backward(m->ctx, e[APTI_WORD]->grad, e[APTI_POSITION] != NULL ? e[APTI_POSITION]->grad : NULL,
-                        e[APTI_TYPE] != NULL ? e[APTI_TYPE]->grad : NULL, dx, ld, stack->tokens, stack->positions,
-                        p->types, stack->rows, d);
+    const int32_t *const index[] = {stack->tokens, stack->positions, p->types};
+    for (int32_t k = 0; k < 3; k++)   /* APTI_WORD, APTI_POSITION, APTI_TYPE */
+        if (e[k] != NULL) apti_embed_backward(m->ctx, e[k]->grad, e[k]->rows, dx, ld, index[k], stack->rows, d);
 }
 
 /* One stack, from g, the gradient of its output, down to `lowest` (-1: through the embeddings). */

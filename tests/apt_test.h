@@ -54,6 +54,41 @@ static inline const char *test_shared(char *path, size_t capacity, const char *n
     return path;
 }
 
+#ifdef APT_TEST_CUDA
+/* ---- every context on the emulated device of apt_cuda.h (the build "emulated" of tests/run.sh) ---- */
+
+#define APT_CUDA_IMPLEMENTATION
+#define APT_CUDA_EMULATE
+#include "../apt_cuda.h"
+
+#ifdef TEST_EAGER
+/* For tests of single operations, which look at once: waits behind each of them. */
+static bool test_run_eagerly(void *self, apti_op op, const void *job)
+{
+    char message[APTI_BACKEND_MESSAGE];
+    const bool done = aptc_run(self, op, job);
+    if (aptc_sync(self, message) != APT_OK) fail_msg("operation %d: %s", (int)op, message);
+    return done;
+}
+#endif
+
+static inline apt_ctx *test_create(const apt_desc *given)
+{
+    char message[APTI_BACKEND_MESSAGE];
+    apt_desc desc = APT_ZERO;
+    if (given != NULL) desc = *given;
+    if (desc.start_canary == 0 && desc.end_canary == 0) {
+        desc.backend = apt_cuda_open(NULL, message, sizeof message);
+        if (desc.backend == NULL) fail_msg("%s", message);
+#ifdef TEST_EAGER
+        desc.backend->run = test_run_eagerly;
+#endif
+    }
+    return apt_create(&desc);
+}
+#define apt_create test_create
+#endif
+
 #ifndef APT_ONLY_CORE
 /* ---- messages: a logger that remembers ---- */
 

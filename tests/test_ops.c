@@ -1,19 +1,10 @@
 /* The ops of apt.h: every forward and backward against plain double loops and against finite differences, bit for bit the same
    for any number of threads, on every kernel table the CPU can run.
    build: cc -std=c11 -O2 tests/test_ops.c -o test_ops -lcmocka -lpthread -lm */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <cmocka.h>
-
 #define APT_IMPLEMENTATION
 #include "../apt.h"
+#define TEST_EAGER
+#include "apt_test.h"
 
 /* ---- random numbers, matrices with guarded padding --------------------------------------------------------------- */
 
@@ -313,7 +304,11 @@ static void fill_mask(tensor *t)
 static void each_table(void (*body)(void))
 {
     const apti_kernels *list[8];
+#ifdef APT_TEST_CUDA
+    const int32_t count = (int32_t)apti_min_i64(1, apti_kernels_list(list, 8));     /* of the CPU's only what the device does not have */
+#else
     const int32_t count = apti_kernels_list(list, 8);
+#endif
     assert_true(count >= 1);
     for (int32_t k = 0; k < count; k++) {
         for (int i = 0; i < CONTEXTS; i++) g_ctx[i] = new_context(THREADS[i], list[k]->name);
@@ -341,7 +336,7 @@ static apti_linear_op linear_op(const op_case *c, apti_packed *packed)
     memset(packed, 0, sizeof *packed);
     packed->n = l->out;
     packed->k = l->in;
-    packed->nr = c->ctx->kernels->nr;
+    packed->nr = apti_panel_width(c->ctx);
     packed->type = APT_F32;
     packed->data = apti_alloc(c->ctx, 1, apti_packed_bytes(c->ctx, l->out, l->in, APT_F32));
     assert_non_null(packed->data);
@@ -762,6 +757,9 @@ static void norm_compact_body(void)
 static void test_layernorm_compact(void **state)
 {
     (void)state;
+#ifdef APT_TEST_CUDA
+    test_skip("a device adds up the places of the dense row: the masked row has other rounding than the compacted one");
+#endif
     each_table(norm_compact_body);
 }
 
@@ -1420,8 +1418,10 @@ static void embed_forward(op_case *c)
 static void embed_backward(op_case *c)
 {
     embed_case *e = (embed_case *)c->op;
-    apti_embed_backward(c->ctx, c->in[EWORD].g, e->position ? c->in[EPOSITION].g : NULL, e->type ? c->in[ETYPE].g : NULL, c->out[0].g,
-                        c->out[0].ld, e->tokens, e->positions, e->all_zero ? NULL : e->types, c->out[0].rows, c->out[0].cols);
+    const int32_t *index[] = {e->tokens, e->positions, e->all_zero ? NULL : e->types};
+    for (int t = EWORD; t <= ETYPE; t++)
+        if (t == EWORD || (t == EPOSITION ? e->position : e->type))
+            apti_embed_backward(c->ctx, c->in[t].g, c->in[t].rows, c->out[0].g, c->out[0].ld, index[t], c->out[0].rows, c->out[0].cols);
 }
 
 static void embed_reference(op_case *c)
@@ -1483,8 +1483,12 @@ static void gather_forward(op_case *c)
 
 static void gather_backward(op_case *c)
 {
-    apti_scatter_rows(c->ctx, c->in[0].g, c->in[0].ld, c->out[0].g, c->out[0].ld, (const int32_t *)c->op, c->out[0].rows, c->out[0].cols,
-                      c->in[0].plus ? 0 : c->in[0].rows);
+    const int64_t zero_rows = c->in[0].plus ? 0 : c->in[0].rows;
+    if (c->out[0].rows > c->in[0].rows)           /* an index that comes twice */
+        apti_scatter_run(c->ctx, c->in[0].g, c->in[0].ld, c->out[0].g, c->out[0].ld, (const int32_t *)c->op, c->out[0].rows, c->out[0].cols,
+                         zero_rows, c->in[0].rows, false);
+    else apti_scatter_rows(c->ctx, c->in[0].g, c->in[0].ld, c->out[0].g, c->out[0].ld, (const int32_t *)c->op, c->out[0].rows, c->out[0].cols,
+                           zero_rows);
 }
 
 static void gather_reference(op_case *c)
@@ -1521,17 +1525,18 @@ static void rows_body(void)
 {
     const int64_t d[] = {1, 63, 64, 200};
     for (size_t s = 0; s < sizeof d / sizeof *d; s++)
-        for (int plus = 0; plus < 2; plus++) {
+        for (int variant = 0; variant < 4; variant++) {
+            const bool plus = variant % 2 == 1, unique = variant >= 2;
             int32_t index[37];
             op_case *c = new_case();
-            for (int i = 0; i < 37; i++) index[i] = (int32_t)below(20);
-            snprintf(c->name, sizeof c->name, "gather d %d", (int)d[s]);
+            for (int i = 0; i < 37; i++) index[i] = unique ? i * 3 % 20 : (int32_t)below(20);
+            snprintf(c->name, sizeof c->name, "gather d %d variant %d", (int)d[s], variant);
             c->op = index;
             c->forward = gather_forward;
             c->backward = gather_backward;
             c->reference = gather_reference;
-            add_in(c, "x", 20, d[s], d[s] + 1, plus == 1);
-            add_out(c, "y", 37, d[s], d[s] + 2);
+            add_in(c, "x", 20, d[s], d[s] + 1, plus);
+            add_out(c, "y", unique ? 13 : 37, d[s], d[s] + 2);
             check_case(c);
         }
     const int64_t n[] = {1, 17, 16384, 16390};
