@@ -5242,7 +5242,6 @@ static void apti_pack(apt_ctx *ctx, apti_packed *packed, const float *w, int64_t
     job.packed = packed;
     job.w = w;
     job.ldw = ldw;
-    if (apti_device_run(ctx, APTI_OP_PACK, &job)) return;
     apti_parallel_for(ctx, apti_ceil_div(packed->n, packed->nr), apti_pack_task, &job);
 }
 
@@ -12905,7 +12904,9 @@ static void apti_param_get(const apt_model *model, const apti_param *p, float *v
 /* After an update in place of a trained linear weight. */
 static void apti_param_repack(apt_model *model, apti_param *p)
 {
-    if (p->linear && p->value != NULL) apti_pack(model->ctx, &p->packed, p->value, p->cols);
+    const apti_pack_job job = {model->ctx, &p->packed, p->value, NULL, p->cols};
+    if (!p->linear || p->value == NULL || apti_device_run(model->ctx, APTI_OP_PACK, &job)) return;
+    apti_pack(model->ctx, &p->packed, p->value, p->cols);
 }
 
 /* Initial values from the stream `index`, so a parameter's numbers do not depend on the others. */
@@ -15205,6 +15206,7 @@ static apt_result apti_generator_step(apti_generator *g, bool first)
     apti_gather_rows(m->ctx, p->head_in, ld, p->stack[p->stacks - 1].out, ld, g->last, g->active, d);
     apti_head_scale(p, p->head_in, g->active);
     apti_lm_logits(m->ctx, &op, g->logits, vocab, p->head_in, ld, g->active);
+    if (apti_device_check(m->ctx) != APT_OK) return m->ctx->device_result;
     for (int32_t i = 0; i < g->active; i++)
         if (!apti_finite_all(g->logits + i * vocab, vocab))
             return apti_fail(m->ctx, APT_E_NONFINITE, "apt_generate: sequence %d has a logit that is NaN or infinite",

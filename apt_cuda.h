@@ -49,6 +49,9 @@ typedef struct apt_cuda_desc {
     int32_t device;                   /* as cudaSetDevice counts: 0 */
     apt_cuda_math math;
     size_t workspace_bytes;           /* for operands in other types, partial sums and cuBLASLt: 128 MiB; at least 8 MiB */
+    void *(*alloc)(size_t bytes, void *user);      /* both or none: memory that the device and the CPU can both address, any */
+    void (*release)(void *memory, void *user);     /* alignment; none: cudaMallocManaged */
+    void *alloc_user;
     uint32_t end_canary;
 } apt_cuda_desc;
 
@@ -205,6 +208,7 @@ typedef struct aptc_algorithm {
 
 typedef struct aptc_device {
     apt_backend backend;
+    apt_cuda_desc desc;
     apt_cuda_math math;
     char *work;                       /* workspace_bytes: see aptc_take */
     size_t work_bytes, used;
@@ -1263,18 +1267,21 @@ APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
     float *q = room, *k = q + APTC_TILE * job.dim, *v = k + APTC_TILE * job.dim, *d_o = v + APTC_TILE * job.dim;        \
     float *prob = d_o + APTC_TILE * job.dim, *ds = prob + APTC_TILE * (APTC_TILE + 1)
 
-/* dot without o: one sweep over the keys, dot_i = sum over j of P(i, j) dP(i, j). Block: BX = tile of queries, BY = (sequence, head) */
+/* dot by a sweep over the keys, dot_i = sum over j of P(i, j) dP(i, j) / sum over j of P(i, j). With it the rows of dS sum to 0 up to the
+   rounding of dS; d_o . o leaves the rounding of its own terms, which hides small gradients where values are nearly alike.
+   Block: BX = tile of queries, BY = (sequence, head) */
 APTC_KERNEL(aptc_attention_sweep_kernel, aptc_attention)
 {
     APTC_GRADIENT_SHARED;
     APTC_SHARED(float, dot, APTC_TILE);
+    APTC_SHARED(float, sum, APTC_TILE);
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
     const int64_t q0 = APTC_BX * APTC_TILE, seen = aptc_limit(&job, &p, aptc_min(q0 + APTC_TILE, p.queries) - 1);
     const float mask = job.mask != NULL ? job.mask[p.group] : 1.0f;
     if (q0 >= p.queries) return;
     APTC_LOAD_TILE(q, job.q, job.ldq, p.q_row, p.head * job.dim, q0, p.queries, 1.0f);
     APTC_LOAD_TILE(d_o, job.d_o, job.ldo, p.q_row, p.head * job.dim, q0, p.queries, mask);
-    APTC_THREADS(t) if (t < APTC_TILE) dot[t] = 0;
+    APTC_THREADS(t) if (t < APTC_TILE) dot[t] = sum[t] = 0;
     for (int64_t k0 = 0; k0 < seen; k0 += APTC_TILE) {
         APTC_BARRIER;
         APTC_LOAD_TILE(k, job.k, job.ldk, p.k_row, p.group * job.dim, k0, p.keys, 1.0f);
@@ -1282,9 +1289,13 @@ APTC_KERNEL(aptc_attention_sweep_kernel, aptc_attention)
         APTC_BARRIER;
         APTC_GRADIENT_TILE(p, prob, ds)
         APTC_BARRIER;
-        APTC_THREADS(t) for (int32_t c = 0; t < APTC_TILE && c < APTC_TILE; c++) dot[t] += ds[t * (APTC_TILE + 1) + c];
+        APTC_THREADS(t) for (int32_t c = 0; t < APTC_TILE && c < APTC_TILE; c++) {
+            dot[t] += ds[t * (APTC_TILE + 1) + c];
+            sum[t] += prob[t * (APTC_TILE + 1) + c];
+        }
     }
-    APTC_THREADS(t) if (t < APTC_TILE && q0 + t < p.queries) job.o[(p.q_row + q0 + t) * job.heads + p.head] = dot[t];
+    APTC_THREADS(t) if (t < APTC_TILE && q0 + t < p.queries)
+        job.o[(p.q_row + q0 + t) * job.heads + p.head] = sum[t] > 0 ? dot[t] / sum[t] : dot[t];
 }
 APTC_LAUNCHER(aptc_attention_sweep_kernel, aptc_attention)
 
@@ -1456,7 +1467,7 @@ static void aptc_attention_dots(aptc_device *d, const apti_attention_job *op, co
     aptc_attention a = *given;
     a.o = dot;
     a.dot = NULL;
-    if (op->o == NULL) {
+    if (op->o == NULL || d->math == APT_CUDA_FP32) {
         APTC_LAUNCH_DYNAMIC(d, aptc_attention_sweep_kernel, a, aptc_ceil(op->longest_q, APTC_TILE), (int64_t)a.sequences * a.heads,
                             APTC_ATTENTION_ROOM(a.dim) * 4);
         return;
@@ -1827,22 +1838,25 @@ static apt_result aptc_sync(void *self, char message[APTI_BACKEND_MESSAGE])
 
 static void *aptc_alloc(void *self, size_t bytes)
 {
-    void *p = NULL;
-    (void)self;
+    const apt_cuda_desc *desc = &((aptc_device *)self)->desc;
+    if (desc->alloc != NULL) return desc->alloc(bytes, desc->alloc_user);
 #ifdef APT_CUDA_EMULATE
-    p = malloc(bytes);
+    return malloc(bytes);
 #else
-    if (cudaMallocManaged(&p, bytes, cudaMemAttachGlobal) != cudaSuccess) {
-        (void)cudaGetLastError();     /* no memory is not a failure of the device */
-        return NULL;
-    }
+    void *p = NULL;
+    if (cudaMallocManaged(&p, bytes, cudaMemAttachGlobal) == cudaSuccess) return p;
+    (void)cudaGetLastError();         /* no memory is not a failure of the device */
+    return NULL;
 #endif
-    return p;
 }
 
 static void aptc_release(void *self, void *memory)
 {
-    (void)self;
+    const apt_cuda_desc *desc = &((aptc_device *)self)->desc;
+    if (desc->release != NULL) {
+        desc->release(memory, desc->alloc_user);
+        return;
+    }
 #ifdef APT_CUDA_EMULATE
     free(memory);
 #else
@@ -1916,10 +1930,12 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *given, char *message, size_t cap
         return aptc_refuse(message, capacity, "apt_cuda_desc was not initialised: start with apt_cuda_desc desc = APT_ZERO");
     if (desc.math != APT_CUDA_FP32 && desc.math != APT_CUDA_TF32 && desc.math != APT_CUDA_BF16)
         return aptc_refuse(message, capacity, "apt_cuda_desc.math is not known; supported: APT_CUDA_FP32, APT_CUDA_TF32, APT_CUDA_BF16");
+    if ((desc.alloc == NULL) != (desc.release == NULL)) return aptc_refuse(message, capacity, "apt_cuda_desc.alloc and .release: both or none");
     if (desc.workspace_bytes == 0) desc.workspace_bytes = (size_t)128 << 20;
     if (desc.workspace_bytes < (size_t)8 << 20) return aptc_refuse(message, capacity, "apt_cuda_desc.workspace_bytes is below 8 MiB");
     aptc_device *d = (aptc_device *)calloc(1, sizeof(aptc_device));
     if (d == NULL) return aptc_refuse(message, capacity, "no memory");
+    d->desc = desc;
     d->math = desc.math;
     d->work_bytes = desc.workspace_bytes / 256 * 256;
     aptc_device_start(d, &desc);

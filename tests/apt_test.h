@@ -78,7 +78,12 @@ static inline apt_ctx *test_create(const apt_desc *given)
     apt_desc desc = APT_ZERO;
     if (given != NULL) desc = *given;
     if (desc.start_canary == 0 && desc.end_canary == 0) {
-        desc.backend = apt_cuda_open(NULL, message, sizeof message);
+        apt_cuda_desc device = APT_ZERO;
+        device.workspace_bytes = (size_t)16 << 20;
+        device.alloc = desc.alloc;
+        device.release = desc.release;
+        device.alloc_user = desc.alloc_user;
+        desc.backend = apt_cuda_open(&device, message, sizeof message);
         if (desc.backend == NULL) fail_msg("%s", message);
 #ifdef TEST_EAGER
         desc.backend->run = test_run_eagerly;

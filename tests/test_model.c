@@ -185,6 +185,7 @@ static void check_lm_logits(golden *g, const apt_model *model, apti_pass *pass, 
     for (int64_t i = 0; i < last->rows; i++) memcpy(h + i * ld, last->out + i * ld, (size_t)d * sizeof(float));
     apti_head_scale(pass, h, last->rows);
     apti_lm_logits(g->ctx, &op, logits, vocab, h, ld, last->rows);
+    apti_sync(g->ctx);
     snprintf(name, sizeof(name), "%slogits", part);
     expect_rows(g, name, logits, vocab, last->offsets, pass->stacks > 1 ? g->target_length : g->length);
     free(h);
@@ -283,8 +284,10 @@ static bool expect_vanishing(const golden *g, const apti_param *p, double whole)
    float to 7.4e-5. */
 static double gradient_bound(const golden *g, const apti_param *p)
 {
-    const bool known = strstr(g->dir, "t5-gated-untied") != NULL &&
-                       strcmp(p->name, "lora_B.decoder.block.0.layer.0.SelfAttention.q") == 0;
+    bool known = strstr(g->dir, "t5-gated-untied") != NULL && strcmp(p->name, "lora_B.decoder.block.0.layer.0.SelfAttention.q") == 0;
+#ifdef APT_TEST_CUDA                             /* there the same holds of A: 2.2e-5 */
+    known = known || (strstr(g->dir, "t5-gated-untied") != NULL && strcmp(p->name, "lora_A.decoder.block.0.layer.0.SelfAttention.q") == 0);
+#endif
     return known ? 3e-5 : 2e-5;
 }
 
@@ -330,10 +333,12 @@ static void check_dense(const char *name, const char *kernels)
     forward_backward(t, &g, APTI_PASS_FULL | APTI_PASS_ALL_ROWS);
     check_forward(&g, model, t->pass, "dense.");
     apti_backward(t->pass);
+    apti_sync(t->ctx);
     check_gradients(&g, model, false);
     apti_zero_gradients(t);
     forward_backward(t, &g, APTI_PASS_FULL);                       /* the last layer on first tokens only: the same numbers */
     apti_backward(t->pass);
+    apti_sync(t->ctx);
     check_gradients(&g, model, false);
     golden_close(&g);
 }
@@ -406,6 +411,7 @@ static void check_adapted(const char *name, const char *kernels)
     forward_backward(t, &g, APTI_PASS_ALL_ROWS);
     check_forward(&g, model, t->pass, "lora.");
     apti_backward(t->pass);
+    apti_sync(t->ctx);
     check_gradients(&g, model, true);
     for (int32_t l = 0; l < model->config.layers; l++) {
         check_projection(&g, t, l, APTI_OUTPUT);
@@ -435,6 +441,7 @@ static void check_head(const char *name, const char *kernels)
     expect_golden(&g, "", "loss", &loss, 1, 1e-5);
     check_lm_logits(&g, model, t->pass, "");
     apti_backward(t->pass);
+    apti_sync(t->ctx);
     check_gradients(&g, model, true);
     check_importance(&g, model);
     golden_close(&g);

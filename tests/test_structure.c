@@ -887,6 +887,7 @@ static double check_gradients(const grad_case *k, uint64_t seed)
     if (seed % 2 != 0) t->pass->mlm_chunk = 2;                        /* the vocabulary's logits in several chunks of rows */
     apti_task_loss(t->pass, true, 1.0f);
     apti_backward(t->pass);
+    apti_sync(t->ctx);
     double worst = 0, largest = 0;
     for (int32_t i = 0; i < m->param_count; i++) {
         const apti_param *p = &m->params[i];
@@ -1005,6 +1006,7 @@ static void test_lean(void **state)
             assert_true(t->pass->lean == (k == 0));
             apti_task_loss(t->pass, true, 1.0f);
             apti_backward(t->pass);
+            apti_sync(t->ctx);
             loss[k] = apti_mean_loss(t->pass);
             logits[k] = (float *)test_memory_block((size_t)n * sizeof(float));
             memcpy(logits[k], t->pass->logits, (size_t)n * sizeof(float));

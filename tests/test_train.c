@@ -564,6 +564,7 @@ static void plain_importance(apt_trainer *t, const plan *p, int64_t i, double *i
     const apt_step_info info = t->info;
     test_batch_at(&b, &p->c, p->data_seed, i, p->sequences);
     assert_ok(t->ctx, apti_micro_batch(t, &b.b, false));
+    apti_sync(t->ctx);
     for (int32_t k = 0; k < apti_sites(t->model); k++) {
         const apti_param *q = apti_site_of(t->model, k).b;
         importance[k] = 0;
@@ -793,6 +794,7 @@ static double distilled_loss(apt_trainer *t, const apt_batch *b)
     apti_zero_gradients(t);
     memset(&t->info, 0, sizeof t->info);
     assert_int_equal(apti_micro_batch(t, b, false), APT_OK);
+    apti_sync(t->ctx);
     return t->info.loss;
 }
 
@@ -1257,6 +1259,7 @@ static void test_adam(void **state)
             test_batch_at(&b, &p.c, 1, step, 6);
             double norm = 0;
             assert_ok(l.ctx, apti_micro_batch(l.trainer, &b.b, false));
+            apti_sync(l.ctx);
             for (int32_t i = 0; i < m->param_count; i++)
                 for (int64_t j = 0; j < ref[i].n; j++) norm += (double)ref[i].p->grad[j] * (double)ref[i].p->grad[j];
             norm = sqrt(norm);

@@ -1,0 +1,220 @@
+/* apt_cuda.h on its emulated device: whole runs beside those of the CPU, resumption from one on the other, products in bfloat16 with a
+   small workspace, and what apt_cuda_open refuses. Single operations and the golden models run on the same emulation in the build
+   "emulated" of tests/run.sh.
+   build: cc -std=c11 -O2 tests/test_cuda.c -o test_cuda -lcmocka -lpthread -lm */
+#define APT_IMPLEMENTATION
+#include "../apt.h"
+#include "apt_test.h"
+#include "model_test.h"
+#include "train_test.h"
+#ifndef APT_CUDA_IMPLEMENTATION
+#define APT_CUDA_IMPLEMENTATION
+#define APT_CUDA_EMULATE
+#include "../apt_cuda.h"
+#endif
+
+static apt_ctx *device_context(const apt_cuda_desc *given)
+{
+    char message[APTI_BACKEND_MESSAGE] = "";
+    apt_cuda_desc device = APT_ZERO;
+    apt_desc desc = APT_ZERO;
+    if (given != NULL) device = *given;
+    else device.workspace_bytes = (size_t)16 << 20;
+    desc.threads = 1;
+    desc.backend = apt_cuda_open(&device, message, sizeof message);
+    if (desc.backend == NULL) fail_msg("%s", message);
+    apt_ctx *ctx = apt_create(&desc);
+    assert_non_null(ctx);
+    return ctx;
+}
+
+/* A run with its trace, on the CPU or on the device. */
+static void begin(live *l, const plan *p, bool device)
+{
+    const apt_desc desc = {.threads = 1};
+    memset(l, 0, sizeof *l);
+    l->ctx = device ? device_context(NULL) : apt_create(&desc);
+    l->model = test_model(l->ctx, &p->c, 1);
+    apt_train_desc d = p->d;
+    d.on_event = on_event;
+    d.user = &l->tr;
+    l->trainer = test_trainer(l->model, &d);
+}
+
+static void assert_close_traces(const trace *a, const trace *b, int64_t from, int64_t to, const char *what)
+{
+    for (int64_t i = from; i < to; i++) {
+        if (fabs(a->loss[i] - b->loss[i]) > 1e-3 * (1 + fabs(a->loss[i])))
+            fail_msg("%s: micro-batch %d has loss %.9g on the device, %.9g on the CPU", what, (int)i, b->loss[i], a->loss[i]);
+        if (a->events[i] != b->events[i]) fail_msg("%s: micro-batch %d has events %x, %x on the CPU", what, (int)i, b->events[i], a->events[i]);
+    }
+}
+
+static void assert_same_shapes(const apt_model *a, const apt_model *b)
+{
+    assert_int_equal(a->config.hidden, b->config.hidden);
+    for (int32_t l = 0; l < a->config.layers; l++) {
+        assert_int_equal(a->shape[l].heads, b->shape[l].heads);
+        assert_int_equal(a->shape[l].neurons, b->shape[l].neurons);
+    }
+}
+
+static plan plan_at(int32_t which)
+{
+    plan p = which == 0   ? apt_plan(APT_BERT, APT_TASK_CLASSIFY)
+             : which == 1 ? apt_plan(APT_ROBERTA, APT_TASK_SPAN)
+                          : apt_plan(APT_BERT, APT_TASK_CLASSIFY);
+    if (which < 2) return p;
+    p.c = test_decoder(which - 2);
+    p.c.neurons = 20;
+    return p;
+}
+
+/* The same decisions, losses within a thousandth: pruning, growth, teachers, accumulation, compaction and all. Twice on the device:
+   the same bits. */
+static void test_same_run(void **state)
+{
+    (void)state;
+    for (int32_t which = 0; which < 2 + TEST_DECODERS; which++) {
+        const plan p = plan_at(which);
+        live cpu, device, again;
+        begin(&cpu, &p, false);
+        begin(&device, &p, true);
+        begin(&again, &p, true);
+        run(cpu.trainer, &p, &cpu.tr, 0, micro_batches(&p));
+        run(device.trainer, &p, &device.tr, 0, micro_batches(&p));
+        run(again.trainer, &p, &again.tr, 0, micro_batches(&p));
+        assert_ok(cpu.ctx, apt_trainer_finish(cpu.trainer));
+        assert_ok(device.ctx, apt_trainer_finish(device.trainer));
+        assert_ok(again.ctx, apt_trainer_finish(again.trainer));
+        assert_close_traces(&cpu.tr, &device.tr, 0, micro_batches(&p), "beside the CPU");
+        assert_same_shapes(cpu.model, device.model);
+        assert_true(cpu.model->shape[0].neurons < p.c.neurons);
+        assert_same_trace(&device.tr, &again.tr, 0, micro_batches(&p), "twice");
+        assert_true(test_model_sum(device.model) == test_model_sum(again.model));
+        apt_destroy(cpu.ctx);
+        apt_destroy(device.ctx);
+        apt_destroy(again.ctx);
+    }
+}
+
+/* A checkpoint of the one goes on on the other. */
+static void test_across(void **state)
+{
+    (void)state;
+    const plan p = plan_at(0);
+    const int64_t cuts[] = {3, 20, 33};
+    char dir[512], path[600];
+    test_dir(dir, sizeof dir);
+    test_join(path, sizeof path, dir, "run.apt");
+    live whole;
+    begin(&whole, &p, false);
+    run(whole.trainer, &p, &whole.tr, 0, micro_batches(&p));
+    for (size_t c = 0; c < sizeof cuts / sizeof *cuts; c++)
+        for (int from_device = 0; from_device < 2; from_device++) {
+            live first, second;
+            begin(&first, &p, from_device == 1);
+            run(first.trainer, &p, &first.tr, 0, cuts[c]);
+            assert_ok(first.ctx, apt_checkpoint_save(first.trainer, path, NULL, 0));
+            apt_destroy(first.ctx);
+            begin(&second, &p, from_device == 0);
+            assert_ok(second.ctx, apt_checkpoint_load(second.trainer, path, NULL, NULL));
+            run(second.trainer, &p, &second.tr, cuts[c], micro_batches(&p));
+            assert_close_traces(&whole.tr, &second.tr, cuts[c], micro_batches(&p), "across");
+            apt_destroy(second.ctx);
+        }
+    apt_destroy(whole.ctx);
+    test_remove(dir);
+}
+
+/* Each element of a product whose operands are rounded to bfloat16 is off by at most 2^-8 of the sum of its terms' sizes (two factors
+   with a relative error of 2^-9 each) and what the sums lose. The operands do not fit the workspace: rows and reduction are cut. */
+static void test_bf16_products(void **state)
+{
+    (void)state;
+    enum { M = 700, N = 40, K = 6000 };
+    apt_cuda_desc device = APT_ZERO;
+    device.math = APT_CUDA_BF16;
+    device.workspace_bytes = (size_t)8 << 20;
+    apt_ctx *ctx = device_context(&device);
+    float *a = (float *)apti_data(ctx, M * K, 4), *b = (float *)apti_data(ctx, N * K, 4), *c = (float *)apti_data(ctx, M * N, 4);
+    apt_rng rng = apt_rng_make(5, 0);
+    for (int64_t i = 0; i < M * K; i++) a[i] = apt_rng_normal(&rng);
+    for (int64_t i = 0; i < N * K; i++) b[i] = apt_rng_normal(&rng);
+    for (int32_t form = 0; form < 4; form++) {                           /* A and B transposed or not */
+        const bool ta = form % 2 == 1, tb = form / 2 == 1;
+        apti_gemm g = apti_gemm_begin(c, N, M, N, false);
+        g.part[0].k = K;
+        g.part[0].a = a;
+        g.part[0].a_row = ta ? 1 : K;
+        g.part[0].a_col = ta ? M : 1;
+        apti_gemm_right(&g.part[0], tb ? APTI_B_PLAIN_T : APTI_B_PLAIN, b, tb ? K : N);
+        apti_gemm_run(ctx, &g);
+        assert_int_equal(apti_device_check(ctx), APT_OK);
+        for (int64_t i = 0; i < M; i += 37)
+            for (int64_t j = 0; j < N; j += 7) {
+                double sum = 0, size = 0;
+                for (int64_t k = 0; k < K; k++) {
+                    const double x = (double)a[ta ? k * M + i : i * K + k], y = (double)b[tb ? j * K + k : k * N + j];
+                    sum += x * y;
+                    size += fabs(x * y);
+                }
+                const double error = fabs((double)c[i * N + j] - sum);
+                if (error > size / 256) fail_msg("form %d (%d, %d): off by %g of %g", form, (int)i, (int)j, error, size);
+            }
+    }
+    apti_free(ctx, a);
+    apti_free(ctx, b);
+    apti_free(ctx, c);
+    apt_destroy(ctx);
+}
+
+static void expect_refused(const apt_cuda_desc *desc, const char *words)
+{
+    char message[APTI_BACKEND_MESSAGE] = "";
+    assert_null(apt_cuda_open(desc, message, sizeof message));
+    if (strstr(message, words) == NULL) fail_msg("expected '%s' in '%s'", words, message);
+    assert_null(apt_cuda_open(desc, NULL, 0));
+}
+
+static void *give(size_t bytes, void *user)
+{
+    (void)user;
+    return malloc(bytes);
+}
+
+static void test_open(void **state)
+{
+    (void)state;
+    apt_cuda_desc desc = APT_ZERO;
+    desc.end_canary = 1;
+    expect_refused(&desc, "APT_ZERO");
+    desc.end_canary = 0;
+    desc.math = (apt_cuda_math)9;
+    expect_refused(&desc, "math");
+    desc.math = APT_CUDA_FP32;
+    desc.workspace_bytes = 1000;
+    expect_refused(&desc, "8 MiB");
+    desc.workspace_bytes = 0;
+    desc.alloc = give;
+    expect_refused(&desc, "both or none");
+    apt_desc bad = APT_ZERO;                     /* the backend belongs to apt_create also when that fails */
+    test_log log;
+    memset(&log, 0, sizeof log);
+    bad.log = test_log_put;
+    bad.log_user = &log;
+    bad.threads = -1;
+    bad.backend = apt_cuda_open(NULL, NULL, 0);
+    assert_null(apt_create(&bad));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_same_run),
+        cmocka_unit_test(test_across),
+        cmocka_unit_test(test_bf16_products),
+        cmocka_unit_test(test_open),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
