@@ -570,6 +570,9 @@ typedef struct apt_train_desc {
     int64_t distill_end;              /* step from which the task loss stands alone and the teacher is gone; 0: prune_end */
     float distill_temperature;        /* 2/3 */
     float distill_pred, distill_layer;/* both 0: the task's default (1.0/0.9 classification, 0.1/0.9 span and T5; LLaMA: none) */
+    /* quantisation, see ON QUANTISATION */
+    int32_t quantize;                 /* APT_QUANT_*: train what apt_model_quantize will make of the model; 0: no */
+    int64_t quantize_begin;           /* step from which on; 0: at once */
     /* running */
     int64_t evaluate_every;           /* steps; 0: never. Fires APT_EVENT_EVALUATE */
     int64_t checkpoint_every;         /* steps; 0: never. Fires APT_EVENT_CHECKPOINT */
@@ -4838,6 +4841,26 @@ static void apti_quant_put_row(const apti_packed *packed, int64_t row, const int
     for (int64_t g = 0; g < scales; g++) to[g * nr + j] = scale[g];
 }
 
+/* y(rows, cols) = q * scale for rows from `row`, columns from `col` (a multiple of 4, as they stand side by side). */
+static void apti_quant_widen(float *y, int64_t ldy, const apti_packed *packed, int64_t row, int64_t rows, int64_t col,
+                             int64_t cols)
+{
+    const bool int8 = packed->type == APT_I8;
+    const int64_t nr = packed->nr;
+    for (int64_t r = 0; r < rows; r++, row++) {
+        const uint8_t *panel = apti_quant_panel(packed, row / nr);
+        const float *scale = apti_quant_scales(packed, row / nr) + row % nr;
+        for (int64_t c = 0; c < cols; c += 4) {
+            int32_t shift;
+            const uint8_t *from = panel + apti_quant_at(packed, col + c, row % nr, &shift);
+            const float s = scale[int8 ? 0 : (col + c) / APT_QUANT_GROUP * nr];
+            float *to = y + r * ldy + c;
+            for (int64_t i = 0; i < apti_min_i64(4, cols - c); i++)
+                to[i] = (float)(int8 ? (int8_t)from[i] : (from[i] >> shift & 15) - 8) * s;
+        }
+    }
+}
+
 static void apti_quant_get_row(const apti_packed *packed, int64_t row, int8_t *q, float *scale)
 {
     const int64_t nr = packed->nr, j = row % nr, scales = apti_quant_panel_scales(1, packed->k, packed->type);
@@ -4990,7 +5013,11 @@ static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_ge
         kernels->expand(y, (const uint16_t *)part->packed->data + (j / nr * wide + p0) * nr, k * nr);
         return;
     }
-    for (int64_t p = 0; p < k;) {                /* transposed: p is an out feature, so it runs through panels of W */
+    if (apti_is_quant(part->packed->type)) {     /* transposed: rows of W are rows of B */
+        apti_quant_widen(y, nr, part->packed, p0, k, j, cols);
+        return;
+    }
+    for (int64_t p = 0; p < k;) {                /* the same in floats: p is an out feature, so it runs through panels of W */
         const int64_t inside = (p0 + p) % nr, rows = apti_min_i64(nr - inside, k - p);
         const int64_t at = ((p0 + p) / nr * wide + j) * nr;
         float block[APTI_NR_MAX * APTI_NR_MAX];
@@ -5720,6 +5747,7 @@ typedef struct apti_linear_op {
     int64_t rank;                     /* 0: no adapter */
     float scale;                      /* s */
     const float *a, *b;               /* A(rank, in), B(out, rank), row-major */
+    bool folded;                      /* w holds W + s B A: neither y nor dx needs the adapter */
     float *squares;                   /* [in] NULL, or a forward pass adds the squares of x here */
 } apti_linear_op;
 
@@ -5800,20 +5828,26 @@ static void apti_gemm_epilogue(apti_gemm *g, const apti_epilogue *epilogue)
     g->mask = epilogue->mask;
 }
 
+/* xa(rows, rank) = s x A^T */
+static void apti_linear_down(apt_ctx *ctx, const apti_linear_op *op, float *xa, const float *x, int64_t ldx, int64_t rows)
+{
+    apti_gemm down = apti_gemm_begin(xa, op->rank, rows, op->rank, false);
+    apti_gemm_left(&down.part[0], x, ldx, op->in);
+    apti_gemm_right(&down.part[0], APTI_B_PLAIN_T, op->a, op->in);
+    apti_gemm_run(ctx, &down);
+    apti_scale_run(ctx, xa, rows * op->rank, op->scale);
+}
+
 /* y(rows, out) = epilogue(x W^T + xa B^T + bias),  xa(rows, rank) = s x A^T
-   x(rows, in). The adapter is the second segment of the same product: no second pass over x or y. */
+   x(rows, in). The adapter is the second segment of the same product: no second pass over x or y. Folded: there is no xa. */
 static void apti_linear_forward(apt_ctx *ctx, const apti_linear_op *op, float *y, int64_t ldy, const float *x, int64_t ldx,
                                 int64_t rows, float *xa, const apti_epilogue *epilogue)
 {
     apti_gemm g = apti_gemm_begin(y, ldy, rows, op->out, false);
     if (rows == 0) return;
     if (op->squares != NULL) apti_column_square_sum(ctx, op->squares, x, ldx, rows, op->in);
-    if (op->rank > 0) {
-        apti_gemm down = apti_gemm_begin(xa, op->rank, rows, op->rank, false);
-        apti_gemm_left(&down.part[0], x, ldx, op->in);
-        apti_gemm_right(&down.part[0], APTI_B_PLAIN_T, op->a, op->in);
-        apti_gemm_run(ctx, &down);
-        apti_scale_run(ctx, xa, rows * op->rank, op->scale);
+    if (op->rank > 0 && !op->folded) {
+        apti_linear_down(ctx, op, xa, x, ldx, rows);
         apti_gemm_left(&g.part[1], xa, op->rank, op->rank);
         apti_gemm_right(&g.part[1], APTI_B_PLAIN_T, op->b, op->rank);
     }
@@ -5839,14 +5873,15 @@ static void apti_weight_grad(apt_ctx *ctx, float *c, int64_t m, int64_t n, const
 
 /* dy(rows, out) is the gradient of the value before the activation.
    y = x W^T + xa B^T + bias :  dx (+)= dy W + dya A,  dya(rows, rank) = s dy B,
-   dW += dy^T x,  dbias += column sums of dy,  dB += dy^T xa,  dA += dya^T x. A NULL output is not computed. */
+   dW += dy^T x,  dbias += column sums of dy,  dB += dy^T xa,  dA += dya^T x. A NULL output is not computed.
+   Folded: dx (+)= dy W, whose W holds the adapter. */
 static void apti_linear_backward(apt_ctx *ctx, const apti_linear_op *op, float *dx, int64_t lddx, bool accumulate_dx,
                                  const float *dy, int64_t lddy, const float *x, int64_t ldx, const float *xa, float *dya,
                                  int64_t rows, const apti_linear_grad *grad)
 {
-    const bool adapter = op->rank > 0;
+    const bool adapter = op->rank > 0, beside = adapter && !op->folded;
     if (rows == 0) return;
-    if (adapter && (dx || (grad && grad->a))) {
+    if ((beside && dx) || (adapter && grad && grad->a)) {
         apti_gemm up = apti_gemm_begin(dya, op->rank, rows, op->rank, false);
         apti_gemm_left(&up.part[0], dy, lddy, op->out);
         apti_gemm_right(&up.part[0], APTI_B_PLAIN, op->b, op->rank);
@@ -5857,7 +5892,7 @@ static void apti_linear_backward(apt_ctx *ctx, const apti_linear_op *op, float *
         apti_gemm g = apti_gemm_begin(dx, lddx, rows, op->in, accumulate_dx);
         apti_gemm_left(&g.part[0], dy, lddy, op->out);
         apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->w);
-        if (adapter) {
+        if (beside) {
             apti_gemm_left(&g.part[1], dya, op->rank, op->rank);
             apti_gemm_right(&g.part[1], APTI_B_PLAIN, op->a, op->in);
         }
@@ -5868,6 +5903,27 @@ static void apti_linear_backward(apt_ctx *ctx, const apti_linear_op *op, float *
     if (grad->bias) apti_column_sum(ctx, grad->bias, dy, lddy, rows, op->out);
     if (adapter && grad->b) apti_weight_grad(ctx, grad->b, op->out, op->rank, dy, lddy, xa, op->rank, rows);
     if (adapter && grad->a) apti_weight_grad(ctx, grad->a, op->rank, op->in, dya, op->rank, x, ldx, rows);
+}
+
+/* x as a product with small integers reads it: every row narrowed to int8 and widened again. */
+typedef struct apti_narrow_job { const apt_ctx *ctx; float *y; const float *x; int64_t ldy, ldx, rows, n; } apti_narrow_job;
+
+#define APTI_NARROW_ROWS 8
+static void apti_narrow_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_narrow_job *job = (const apti_narrow_job *)arg;
+    int8_t *q = (int8_t *)job->ctx->scratch[thread];
+    for (int64_t r = index * APTI_NARROW_ROWS; r < apti_min_i64(job->rows, (index + 1) * APTI_NARROW_ROWS); r++) {
+        float *y = job->y + r * job->ldy;
+        const float scale = job->ctx->quant->narrow(q, NULL, job->x + r * job->ldx, job->n, false);
+        for (int64_t i = 0; i < job->n; i++) y[i] = (float)q[i] * scale;
+    }
+}
+
+static void apti_narrow_run(apt_ctx *ctx, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t n)
+{
+    apti_narrow_job job = {ctx, y, x, ldy, ldx, rows, n};
+    apti_parallel_for(ctx, apti_ceil_div(rows, APTI_NARROW_ROWS), apti_narrow_task, &job);
 }
 
 /* ---- layer norm, RMS norm ---------------------------------------------------------------------------------------- */
@@ -11613,11 +11669,15 @@ APTI_INLINE int32_t apti_quant_round(float w, float scale, float limit)
     return (int32_t)lrintf(x > limit ? limit : x < -limit ? -limit : x);
 }
 
+/* Not finite when one of them is not. */
 static float apti_quant_max(const float *w, int64_t n)
 {
-    float max = 0.0f;
-    for (int64_t i = 0; i < n; i++) max = fabsf(w[i]) > max ? fabsf(w[i]) : max;
-    return max;
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = apti_bits(w[i]) & 0x7fffffffu;
+        most = bits > most ? bits : most;
+    }
+    return apti_float(most);
 }
 
 static double apti_quant_error(const float *w, const float *importance, int64_t n, float scale, float limit)
@@ -11944,6 +12004,7 @@ typedef struct apti_param {
     int32_t *columns;                 /* NULL, or: `value` is a frozen table of `stride` columns that a wider teacher has too, */
     int64_t stride;                   /* and columns[0..cols) of them are this parameter's. Embeddings only */
     apti_packed packed;               /* linear only */
+    apti_packed rounded;              /* W + s B A in small integers while apt_model.rounding asks for it; data NULL: not made */
     apt_sparse sparse;                /* a compressed copy for long batches (apt_model_compress); start is NULL: none */
     float *grad, *moment1, *moment2;  /* trainable only */
 } apti_param;
@@ -11988,6 +12049,8 @@ typedef struct apti_layer {
 
 typedef struct apti_design apti_design;
 
+typedef enum apti_stale { APTI_STALE_NONE = 0, APTI_STALE_TRAINED, APTI_STALE_ALL } apti_stale;
+
 struct apt_model {
     apt_ctx *ctx;
     apt_model *next;                  /* in ctx->models */
@@ -12009,6 +12072,9 @@ struct apt_model {
     float *masks;                     /* [units], or NULL: all 1. Order: apt_units */
     uint64_t **bitmask;               /* masks of single weights: [param_count], or NULL: none. An entry is NULL: all stay */
     float **squares;                  /* while calibrating: see apti_linear_op.squares; [param_count] */
+    int32_t rounding;                 /* APT_QUANT_*: the layers multiply with `rounded`, as the trainer wants it */
+    int32_t stale;                    /* apti_stale: which `rounded` are older than their weights */
+    float *merged;                    /* room for one W + s B A of a layer, kept while rounding */
     apti_pass *pass;                  /* buffers of apt_model_forward, kept between calls */
 };
 
@@ -12450,7 +12516,7 @@ static void apti_param_forget(apti_param *p)
     memset(&p->sparse, 0, sizeof p->sparse);
     p->value = p->grad = p->moment1 = p->moment2 = NULL;
     p->columns = NULL;
-    p->packed.data = NULL;
+    p->packed.data = p->rounded.data = NULL;
 }
 
 static void apti_param_release(apt_ctx *ctx, apti_param *p)
@@ -12458,6 +12524,7 @@ static void apti_param_release(apt_ctx *ctx, apti_param *p)
     apti_free(ctx, p->value);
     apti_free(ctx, p->columns);
     apti_free(ctx, p->packed.data);
+    apti_free(ctx, p->rounded.data);
     apti_free(ctx, p->grad);
     apti_free(ctx, p->moment1);
     apti_free(ctx, p->moment2);
@@ -12499,13 +12566,14 @@ static void apti_quant_set_task(int64_t index, int32_t thread, void *arg)
     for (int64_t r = index * p->nr; r < apti_min_i64(p->n, (index + 1) * p->nr); r++) {
         const float *w = job->values + r * p->k;
         apti_quant_row_scales(kind, scale, w, p->k, job->importance != NULL, job->importance);
-        apti_quant_row(kind, q, scale, w, p->k);
+        if (apti_finite_all(scale, apti_quant_groups(kind, p->k))) apti_quant_row(kind, q, scale, w, p->k);
+        else memset(q, 0, (size_t)p->k);
         apti_quant_put_row(p, r, q, scale);
     }
 }
 
-/* Quantises values(n, k) into the panels; importance [k] NULL: scales by max|w|, else searched. */
-static void apti_quant_set(apt_ctx *ctx, const apti_packed *packed, const float *values, const float *importance)
+/* Quantises values(n, k) into the panels; importance [k] NULL: scales by max|w|, else searched. False: a value is not finite. */
+static bool apti_quant_set(apt_ctx *ctx, const apti_packed *packed, const float *values, const float *importance)
 {
     apti_quant_move job = APT_ZERO;
     job.ctx = ctx;
@@ -12513,7 +12581,9 @@ static void apti_quant_set(apt_ctx *ctx, const apti_packed *packed, const float 
     job.values = values;
     job.importance = importance;
     apti_quant_clear(packed);
-    apti_parallel_for(ctx, apti_ceil_div(packed->n, packed->nr), apti_quant_set_task, &job);
+    const int64_t panels = apti_ceil_div(packed->n, packed->nr);
+    apti_parallel_for(ctx, panels, apti_quant_set_task, &job);
+    return apti_finite_all(apti_quant_scales(packed, 0), panels * apti_quant_panel_scales(packed->nr, packed->k, packed->type));
 }
 
 static void apti_quant_get_task(int64_t r, int32_t thread, void *arg)
@@ -12616,8 +12686,9 @@ static bool apti_param_reserve(apt_model *model, apti_param *p)
 static void apti_param_set(apt_model *model, apti_param *p, const float *values)
 {
     apt_sparse_free(model->ctx, &p->sparse);
+    model->stale = APTI_STALE_ALL;
     if (p->value != NULL && p->value != values) memcpy(p->value, values, (size_t)apti_param_count(p) * sizeof(float));
-    if (p->linear && apti_is_quant(p->packed.type)) apti_quant_set(model->ctx, &p->packed, values, NULL);
+    if (p->linear && apti_is_quant(p->packed.type)) (void)apti_quant_set(model->ctx, &p->packed, values, NULL);
     else if (p->linear) apti_pack(model->ctx, &p->packed, values, p->cols);
 }
 
@@ -12785,6 +12856,7 @@ static void apti_model_free(apt_model *model)
     apti_free(ctx, model->bias_head);
     apti_free(ctx, model->masks);
     apti_bitmasks_free(model);
+    apti_free(ctx, model->merged);
     apti_free(ctx, model);
 }
 
@@ -13415,7 +13487,7 @@ struct apti_pass {
     float *head_mask;                 /* grouped queries: the mask of each query head of the layer at work */
     float *bias, *dbias;              /* relative positions of the layer at work, as apti_attention_op wants them */
     float frequency[APTI_HEAD_MAX / 2];                                 /* rotary positions */
-    float *ctx, *act, *g, *t, *dq, *dk, *dv, *dctx, *dact, *dother, *dmemory, *dya;
+    float *ctx, *act, *g, *t, *dq, *dk, *dv, *dctx, *dact, *dother, *dmemory, *dya, *narrowed;
     apti_cache *cache;                /* NULL: no generation */
     /* hooks of the trainer */
     apti_probe *probe;                /* NULL: no salience */
@@ -13457,16 +13529,26 @@ static int64_t apti_rank(const apt_model *model, int32_t l, int32_t linear)
 }
 
 /* Widest of each shared buffer over all layers. */
-typedef struct apti_widths { int64_t query, kv, neurons, rank; } apti_widths;
+typedef struct apti_widths { int64_t query, kv, neurons, rank, narrowed; } apti_widths;
+
+/* Whether W + s B A changes while the model is trained. */
+static bool apti_site_trains(const apti_site *site)
+{
+    return site->w->trainable || site->a->rows > 0;
+}
 
 static apti_widths apti_widest(const apt_model *model)
 {
-    apti_widths w = {1, 1, 1, 1};
+    apti_widths w = {1, 1, 1, 1, 0};
     for (int32_t l = 0; l < model->config.layers; l++) {
         w.query = apti_max_i64(w.query, apti_query_width(model, l));
         w.kv = apti_max_i64(w.kv, apti_kv_width(model, l));
         w.neurons = apti_max_i64(w.neurons, model->shape[l].neurons);
         for (int32_t i = 0; i < APTI_LINEARS; i++) w.rank = apti_max_i64(w.rank, apti_rank(model, l, i));
+    }
+    for (int32_t k = 0; model->rounding != APT_QUANT_NONE && k < apti_layer_sites(model); k++) {
+        const apti_site site = apti_site_of(model, k);
+        if (site.w != NULL && apti_site_trains(&site)) w.narrowed = apti_max_i64(w.narrowed, site.w->cols);
     }
     return w;
 }
@@ -13635,6 +13717,7 @@ static void apti_plan_backward(apti_bump *b, apti_pass *pass, const apti_widths 
     pass->dother = c->gated ? apti_bump_matrix(b, rows, w->neurons) : NULL;
     pass->dmemory = pass->stacks > 1 ? apti_bump_matrix(b, pass->stack[0].rows, c->hidden) : NULL;
     pass->dya = (float *)apti_bump_take(b, rows * w->rank, (int64_t)sizeof(float));
+    pass->narrowed = apti_bump_matrix(b, rows, w->narrowed);
 }
 
 /* Lays out all buffers for `rows` tokens (T5: and target_rows) in `sequences` sequences; with block NULL it only counts. */
@@ -13802,6 +13885,102 @@ static apt_result apti_check_batch(const apt_model *model, const apt_batch *b, b
     return r != APT_OK ? r : apti_check_labels(model, b);
 }
 
+/* ------------------------------------------------------------------------------------------------ merged and rounded weights
+
+   While a trainer asks for it (apt_model.rounding), the linear maps of the layers multiply with small integers made of
+   W + s B A, as apt_model_merge and apt_model_quantize will make them: a forward pass is then that of the quantised model, bit
+   for bit. Backward, rounding of weights and of activations counts as the identity (straight-through), scales as constants:
+   no weight is cut off, since they follow the largest. With R for rounding, x' = R(x) and W' = R(W + s B A):
+       y = x' W'^T;   dx = dy W',   dW = dy^T x',   dB = dy^T (s x' A^T),   dA = (s dy B)^T x'.
+   The integers are no state: they are made anew from the weights whenever those have changed. */
+
+/* A view for the core's functions; which: value, gradient or moments of both matrices. */
+static apt_adapter apti_adapter_view(const apt_model *model, float *a, float *b, const apti_param *pa, const apti_param *pb)
+{
+    apt_adapter view;
+    view.a = a;
+    view.b = b;
+    view.rank = (int32_t)pa->rows;
+    view.in = (int32_t)pa->cols;
+    view.out = (int32_t)pb->rows;
+    view.scale = model->scale;
+    return view;
+}
+
+/* Rows of W + s B A: each entry is a sum of its own. */
+typedef struct apti_merge_job { apt_adapter adapter; float *w; } apti_merge_job;
+
+#define APTI_MERGE_ROWS 16
+static void apti_merge_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_merge_job *job = (const apti_merge_job *)arg;
+    const int64_t first = index * APTI_MERGE_ROWS;
+    apt_adapter rows = job->adapter;
+    (void)thread;
+    rows.out = (int32_t)apti_min_i64(APTI_MERGE_ROWS, job->adapter.out - first);
+    rows.b += first * rows.rank;
+    (void)apt_adapter_merge(&rows, job->w + first * rows.in, rows.in);
+}
+
+/* values = W + s B A, with the zeros of W's mask */
+static void apti_merge_values(const apt_model *model, const apti_site *site, float *values)
+{
+    apti_merge_job job;
+    apti_param_get(model, site->w, values);
+    if (site->a->rows == 0) return;
+    job.adapter = apti_adapter_view(model, site->a->value, site->b->value, site->a, site->b);
+    job.w = values;
+    apti_parallel_for(model->ctx, apti_ceil_div(site->w->rows, APTI_MERGE_ROWS), apti_merge_task, &job);
+    if (apti_bitmask_of(model, site->w) != NULL)
+        (void)apt_bitmask_apply(model->ctx, values, apti_bitmask_of(model, site->w), apti_param_count(site->w));
+}
+
+/* The integers of one map. What merging will store in bf16 is rounded to that first. */
+static apt_result apti_round_site(apt_model *m, const apti_site *site)
+{
+    apti_param *w = site->w;
+    const float *values = w->value;
+    if (values == NULL) {
+        apti_merge_values(m, site, m->merged);
+        for (int64_t i = 0; w->packed.type == APT_BF16 && i < apti_param_count(w); i++)
+            m->merged[i] = apti_bf16_to_f32(apti_f32_to_bf16(m->merged[i]));
+        values = m->merged;
+    }
+    if (apti_quant_set(m->ctx, &w->rounded, values, NULL)) return APT_OK;
+    return apti_fail(m->ctx, APT_E_NONFINITE, "training with quantised weights: %s (with its adapter) holds NaN or infinity", w->name);
+}
+
+/* Brings all integers up to date: before a pass, so that its failure changes nothing. */
+static apt_result apti_round_all(apt_model *m)
+{
+    apt_result r = APT_OK;
+    if (m->rounding == APT_QUANT_NONE) return r;
+    if (m->merged == NULL) m->merged = (float *)apti_alloc(m->ctx, apti_largest_layer(m), (int64_t)sizeof(float));
+    if (m->merged == NULL) return apti_fail(m->ctx, APT_E_MEMORY, "training with quantised weights: no memory for one matrix");
+    for (int32_t k = 0; k < apti_layer_sites(m) && r == APT_OK; k++) {
+        const apti_site site = apti_site_of(m, k);
+        if (site.w == NULL || apti_param_count(site.w) == 0) continue;
+        const bool there = site.w->rounded.data != NULL;
+        if (!there && !apti_packed_reserve(m->ctx, &site.w->rounded, site.w->rows, site.w->cols, apti_quant_type(m->rounding)))
+            r = apti_fail(m->ctx, APT_E_MEMORY, "training with quantised weights: no memory for %s", site.w->name);
+        else if (!there || m->stale == APTI_STALE_ALL || (m->stale == APTI_STALE_TRAINED && apti_site_trains(&site)))
+            r = apti_round_site(m, &site);
+    }
+    m->stale = r == APT_OK ? APTI_STALE_NONE : APTI_STALE_ALL;
+    return r;
+}
+
+/* They come back with the next pass, if they are still wanted. */
+static void apti_rounded_drop(apt_model *m)
+{
+    for (int32_t i = 0; i < m->param_count; i++) {
+        apti_free(m->ctx, m->params[i].rounded.data);
+        m->params[i].rounded.data = NULL;
+    }
+    apti_free(m->ctx, m->merged);
+    m->merged = NULL;
+}
+
 /* ------------------------------------------------------------------------------------------------ forward */
 
 static apti_linear_op apti_view(const apt_model *model, const apti_param *w, const apti_param *bias, const apti_param *a,
@@ -13810,7 +13989,8 @@ static apti_linear_op apti_view(const apt_model *model, const apti_param *w, con
     apti_linear_op op;
     op.out = w->rows;
     op.in = w->cols;
-    op.w = &w->packed;
+    op.folded = w->rounded.data != NULL;
+    op.w = op.folded ? &w->rounded : &w->packed;
     op.bias = bias != NULL ? bias->value : NULL;
     op.rank = a != NULL ? a->rows : 0;
     op.scale = model->scale;
@@ -14315,7 +14495,8 @@ static void apti_stack_forward(apti_pass *pass, int32_t which)
 /* All stacks up to the logits (MLM and LM: up to the decoder's input). */
 static apt_result apti_forward(apti_pass *pass, const apt_batch *batch, uint32_t mode)
 {
-    const apt_result r = apti_pass_prepare(pass, batch, mode);
+    apt_result r = apti_pass_prepare(pass, batch, mode);
+    if (r == APT_OK) r = apti_round_all(pass->model);
     if (r != APT_OK) return r;
     apti_index_batch(pass);
     const bool later = pass->cache != NULL && !pass->cache->fill;     /* the source has been read */
@@ -14399,6 +14580,24 @@ static apti_linear_grad apti_layer_grads(const apt_model *model, int32_t l, int3
 {
     const apti_layer *layer = &model->layers[l];
     return apti_grads(layer->slot[2 * i], layer->slot[2 * i + 1], layer->lora_a[i], layer->lora_b[i]);
+}
+
+/* apti_linear_backward of a linear map of layer l: x is what it read. A map in small integers read x narrowed, and that is what
+   its gradients are made of. */
+static void apti_map_backward(apti_pass *p, int32_t l, int32_t linear, float *dx, bool accumulate, const float *dy, int64_t lddy,
+                              const float *x, int64_t ldx, int64_t rows)
+{
+    const apt_model *m = p->model;
+    const apti_linear_op op = apti_layer_view(m, l, linear);
+    const apti_linear_grad grad = apti_layer_grads(m, l, linear);
+    float *xa = p->acts[l].xa[linear];
+    if (op.folded && rows > 0 && (op.rank > 0 || grad.w != NULL)) {
+        apti_narrow_run(m->ctx, p->narrowed, apti_ld(op.in), x, ldx, rows, op.in);
+        x = p->narrowed;
+        ldx = apti_ld(op.in);
+        if (op.rank > 0) apti_linear_down(m->ctx, &op, xa, x, ldx, rows);
+    }
+    apti_linear_backward(m->ctx, &op, dx, apti_ld(op.in), accumulate, dy, lddy, x, ldx, xa, p->dya, rows, &grad);
 }
 
 /* Layer -1 stands for the embeddings: the lowest place that wants a gradient; `layers` when only the head does. */
@@ -14507,15 +14706,8 @@ static void apti_ffn_inputs_backward(apti_pass *p, int32_t l)
     if (gated)
         apti_gate_backward(ctx, p->dact, ldf, p->dother, ldf, p->dact, ldf, a->pre, ldf, a->other, ldf, mask, a->rows_q, f, kind);
     else apti_act_backward(ctx, p->dact, ldf, p->dact, ldf, a->pre, ldf, mask, a->rows_q, f, kind);
-    apti_linear_op op = apti_layer_view(m, l, acting);
-    apti_linear_grad grad = apti_layer_grads(m, l, acting);
-    apti_linear_backward(ctx, &op, p->t, ld, !m->block->pre_norm, p->dact, ldf, a->in2, ld, a->xa[acting], p->dya, a->rows_q,
-                         &grad);
-    if (!gated) return;
-    const int32_t factor = apti_factor(m);
-    op = apti_layer_view(m, l, factor);
-    grad = apti_layer_grads(m, l, factor);
-    apti_linear_backward(ctx, &op, p->t, ld, true, p->dother, ldf, a->in2, ld, a->xa[factor], p->dya, a->rows_q, &grad);
+    apti_map_backward(p, l, acting, p->t, !m->block->pre_norm, p->dact, ldf, a->in2, ld, a->rows_q);
+    if (gated) apti_map_backward(p, l, apti_factor(m), p->t, true, p->dother, ldf, a->in2, ld, a->rows_q);
 }
 
 /* g: gradient of y2 -> gradient of y1, post-norm in t, pre-norm in g */
@@ -14525,10 +14717,8 @@ static void apti_ffn_backward(apti_pass *p, int32_t l)
     const apti_acts *a = &p->acts[l];
     const int64_t ld = apti_ld(m->config.hidden), f = m->shape[l].neurons, ldf = apti_ld(f);
     float *sum = m->block->pre_norm ? p->g : p->t;
-    const apti_linear_op op = apti_layer_view(m, l, APTI_DOWN);
-    const apti_linear_grad grad = apti_layer_grads(m, l, APTI_DOWN);
     apti_residual_grad(p, l, APTI_NORM2_W, sum, p->g, a->z2, a->stats2, 2 * l + 1);
-    apti_linear_backward(m->ctx, &op, p->dact, ldf, false, sum, ld, a->act, ldf, a->xa[APTI_DOWN], p->dya, a->rows_q, &grad);
+    apti_map_backward(p, l, APTI_DOWN, p->dact, false, sum, ld, a->act, ldf, a->rows_q);
     apti_probe_grad(p, apti_probe_neuron(m, l), p->dact, ldf, a->rows_q, f);
     apti_ffn_inputs_backward(p, l);
     if (m->block->pre_norm) apti_join_norm(p, l, APTI_NORM2_W, a->y1, a->stats2);
@@ -14544,18 +14734,11 @@ static void apti_qkv_backward(apti_pass *p, int32_t l, bool want_dx, bool want_m
     const int64_t d = m->config.hidden, ld = apti_ld(d), ldq = apti_ld(apti_query_width(m, l)),
                   ldk = apti_ld(apti_kv_width(m, l));
     const bool pre = m->block->pre_norm, lean = a->xq != a->x, cross = apti_is_cross(&m->config, l);
-    apti_linear_op op = apti_layer_view(m, l, APTI_QUERY);
-    apti_linear_grad grad = apti_layer_grads(m, l, APTI_QUERY);
-    apti_linear_backward(ctx, &op, !want_dx ? NULL : pre ? p->t : p->g, ld, !pre, p->dq, ldq, a->in1, ld, a->xa[APTI_QUERY],
-                         p->dya, a->rows_q, &grad);
+    apti_map_backward(p, l, APTI_QUERY, !want_dx ? NULL : pre ? p->t : p->g, !pre, p->dq, ldq, a->in1, ld, a->rows_q);
     float *dx = !want_dx ? NULL : lean || pre ? p->t : p->g;
     if (cross) dx = want_memory ? p->dmemory : NULL;
-    op = apti_layer_view(m, l, APTI_KEY);
-    grad = apti_layer_grads(m, l, APTI_KEY);
-    apti_linear_backward(ctx, &op, dx, ld, !lean, p->dk, ldk, a->memory, ld, a->xa[APTI_KEY], p->dya, a->rows_k, &grad);
-    op = apti_layer_view(m, l, APTI_VALUE);
-    grad = apti_layer_grads(m, l, APTI_VALUE);
-    apti_linear_backward(ctx, &op, dx, ld, true, p->dv, ldk, a->memory, ld, a->xa[APTI_VALUE], p->dya, a->rows_k, &grad);
+    apti_map_backward(p, l, APTI_KEY, dx, !lean, p->dk, ldk, a->memory, ld, a->rows_k);
+    apti_map_backward(p, l, APTI_VALUE, dx, true, p->dv, ldk, a->memory, ld, a->rows_k);
     if (!lean || !want_dx) return;
     apti_scatter_rows(ctx, p->t, ld, p->g, ld, p->first, a->rows_q, d, 0);   /* queried rows join the others */
     float *swap = p->g;
@@ -14591,10 +14774,8 @@ static void apti_attention_sublayer_backward(apti_pass *p, int32_t l, bool want_
     apt_model *m = p->model;
     const apti_acts *a = &p->acts[l];
     const int64_t ld = apti_ld(m->config.hidden), hq = apti_query_width(m, l), ldq = apti_ld(hq);
-    const apti_linear_op op = apti_layer_view(m, l, APTI_OUTPUT);
-    const apti_linear_grad grad = apti_layer_grads(m, l, APTI_OUTPUT);
     apti_residual_grad(p, l, APTI_NORM1_W, p->g, p->t, a->z1, a->stats1, 2 * l);
-    apti_linear_backward(m->ctx, &op, p->dctx, ldq, false, p->g, ld, a->ctx, ldq, a->xa[APTI_OUTPUT], p->dya, a->rows_q, &grad);
+    apti_map_backward(p, l, APTI_OUTPUT, p->dctx, false, p->g, ld, a->ctx, ldq, a->rows_q);
     apti_probe_grad(p, apti_probe_head(m, l), p->dctx, ldq, a->rows_q, hq);
     apti_attention_grads(p, l);
     apti_qkv_backward(p, l, want_dx, want_memory);
@@ -15435,6 +15616,7 @@ APT_API apt_result apt_model_compact(apt_model *model)
     apt_ctx *ctx = model->ctx;
     apti_survivors s;
     apti_compressed_drop(model);
+    apti_rounded_drop(model);
     if (model->pass != NULL) apti_pass_shrink(model->pass);
     apt_result r = apti_survivors_make(model, &s);
     const int64_t most = apti_largest_linear(model);
@@ -15488,19 +15670,6 @@ static void apti_param_freeze(apt_model *model, apti_param *p)
         p->value = NULL;
     }
     p->trainable = false;
-}
-
-/* A view for the core's functions; which: value, gradient or moments of both matrices. */
-static apt_adapter apti_adapter_view(const apt_model *model, float *a, float *b, const apti_param *pa, const apti_param *pb)
-{
-    apt_adapter view;
-    view.a = a;
-    view.b = b;
-    view.rank = (int32_t)pa->rows;
-    view.in = (int32_t)pa->cols;
-    view.out = (int32_t)pb->rows;
-    view.scale = model->scale;
-    return view;
 }
 
 /* Buffers for one adapter at `rank`, in fresh[0] (A) and fresh[1] (B); none where no heads or neurons are left to adapt. */
@@ -15568,16 +15737,6 @@ static void apti_adapter_remove(apt_model *model, int32_t site)
 static int64_t apti_adapter_per_rank(const apti_site *site)
 {
     return site->a->cols + site->b->rows;
-}
-
-/* values = W + s B A, with the zeros of W's mask */
-static void apti_merge_values(const apt_model *model, const apti_site *site, float *values)
-{
-    const apt_adapter view = apti_adapter_view(model, site->a->value, site->b->value, site->a, site->b);
-    apti_param_get(model, site->w, values);
-    (void)apt_adapter_merge(&view, values, site->w->cols);
-    if (apti_bitmask_of(model, site->w) != NULL)
-        (void)apt_bitmask_apply(model->ctx, values, apti_bitmask_of(model, site->w), apti_param_count(site->w));
 }
 
 /* W + s B A, written back in place of W. Only the adapters' own memory is given up afterwards. */
@@ -15687,14 +15846,19 @@ static bool apti_is_quantizable(const apti_param *p)
     return p->linear && p->layer >= 0 && apti_param_count(p) > 0;
 }
 
+static apt_result apti_quant_kind_check(apt_ctx *ctx, const char *what, int32_t kind)
+{
+    if (apt_quant_kind_name(kind) != NULL) return APT_OK;
+    return apti_fail(ctx, APT_E_UNSUPPORTED, "%s: kind %d is not known; supported: int8 (%d), int4 (%d)", what, (int)kind,
+                     APT_QUANT_INT8, APT_QUANT_INT4);
+}
+
 static apt_result apti_quantize_check(const apt_model *model, const apt_quantize_desc *d)
 {
     apt_ctx *ctx = model->ctx;
     if (d->start_canary != 0 || d->end_canary != 0)
         return apti_fail(ctx, APT_E_ARGUMENT, "apt_quantize_desc is not initialised: use apt_quantize_desc desc = APT_ZERO");
-    if (apt_quant_kind_name(d->kind) == NULL)
-        return apti_fail(ctx, APT_E_UNSUPPORTED, "apt_model_quantize: kind %d is not known; supported: int8 (%d), int4 (%d)",
-                         (int)d->kind, APT_QUANT_INT8, APT_QUANT_INT4);
+    if (apti_quant_kind_check(ctx, "apt_model_quantize", d->kind) != APT_OK) return APT_E_UNSUPPORTED;
     if (d->batch_count < 0 || (d->batch_count > 0) != (d->batches != NULL))
         return apti_fail(ctx, APT_E_ARGUMENT, "apt_model_quantize: %d batches at %s", (int)d->batch_count,
                          d->batches != NULL ? "an address" : "NULL");
@@ -15746,13 +15910,12 @@ static apt_result apti_quantize_all(apt_model *model, int32_t kind, apti_quantiz
     for (int32_t i = 0; i < model->param_count; i++) {
         const apti_param *p = &model->params[i];
         if (!apti_is_quantizable(p)) continue;
-        apti_param_get(model, p, q->values);
-        if (!apti_finite_all(q->values, apti_param_count(p)))
-            return apti_fail(ctx, APT_E_NONFINITE, "apt_model_quantize: %s holds NaN or infinity", p->name);
         if (!apti_packed_reserve(ctx, &q->fresh[i], p->rows, p->cols, apti_quant_type(kind)))
             return apti_fail(ctx, APT_E_MEMORY, "apt_model_quantize: no memory for %s (%lld x %lld); nothing was changed",
                              p->name, (long long)p->rows, (long long)p->cols);
-        apti_quant_set(ctx, &q->fresh[i], q->values, q->squares != NULL ? q->squares[i] : NULL);
+        apti_param_get(model, p, q->values);
+        if (!apti_quant_set(ctx, &q->fresh[i], q->values, q->squares != NULL ? q->squares[i] : NULL))
+            return apti_fail(ctx, APT_E_NONFINITE, "apt_model_quantize: %s holds NaN or infinity", p->name);
     }
     return APT_OK;
 }
@@ -15971,8 +16134,8 @@ static void apti_desc_resolve(apt_train_desc *d, const apt_config *c)
 
 /* One number of a resolved desc with its legal range. The list serves the check and the checkpoint. */
 typedef struct apti_field { const char *name; double value, low, high; } apti_field;
-#define APTI_FIELDS 50
-#define APTI_FIELDS_COMPARED 48              /* the rest may differ when a run goes on */
+#define APTI_FIELDS 52
+#define APTI_FIELDS_COMPARED 50              /* the rest may differ when a run goes on */
 
 static void apti_field_put(apti_field **at, const char *name, double value, double low, double high)
 {
@@ -16032,6 +16195,8 @@ static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_
     apti_field_put(&f, "distill_layer", d->distill_layer, 0, 1e6);
     apti_field_put(&f, "reset_moments", d->reset_moments, 0, 1);
     apti_field_put(&f, "disable_distill", d->disable_distill, 0, 1);
+    apti_field_put(&f, "quantize", d->quantize, 0, APT_QUANT_INT4);
+    apti_field_put(&f, "quantize_begin", (double)d->quantize_begin, 0, d->quantize != APT_QUANT_NONE ? steps : 0);
     apti_field_put(&f, "norm_eps", c->norm_eps, 0, 1);                /* of the model, like the next ones: in no other list */
     apti_field_put(&f, "start_id", c->decoder_layers > 0 ? c->start_id : 0, 0, most);
     apti_field_put(&f, "rope theta", rope->theta, 0, most);
@@ -16047,6 +16212,8 @@ static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_
 static apt_result apti_desc_check(apt_ctx *ctx, const apt_train_desc *d, const apt_config *c)
 {
     apti_field field[APTI_FIELDS];
+    if (d->quantize != APT_QUANT_NONE && apti_quant_kind_check(ctx, "apt_train_desc.quantize", d->quantize) != APT_OK)
+        return APT_E_UNSUPPORTED;
     apti_desc_fields(d, c, field);
     for (int32_t i = 0; i < APTI_FIELDS; i++)
         if (!apti_finite_f64(field[i].value) || !(field[i].value >= field[i].low && field[i].value <= field[i].high))
@@ -16055,7 +16222,9 @@ static apt_result apti_desc_check(apt_ctx *ctx, const apt_train_desc *d, const a
     if ((d->adapt & ~apti_adaptable(c)) != 0)
         return apti_fail(ctx, APT_E_RANGE, "apt_train_desc.adapt is %d, but this FFN has no gate; expected a sum of bits of %d",
                          (int)d->adapt, (int)apti_adaptable(c));
-    return APT_OK;
+    apt_config quantised = *c;
+    quantised.quant = d->quantize;
+    return apti_config_check(ctx, &quantised);
 }
 
 /* ------------------------------------------------------------------------------------------------ creating */
@@ -16135,9 +16304,17 @@ static apt_result apti_trainer_attach(apt_trainer *t)
     return r;
 }
 
+/* Whether the layers multiply with small integers follows from the number of steps alone. */
+static void apti_trainer_rounding(const apt_trainer *t)
+{
+    t->model->rounding = t->step >= t->desc.quantize_begin ? t->desc.quantize : APT_QUANT_NONE;
+}
+
 static void apti_trainer_detach(apt_trainer *t)
 {
     apt_model *m = t->model;
+    m->rounding = APT_QUANT_NONE;
+    apti_rounded_drop(m);
     for (int32_t i = 0; i < m->param_count; i++) {
         apti_param_freeze(m, &m->params[i]);
     }
@@ -16200,6 +16377,7 @@ APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *de
         apt_trainer_destroy(t);
         return r;
     }
+    apti_trainer_rounding(t);
     t->structure = model->structure;
     *trainer = t;
     return APT_OK;
@@ -16329,6 +16507,7 @@ static void apti_adam_update(apt_trainer *t, double grad_scale, double lr)
         apti_parallel_for(t->ctx, apti_ceil_div(apti_param_count(p), APTI_ADAM_BLOCK), apti_adam_task, &job);
         apti_param_repack(t->model, p);
     }
+    if (t->model->stale == APTI_STALE_NONE) t->model->stale = APTI_STALE_TRAINED;
 }
 
 static void apti_zero_gradients(apt_trainer *t)
@@ -17588,6 +17767,7 @@ static apt_result apti_update(apt_trainer *t, bool probe)
     apti_optimize(t, norm);
     t->micro = 0;
     t->step++;
+    apti_trainer_rounding(t);
     t->info.step = t->step;
     if (t->step >= t->desc.distill_end) apti_teacher_drop(t);
     t->stage = APTI_STAGE_GLIDE;
@@ -22146,6 +22326,7 @@ static void apti_ckpt_adopt(apt_trainer *t, apti_ckpt_load *c)
     memset(&c->transform, 0, sizeof(c->transform));
     t->structure = t->model->structure;
     t->step = c->ints[APTI_CKPT_STEP];
+    apti_trainer_rounding(t);
     t->micro = (int32_t)c->ints[APTI_CKPT_MICRO];
     t->adam_steps = c->ints[APTI_CKPT_ADAM_STEPS];
     t->moving = c->ints[APTI_CKPT_MOVING] != 0;
