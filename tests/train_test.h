@@ -145,4 +145,61 @@ static inline void assert_same_trace(const trace *a, const trace *b, int64_t fro
             fail_msg("%s: micro-batch %d gave loss %.17g, expected %.17g", what, (int)i, b->loss[i], a->loss[i]);
 }
 
+/* ---- cut and resumed ---- */
+
+static inline const char *checkpoint_path(char *path, size_t capacity, const char *dir, int64_t micro)
+{
+    char name[64];
+    snprintf(name, sizeof name, "run.%d", (int)micro);
+    return test_join(path, capacity, dir, name);
+}
+
+/* Saves after each micro-batch in `cut`, then resumes from each into fresh objects. */
+static inline void resume_everywhere(plan p, const int64_t *cut, int32_t cuts, uint32_t must_cut_at)
+{
+    char dir[512], path[600];
+    live a, b;
+    uint32_t cut_events = 0;
+    test_dir(dir, sizeof dir);
+    const uint64_t plain = run_all(&a, &p);
+    const trace reference = a.tr;
+    stop(&a);
+    start(&a, &p, 1);                                                 /* again, with saving: it disturbs nothing */
+    int64_t at = 0;
+    for (int32_t i = 0; i < cuts; i++) {
+        run(a.trainer, &p, &a.tr, at, cut[i]);
+        at = cut[i];
+        const int64_t blob[2] = {at, at * at};
+        assert_ok(a.ctx, apt_checkpoint_save(a.trainer, checkpoint_path(path, sizeof path, dir, at), blob, i == 0 ? 0 : sizeof blob));
+        if (at > 0) cut_events |= a.tr.events[at - 1];
+    }
+    run(a.trainer, &p, &a.tr, at, micro_batches(&p));
+    assert_ok(a.ctx, apt_trainer_finish(a.trainer));
+    assert_same_trace(&reference, &a.tr, 0, micro_batches(&p), "while saving");
+    assert_true(test_model_sum(a.model) == plain);
+    stop(&a);
+    if ((cut_events & must_cut_at) != must_cut_at) fail_msg("the cuts miss an event: %x of %x", cut_events & must_cut_at, must_cut_at);
+    for (int32_t i = 0; i < cuts; i++) {
+        int64_t blob[4] = {-1, -1, -1, -1};
+        size_t bytes = sizeof blob;
+        p.threads = 1 + i % 2;
+        start(&b, &p, 999);                                           /* other weights: all of them come from the file */
+        assert_ok(b.ctx, apt_checkpoint_load(b.trainer, checkpoint_path(path, sizeof path, dir, cut[i]), blob, &bytes));
+        assert_true(bytes == (i == 0 ? 0 : 16));
+        if (i > 0) assert_true(blob[0] == cut[i] && blob[1] == cut[i] * cut[i] && blob[2] == -1);
+        run(b.trainer, &p, &b.tr, cut[i], micro_batches(&p));
+        assert_ok(b.ctx, apt_trainer_finish(b.trainer));
+        char what[64];
+        snprintf(what, sizeof what, "resumed at micro-batch %d", (int)cut[i]);
+        assert_same_trace(&reference, &b.tr, cut[i], micro_batches(&p), what);
+        for (int64_t j = cut[i]; j < micro_batches(&p); j++) assert_int_equal(b.tr.events[j], reference.events[j]);
+        if (test_model_sum(b.model) != plain) fail_msg("%s: the final weights differ", what);
+        stop(&b);
+    }
+    test_remove(dir);
+}
+
+static const uint32_t every_event = 1u << APT_EVENT_PRUNE | 1u << APT_EVENT_COMPACT | 1u << APT_EVENT_GROW | 1u << APT_EVENT_TEACHER |
+                                    1u << APT_EVENT_EVALUATE | 1u << APT_EVENT_CHECKPOINT;
+
 #endif /* APT_TRAIN_TEST_H */
