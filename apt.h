@@ -17937,6 +17937,7 @@ typedef struct apti_rehearsal {
     apt_trainer t;                    /* the resolved desc and what plans read */
     int64_t now[APTI_USES], most[APTI_USES];                 /* held; held at the peak */
     int64_t tokens, target_tokens, sequences, pass, teacher_pass, masks, adapter_budget, shareable;
+    int64_t rounded;                             /* small integers of the layers, while they are there */
     const apt_iterative_desc *plan;              /* pruning of single weights, or NULL ... */
     uint8_t *chosen;                             /* [params] ... of these */
     apti_growth growth;
@@ -18016,6 +18017,24 @@ static void apti_note_pass(apti_rehearsal *r, uint32_t mode)
     apti_note(r, APTI_USE_ACTIVATIONS, -r->pass);
     apti_note(r, APTI_USE_ACTIVATIONS, bytes);
     r->pass = bytes;
+}
+
+/* The step behind `step`: from quantize_begin on a pass makes small integers of the layers, if the last cut took them or there
+   were none, and needs room for narrowed rows. */
+static void apti_rehearse_rounding(apti_rehearsal *r, int64_t step, uint32_t mode)
+{
+    apt_model *m = r->m;
+    const apt_train_desc *d = &r->t.desc;
+    if (r->rounded > 0 || d->quantize == APT_QUANT_NONE || step < d->quantize_begin || step >= d->steps) return;
+    m->rounding = d->quantize;
+    r->rounded = apti_cost(apti_largest_layer(m) * (int64_t)sizeof(float));
+    for (int32_t i = 0; i < m->param_count; i++) {
+        const apti_param *p = &m->params[i];
+        if (apti_is_quantizable(p))
+            r->rounded += apti_cost(apti_packed_bytes(m->ctx, p->rows, p->cols, apti_quant_type(d->quantize)));
+    }
+    apti_note(r, APTI_USE_WEIGHTS, r->rounded);
+    apti_note_pass(r, mode);
 }
 
 static void apti_rehearse_model(apti_rehearsal *r)
@@ -18169,7 +18188,8 @@ static void apti_rehearse_cut(apti_rehearsal *r, double left)
     const int64_t buffers = apti_cost(apti_largest_linear(m) * (int64_t)sizeof(float)) +
         apti_cost(m->param_count * (int64_t)sizeof(apti_param));
     apti_note(r, APTI_USE_ACTIVATIONS, -r->pass);
-    r->pass = 0;
+    apti_note(r, APTI_USE_WEIGHTS, -r->rounded);
+    r->pass = r->rounded = 0;
     apti_rehearse_shapes(r, left);
     apti_note(r, APTI_USE_SCRATCH, buffers + arrays);
     apti_rehearse_params(r, true);
@@ -18219,6 +18239,7 @@ static void apti_rehearse_decision(apti_rehearsal *r, int64_t step, bool first, 
         apti_note(r, APTI_USE_TEACHER, r->teacher_pass);
         r->teacher_pass = 0;
     }
+    apti_rehearse_rounding(r, step, mode);
     apti_note_pass(r, mode);
 }
 
@@ -18236,6 +18257,7 @@ static void apti_rehearse_pruning(apti_rehearsal *r, uint32_t mode)
     for (int64_t step = d->prune_begin, n = 0; step <= d->prune_end; n++) {
         const int64_t far = (d->prune_end - d->prune_begin) / d->update_frequency / 16 + 1;
         (void)apt_schedule_sparsity(&s, step, &sparsity);
+        apti_rehearse_rounding(r, step - 1, mode);
         if (step >= d->distill_end) apti_rehearse_drop(r);
         if (sparsity > 0) {
             if (last > 0) apti_rehearse_cut(r, 1 - (double)last);
@@ -18292,8 +18314,10 @@ static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
     apti_rehearse_attach(r);
     if (first) apti_rehearse_magnitude(r);       /* there is nothing to compute with yet */
     apti_note_pass(r, mode);
+    apti_rehearse_rounding(r, 0, mode);
     if (!first) apti_rehearse_magnitude(r);
     if (prunes) apti_rehearse_pruning(r, mode);
+    apti_rehearse_rounding(r, r->t.desc.steps - 1, mode);
     return APT_OK;
 }
 

@@ -189,9 +189,8 @@ static void check_estimate(const apt_estimate_info *info, taken run, const apt_c
     if (fmax(over, under) > g_worst) g_worst = fmax(over, under);
 }
 
-static void compare(const apt_config *c, int32_t method, batch_shape s, int32_t threads)
+static void compare_desc(const apt_config *c, int32_t method, batch_shape s, int32_t threads, apt_train_desc d)
 {
-    apt_train_desc d = method_desc(method);
     apt_estimate_info info;
     test_log log;
     apt_ctx *ctx = test_context(threads, &log);
@@ -201,6 +200,11 @@ static void compare(const apt_config *c, int32_t method, batch_shape s, int32_t 
     apt_destroy(ctx);
     assert_int_equal(info.masks, 0);
     check_estimate(&info, run_once(c, method == 0 ? NULL : &d, s, threads, NULL), c, g_methods[method], s, threads);
+}
+
+static void compare(const apt_config *c, int32_t method, batch_shape s, int32_t threads)
+{
+    compare_desc(c, method, s, threads, method_desc(method));
 }
 
 static void compare_all(apt_config (*config)(apt_task_kind task), int32_t threads)
@@ -246,6 +250,26 @@ static void test_decoders(void **state)
     print_message("    off by %.1f %% at most; %d runs kept all hidden dimensions beside a teacher\n", 100 * g_worst,
                   (int)g_whole);
     assert_true(g_whole > 0);
+}
+
+/* With quantised weights from the first step on, from the middle of pruning, from near the end. */
+static void test_quantised(void **state)
+{
+    (void)state;
+    static const batch_shape shapes[3] = {{4, 32, 0}, {16, 8, 0}, {1, 64, 0}};
+    static const int64_t begin[4] = {0, 2, 3, 7};
+    g_worst = 0;
+    for (int32_t method = 1; method < METHODS; method++)
+        for (int32_t k = 0; k < 8; k++) {
+            if (method > 3 && k % 4 != method % 4) continue;
+            const apt_config c = k < 2 ? wide_config(APT_TASK_CLASSIFY) : k < 4 ? deep_config(APT_TASK_SPAN) : decoder_config(k - 4);
+            apt_train_desc d = method_desc(method);
+            d.steps = 8;
+            d.quantize = 1 + (k + method) % 2;
+            d.quantize_begin = begin[(k + method / 2) % 4];
+            compare_desc(&c, method, shapes[(method + k) % 3], 1 + k % 2, d);
+        }
+    print_message("    off by %.1f %% at most\n", 100 * g_worst);
 }
 
 /* Masks of single weights: how much their estimate says of them, and that a run with them takes what it says. */
@@ -308,6 +332,6 @@ static void test_masks(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_wide), cmocka_unit_test(test_deep), cmocka_unit_test(test_decoders),
-                                       cmocka_unit_test(test_masks)};
+                                       cmocka_unit_test(test_masks), cmocka_unit_test(test_quantised)};
     return cmocka_run_group_tests_name("estimate", tests, NULL, NULL);
 }

@@ -820,6 +820,37 @@ static void test_models(void **state)
     for (size_t i = 0; i < sizeof attacks / sizeof attacks[0]; i++) (void)attack_every_allocation(&attacks[i]);
 }
 
+/* Small integers of the weights are made, and made again behind a cut, wherever a pass begins. */
+static void test_quantised(void **state)
+{
+    (void)state;
+    const uint32_t wanted = 1u << APT_EVENT_PRUNE | 1u << APT_EVENT_COMPACT | 1u << APT_EVENT_GROW | 1u << APT_EVENT_TEACHER;
+    int64_t plain[2] = {0, 0};
+    plan p = short_plan(APT_BERT, APT_TASK_CLASSIFY), d = decoder_plan(g_decoders[1]), full = plain_plan(APT_METHOD_FULL, APT_TASK_SPAN);
+    p.d.accumulate = full.d.accumulate = 1;
+    p.d.quantize = full.d.quantize = APT_QUANT_INT8;
+    d.d.quantize = APT_QUANT_INT4;
+    p.d.quantize_begin = 4;
+    full.d.quantize_begin = 1;
+    full.d.steps = 3;
+    assert_int_equal(attack_steps(&p, plain) & wanted, wanted);
+    assert_int_equal(attack_steps(&d, plain) & wanted, wanted);
+    (void)attack_steps(&full, plain);
+    const int64_t decided = micro_with(&p, APT_EVENT_PRUNE) + 1, cut = micro_with(&d, APT_EVENT_COMPACT) + 1;
+    p.d.quantize_begin = 0;
+    const attack attacks[] = {
+        {"apt_trainer_create", p, 0, setup_no_trainer, call_trainer_create, 20, false},
+        {"apt_trainer_observe", p, 0, NULL, call_observe, 14, false},
+        {"apt_trainer_prune_now", p, decided, setup_observe, call_prune_now, 20, true},
+        {"apt_trainer_finish", p, decided, NULL, call_finish, 20, false},
+        {"apt_model_forward", p, 0, NULL, call_forward, 14, false},
+        {"apt_checkpoint_load", d, cut, setup_checkpoint, call_checkpoint_load, 60, false},
+        {"apt_generate", d, cut, NULL, call_generate, 4, false},
+        {"apt_estimate", d, 0, NULL, call_estimate, 7, false},
+    };
+    for (size_t i = 0; i < sizeof attacks / sizeof attacks[0]; i++) (void)attack_every_allocation(&attacks[i]);
+}
+
 /* ---- threads --------------------------------------------------------------------------------------------------------- */
 
 /* Mutex, both conditions, and attributes and start of each worker. */
@@ -926,6 +957,7 @@ int main(void)
         cmocka_unit_test(test_cancelled_and_failed), cmocka_unit_test(test_trainer_calls), cmocka_unit_test(test_checkpoints),
         cmocka_unit_test(test_models),      cmocka_unit_test(test_thread_start), cmocka_unit_test(test_disk),
         cmocka_unit_test(test_disk_full),   cmocka_unit_test(test_decoder_steps), cmocka_unit_test(test_decoder_calls),
+        cmocka_unit_test(test_quantised),
     };
     return cmocka_run_group_tests_name("faults", tests, NULL, NULL);
 }
