@@ -517,15 +517,15 @@ EX_API void ex_run_warn_space(const ex_run *run)
                 ex_bytes_text(left, sizeof(left), bytes), ex_bytes_text(most, sizeof(most), needed));
 }
 
-/* Calibrated on what would have been the next batch. */
+/* Calibrated on what would have been the next batch; a model that was trained with its integers keeps just these. */
 static bool exi_run_quantize(ex_run *run)
 {
     if (run->quantize == APT_QUANT_NONE) return true;
     const apt_batch batch = exi_run_next(run);
     apt_quantize_desc d = APT_ZERO;
     d.kind = run->quantize;
-    d.batches = &batch;
-    d.batch_count = 1;
+    d.batch_count = run->desc.quantize == APT_QUANT_NONE;
+    d.batches = d.batch_count > 0 ? &batch : NULL;
     return apt_model_quantize(run->model, &d) == APT_OK;
 }
 
