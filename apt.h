@@ -4830,33 +4830,59 @@ static void apti_quant_clear(const apti_packed *packed)
 static void apti_quant_put_row(const apti_packed *packed, int64_t row, const int8_t *q, const float *scale)
 {
     const int64_t nr = packed->nr, j = row % nr, scales = apti_quant_panel_scales(1, packed->k, packed->type);
+    enum { GROUP = APT_QUANT_GROUP, HALF = GROUP / 2 };
     uint8_t *panel = apti_quant_panel(packed, row / nr);
     float *to = apti_quant_scales(packed, row / nr);
     int32_t shift;
-    for (int64_t p = 0; p < packed->k; p++) {
+    for (int64_t p = 0; p < packed->k; p += GROUP) {
+        int8_t group[GROUP] = {0}, both[HALF];
         uint8_t *at = panel + apti_quant_at(packed, p, j, &shift);
-        if (packed->type == APT_I8) *at = (uint8_t)q[p];
-        else *at = (uint8_t)((*at & 0xf0 >> shift) | (q[p] + 8) << shift);
+        const int64_t n = apti_min_i64(GROUP, packed->k - p);
+        memcpy(group, q + p, (size_t)n);
+        if (packed->type == APT_I8)
+            for (int64_t i = 0; i < GROUP; i += 4) memcpy(at + i * nr, group + i, 4);
+        else {
+            for (int32_t i = 0; i < HALF; i++) both[i] = (int8_t)((group[i] + 8) | (group[HALF + i] + 8) << 4);
+            for (int64_t i = 0; i < HALF; i += 4) memcpy(at + i * nr, both + i, 4);
+        }
     }
     for (int64_t g = 0; g < scales; g++) to[g * nr + j] = scale[g];
 }
 
-/* y(rows, cols) = q * scale for rows from `row`, columns from `col` (a multiple of 4, as they stand side by side). */
+/* y = q * s; a known length makes vectors. */
+#define APTI_WIDEN 16
+APTI_INLINE void apti_widen(float *y, const int8_t *q, float s)
+{
+    for (int32_t i = 0; i < APTI_WIDEN; i++) y[i] = (float)q[i] * s;
+}
+
+static void apti_widen_row(float *y, const int8_t *q, float s, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + APTI_WIDEN <= n; i += APTI_WIDEN) apti_widen(y + i, q + i, s);
+    for (; i < n; i++) y[i] = (float)q[i] * s;
+}
+
+/* y(rows, cols) = q * scale for rows from `row`, columns from `col`, a multiple of 4; by pieces of half a group, which has one
+   shift and one scale, and whose quads lie at equal distances. */
 static void apti_quant_widen(float *y, int64_t ldy, const apti_packed *packed, int64_t row, int64_t rows, int64_t col,
                              int64_t cols)
 {
     const bool int8 = packed->type == APT_I8;
     const int64_t nr = packed->nr;
+    int8_t q[APTI_WIDEN] = {0};
     for (int64_t r = 0; r < rows; r++, row++) {
         const uint8_t *panel = apti_quant_panel(packed, row / nr);
         const float *scale = apti_quant_scales(packed, row / nr) + row % nr;
-        for (int64_t c = 0; c < cols; c += 4) {
+        for (int64_t c = 0, n; c < cols; c += n) {
             int32_t shift;
             const uint8_t *from = panel + apti_quant_at(packed, col + c, row % nr, &shift);
             const float s = scale[int8 ? 0 : (col + c) / APT_QUANT_GROUP * nr];
-            float *to = y + r * ldy + c;
-            for (int64_t i = 0; i < apti_min_i64(4, cols - c); i++)
-                to[i] = (float)(int8 ? (int8_t)from[i] : (from[i] >> shift & 15) - 8) * s;
+            n = apti_min_i64(cols - c, APTI_WIDEN - (col + c) % APTI_WIDEN);
+            for (int64_t i = 0; i < n; i += 4) memcpy(q + i, from + i * nr, 4);
+            for (int32_t i = 0; !int8 && i < APTI_WIDEN; i++) q[i] = (int8_t)(((uint8_t)q[i] >> shift & 15) - 8);
+            if (n == APTI_WIDEN) apti_widen(y + r * ldy + c, q, s);
+            else apti_widen_row(y + r * ldy + c, q, s, n);
         }
     }
 }
@@ -5914,9 +5940,8 @@ static void apti_narrow_task(int64_t index, int32_t thread, void *arg)
     const apti_narrow_job *job = (const apti_narrow_job *)arg;
     int8_t *q = (int8_t *)job->ctx->scratch[thread];
     for (int64_t r = index * APTI_NARROW_ROWS; r < apti_min_i64(job->rows, (index + 1) * APTI_NARROW_ROWS); r++) {
-        float *y = job->y + r * job->ldy;
         const float scale = job->ctx->quant->narrow(q, NULL, job->x + r * job->ldx, job->n, false);
-        for (int64_t i = 0; i < job->n; i++) y[i] = (float)q[i] * scale;
+        apti_widen_row(job->y + r * job->ldy, q, scale, job->n);
     }
 }
 
@@ -8524,7 +8549,9 @@ APT_API apt_result apt_adapter_merge(const apt_adapter *adapter, float *w, int64
             double sum[BLOCK] = {0};
             for (int64_t k = 0; k < t->rank; k++) {
                 const double b = (double)t->scale * t->b[o * t->rank + k];
-                for (int64_t i = 0; i < n; i++) sum[i] += b * t->a[k * t->in + first + i];
+                const float *a = t->a + k * t->in + first;
+                if (n == BLOCK) for (int32_t i = 0; i < BLOCK; i++) sum[i] += b * a[i];      /* a known length makes vectors */
+                else for (int64_t i = 0; i < n; i++) sum[i] += b * a[i];
             }
             float *row = w + o * ldw + first;
             for (int64_t i = 0; i < n; i++) row[i] = (float)(row[i] + sum[i]);
@@ -11661,12 +11688,18 @@ static float apti_quant_limit(int32_t kind)
     return kind == APT_QUANT_INT8 ? 127.0f : 7.0f;
 }
 
-/* The integer next to w / scale. Cut off before rounding, so that nothing is too large for an integer. */
+/* The integer next to w / scale > 0, ties to even: where floats are 1 apart, a sum is rounded to an integer, which then stands
+   in its lowest bits. Cut off first, so that it is small enough. */
+#define APTI_ROUND 12582912.0f                   /* 1.5 * 2^23 */
+APTI_INLINE int32_t apti_quant_nearest(float w, float scale, float limit)
+{
+    const float x = w / scale, cut = x > limit ? limit : x < -limit ? -limit : x;
+    return (int32_t)(apti_bits(cut + APTI_ROUND) - apti_bits(APTI_ROUND));
+}
+
 APTI_INLINE int32_t apti_quant_round(float w, float scale, float limit)
 {
-    if (!(scale > 0.0f)) return 0;
-    const float x = w / scale;
-    return (int32_t)lrintf(x > limit ? limit : x < -limit ? -limit : x);
+    return scale > 0.0f ? apti_quant_nearest(w, scale, limit) : 0;
 }
 
 /* Not finite when one of them is not. */
@@ -11718,6 +11751,8 @@ static void apti_quant_row(int32_t kind, int8_t *q, const float *scale, const fl
     for (int64_t g = 0; g < apti_quant_groups(kind, cols); g++) {
         int64_t i;
         const int64_t end = apti_quant_group_range(kind, cols, g, &i);
+        for (; scale[g] > 0.0f && i + APT_QUANT_GROUP <= end; i += APT_QUANT_GROUP)        /* a known length makes vectors */
+            for (int32_t k = 0; k < APT_QUANT_GROUP; k++) q[i + k] = (int8_t)apti_quant_nearest(w[i + k], scale[g], limit);
         for (; i < end; i++) q[i] = (int8_t)apti_quant_round(w[i], scale[g], limit);
     }
 }
