@@ -146,7 +146,15 @@
    the folder that apt_model_save writes and apt_model_load reads back. Forward and generation then multiply integers:
    activations are narrowed to int8 row by row, sums are exact, so every kernel table gives the same integers. Scales come from
    the largest weight, or, with batches to calibrate on, from what each map reads. A quantised model cannot be trained or pruned
-   any more; for training with quantised values in a loop of your own there are apt_fake_quantize and its straight-through
+   any more.
+
+   What rounding spoils can be learned away before: with apt_train_desc.quantize (quantisation-aware training; any method, family
+   and pruning) the layers multiply, from step quantize_begin on, with integers made of W + s B A, as apt_model_merge and
+   apt_model_quantize will make them, and narrow their activations as well. Loss, salience and apt_model_forward are then those
+   of the quantised model, bit for bit. Gradients pass both roundings as if they were not there (straight-through); the teacher
+   of a distillation stays in floats. The integers are made anew behind every update and are no state, so checkpoints do not
+   hold them. Afterwards: apt_trainer_finish, apt_model_merge, apt_trainer_destroy, apt_model_quantize without batches, whose
+   scales by max|w| are those that were trained. For loops of your own there are apt_fake_quantize and its straight-through
    backward.
 
    ON DECODERS

@@ -29,6 +29,12 @@ quantised product: the scale of a row | quantize | f.row_scale = block->scale + 
 quantised product: the scratch of wide rows | quantize | strips > 0 ? apti_min_i64(APTI_QUANT_ROWS, strips) : apti_max_i64(1, fit) | apti_min_i64(APTI_QUANT_ROWS, apti_max_i64(strips, quant->mr))
 quantised model: calibration | quantize | if (op->squares != NULL) apti_column_square_sum | if (0) apti_column_square_sum
 quantised model: what it is | quantize | model->config.quant = desc->kind; | model->config.quant = 0;
+quantised training: what a pass multiplies with | quantize_train | op.w = op.folded ? &w->rounded : &w->packed; | op.w = &w->packed;
+quantised training: dW from narrowed rows | quantize_train | if (op.folded && rows > 0 && (op.rank > 0 | if (op.folded && rows > 0 && grad.w == NULL && (op.rank > 0
+quantised training: dx through the integers | quantize_train | apti_quant_widen(y, nr, part->packed, p0, k, j, cols); | apti_quant_widen(y, nr, part->packed, p0, k, 0, cols);
+quantised training: integers behind an update | quantize_train | if (t->model->stale == APTI_STALE_NONE) t->model->stale | if (0) t->model->stale
+quantised training: where it begins | quantize_train | t->step >= t->desc.quantize_begin ? | t->step > t->desc.quantize_begin ?
+quantised training: its memory | estimate | apti_note(r, APTI_USE_WEIGHTS, r->rounded); | apti_note(r, APTI_USE_WEIGHTS, 0);
 fake quantisation: what was cut off | quantize | if (fabsf(w[i]) > most) job->out | if (0) job->out
 int4: the half of a byte | quantize | inside >= half ? 4 : 0; | inside >= half ? 0 : 4;
 compressed map: the bias | sparsify | apti_sparse_run(m->ctx, sparse, op.bias, y | apti_sparse_run(m->ctx, sparse, NULL, y

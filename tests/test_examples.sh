@@ -214,6 +214,14 @@ done
 check "but cannot be trained" 1 "$roberta" --model "$work/int8" $data $short --out "$work/int8-again"
 says "and says why" "quantised (int8)"
 check "an unknown kind" 2 r $data --quantize int5 --out "$work/x"
+check "trained with its integers" 0 r $data $short --quantize int4 --qat --quantize-begin 4 --out "$work/qat"
+accuracy=$(sed -n 's/^accuracy *//p' "$work/log")
+says_file "config.json says int4" "$work/qat/config.json" "\"quantization\": \"int4\""
+check "the result loads again" 0 "$roberta" --model "$work/qat" --dev "$work/demo/dev.tsv" --method eval
+says "and scores what training said" "accuracy *$accuracy"
+check "--qat without a kind" 2 r $data --qat --out "$work/x"
+says "needs one" "qat needs --quantize"
+check "--quantize-begin without --qat" 2 r $data --quantize int8 --quantize-begin 3 --out "$work/x"
 check "accumulation, length groups, preset, linear schedule" 0 r $data --steps 8 --accumulate 3 --group-by-length --preset glue-small \
     --schedule linear --no-grow --no-distill --lr-schedule cosine --warmup 2 --out "$work/options"
 check "predictions" 0 "$roberta" --model "$work/apt" --method predict --predict "$work/demo/test.tsv" --out "$work/predicted"
