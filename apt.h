@@ -13432,6 +13432,7 @@ APT_API apt_result apt_model_set_bitmask(apt_model *model, const char *name, con
         if (model->bitmask == NULL) return APT_OK;
         apti_free(model->ctx, model->bitmask[p - model->params]);
         model->bitmask[p - model->params] = NULL;
+        model->stale = APTI_STALE_ALL;            /* an adapter over it is masked no longer */
         return APT_OK;
     }
     if (mask == NULL) return apti_fail(model->ctx, APT_E_ARGUMENT, "%s: the mask is NULL", name);
@@ -13990,7 +13991,8 @@ static apt_result apti_round_site(apt_model *m, const apti_site *site)
         values = m->merged;
     }
     if (apti_quant_set(m->ctx, &w->rounded, values, NULL)) return APT_OK;
-    return apti_fail(m->ctx, APT_E_NONFINITE, "training with quantised weights: %s (with its adapter) holds NaN or infinity", w->name);
+    return apti_fail(m->ctx, APT_E_NONFINITE, "training with quantised weights: %s (with its adapter) holds NaN or infinity",
+                     w->name);
 }
 
 /* Brings all integers up to date: before a pass, so that its failure changes nothing. */

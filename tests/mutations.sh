@@ -139,7 +139,7 @@ red() {                                          # TESTS
 
 killed=0 survived=0
 cp apt.h "$WORK/apt.h"
-for t in ops model core train structure learned learned_modules quantize; do
+for t in ops model core train structure learned learned_modules quantize quantize_train; do
     [ -n "$CHECK" ] || [ -z "$(red $t)" ] || { echo "test_$t fails without any mutation"; exit 1; }
 done
 while IFS='|' read -r name tests from to; do

@@ -85,7 +85,7 @@ static double deploy(apt_model *m, const apt_train_desc *d)
         test_batch_at(&b, &m->config, 5, i, 5);
         assert_ok(m->ctx, apt_model_forward(m, &b.b, &out));
         assert_ok(m->ctx, apt_trainer_step(t, &b.b, &info));
-        if (out.loss != info.task_loss)                               /* the loss that is trained is that of the quantised model */
+        if (out.loss != info.task_loss)                       /* the loss that is trained is that of the quantised model */
             fail_msg("step %d: loss %.17g, evaluated before it %.17g", (int)i, info.task_loss, out.loss);
     }
     assert_ok(m->ctx, apt_trainer_finish(t));
@@ -262,7 +262,8 @@ static void test_map_gradients(void **state)
                 for (int64_t i = 0; i < p.rows * p.out; i++) p.dy[i] = apt_rng_normal(&rng);
                 freeze_rounding(&p, ctx, kinds[k]);
                 apti_map_backward(t->pass, 1, linear, dx, false, p.dy, p.out, p.x, p.in, p.rows);
-                for (int64_t r = 1; r < p.rows; r++) memmove(dx + r * p.in, dx + r * apti_ld(p.in), (size_t)p.in * sizeof(float));
+                for (int64_t r = 1; r < p.rows; r++)
+                    memmove(dx + r * p.in, dx + r * apti_ld(p.in), (size_t)p.in * sizeof(float));
                 check_differences(&p, "dx", p.x, p.rows * p.in, dx);
                 if (full) check_differences(&p, "dW", p.w, p.out * p.in, site.w->grad);
                 else {
@@ -490,7 +491,8 @@ static void test_checkpoint_refused(void **state)
         if (i == 2) q.d.quantize = APT_QUANT_NONE, q.d.quantize_begin = 0;
         start(&b, &q, 1);
         assert_result(apt_checkpoint_load(b.trainer, path, NULL, NULL), APT_E_STATE);
-        assert_non_null(strstr(apt_error(b.ctx), i == 1 ? "written with quantize_begin = 5; this trainer has 6" : "written with quantize = 1"));
+        assert_non_null(strstr(apt_error(b.ctx), i == 1 ? "written with quantize_begin = 5; this trainer has 6"
+                                                        : "written with quantize = 1"));
         stop(&b);
     }
     test_remove(dir);
@@ -516,7 +518,7 @@ static void test_not_finite(void **state)
         p->value[5] = apti_float(i == 0 ? 0x7fc00000u : i == 1 ? 0x7f800000u : 0xff800000u);
         m->stale = APTI_STALE_TRAINED;                                /* as an update leaves it */
         assert_result(apt_trainer_step(t, &b.b, NULL), APT_E_NONFINITE);
-        assert_non_null(strstr(apt_error(ctx), "bert.encoder.layer.1.output.dense.weight (with its adapter) holds NaN or infinity"));
+        assert_non_null(strstr(apt_error(ctx), "layer.1.output.dense.weight (with its adapter) holds NaN or infinity"));
         assert_result(apt_model_forward(m, &b.b, &out), APT_E_NONFINITE);
         p->value[5] = was;
         assert_ok(ctx, apt_model_forward(m, &b.b, &out));
