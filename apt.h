@@ -16827,11 +16827,12 @@ static apt_result apti_teacher_fits(apt_ctx *ctx, const apt_config *teacher, con
 static uint64_t apti_model_kind_sum(const apt_model *m)
 {
     const apt_config *c = &m->config;
-    const double kind[] = {c->family,    c->head_dim,     c->hidden_dense,  c->layers,        c->pad_id,       c->activation,
-                           c->norm_eps,  c->start_id,     c->scaled_head,   c->buckets,       c->max_distance, c->quant,
-                           c->rope.theta, c->rope.interleaved, c->rope.factor, c->rope.low_factor, c->rope.high_factor,
-                           c->rope.original_positions, m->weights, m->scale};
-    uint64_t sum = apti_checksum(0, kind, sizeof kind);
+    const int32_t kind[] = {(int32_t)c->family, c->head_dim, c->hidden_dense, c->layers,
+                            c->pad_id,          c->start_id, c->scaled_head,  c->buckets,
+                            c->max_distance,    c->quant,    c->rope.interleaved, c->rope.original_positions,
+                            (int32_t)c->activation, (int32_t)m->weights};
+    const float reals[] = {c->norm_eps, c->rope.theta, c->rope.factor, c->rope.low_factor, c->rope.high_factor, m->scale};
+    uint64_t sum = apti_checksum(apti_checksum(0, kind, sizeof kind), reals, sizeof reals);
     sum = apti_checksum(sum, m->shape, (size_t)c->layers * sizeof(apt_layer_shape));
     if (m->bias_head != NULL)
         sum = apti_checksum(sum, m->bias_head, (size_t)c->layers * (size_t)c->bias_heads * sizeof(int32_t));
