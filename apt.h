@@ -131,6 +131,13 @@
    When the first decision begins to fade units, the student's tuned parameters are snapshot: this teacher shares all frozen
    weights. The loss moves from the task to the teacher's predictions and hidden states while pruning goes on; behind
    distill_end (default: prune_end) the task loss stands alone and the teacher is freed.
+   Any other model with the same task, labels and vocabulary can teach as well, in a run of any method and from its first step to
+   its last: apt_trainer_teacher. Then there are no snapshots, and the loss is a fixed mixture of the teacher's predictions and
+   the task. The student may have fewer layers, be narrower, be pruned meanwhile:
+
+       apt_distill_desc how = APT_ZERO;                              // temperature 2, 0.7 of the loss from the teacher
+       extern apt_model *teacher;
+       apt_trainer_teacher(trainer, teacher, &how);                  // behind apt_trainer_create
 
    ON LEARNED SPARSITY
    For networks of your own whose positions are not equally important. apt_bk_forward gives the diagonal of (T - zI)^-1 of a
@@ -607,6 +614,28 @@ APT_API apt_result apt_preset_query(apt_preset_kind kind, apt_preset_info *info)
 APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *desc, apt_trainer **trainer);
 /* The desc with every default filled in. */
 APT_API void apt_trainer_query(const apt_trainer *trainer, apt_train_desc *desc);
+/* --- another model as the teacher ---
+
+       L = alpha * L_pred + (1 - alpha) * L_task                     (Hinton, Vinyals, Dean 2015, arXiv 1503.02531)
+
+   L_pred = T^2 * KL(teacher || student), both softmax(logits/T): CLASSIFY, mean over sequences; SPAN, over the tokens of a
+   sequence, mean of start and end and over sequences; MLM and LM, over the vocabulary, mean over labelled tokens. REGRESS: the
+   mean squared difference. alpha stays the same through the whole run (apt_step_info.mu), all batches need labels. */
+typedef struct apt_distill_desc {
+    uint32_t start_canary;
+    float temperature;                /* T: 2 */
+    float alpha;                      /* 0.7; at most 1, where labels only say which rows count */
+    uint32_t end_canary;
+} apt_distill_desc;
+/* For a fresh trainer, and again before apt_checkpoint_load; desc NULL: the defaults. The method may be any; with APT this
+   teacher stands in the place of the snapshots (distill_* and disable_distill are then without effect).
+   The teacher is another model of the same context, without a trainer of its own. Its depth, width, shapes and weight storage are
+   free: it may be pruned, quantised, hold adapters. Of the same kind as the student must be its task, and with that its output:
+   labels (CLASSIFY), vocabulary, and a decoder with or without an encoder (APT_E_SHAPE). It must be able to read every batch:
+   positions and token types are checked with each. It is the caller's, is not changed, must not be changed (a step then gives
+   APT_E_STATE where its structure or trainer shows it) and must live as long as the trainer.
+   A checkpoint holds its shape and a checksum of its weights; a run goes on with the same teacher only. */
+APT_API apt_result apt_trainer_teacher(apt_trainer *trainer, apt_model *teacher, const apt_distill_desc *desc);
 /* One micro-batch; every desc.accumulate-th call updates. APT_E_STATE after desc.steps steps. A call that failed is repeated
    with the same batch: where the update was done, it only does the rest. */
 APT_API apt_result apt_trainer_step(apt_trainer *trainer, const apt_batch *batch, apt_step_info *info);
@@ -648,6 +677,11 @@ typedef struct apt_iterative_desc apt_iterative_desc;
 APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
                                           const apt_iterative_desc *plan, int64_t tokens, int64_t target_tokens,
                                           int64_t sequences, apt_estimate_info *info);
+/* The same for a run with another model as the teacher (apt_trainer_teacher), which is counted too: info->teacher is its weights
+   and activations. desc is needed; plan may be NULL. */
+APT_API apt_result apt_estimate_distill(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
+                                        const apt_config *teacher, const apt_iterative_desc *plan, int64_t tokens,
+                                        int64_t target_tokens, int64_t sequences, apt_estimate_info *info);
 #endif /* APT_ONLY_CORE */
 
 
@@ -13461,7 +13495,8 @@ APT_API apt_result apt_model_set_bitmask(apt_model *model, const char *name, con
 enum {
     APTI_PASS_KEEP = 1,               /* keep what a backward needs */
     APTI_PASS_FULL = 2,               /* gradients of all weights: keep the inputs of every product */
-    APTI_PASS_ALL_ROWS = 4            /* the last layer runs on all rows though the head reads only first tokens */
+    APTI_PASS_ALL_ROWS = 4,           /* the last layer runs on all rows though the head reads only first tokens */
+    APTI_PASS_TAUGHT = 8              /* a teacher's logits join the loss: MLM and LM need room for its gradient */
 };
 
 /* Activations of one layer. In inference all layers share the first one's buffers. rows_q: query rows (see apti_lean).
@@ -13681,6 +13716,7 @@ static void apti_plan_shared_layers(apti_bump *b, apti_pass *pass, int64_t seque
 
 static void apti_plan_head(apti_bump *b, apti_pass *pass, int64_t rows, int64_t sequences, bool kept)
 {
+    const bool taught = kept && (pass->mode & APTI_PASS_TAUGHT) != 0;
     const apt_config *c = &pass->model->config;
     const int64_t width = apti_head_width(c), d = c->hidden, f = (int64_t)sizeof(float);
     const bool lm = c->task == APT_TASK_LM, mlm = c->task == APT_TASK_MLM || lm, span = c->task == APT_TASK_SPAN;
@@ -13695,7 +13731,7 @@ static void apti_plan_head(apti_bump *b, apti_pass *pass, int64_t rows, int64_t 
         pass->head_norm = lm ? pass->head_in : apti_bump_matrix(b, n, d);       /* what the decoder reads */
         pass->mlm_chunk = apti_max_i64(1, apti_min_i64(n, APTI_LOGITS / apti_ld(width)));
         pass->mlm_work = apti_bump_matrix(b, pass->mlm_chunk, width);
-        pass->kl_work = kept && lm ? apti_bump_matrix(b, pass->mlm_chunk, width) : NULL;
+        pass->kl_work = taught ? apti_bump_matrix(b, pass->mlm_chunk, width) : NULL;
         pass->head_xa = (float *)apti_bump_take(b, n * rank, f);
         pass->head_dya = (float *)apti_bump_take(b, kept ? pass->mlm_chunk * rank : 0, f);
     } else {
@@ -16070,6 +16106,14 @@ typedef struct apti_iterative {
     int32_t done;                     /* iterations that have pruned */
 } apti_iterative;
 
+/* Another model that teaches, in the place of snapshots. */
+typedef struct apti_external {
+    bool given;                       /* apt_trainer.teacher is the caller's */
+    float temperature, alpha;
+    uint64_t structure;               /* of that model when it was given: another value means that it was changed */
+    uint64_t checksum;
+} apti_external;
+
 struct apt_trainer {
     apt_ctx *ctx;
     apt_model *model;
@@ -16093,8 +16137,9 @@ struct apt_trainer {
     /* adapters */
     float *importance;                /* [apti_sites] moving average of I */
     int64_t adapter_budget;           /* adapter values at the start */
-    /* self-distillation */
-    apt_model *teacher;
+    /* distillation */
+    apt_model *teacher;               /* a snapshot, or the caller's */
+    apti_external external;
     apti_pass *teacher_pass;
     apti_transform transform;
     apt_distill_map map;              /* of the present micro-batch */
@@ -16596,7 +16641,7 @@ static void apti_transform_free(apt_trainer *t)
 static void apti_teacher_drop(apt_trainer *t)
 {
     apti_transform_free(t);
-    if (t->teacher != NULL) {
+    if (t->teacher != NULL && !t->external.given) {
         apti_model_free(t->teacher);
         for (int32_t i = 0; i < APTI_EMBED_SLOTS; i++)                /* the whole tables are no longer needed */
             if (t->model->embed[i] != NULL && !apti_is_shared(t->model->embed[i]))
@@ -16606,6 +16651,7 @@ static void apti_teacher_drop(apt_trainer *t)
     apti_free(t->ctx, t->distill_block);
     apti_free(t->ctx, t->capture);
     t->teacher = NULL;
+    t->external.given = false;
     t->teacher_pass = NULL;
     t->distill_block = NULL;
     t->capture = NULL;
@@ -16697,13 +16743,13 @@ typedef struct apti_distill_buffers { float *hidden[4], *mapped, *u, *du; double
 
 static apti_distill_buffers apti_distill_plan(const apt_trainer *t, char *base, int64_t rows)
 {
-    const int64_t d = t->teacher->config.hidden, f = (int64_t)sizeof(float);
+    const int64_t d = t->teacher->config.hidden, f = (int64_t)sizeof(float), mapped = t->map.pairs > 0 ? rows : 0;
     apti_distill_buffers b;
     apti_bump bump = {base, 0};
     for (int32_t i = 0; i < 4; i++) b.hidden[i] = (float *)apti_bump_take(&bump, i < t->map.pairs ? rows * d : 0, f);
-    b.mapped = apti_bump_matrix(&bump, rows, d);
-    b.u = (float *)apti_bump_take(&bump, rows * APTI_TRANSFORM_RANK, f);
-    b.du = (float *)apti_bump_take(&bump, rows * APTI_TRANSFORM_RANK, f);
+    b.mapped = apti_bump_matrix(&bump, mapped, d);
+    b.u = (float *)apti_bump_take(&bump, mapped * APTI_TRANSFORM_RANK, f);
+    b.du = (float *)apti_bump_take(&bump, mapped * APTI_TRANSFORM_RANK, f);
     b.row_sum = (double *)apti_bump_take(&bump, rows, (int64_t)sizeof(double));
     b.bytes = bump.used;
     return b;
@@ -16722,8 +16768,25 @@ static int32_t apti_distill_end(const apt_config *c, int32_t i)
     return i < first ? i : first + 2 * (i - first) + 1;
 }
 
+/* What the loss is made of: (1 - mu) * L_task + mu * (pred * L_pred + layer * L_layer). */
+typedef struct apti_mixture { float mu, pred, layer, temperature; } apti_mixture;
+
+static apti_mixture apti_mixture_now(const apt_trainer *t)
+{
+    apti_mixture x = {0, t->desc.distill_pred, t->desc.distill_layer, t->desc.distill_temperature};
+    if (t->external.given) {
+        x.mu = t->external.alpha;
+        x.pred = 1;
+        x.layer = 0;
+        x.temperature = t->external.temperature;
+    } else if (t->teacher != NULL && t->step < t->desc.distill_end) {
+        (void)apt_distill_mu(&x.mu, t->step, t->desc.prune_begin, t->desc.prune_end);
+    }
+    return x;
+}
+
 /* Draws the layer pairs of this micro-batch; layers that lost both sublayers are not matched, and a pair stays in its stack. */
-static apt_result apti_distill_draw(apt_trainer *t)
+static apt_result apti_distill_draw(apt_trainer *t, const apti_mixture *mix)
 {
     apt_rng rng = apti_trainer_rng(t, APTI_STREAM_LAYERS);
     const apt_config *c = &t->model->config;
@@ -16735,7 +16798,7 @@ static apt_result apti_distill_draw(apt_trainer *t)
         if (i >= first) whole[i] = whole[i] && t->model->shape[l - 1].heads == 0;
     }
     t->map.pairs = 0;
-    const apt_result r = t->desc.distill_layer > 0 ? apt_distill_match(&t->map, whole, layers, &rng) : APT_OK;
+    const apt_result r = mix->layer > 0 ? apt_distill_match(&t->map, whole, layers, &rng) : APT_OK;
     int32_t pairs = 0;
     for (int32_t i = 0; i < t->map.pairs && r == APT_OK; i++) {
         const int32_t teacher = t->map.teacher[i], student = t->map.student[i];
@@ -16747,15 +16810,30 @@ static apt_result apti_distill_draw(apt_trainer *t)
     return r;
 }
 
+/* What the losses read of the teacher must be numbers: a snapshot's are the student's own, another model's are anything. */
+static apt_result apti_teacher_finite(const apt_trainer *t)
+{
+    const apti_pass *p = t->teacher_pass;
+    const apt_config *c = &p->model->config;
+    const bool vocabulary = c->task == APT_TASK_MLM || c->task == APT_TASK_LM;
+    const int64_t rows = vocabulary ? p->labelled : c->task == APT_TASK_SPAN ? p->rows : p->batch->sequences;
+    const int64_t width = vocabulary ? c->hidden : apti_head_width(c), ld = vocabulary ? apti_ld(width) : width;
+    for (int64_t i = 0; i < rows; i++)
+        if (!apti_finite_all((vocabulary ? p->head_norm : p->logits) + i * ld, width))
+            return apti_fail(t->ctx, APT_E_NONFINITE, "the teacher's output is NaN or infinite in row %lld of this batch",
+                             (long long)i);
+    return APT_OK;
+}
+
 /* The teacher's logits and chosen hidden states for this batch; it keeps nothing for a backward. */
-static apt_result apti_teacher_forward(apt_trainer *t, const apt_batch *batch)
+static apt_result apti_teacher_forward(apt_trainer *t, const apt_batch *batch, const apti_mixture *mix)
 {
     const double start = apti_seconds();
     const bool two = t->teacher->config.decoder_layers > 0;
     const int64_t rows = apti_max_i64(batch->offsets[batch->sequences], two ? batch->target_offsets[batch->sequences] : 0);
     const int32_t layers = t->teacher->config.layers;
     bool last = false;
-    apt_result r = apti_distill_draw(t);
+    apt_result r = apti_distill_draw(t, mix);
     if (r != APT_OK) return r;
     const int64_t bytes = apti_distill_plan(t, NULL, rows).bytes;
     if (bytes > t->distill_bytes) {
@@ -16767,13 +16845,14 @@ static apt_result apti_teacher_forward(apt_trainer *t, const apt_batch *batch)
         t->distill_bytes = bytes;
     }
     const apti_distill_buffers b = apti_distill_plan(t, (char *)t->distill_block, rows);
-    for (int32_t l = 0; l < layers; l++) t->capture[l] = NULL;
+    for (int32_t l = 0; t->capture != NULL && l < layers; l++) t->capture[l] = NULL;
     for (int32_t i = 0; i < t->map.pairs; i++) {
         t->capture[t->map.teacher[i]] = b.hidden[i];
         last = last || t->map.teacher[i] == layers - 1;
     }
     t->teacher_pass->capture = t->capture;
     r = apti_forward(t->teacher_pass, batch, last ? APTI_PASS_ALL_ROWS : 0);
+    if (r == APT_OK && t->external.given) r = apti_teacher_finite(t);
     t->info.teacher_milliseconds += 1e3 * (apti_seconds() - start);
     return r;
 }
@@ -16781,7 +16860,7 @@ static apt_result apti_teacher_forward(apt_trainer *t, const apt_batch *batch)
 /* ---- prediction loss: adds its gradient to dlogits ---- */
 
 /* SPAN: the distributions run over the tokens of each sequence; one column of the (tokens, 2) logits is copied out. */
-static double apti_distill_span(apt_trainer *t, double scale)
+static double apti_distill_span(apt_trainer *t, float temperature, double scale)
 {
     apti_pass *s = t->pass;
     const apt_batch *b = s->batch;
@@ -16796,7 +16875,7 @@ static double apti_distill_span(apt_trainer *t, double scale)
             target[i] = t->teacher_pass->logits[2 * (at + i) + c];
             grad[i] = 0;
         }
-        (void)apt_distill_kl(&loss, grad, n, row, n, target, n, NULL, 1, n, t->desc.distill_temperature, (float)(scale * each));
+        (void)apt_distill_kl(&loss, grad, n, row, n, target, n, NULL, 1, n, temperature, (float)(scale * each));
         for (int64_t i = 0; i < n; i++) s->dlogits[2 * (at + i) + c] += grad[i];
         sum += loss * each;
     }
@@ -16821,8 +16900,9 @@ static void apti_kl_task(int64_t index, int32_t thread, void *arg)
                          j->vocab, j->temperature, j->scale);
 }
 
-/* LM: mean KL over the vocabulary at the labelled rows, a chunk of logits of both models at a time; dhead += its gradient. */
-static double apti_distill_lm(apt_trainer *t, double scale)
+/* MLM, LM: mean KL over the vocabulary at the labelled rows, a chunk of logits of both models at a time; dhead += its
+   gradient. */
+static double apti_distill_lm(apt_trainer *t, float temperature, double scale)
 {
     apti_pass *s = t->pass, *teacher = t->teacher_pass;
     const apti_lm_op x = apti_decoder_of(s), y = apti_decoder_of(teacher);
@@ -16830,13 +16910,12 @@ static double apti_distill_lm(apt_trainer *t, double scale)
     const int64_t vocab = x.head.out, ld = apti_ld(vocab), ldx = apti_ld(x.head.in), ldy = apti_ld(y.head.in), rows = s->labelled;
     const double each = rows > 0 ? 1.0 / (double)rows : 0;
     double *row_loss = apti_distill_plan(t, (char *)t->distill_block, s->most_rows).row_sum, total = 0;
-    apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, vocab, t->desc.distill_temperature,
-                       (float)(scale * each)};
+    apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, vocab, temperature, (float)(scale * each)};
     for (int64_t first = 0; first < rows; first += s->mlm_chunk) {
         const int64_t n = apti_min_i64(s->mlm_chunk, rows - first);
-        const float *h = s->head_in + first * ldx;
+        const float *h = s->head_norm + first * ldx;
         apti_lm_logits(t->ctx, &x, s->mlm_work, ld, h, ldx, n);
-        apti_lm_logits(t->ctx, &y, teacher->mlm_work, ld, teacher->head_in + first * ldy, ldy, n);
+        apti_lm_logits(t->ctx, &y, teacher->mlm_work, ld, teacher->head_norm + first * ldy, ldy, n);
         apti_parallel_for(t->ctx, n, apti_kl_task, &job);
         for (int64_t i = 0; i < n; i++) total += row_loss[i] * each;
         apti_lm_grads(t->ctx, &x, s->dhead + first * ldx, ldx, true, s->kl_work, ld, h, ldx, n, &grad);
@@ -16844,8 +16923,10 @@ static double apti_distill_lm(apt_trainer *t, double scale)
     return total;
 }
 
-static double apti_distill_pred(apt_trainer *t, double scale)
+/* L_pred; its gradient times mu * pred * share joins that of the task. */
+static double apti_distill_pred(apt_trainer *t, const apti_mixture *mix, float share)
 {
+    const double scale = (double)mix->mu * share * mix->pred;
     apti_pass *s = t->pass;
     const int64_t width = apti_head_width(&t->model->config), n = s->batch->sequences;
     const float *teacher = t->teacher_pass->logits;
@@ -16853,14 +16934,14 @@ static double apti_distill_pred(apt_trainer *t, double scale)
     switch (t->model->config.task) {
     case APT_TASK_CLASSIFY:
         (void)apt_distill_kl(&loss, s->dlogits, width, s->logits, width, teacher, width, NULL, n, width,
-                             t->desc.distill_temperature, (float)scale);
+                             mix->temperature, (float)scale);
         return loss;
     case APT_TASK_REGRESS:
         (void)apt_distill_mse(&loss, s->dlogits, 1, s->logits, 1, teacher, 1, NULL, n, 1, (float)scale);
         return loss;
-    case APT_TASK_SPAN: return apti_distill_span(t, scale);
-    case APT_TASK_LM: return t->desc.distill_pred > 0 ? apti_distill_lm(t, scale) : 0;
-    case APT_TASK_MLM: case APT_TASK_NONE: default: return 0;      /* the vocabulary's logits are never whole */
+    case APT_TASK_SPAN: return apti_distill_span(t, mix->temperature, scale);
+    case APT_TASK_MLM: case APT_TASK_LM: return mix->pred > 0 ? apti_distill_lm(t, mix->temperature, scale) : 0;
+    case APT_TASK_NONE: default: return 0;
     }
 }
 
@@ -16947,6 +17028,115 @@ static void apti_distill_inject(void *user, int32_t layer, float *dy, int64_t ld
         apti_plain_product(ctx, dy, ld, true, rows, d, k, b.du, k, 1, tr->a.value, d, APTI_B_PLAIN);
     }
 }
+
+/* ---------------------------------------------------------------------------------------------- another model as the teacher */
+
+/* Whether a model of this shape can teach one of that shape. */
+static apt_result apti_teacher_fits(apt_ctx *ctx, const apt_config *teacher, const apt_config *student)
+{
+    static const char *const names[4] = {"task", "labels", "vocabulary size", "encoder in front of a decoder (0 or 1)"};
+    const bool classes = student->task == APT_TASK_CLASSIFY;
+    const int32_t wanted[4] = {(int32_t)student->task, classes ? student->labels : 0, student->vocab,
+                               student->decoder_layers > 0},
+                  found[4] = {(int32_t)teacher->task, classes ? teacher->labels : 0, teacher->vocab,
+                              teacher->decoder_layers > 0};
+    for (int32_t i = 0; i < 4; i++)
+        if (wanted[i] != found[i])
+            return apti_fail(ctx, APT_E_SHAPE, "the teacher's %s is %d; expected the student's, %d", names[i], (int)found[i],
+                             (int)wanted[i]);
+    return APT_OK;
+}
+
+/* What a model computes besides its parameters, for the checksum. */
+static uint64_t apti_model_kind_sum(const apt_model *m)
+{
+    const apt_config *c = &m->config;
+    const int32_t kind[] = {(int32_t)c->family, c->head_dim, c->hidden_dense, c->layers,
+                            c->pad_id,          c->start_id, c->scaled_head,  c->buckets,
+                            c->max_distance,    c->quant,    c->rope.interleaved, c->rope.original_positions,
+                            (int32_t)c->activation, (int32_t)m->weights};
+    const float reals[] = {c->norm_eps, c->rope.theta, c->rope.factor, c->rope.low_factor, c->rope.high_factor, m->scale};
+    uint64_t sum = apti_checksum(apti_checksum(0, kind, sizeof kind), reals, sizeof reals);
+    sum = apti_checksum(sum, m->shape, (size_t)c->layers * sizeof(apt_layer_shape));
+    if (m->bias_head != NULL)
+        sum = apti_checksum(sum, m->bias_head, (size_t)c->layers * (size_t)c->bias_heads * sizeof(int32_t));
+    if (m->masks == NULL) return sum;
+    apt_units u;
+    apt_model_units(m, &u);
+    return apti_checksum(sum, m->masks, (size_t)u.total * sizeof(float));
+}
+
+/* Checksum of all that a model's output depends on; its numbers must be finite. */
+static apt_result apti_model_checksum(const apt_model *m, uint64_t *sum)
+{
+    int64_t most = 1;
+    apt_result r = APT_OK;
+    for (int32_t i = 0; i < m->param_count; i++)
+        if (m->params[i].value == NULL || m->params[i].columns != NULL)
+            most = apti_max_i64(most, apti_param_count(&m->params[i]));
+    float *room = (float *)apti_alloc(m->ctx, most, (int64_t)sizeof(float));
+    if (room == NULL) return apti_fail(m->ctx, APT_E_MEMORY, "teacher: no memory for a buffer of its largest matrix");
+    *sum = apti_model_kind_sum(m);
+    for (int32_t i = 0; i < m->param_count && r == APT_OK; i++) {
+        const apti_param *p = &m->params[i];
+        const bool whole = p->value != NULL && p->columns == NULL;
+        const int64_t shape[3] = {p->rows, p->cols, p->sparse.start != NULL}, n = apti_param_count(p);
+        if (n == 0) continue;
+        if (!whole) apti_param_get(m, p, room);
+        if (!apti_finite_all(whole ? p->value : room, n))
+            r = apti_fail(m->ctx, APT_E_NONFINITE, "teacher: %s holds NaN or infinity", p->name);
+        *sum = apti_checksum(apti_checksum(*sum, shape, sizeof shape), whole ? p->value : room, (size_t)n * sizeof(float));
+    }
+    apti_free(m->ctx, room);
+    return r;
+}
+
+static apt_result apti_teacher_check(const apt_trainer *t, const apt_model *teacher, const apt_distill_desc *d)
+{
+    if (t->step != 0 || t->micro != 0 || t->working)
+        return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_teacher: for a fresh trainer only; this one has done %lld steps",
+                         (long long)t->step);
+    if (d->start_canary != 0 || d->end_canary != 0)
+        return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_distill_desc is not initialised: use apt_distill_desc desc = APT_ZERO");
+    if (!apti_finite(d->temperature) || !(d->temperature >= 1e-3f && d->temperature <= 1e3f))
+        return apti_fail(t->ctx, APT_E_RANGE, "apt_distill_desc.temperature is %g; expected 0.001..1000", (double)d->temperature);
+    if (!apti_finite(d->alpha) || !(d->alpha > 0 && d->alpha <= 1))
+        return apti_fail(t->ctx, APT_E_RANGE, "apt_distill_desc.alpha is %g; expected 0 < alpha <= 1", (double)d->alpha);
+    if (teacher == t->model)
+        return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_trainer_teacher: teacher and student are one model; expected two");
+    if (teacher->ctx != t->ctx)
+        return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_trainer_teacher: the teacher belongs to another context");
+    if (teacher->trainer != NULL)
+        return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_teacher: the teacher has a trainer of its own; expected none");
+    return apti_teacher_fits(t->ctx, &teacher->config, &t->model->config);
+}
+
+APT_API apt_result apt_trainer_teacher(apt_trainer *trainer, apt_model *teacher, const apt_distill_desc *desc)
+{
+    apt_distill_desc d = APT_ZERO;
+    apti_pass *pass = NULL;
+    uint64_t sum = 0;
+    if (trainer == NULL) return APT_E_ARGUMENT;
+    apt_trainer *t = trainer;
+    if (teacher == NULL) return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_trainer_teacher: teacher is NULL");
+    if (desc != NULL) d = *desc;
+    apti_default_f(&d.temperature, 2.0f);
+    apti_default_f(&d.alpha, 0.7f);
+    apt_result r = apti_teacher_check(t, teacher, &d);
+    if (r == APT_OK) r = apti_model_checksum(teacher, &sum);
+    if (r == APT_OK) r = apti_pass_create(teacher, &pass);
+    if (r != APT_OK) return r;
+    apti_teacher_drop(t);
+    t->teacher = teacher;
+    t->teacher_pass = pass;
+    t->external.given = true;
+    t->external.temperature = d.temperature;
+    t->external.alpha = d.alpha;
+    t->external.structure = teacher->structure;
+    t->external.checksum = sum;
+    return APT_OK;
+}
+
 /* ------------------------------------------------------------------------------------------------ salience and growth */
 
 /* S of every unit from the sums of this step (method.md, "Salience of a block"), into now[units]. */
@@ -17129,7 +17319,8 @@ static apt_result apti_shrink(apt_trainer *t)
     for (int32_t i = 0; i < u.total; i++) left += m->masks[i] != 0;
     apt_result r = apti_unit_arrays_make(m, &arrays, left, apti_probe_count(m));
     if (r == APT_OK) r = apti_survivors_make(m, &s);
-    if (r == APT_OK && t->teacher != NULL && !apti_transform_cut(t, &tr, &s.hidden))
+    const bool transforms = t->transform.place != NULL;
+    if (r == APT_OK && transforms && !apti_transform_cut(t, &tr, &s.hidden))
         r = apti_fail(t->ctx, APT_E_MEMORY, "compaction: no memory for the distillation's transform");
     for (int32_t i = 0, j = 0; i < u.total && r == APT_OK; i++) {
         if (m->masks[i] == 0) continue;
@@ -17141,7 +17332,7 @@ static apt_result apti_shrink(apt_trainer *t)
     if (r == APT_OK) r = apt_model_compact(m);
     if (r == APT_OK) {
         apti_unit_arrays_adopt(t, &arrays, apti_probe_count(m));
-        if (t->teacher != NULL) {
+        if (transforms) {
             tr.b = t->transform.b;                    /* follows the teacher, not the student */
             memset(&t->transform.b, 0, sizeof(t->transform.b));
             apti_transform_free(t);
@@ -17720,20 +17911,36 @@ static void apti_iteration_end(apt_trainer *t, double metric)
 
 /* ------------------------------------------------------------------------------------------------ a step */
 
+/* The student can learn from this batch, and its teacher is what it was and can read it. */
+static apt_result apti_trainable_batch(const apt_trainer *t, const apt_batch *batch)
+{
+    char why[APTI_MESSAGE_BYTES];
+    apt_result r = apti_check_batch(t->model, batch, true);
+    if (r != APT_OK || !t->external.given) return r;
+    if (t->teacher->structure != t->external.structure || t->teacher->trainer != NULL)
+        return apti_fail(t->ctx, APT_E_STATE, "the teacher %s since apt_trainer_teacher; expected it unchanged",
+                         t->teacher->trainer != NULL ? "got a trainer" : "was merged, pruned or quantised");
+    r = apti_check_batch(t->teacher, batch, false);
+    if (r == APT_OK) return r;
+    memcpy(why, t->ctx->error, sizeof why);
+    return apti_fail(t->ctx, r, "the teacher cannot read what the student can: %.900s", why);
+}
+
 static apt_result apti_trainer_ready(apt_trainer *t, const apt_batch *batch)
 {
     if (t->model->structure != t->structure)
         return apti_fail(t->ctx, APT_E_STATE, "the model was merged or compacted from outside; this trainer cannot go on");
     if (t->step >= t->desc.steps && t->stage == APTI_STAGE_NONE)
         return apti_fail(t->ctx, APT_E_STATE, "all %lld steps are done", (long long)t->desc.steps);
-    return apti_check_batch(t->model, batch, true);
+    return apti_trainable_batch(t, batch);
 }
 
-static uint32_t apti_train_mode(const apt_trainer *t, bool probe, bool distill)
+static uint32_t apti_train_mode(const apt_trainer *t, bool probe, const apti_mixture *mix)
 {
     uint32_t mode = APTI_PASS_KEEP;
     if (t->desc.method == APT_METHOD_FULL) mode |= APTI_PASS_FULL;
-    if (probe || (distill && t->desc.distill_layer > 0)) mode |= APTI_PASS_ALL_ROWS;
+    if (probe || (mix->mu > 0 && mix->layer > 0)) mode |= APTI_PASS_ALL_ROWS;
+    if (mix->mu > 0 && mix->pred > 0) mode |= APTI_PASS_TAUGHT;
     return mode;
 }
 
@@ -17742,20 +17949,18 @@ static uint32_t apti_train_mode(const apt_trainer *t, bool probe, bool distill)
 static apt_result apti_micro_batch(apt_trainer *t, const apt_batch *batch, bool probe)
 {
     apti_pass *p = t->pass;
-    float mu = 0;
-    if (t->teacher != NULL && t->step < t->desc.distill_end)
-        (void)apt_distill_mu(&mu, t->step, t->desc.prune_begin, t->desc.prune_end);
-    const float share = 1.0f / (float)t->desc.accumulate;
-    apt_result r = mu > 0 ? apti_teacher_forward(t, batch) : APT_OK;
+    const apti_mixture mix = apti_mixture_now(t);
+    const float mu = mix.mu, share = 1.0f / (float)t->desc.accumulate;
+    apt_result r = mu > 0 ? apti_teacher_forward(t, batch, &mix) : APT_OK;
     p->probe = probe ? &t->probe : NULL;
-    if (r == APT_OK) r = apti_forward(p, batch, apti_train_mode(t, probe, mu > 0));
+    if (r == APT_OK) r = apti_forward(p, batch, apti_train_mode(t, probe, &mix));
     if (r != APT_OK) return r;
     t->probe.rows += probe ? p->rows : 0;
     apti_task_loss(p, true, share * (1 - mu));
     const double task = apti_mean_loss(p);
     t->distill_loss = 0;
-    t->layer_scale = mu * share * t->desc.distill_layer;
-    if (mu > 0) t->distill_loss = t->desc.distill_pred * apti_distill_pred(t, (double)mu * share * t->desc.distill_pred);
+    t->layer_scale = mu * share * mix.layer;
+    if (mu > 0) t->distill_loss = mix.pred * apti_distill_pred(t, &mix, share);
     p->inject = mu > 0 && t->map.pairs > 0 ? apti_distill_inject : NULL;
     p->inject_user = t;
     apti_backward(p);
@@ -17814,7 +18019,7 @@ static apt_result apti_update(apt_trainer *t, bool probe)
     t->step++;
     apti_trainer_rounding(t);
     t->info.step = t->step;
-    if (t->step >= t->desc.distill_end) apti_teacher_drop(t);
+    if (t->step >= t->desc.distill_end && !t->external.given) apti_teacher_drop(t);
     t->stage = APTI_STAGE_GLIDE;
     return r;
 }
@@ -17910,7 +18115,7 @@ APT_API apt_result apt_trainer_metric(apt_trainer *trainer, double metric)
     const bool inside = trainer->working;             /* from APT_EVENT_STEP or APT_EVENT_EVALUATE: the step reports a cancel */
     apt_result r = inside ? APT_OK : apti_work_begin(trainer, "apt_trainer_metric");
     trainer->half_done = true;
-    if (r == APT_OK && trainer->teacher != NULL) r = apti_teacher_take(trainer);
+    if (r == APT_OK && trainer->teacher != NULL && !trainer->external.given) r = apti_teacher_take(trainer);
     trainer->half_done = false;
     if (r == APT_OK) {
         trainer->has_metric = true;
@@ -17927,7 +18132,7 @@ APT_API apt_result apt_trainer_observe(apt_trainer *trainer, const apt_batch *ba
     if (r != APT_OK) return r;
     if (t->micro != 0) return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_observe: a step is half accumulated");
     if (t->working) return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_observe: not from inside an event");
-    r = apti_check_batch(t->model, batch, true);
+    r = apti_trainable_batch(t, batch);
     if (r != APT_OK) return r;
     const apt_step_info info = t->info;
     apti_probe_clear(t);
@@ -17983,6 +18188,8 @@ typedef struct apti_rehearsal {
     int64_t now[APTI_USES], most[APTI_USES];                 /* held; held at the peak */
     int64_t tokens, target_tokens, sequences, pass, teacher_pass, masks, adapter_budget, shareable;
     int64_t rounded;                             /* small integers of the layers, while they are there */
+    apt_model *external;                         /* frame of another model that teaches, or NULL ... */
+    apti_acts *external_acts;                    /* ... and of its pass */
     const apt_iterative_desc *plan;              /* pruning of single weights, or NULL ... */
     uint8_t *chosen;                             /* [params] ... of these */
     apti_growth growth;
@@ -18042,22 +18249,22 @@ static void apti_note_param(apti_rehearsal *r, const apti_param *p, int64_t sign
     if (p->trainable && n > 0) apti_note(r, APTI_USE_OPTIMIZER, sign * 3 * apti_cost(n * (int64_t)sizeof(float)));
 }
 
-static int64_t apti_plan_cost(const apti_rehearsal *r, uint32_t mode)
+static int64_t apti_plan_cost(const apti_rehearsal *r, apt_model *m, apti_acts *acts, uint32_t mode)
 {
     apti_pass pass;
     memset(&pass, 0, sizeof(pass));
-    pass.model = r->m;
-    pass.acts = r->acts;
-    pass.layers = r->m->config.layers;
+    pass.model = m;
+    pass.acts = acts;
+    pass.layers = m->config.layers;
     pass.mode = mode;
-    pass.lean = apti_lean(r->m, mode);
+    pass.lean = apti_lean(m, mode);
     return apti_cost(apti_plan(&pass, NULL, r->tokens, r->target_tokens, r->sequences));
 }
 
 /* Grows the block of a pass when the plan needs more; the old one goes first. */
 static void apti_note_pass(apti_rehearsal *r, uint32_t mode)
 {
-    const int64_t bytes = apti_plan_cost(r, mode);
+    const int64_t bytes = apti_plan_cost(r, r->m, r->acts, mode);
     if (bytes <= r->pass) return;
     apti_note(r, APTI_USE_ACTIVATIONS, -r->pass);
     apti_note(r, APTI_USE_ACTIVATIONS, bytes);
@@ -18129,6 +18336,16 @@ static void apti_rehearse_attach(apti_rehearsal *r)
     r->adapter_budget = apti_adapter_total(m);
 }
 
+/* distill_block of a teacher. */
+static int64_t apti_distill_cost(apti_rehearsal *r, apt_model *teacher, int32_t pairs)
+{
+    r->t.teacher = teacher;                           /* for the plan only */
+    r->t.map.pairs = pairs;
+    const int64_t bytes = apti_distill_plan(&r->t, NULL, apti_max_i64(r->tokens, r->target_tokens)).bytes;
+    r->t.teacher = NULL;
+    return apti_cost(bytes);
+}
+
 /* The teacher: a frame, copies of what is trained, Tr. Everything frozen is shared from now on. */
 static void apti_rehearse_teacher(apti_rehearsal *r)
 {
@@ -18143,11 +18360,28 @@ static void apti_rehearse_teacher(apti_rehearsal *r)
         if (!r->shared[i]) bytes += apti_storage_cost(m, &copy);
     }
     apti_note(r, APTI_USE_TEACHER, bytes);
-    r->teacher_pass = apti_plan_cost(r, APTI_PASS_ALL_ROWS);
-    r->t.teacher = r->m;                              /* for the next line only */
-    r->t.map.pairs = (int32_t)apti_min_i64(4, apti_distill_layers(&m->config));
-    r->teacher_pass += apti_cost(apti_distill_plan(&r->t, NULL, apti_max_i64(r->tokens, r->target_tokens)).bytes);
-    r->t.teacher = NULL;
+    r->teacher_pass = apti_plan_cost(r, r->m, r->acts, APTI_PASS_ALL_ROWS) +
+                      apti_distill_cost(r, r->m, (int32_t)apti_min_i64(4, apti_distill_layers(&m->config)));
+}
+
+/* Another model that teaches: first it stands there, then the trainer gets it, then its pass grows in front of the student's. */
+static void apti_rehearse_external(apti_rehearsal *r)
+{
+    const apt_model *m = r->external;
+    if (m == NULL) return;
+    int64_t bytes = apti_frame_cost(m), most = 1;
+    for (int32_t i = 0; i < m->param_count; i++) bytes += apti_storage_cost(m, &m->params[i]);
+    apti_note(r, APTI_USE_TEACHER, bytes);
+    for (int32_t i = 0; i < m->param_count; i++)
+        if (m->params[i].linear) most = apti_max_i64(most, apti_param_count(&m->params[i]));
+    apti_note_brief(r, APTI_USE_SCRATCH, apti_cost(most * (int64_t)sizeof(float)));
+}
+
+static void apti_rehearse_external_pass(apti_rehearsal *r)
+{
+    if (r->external == NULL) return;
+    apti_note(r, APTI_USE_TEACHER, apti_pass_frame_cost(r->external) + apti_distill_cost(r, r->external, 0) +
+                                   apti_plan_cost(r, r->external, r->external_acts, 0));
 }
 
 /* The teacher goes at distill_end, in front of that step's cut; embeddings of which the student reads some columns get a table of
@@ -18303,7 +18537,7 @@ static void apti_rehearse_pruning(apti_rehearsal *r, uint32_t mode)
         const int64_t far = (d->prune_end - d->prune_begin) / d->update_frequency / 16 + 1;
         (void)apt_schedule_sparsity(&s, step, &sparsity);
         apti_rehearse_rounding(r, step - 1, mode);
-        if (step >= d->distill_end) apti_rehearse_drop(r);
+        if (step >= d->distill_end && r->external == NULL) apti_rehearse_drop(r);
         if (sparsity > 0) {
             if (last > 0) apti_rehearse_cut(r, 1 - (double)last);
             apti_rehearse_decision(r, step, last <= 0, mode);
@@ -18340,6 +18574,7 @@ static void apti_rehearse_magnitude(apti_rehearsal *r)
 
 static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
 {
+    apti_rehearse_external(r);
     apti_rehearse_model(r);
     if (desc == NULL) {
         apti_note(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(r->m));
@@ -18350,14 +18585,20 @@ static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
     if (apti_quant_refuse(r->m, "apt_estimate: training") != APT_OK) return APT_E_STATE;
     r->t.desc = *desc;
     r->t.model = r->m;
+    r->t.external.given = r->external != NULL;
+    r->t.external.alpha = 1;
     apti_desc_resolve(&r->t.desc, &r->m->config);
     const apt_result result = apti_desc_check(r->ctx, &r->t.desc, &r->m->config);
     if (result != APT_OK) return result;
     const bool prunes = r->t.desc.method == APT_METHOD_APT && r->t.desc.target_sparsity > 0;
-    const uint32_t mode = apti_train_mode(&r->t, prunes, prunes && !r->t.desc.disable_distill);
+    apti_mixture mix = apti_mixture_now(&r->t);
+    if (r->external != NULL) r->t.desc.disable_distill = 1;
+    else mix.mu = prunes && !r->t.desc.disable_distill ? 1.0f : 0.0f;         /* as it is once there is a teacher */
+    const uint32_t mode = apti_train_mode(&r->t, prunes, &mix);
     const bool first = r->plan != NULL && r->plan->begin == 0 && r->plan->iterations == 1;
     apti_rehearse_attach(r);
     if (first) apti_rehearse_magnitude(r);       /* there is nothing to compute with yet */
+    apti_rehearse_external_pass(r);
     apti_note_pass(r, mode);
     apti_rehearse_rounding(r, 0, mode);
     if (!first) apti_rehearse_magnitude(r);
@@ -18406,9 +18647,30 @@ static apt_result apti_rehearse_choose(apti_rehearsal *r, const apt_iterative_de
     return apti_magnitude_choose(r->m, plan->patterns, plan->pattern_count, r->chosen);
 }
 
+/* The frame of another model that teaches; NULL: there is none. */
+static apt_result apti_rehearse_frame(apti_rehearsal *r, const apt_config *teacher, const apt_train_desc *desc)
+{
+    if (teacher == NULL) return APT_OK;
+    if (desc == NULL) return apti_fail(r->ctx, APT_E_ARGUMENT, "apt_estimate_distill: desc is NULL; only training has a teacher");
+    apt_config c = *teacher;
+    if (c.layer == NULL && c.head_dim == 0 && c.heads > 0) c.head_dim = c.hidden / c.heads;
+    apt_result result = apti_model_frame(r->ctx, &c, APT_F32, &r->external);
+    if (result == APT_OK) result = apti_teacher_fits(r->ctx, &r->external->config, &r->m->config);
+    if (result != APT_OK) return result;
+    r->external_acts = (apti_acts *)apti_calloc(r->ctx, c.layers, (int64_t)sizeof(apti_acts));
+    return r->external_acts != NULL ? APT_OK : apti_fail(r->ctx, APT_E_MEMORY, "apt_estimate: no memory for the teacher's plan");
+}
+
 APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
                                           const apt_iterative_desc *plan, int64_t tokens, int64_t target_tokens,
                                           int64_t sequences, apt_estimate_info *info)
+{
+    return apt_estimate_distill(ctx, config, desc, NULL, plan, tokens, target_tokens, sequences, info);
+}
+
+APT_API apt_result apt_estimate_distill(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
+                                        const apt_config *teacher, const apt_iterative_desc *plan, int64_t tokens,
+                                        int64_t target_tokens, int64_t sequences, apt_estimate_info *info)
 {
     apti_rehearsal r = APT_ZERO;
     if (ctx == NULL) return APT_E_ARGUMENT;
@@ -18437,6 +18699,7 @@ APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config
         (void)apti_growth_plan(&r.growth, (char *)r.growth.block, adapters);
         memcpy(r.dense, r.m->shape, (size_t)r.m->config.layers * sizeof(apt_layer_shape));
         result = apti_rehearse_choose(&r, plan);
+        if (result == APT_OK) result = apti_rehearse_frame(&r, teacher, desc);
         if (result == APT_OK) result = apti_rehearse(&r, desc);
     } else {
         result = apti_fail(ctx, APT_E_MEMORY, "apt_estimate: no memory for its plan");
@@ -18446,6 +18709,8 @@ APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config
     apti_free(ctx, r.dense);
     apti_free(ctx, r.shared);
     apti_free(ctx, r.growth.block);
+    apti_free(ctx, r.external_acts);
+    if (r.external != NULL) apti_model_free(r.external);
     apti_model_free(r.m);
     return result;
 }
@@ -21766,8 +22031,8 @@ APT_API apt_result apt_model_save_sparse(apt_model *model, const char *dir, apt_
 /* ------------------------------------------------------------------------------------------------ checkpoints
 
    Everything that a run needs to go on bit for bit: shapes and ranks, weights, moments, masks, salience, the decision,
-   importance, the teacher with its transform, counters; inside an accumulation also gradients and sums. Random numbers
-   need no state: they are functions of (seed, stream, step). */
+   importance, a snapshot that teaches with its transform (of another model that teaches only what tells it apart), counters;
+   inside an accumulation also gradients and sums. Random numbers need no state: they are functions of (seed, stream, step). */
 
 /* Counters and flags as two arrays. The first APTI_CKPT_FIXED integers must agree with the model at hand. */
 enum {
@@ -21961,6 +22226,31 @@ static void apti_ckpt_put_teacher(apti_ckpt_writer *w, apt_trainer *t)
     (void)apti_ckpt_put(w, "teacher.place", APT_I32, 1, places, tr->place);
 }
 
+/* ---- another model that teaches: what is known of it, not itself ---- */
+
+enum { APTI_EXTERNAL_INTS = 5 };
+
+static void apti_external_pack(const apt_trainer *t, int64_t i[APTI_EXTERNAL_INTS], double x[2])
+{
+    const apt_config *c = &t->teacher->config;
+    apt_model_info info;
+    apt_model_query(t->teacher, &info);
+    const int64_t ints[APTI_EXTERNAL_INTS] = {c->layers, c->hidden, info.parameters, c->quant, (int64_t)t->external.checksum};
+    memcpy(i, ints, sizeof ints);
+    x[0] = (double)t->external.temperature;
+    x[1] = (double)t->external.alpha;
+}
+
+static void apti_ckpt_put_external(apti_ckpt_writer *w, const apt_trainer *t)
+{
+    const int64_t ni[1] = {APTI_EXTERNAL_INTS}, nx[1] = {2};
+    int64_t i[APTI_EXTERNAL_INTS];
+    double x[2];
+    apti_external_pack(t, i, x);
+    (void)apti_ckpt_put_copy(w, "external.ints", APT_I64, 1, ni, i);
+    (void)apti_ckpt_put_copy(w, "external.reals", APT_F64, 1, nx, x);
+}
+
 /* ---- masks of single weights, and iterative pruning ---- */
 
 enum { APTI_PLAN_REALS = 7, APTI_ITERATION_REALS = 11 };
@@ -22045,7 +22335,8 @@ APT_API apt_result apt_checkpoint_save(apt_trainer *trainer, const char *path, c
     apti_ckpt_put_trainer(w, t);
     apti_ckpt_put_model(w, "model", t->model, NULL);
     for (int32_t i = 0; i < t->model->param_count; i++) apti_ckpt_put_moments(w, &t->model->params[i], t->micro > 0);
-    if (t->teacher != NULL) apti_ckpt_put_teacher(w, t);
+    if (t->external.given) apti_ckpt_put_external(w, t);
+    else if (t->teacher != NULL) apti_ckpt_put_teacher(w, t);
     apti_ckpt_put_masks(w, t);
     if (user_bytes > 0) (void)apti_ckpt_put(w, "user", APT_U8, 1, bytes, user);
     return apti_ckpt_finish(w, path);
@@ -22250,6 +22541,37 @@ static apt_result apti_ckpt_read_iterations(const apt_trainer *t, apti_ckpt_read
     return result;
 }
 
+/* The run had this teacher and this mixture, or had none. */
+static apt_result apti_ckpt_compare_external(const apt_trainer *t, apti_ckpt_reader *r, const char *path)
+{
+    static const char *const names[APTI_EXTERNAL_INTS] = {"layers", "hidden size", "parameters", "quantisation", "checksum"};
+    const void *ints = NULL, *reals = NULL;
+    int64_t mine[APTI_EXTERNAL_INTS], found[APTI_EXTERNAL_INTS];
+    double x[2], y[2];
+    if (apti_ckpt_has(r, "external.ints") != t->external.given)
+        return apti_fail(t->ctx, APT_E_STATE, "%s: it was written %s apt_trainer_teacher; this trainer runs %s", path,
+                         t->external.given ? "without" : "with",
+                         t->external.given ? "with it" : "without: call it before apt_checkpoint_load");
+    if (!t->external.given) return APT_OK;
+    apt_result result = apti_ckpt_find(r, "external.ints", APT_I64, APTI_EXTERNAL_INTS, &ints, NULL);
+    if (result == APT_OK) result = apti_ckpt_find(r, "external.reals", APT_F64, 2, &reals, NULL);
+    if (result != APT_OK) return result;
+    apti_external_pack(t, mine, x);
+    memcpy(found, ints, sizeof found);
+    memcpy(y, reals, sizeof y);
+    for (int32_t i = 0; i < APTI_EXTERNAL_INTS; i++) {
+        if (mine[i] == found[i]) continue;
+        return apti_fail(t->ctx, APT_E_STATE, i < APTI_EXTERNAL_INTS - 1 ?
+                         "%s: it was written with another teacher: %s %lld; this trainer's has %lld" :
+                         "%s: it was written with another teacher: %s %016llx; this trainer's has %016llx", path, names[i],
+                         (long long)found[i], (long long)mine[i]);
+    }
+    if (!(x[0] == y[0] && x[1] == y[1]))
+        return apti_fail(t->ctx, APT_E_STATE, "%s: it was written with temperature %g, alpha %g; this trainer has %g, %g", path,
+                         y[0], y[1], x[0], x[1]);
+    return APT_OK;
+}
+
 /* All that a load makes before it touches the trainer. */
 typedef struct apti_ckpt_load {
     apt_model *student, *teacher;
@@ -22369,7 +22691,7 @@ static void apti_model_exchange(apt_model *model, apt_model *fresh)
 
 static void apti_ckpt_adopt(apt_trainer *t, apti_ckpt_load *c)
 {
-    apti_teacher_drop(t);
+    if (!t->external.given) apti_teacher_drop(t);
     apti_pass_free(t->ctx, t->pass);
     t->pass = c->pass;
     apti_unit_arrays_adopt(t, &c->arrays, c->probes);
@@ -22378,10 +22700,12 @@ static void apti_ckpt_adopt(apt_trainer *t, apti_ckpt_load *c)
     t->importance = c->importance;
     apti_model_exchange(t->model, c->student);
     t->pass->model = t->model;
-    t->teacher = c->teacher;
-    t->teacher_pass = c->teacher_pass;
-    t->transform = c->transform;
-    t->capture = c->capture;
+    if (!t->external.given) {
+        t->teacher = c->teacher;
+        t->teacher_pass = c->teacher_pass;
+        t->transform = c->transform;
+        t->capture = c->capture;
+    }
     c->pass = c->teacher_pass = NULL;
     c->importance = NULL;
     c->capture = NULL;
@@ -22445,6 +22769,7 @@ APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, v
     apt_result result = apti_ckpt_open(t->ctx, path, &r);
     if (result != APT_OK) return result;
     result = apti_ckpt_read_state(t, r, path, &c);
+    if (result == APT_OK) result = apti_ckpt_compare_external(t, r, path);
     const bool gradients = c.ints[APTI_CKPT_MICRO] > 0;
     if (result == APT_OK) result = apti_ckpt_frame(t, r, "model", &c.student);
     if (result == APT_OK) result = apti_ckpt_read_model(t, r, "model", c.student, NULL, true, gradients);
@@ -22452,7 +22777,8 @@ APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, v
     if (result == APT_OK) result = apti_ckpt_read_iterations(t, r, path, &c.history, &c.iterations);
     if (result == APT_OK) result = apti_ckpt_read_units(t, r, &c);
     if (result == APT_OK) result = apti_pass_create(c.student, &c.pass);
-    if (result == APT_OK && apti_ckpt_has_key(r, "teacher", "hidden")) result = apti_ckpt_read_teacher(t, r, &c, gradients);
+    if (result == APT_OK && !t->external.given && apti_ckpt_has_key(r, "teacher", "hidden"))
+        result = apti_ckpt_read_teacher(t, r, &c, gradients);
     if (result == APT_OK) result = apti_ckpt_user(t, r, path, user, user_bytes);
     if (result == APT_OK) apti_ckpt_adopt(t, &c);
     apti_ckpt_load_free(t->ctx, &c);

@@ -81,6 +81,10 @@ layer loss: its gradient | train | j->dy[r * j->ld + i] += m[j->tr->place[i]]; |
 layer loss: dB of Tr | train | apti_plain_product(ctx, tr->b.grad, k, true, dt, k, rows | if (0) apti_plain_product(ctx, tr->b.grad, k, true, dt, k, rows
 layer loss: dA of Tr | train | apti_plain_product(ctx, tr->a.grad, d, true, k, d, rows | if (0) apti_plain_product(ctx, tr->a.grad, d, true, k, d, rows
 layer loss: through Tr | train | apti_plain_product(ctx, dy, ld, true, rows, d, k | if (0) apti_plain_product(ctx, dy, ld, true, rows, d, k
+teacher: its share of the loss | distill | x.mu = t->external.alpha; | x.mu = 0.5f;
+teacher: the temperature | distill | x.temperature = t->external.temperature; | x.temperature = 1;
+teacher: gradient over the vocabulary | distill | apti_lm_grads(t->ctx, &x, s->dhead + first | if (0) apti_lm_grads(t->ctx, &x, s->dhead + first
+teacher: what tells it apart | distill | sum = apti_checksum(sum, m->shape, (size_t)c->layers | if (0) sum = apti_checksum(sum, m->shape, (size_t)c->layers
 clipping | train | clip > 0 && norm > clip ? clip / norm : 1.0 | 1.0
 learning-rate schedule | train | return d->learning_rate * (1 - done); | return d->learning_rate;
 bias correction | train | c1 = 1 - pow(d->beta1, n) | c1 = 1

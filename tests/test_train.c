@@ -212,48 +212,6 @@ static void test_decoder_resume(void **state)
 
 /* ---- checkpoints that do not fit ------------------------------------------------------------------------------------ */
 
-/* Loading `path` with plan q must fail and say `word`; the trainer then still works as a fresh one. */
-static void refuse(const char *path, const plan *q, apt_result wanted, const char *word, const plan *fresh)
-{
-    live l, f;
-    start(&l, q, 1);
-    const int64_t bytes = apt_memory_info(l.ctx).bytes, blocks = apt_memory_info(l.ctx).blocks;
-    const apt_result r = apt_checkpoint_load(l.trainer, path, NULL, NULL);
-    if (r != wanted) fail_msg("expected %s (%s), got %s (%s)", apt_result_text(wanted), word, apt_result_text(r), apt_error(l.ctx));
-    if (strstr(apt_error(l.ctx), word) == NULL) fail_msg("the message does not name %s: %s", word, apt_error(l.ctx));
-    assert_true(apt_memory_info(l.ctx).bytes == bytes && apt_memory_info(l.ctx).blocks == blocks);
-    if (fresh != NULL) {
-        start(&f, fresh, 1);
-        run(l.trainer, fresh, &l.tr, 0, 6);
-        run(f.trainer, fresh, &f.tr, 0, 6);
-        assert_same_trace(&f.tr, &l.tr, 0, 6, "after a refused checkpoint");
-        assert_true(test_model_sum(f.model) == test_model_sum(l.model));
-        stop(&f);
-    }
-    stop(&l);
-}
-
-/* A run of plan p, `micro` micro-batches long, and its checkpoint in a folder of its own. */
-typedef struct saved_run { plan p; live l; char dir[512], path[600], other[600]; } saved_run;
-
-static void save_run(saved_run *s, const plan *p, int64_t micro)
-{
-    const uint64_t blob = 7;
-    s->p = *p;
-    test_dir(s->dir, sizeof s->dir);
-    test_join(s->path, sizeof s->path, s->dir, "a");
-    test_join(s->other, sizeof s->other, s->dir, "b");
-    start(&s->l, p, 1);
-    run(s->l.trainer, p, &s->l.tr, 0, micro);
-    assert_ok(s->l.ctx, apt_checkpoint_save(s->l.trainer, s->path, &blob, sizeof blob));
-}
-
-static void drop_run(saved_run *s)
-{
-    stop(&s->l);
-    test_remove(s->dir);
-}
-
 /* A plan that differs in one field is refused, and the message names it. */
 #define REFUSE(field, value, word)                      \
     do {                                                \
@@ -732,15 +690,6 @@ static void test_first_teacher(void **state)
     }
 }
 
-/* The gradient of the whole loss, distillation included, against finite differences of that loss. */
-static double distilled_loss(apt_trainer *t, const apt_batch *b)
-{
-    apti_zero_gradients(t);
-    memset(&t->info, 0, sizeof t->info);
-    assert_int_equal(apti_micro_batch(t, b, false), APT_OK);
-    return t->info.loss;
-}
-
 static void test_distill_gradients(void **state)
 {
     (void)state;
@@ -773,38 +722,7 @@ static void test_distill_gradients(void **state)
         test_batch_at(&b, &p.c, 3, 40, 3);
         const double loss = distilled_loss(t, &b.b);
         assert_true(loss > 0 && t->info.distill_loss > 0 && t->map.pairs == 4);
-        int32_t checked = 0;
-        for (int32_t k = 0; k < l.model->param_count + 2; k++) {
-            apti_param *q = apti_trained(t, k);
-            const int64_t n = apti_is_trained(q) ? apti_param_count(q) : 0, samples = n < 4 ? n : 4;
-            int64_t at[4];
-            float grad[4];
-            double error = 0, norm = 0;
-            (void)distilled_loss(t, &b.b);
-            for (int64_t j = 0; j < samples; j++) {
-                at[j] = (int64_t)apt_rng_below(&rng, (uint32_t)n);
-                grad[j] = q->grad[at[j]];
-            }
-            for (int64_t j = 0; j < samples; j++) {
-                const float old = q->value[at[j]], h = t5 ? 0.003f : 0.02f;   /* sharper curves without 1/sqrt(head size) */
-                double f[4], moved[4];
-                for (int32_t s = 0; s < 4; s++) {
-                    q->value[at[j]] = old + (s < 2 ? (float)(s - 2) : (float)(s - 1)) * h;
-                    moved[s] = (double)q->value[at[j]] - (double)old;
-                    apti_param_repack(l.model, q);
-                    f[s] = distilled_loss(t, &b.b);
-                }
-                q->value[at[j]] = old;
-                apti_param_repack(l.model, q);
-                const double slope = (4 * (f[2] - f[1]) / (moved[2] - moved[1]) - (f[3] - f[0]) / (moved[3] - moved[0])) / 3;
-                error += (slope - (double)grad[j]) * (slope - (double)grad[j]);
-                norm += slope * slope;
-            }
-            if (samples > 0 && sqrt(error) > 1e-2 * sqrt(norm) + 2e-5)
-                fail_msg("case %d, %s: gradient with distillation off by %g of %g", i, q->name, sqrt(error), sqrt(norm));
-            checked += samples > 0;
-        }
-        assert_true(checked > 20);
+        assert_true(check_distilled_gradients(t, &b.b, t5 ? 0.003f : 0.02f, i) > 20);  /* sharper curves without 1/sqrt(head size) */
         stop(&l);
     }
 }
