@@ -24,6 +24,20 @@ check() {
 }
 # says NAME PATTERN: the output of the last command has PATTERN
 says() { if grep -q -e "$2" "$work/log"; then pass "$1"; else fail "$1 (no \"$2\" in the output)"; fi; }
+value() { sed -n "s/^ *$1 *\([0-9.]*\).*/\1/p" "$work/log" | head -n 1; }
+below() { if awk -v a="${2:-x}" -v b="$3" 'BEGIN { exit !(a + 0 > 0 && a + 0 < b + 0) }'; then pass "$1 ($2)"; else fail "$1 ($2, expected less than $3)"; fi; }
+# quantised PROGRAM MODEL METHOD ARGUMENTS...: what is measured of a folder of floats that becomes small integers in memory
+quantised() {
+    program=$1 folder=$2 method=$3
+    shift 3
+    for kind in none int8 int4; do
+        check "$method with --quantize $kind" 0 "$program" --model "$folder" --method "$method" --threads 2 --quantize $kind "$@"
+        [ $kind = none ] || says "$kind: the model's line says so" "parameters, $kind, "
+        eval "loss_$kind=$(value loss)"
+    done
+    if [ "$loss_int4" != "$loss_none" ]; then pass "int4 shows in the loss"; else fail "int4 shows in the loss"; fi
+    below "int8 stays close" "$(awk -v a="$loss_int8" -v b="$loss_none" 'BEGIN { print (a > b ? a / b : b / a) }')" 1.05
+}
 same() { if cmp -s "$2" "$3"; then pass "$1"; else fail "$1 ($2 and $3 differ)"; fi; }
 says_file() { if grep -q -e "$3" "$2"; then pass "$1"; else fail "$1 (no \"$3\" in $2)"; fi; }
 has() { if [ -s "$2" ]; then pass "$1"; else fail "$1 ($2 is missing or empty)"; fi; }
@@ -213,6 +227,9 @@ done
 [ "$(wc -c < "$work/int4/model.safetensors")" -lt "$(wc -c < "$work/int8/model.safetensors")" ] && pass "int4 is smaller" || fail "int4 is smaller"
 check "but cannot be trained" 1 "$roberta" --model "$work/int8" $data $short --out "$work/int8-again"
 says "and says why" "quantised (int8)"
+check "nor quantised once more" 1 "$roberta" --model "$work/int8" --dev "$work/demo/dev.tsv" --method eval --quantize int4
+says "which is said, too" "quantised (int8)"
+quantised "$roberta" "$work/lora" eval --dev "$work/demo/dev.tsv"
 check "an unknown kind" 2 r $data --quantize int5 --out "$work/x"
 check "trained with its integers" 0 r $data $short --quantize int4 --qat --quantize-begin 4 --out "$work/qat"
 accuracy=$(sed -n 's/^accuracy *//p' "$work/log")
@@ -437,8 +454,7 @@ awk 'BEGIN { split("cook judge baker wolf king girl", who, " "); split("kind rud
              for (i = 0; i < 240; i++) print "the " who[i * 7 % 6 + 1] " was " how[i * 3 % 5 + 1] " and the " who[i * 5 % 6 + 1] " met the " who[i % 6 + 1] "." }' > "$work/plain.txt"
 head -n 40 "$work/plain.txt" > "$work/plain-dev.txt"
 awk 'BEGIN { for (i = 0; i < 12; i++) printf "{\"instruction\": \"who was %s\", \"input\": \"\", \"output\": \"the %s\"}\n", i % 2 ? "kind" : "rude", i % 2 ? "cook" : "judge" }' > "$work/tasks.jsonl"
-perplexity() { sed -n 's/^ *perplexity *//p' "$work/log" | head -n 1; }
-below() { if awk -v a="${2:-x}" -v b="$3" 'BEGIN { exit !(a + 0 > 0 && a + 0 < b + 0) }'; then pass "$1 ($2)"; else fail "$1 ($2, expected less than $3)"; fi; }
+perplexity() { value perplexity; }
 text="--train $work/plain.txt --dev $work/plain-dev.txt --length 64 --batch 8 --steps 40 --eval-every 20 --lr 1e-2"
 check "llama without a model" 2 "$llama" --method generate
 check "perplexity needs --dev" 2 l --method perplexity
@@ -479,6 +495,13 @@ check "without packing, prompts learned, bf16" 0 l --train "$work/tasks.jsonl" -
 check "rows that are too short for an answer" 1 l --train "$work/tasks.jsonl" --length 20 --method lora --out "$work/x"
 says "names the file" "tasks.jsonl: nothing to learn"
 
+check "llama: int4 weights in the result" 0 l $text --method apt --quantize int4 --out "$work/llama-int4"
+reached=$(perplexity)
+check "which loads again" 0 "$llama" --model "$work/llama-int4" --method perplexity --dev "$work/plain-dev.txt" --length 64
+says "as what it is" "parameters, int4, "
+if [ "$(perplexity)" = "$reached" ]; then pass "and measures the same"; else fail "and measures the same"; fi
+quantised "$llama" "$work/llama-full" perplexity --dev "$work/plain-dev.txt" --length 64
+
 # ---- llama: writing
 writes() { "$llama" --model "$work/llama-full" --method generate --prompt "the cook was" --max-new 40 "$@" 2> /dev/null; }
 writes --threads 2 > "$work/greedy.txt"
@@ -493,6 +516,10 @@ if cmp -s "$work/drawn.txt" "$work/other.txt"; then fail "another seed draws ano
 check "beams" 0 writes --beams 4 --length-penalty 0.8
 says "go on with the prompt, too" "^the cook was .*[a-z]"
 check "the pruned model writes" 0 "$llama" --model "$work/llama-apt" --method generate --prompt "the wolf" --max-new 10
+check "so does the int4 one" 0 "$llama" --model "$work/llama-int4" --method generate --prompt "the wolf" --max-new 10
+says "behind its prompt" "^the wolf."
+check "and one that is quantised on the way" 0 writes --quantize int8
+says "behind its prompt" "^the cook was [a-z]"
 check "a prompt that fills the model" 1 l --method generate --prompt "$(awk 'BEGIN { for (i = 0; i < 600; i++) printf "a" }')"
 says "both numbers are named" "has 60[0-9] tokens, the model 512 positions"
 printf 'who was kind\n\nwho was rude\n' > "$work/turns.txt"
@@ -550,7 +577,6 @@ awk 'BEGIN { print "mr,ref"; split("Wolf Dwarf King Forest Daughter", who, " ");
              for (k = 1; k <= 2; k++) printf "\"name[Wolf], price[%s]\",\"It is %s, the \"\"Wolf\"\".\"\n", how[k], how[k] }' > "$work/food.csv"
 head -n 5 "$work/food.csv" > "$work/food-dev.csv"
 tail -n 2 "$work/food.csv" >> "$work/food-dev.csv"
-value() { sed -n "s/^ *$1 *\([0-9.]*\).*/\1/p" "$work/log" | head -n 1; }
 t() { "$t5" --threads 2 "$@"; }
 food="--train $work/food.csv --dev $work/food-dev.csv --batch 12 --max-new 24 --eval-every 1000"
 check "t5 --help" 0 "$t5" --help
@@ -590,6 +616,13 @@ for method in lora apt; do
     if [ "$(value ROUGE-L)" = "$rouge" ]; then pass "t5: $method: and measures the same"; else fail "t5: $method: and measures the same"; fi
 done
 below "apt: 60 % are gone" "$left" 42
+check "t5: int8 weights in the result" 0 t --model "$work/t5" $food --method lora --steps 5 --quantize int8 --out "$work/t5-int8"
+rouge=$(value ROUGE-L)
+check "which loads again" 0 t --model "$work/t5-int8" --method eval --dev "$work/food-dev.csv" --max-new 24
+says "as what it is" "parameters, int8, "
+if [ "$(value ROUGE-L)" = "$rouge" ]; then pass "and measures the same"; else fail "and measures the same"; fi
+check "and writes" 0 t --model "$work/t5-int8" --method generate --max-new 24 --prompt "name[King], price[dear]"
+quantised "$t5" "$work/t5" eval --dev "$work/food-dev.csv" --max-new 24
 writes() { "$t5" --model "$work/t5" --method generate --max-new 24 "$@" 2> /dev/null; }
 writes --threads 2 --prompt "name[King], price[dear]" > "$work/greedy.txt"
 says_file "it writes a sentence" "$work/greedy.txt" "[a-z]"
