@@ -44,33 +44,6 @@ EX_API void exi_bert_samples(uint64_t seed)
     }
 }
 
-EX_API bool ex_bert_data(ex_demo *d, ex_cells *baseline)
-{
-    static const char *const names[EX_DEMO_SETS] = {"corpus.tsv", "train.tsv", "dev.tsv", "test.tsv"};
-    ex_bert *own = (ex_bert *)d->user;
-    ex_dataset *set = own->set;
-    const ex_demo_sizes *sizes = &d->sizes;
-    const int64_t count[EX_DEMO_SETS] = {sizes->corpus, sizes->train, sizes->dev, sizes->test};
-    bool fine = ex_grammar_write_vocabulary(d->base, &d->error) && (d->tokenizer = ex_tokenizer_load(d->base, &d->error)) != NULL;
-    for (int which = 0; fine && which < EX_DEMO_SETS; which++) {
-        const exi_bert_masked masked = {d, &set[which]};
-        own->masked[which] = masked;
-        fine = exi_bert_file(d, &set[which], names[which], count[which], which != EX_DEMO_CORPUS && !own->words);
-    }
-    if (!fine) return false;
-    exi_bert_samples(d->random);
-    printf("  %lld sentences to pretrain on, %lld %s to adapt with, %lld to watch, %lld to test\n", (long long)sizes->corpus,
-           (long long)sizes->train, own->words ? "others" : "labelled ones", (long long)sizes->dev, (long long)sizes->test);
-    if (own->words) return true;
-    const int32_t words = ex_tokenizer_size(d->tokenizer);
-    const double bag = ex_bag_of_words(&set[EX_DEMO_TRAIN], &set[EX_DEMO_TEST], words, (uint64_t)d->seed);
-    printf("  a bag of words gets %.1f %% of the test sentences right\n", 100 * bag);
-    baseline->run = "bag of words";
-    ex_cell(baseline, "accuracy", "%.1f %%", 100 * bag);
-    ex_cell(baseline, "parameters", "%d", (int)words + 1);
-    return true;
-}
-
 /* ------------------------------------------------------------------------------------------------ masked words */
 
 /* 15 % of the words of sequence s are to be guessed, and half of the reactions at the end, which say most about the sentence.
@@ -124,6 +97,66 @@ EX_API ex_source ex_bert_rows(const ex_demo *d, ex_demo_set which)
     if (!own->words || which == EX_DEMO_CORPUS || which == EX_DEMO_TRAIN) return ex_dataset_source(&own->set[which]);
     const ex_source source = {m, m->set->count, exi_bert_masked_length, exi_bert_masked_gather};
     return source;
+}
+
+/* Perplexity of masked test words by how often each word stands in the corpus (every count begins with 0.1): what can be had
+   without looking at other words. */
+EX_API double exi_bert_word_counts(const ex_demo *d)
+{
+    const ex_dataset *corpus = &((const ex_bert *)d->user)->set[EX_DEMO_CORPUS];
+    const ex_source test = ex_bert_rows(d, EX_DEMO_TEST);
+    const int32_t first = ex_tokenizer_special(d->tokenizer, EX_MASK) + 1, words = ex_tokenizer_size(d->tokenizer);
+    const int64_t tokens = corpus->starts[corpus->count];
+    double *count = (double *)ex_alloc((size_t)words, sizeof(double)), all = 0, sum = 0;
+    int64_t terms = 0;
+    ex_batch batch;
+    memset(&batch, 0, sizeof(batch));
+    for (int64_t t = 0; t < tokens; t++) count[corpus->tokens[t]] += 1;
+    for (int32_t w = first; w < words; w++) all += count[w] += 0.1;
+    for (int64_t row = 0; row < test.count; row++) {
+        test.gather(&batch, test.set, &row, 1);
+        for (int32_t t = 0; t < batch.offsets[1]; t++) {
+            if (batch.labels[t] < first) continue;
+            sum -= log(count[batch.labels[t]] / all);
+            terms++;
+        }
+    }
+    ex_batch_free(&batch);
+    free(count);
+    return exp(sum / (double)terms);
+}
+
+EX_API bool ex_bert_data(ex_demo *d, ex_cells *baseline)
+{
+    static const char *const names[EX_DEMO_SETS] = {"corpus.tsv", "train.tsv", "dev.tsv", "test.tsv"};
+    ex_bert *own = (ex_bert *)d->user;
+    ex_dataset *set = own->set;
+    const ex_demo_sizes *sizes = &d->sizes;
+    const int64_t count[EX_DEMO_SETS] = {sizes->corpus, sizes->train, sizes->dev, sizes->test};
+    bool fine = ex_grammar_write_vocabulary(d->base, &d->error) && (d->tokenizer = ex_tokenizer_load(d->base, &d->error)) != NULL;
+    for (int which = 0; fine && which < EX_DEMO_SETS; which++) {
+        const exi_bert_masked masked = {d, &set[which]};
+        own->masked[which] = masked;
+        fine = exi_bert_file(d, &set[which], names[which], count[which], which != EX_DEMO_CORPUS && !own->words);
+    }
+    if (!fine) return false;
+    exi_bert_samples(d->random);
+    printf("  %lld sentences to pretrain on, %lld %s to adapt with, %lld to watch, %lld to test\n", (long long)sizes->corpus,
+           (long long)sizes->train, own->words ? "others" : "labelled ones", (long long)sizes->dev, (long long)sizes->test);
+    if (own->words) {
+        const double counts = exi_bert_word_counts(d);
+        printf("  how often each word stands in the corpus says enough for a perplexity of %.1f\n", counts);
+        baseline->run = "word counts";
+        ex_cell(baseline, "perplexity", "%.3f", counts);
+        return true;
+    }
+    const int32_t words = ex_tokenizer_size(d->tokenizer);
+    const double bag = ex_bag_of_words(&set[EX_DEMO_TRAIN], &set[EX_DEMO_TEST], words, (uint64_t)d->seed);
+    printf("  a bag of words gets %.1f %% of the test sentences right\n", 100 * bag);
+    baseline->run = "bag of words";
+    ex_cell(baseline, "accuracy", "%.1f %%", 100 * bag);
+    ex_cell(baseline, "parameters", "%d", (int)words + 1);
+    return true;
 }
 
 /* ------------------------------------------------------------------------------------------------ pretraining */
