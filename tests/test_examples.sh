@@ -139,11 +139,12 @@ check "a model without rows" 2 "$magnitude" --model "$base"
 check "rows without a model" 2 "$magnitude" --train "$work/demo/train.tsv" --dev "$work/demo/dev.tsv"
 check "the result must not replace the model" 2 "$magnitude" --model "$base" --train x.tsv --dev x.tsv --out "$base"
 check "magnitude runs" 0 "$magnitude" --fast --threads 2 --out "$work/magnitude"
-for row in accuracy loss "loss, against dense" "perplexity, against dense" "sparsity, target" "sparsity, reached" "active parameters" "on disk" "compressed, on disk" \
-    "pruned layers, smaller" inference "inference, compressed"; do says "magnitude's table has: $row" "^$row "; done
-says "what was asked for is reached" "^sparsity, reached *- *0.0 % *60.0 % *50.0 % *70.0 % "
+for row in perplexity accuracy loss "loss, against dense" "perplexity, against dense" "sparsity, target" "sparsity, reached" "active parameters" "on disk" \
+    "compressed, on disk" "pruned layers, smaller" inference "inference, compressed"; do says "magnitude's table has: $row" "^$row "; done
+says "what was asked for is reached" "^sparsity, reached *- *- *0.0 % *60.0 % *50.0 % *70.0 % "
 says "70 % gone: the pruned layers are three times smaller" "^pruned layers, smaller .*  3\.0[0-9] x "
 for i in 1 2 3 4 5; do says "iteration $i is shown" "iteration $i, step .* retrained [0-9]"; done
+sed -n '/^perplexity \|^accuracy \|^pruned layers\|^sparsity, reached/p' "$work/log" | tr -s ' ' > "$work/magnitude.rows"
 if grep -q -e 'src="http' -e 'href="http' -e '@import' "$work/magnitude/report.html"; then fail "its report is self-contained"; else pass "its report is self-contained"; fi
 says_file "its report has the iterations" "$work/magnitude/report.html" "teration 5</th>"
 results=$work/magnitude/results.json
@@ -152,20 +153,32 @@ for name in accuracy perplexity degradation perplexity_degradation sparsity acti
 done
 if [ "$(grep -c '"iteration": ' "$results")" -eq 5 ]; then pass "results.json has all iterations"; else fail "results.json has all iterations"; fi
 if command -v python3 > /dev/null 2>&1; then
-    check "results.json is JSON" 0 python3 -c 'import json, sys; d = json.load(open(sys.argv[1])); sys.exit(len(d["ways"]) != 5)' "$results"
+    check "results.json is JSON" 0 python3 -c 'import json, sys; d = json.load(open(sys.argv[1])); sys.exit(len(d["ways"]) != 6)' "$results"
 else skip "results.json is JSON (no python3)"; fi
-for way in magnitude pattern iterative; do
+if [ "$(($(wc -c < "$work/magnitude/apt-int8/model.safetensors") * 2))" -lt "$(wc -c < "$work/magnitude/apt/model.safetensors")" ]; then
+    pass "APT + int8 has less than half of APT's bytes"; else fail "APT + int8 has less than half of APT's bytes"; fi
+check "magnitude runs on one thread" 0 "$magnitude" --fast --threads 1 --out "$work/magnitude1"
+for folder in dense magnitude pattern iterative apt apt-int8 iterative-sparse; do
+    same "$folder is the same on one and two threads" "$work/magnitude/$folder/model.safetensors" "$work/magnitude1/$folder/model.safetensors"
+done
+check "magnitude --measure" 0 "$magnitude" --fast --measure --threads 2 --out "$work/magnitude"
+sed -n '/^perplexity \|^accuracy \|^pruned layers\|^sparsity, reached/p' "$work/log" | tr -s ' ' > "$work/measured.rows"
+same "the folders are what the run said they were" "$work/magnitude.rows" "$work/measured.rows"
+same "and stay as they are" "$work/magnitude/apt-int8/model.safetensors" "$work/magnitude1/apt-int8/model.safetensors"
+check "nothing to be measured" 1 "$magnitude" --fast --measure --out "$work/magnitude-none"
+says "the folder is named" "magnitude-none/"
+check "magnitude with classes" 0 "$magnitude" --demo classes --fast --threads 2 --out "$work/magnitude-classes"
+says "its table has a baseline" "bag of words"
+for way in magnitude pattern iterative apt-int8; do
     for folder in $way $way-sparse; do
-        check "roberta reads $folder" 0 "$roberta" --model "$work/magnitude/$folder" --dev "$work/magnitude/test.tsv" --method eval
+        [ $folder = apt-int8-sparse ] && continue
+        check "roberta reads $folder" 0 "$roberta" --model "$work/magnitude-classes/$folder" --dev "$work/magnitude-classes/test.tsv" --method eval
         sed -n '/accuracy\|loss/p' "$work/log" > "$work/$folder.scores"
     done
+    [ $way = apt-int8 ] && continue
     same "$way: the compressed folder is the same model" "$work/$way.scores" "$work/$way-sparse.scores"
-    if [ "$(wc -c < "$work/magnitude/$way-sparse/model.safetensors")" -lt "$(wc -c < "$work/magnitude/$way/model.safetensors")" ]; then
+    if [ "$(wc -c < "$work/magnitude-classes/$way-sparse/model.safetensors")" -lt "$(wc -c < "$work/magnitude-classes/$way/model.safetensors")" ]; then
         pass "$way: and smaller"; else fail "$way: and smaller"; fi
-done
-check "magnitude runs on one thread" 0 "$magnitude" --fast --threads 1 --out "$work/magnitude1"
-for folder in dense magnitude pattern iterative apt iterative-sparse; do
-    same "$folder is the same on one and two threads" "$work/magnitude/$folder/model.safetensors" "$work/magnitude1/$folder/model.safetensors"
 done
 check "magnitude on files" 0 "$magnitude" --model "$base" --train "$work/demo/train.tsv" --dev "$work/demo/dev.tsv" --limit 400 --steps 20 \
     --batch 16 --iterations 2 --first 0.2 --iterative 0.5 --patterns 'attention*query,intermediate' --threads 2 --out "$work/magnitude-files"
