@@ -132,6 +132,13 @@
    When the first decision begins to fade units, the student's tuned parameters are snapshot: this teacher shares all frozen
    weights. The loss moves from the task to the teacher's predictions and hidden states while pruning goes on; behind
    distill_end (default: prune_end) the task loss stands alone and the teacher is freed.
+   Any other model with the same task, labels and vocabulary can teach as well, in a run of any method and from its first step to
+   its last: apt_trainer_teacher. Then there are no snapshots, and the loss is a fixed mixture of the teacher's predictions and
+   the task. The student may have fewer layers, be narrower, be pruned meanwhile:
+
+       apt_distill_desc how = APT_ZERO;                              // temperature 2, 0.7 of the loss from the teacher
+       extern apt_model *teacher;
+       apt_trainer_teacher(trainer, teacher, &how);                  // behind apt_trainer_create
 
    ON LEARNED SPARSITY
    For networks of your own whose positions are not equally important. apt_bk_forward gives the diagonal of (T - zI)^-1 of a
@@ -147,7 +154,15 @@
    the folder that apt_model_save writes and apt_model_load reads back. Forward and generation then multiply integers:
    activations are narrowed to int8 row by row, sums are exact, so every kernel table gives the same integers. Scales come from
    the largest weight, or, with batches to calibrate on, from what each map reads. A quantised model cannot be trained or pruned
-   any more; for training with quantised values in a loop of your own there are apt_fake_quantize and its straight-through
+   any more.
+
+   What rounding spoils can be learned away before: with apt_train_desc.quantize (quantisation-aware training; any method, family
+   and pruning) the layers multiply, from step quantize_begin on, with integers made of W + s B A, as apt_model_merge and
+   apt_model_quantize will make them, and narrow their activations as well. Loss, salience and apt_model_forward are then those
+   of the quantised model, bit for bit. Gradients pass both roundings as if they were not there (straight-through); the teacher
+   of a distillation stays in floats. The integers are made anew behind every update and are no state, so checkpoints do not
+   hold them. Afterwards: apt_trainer_finish, apt_model_merge, apt_trainer_destroy, apt_model_quantize without batches, whose
+   scales by max|w| are those that were trained. For loops of your own there are apt_fake_quantize and its straight-through
    backward.
 
    ON DECODERS
@@ -575,6 +590,9 @@ typedef struct apt_train_desc {
     int64_t distill_end;              /* step from which the task loss stands alone and the teacher is gone; 0: prune_end */
     float distill_temperature;        /* 2/3 */
     float distill_pred, distill_layer;/* both 0: the task's default (1.0/0.9 classification, 0.1/0.9 span and T5; LLaMA: none) */
+    /* quantisation, see ON QUANTISATION */
+    int32_t quantize;                 /* APT_QUANT_*: train what apt_model_quantize will make of the model; 0: no */
+    int64_t quantize_begin;           /* step from which on; 0: at once */
     /* running */
     int64_t evaluate_every;           /* steps; 0: never. Fires APT_EVENT_EVALUATE */
     int64_t checkpoint_every;         /* steps; 0: never. Fires APT_EVENT_CHECKPOINT */
@@ -601,6 +619,28 @@ APT_API apt_result apt_preset_query(apt_preset_kind kind, apt_preset_info *info)
 APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *desc, apt_trainer **trainer);
 /* The desc with every default filled in. */
 APT_API void apt_trainer_query(const apt_trainer *trainer, apt_train_desc *desc);
+/* --- another model as the teacher ---
+
+       L = alpha * L_pred + (1 - alpha) * L_task                     (Hinton, Vinyals, Dean 2015, arXiv 1503.02531)
+
+   L_pred = T^2 * KL(teacher || student), both softmax(logits/T): CLASSIFY, mean over sequences; SPAN, over the tokens of a
+   sequence, mean of start and end and over sequences; MLM and LM, over the vocabulary, mean over labelled tokens. REGRESS: the
+   mean squared difference. alpha stays the same through the whole run (apt_step_info.mu), all batches need labels. */
+typedef struct apt_distill_desc {
+    uint32_t start_canary;
+    float temperature;                /* T: 2 */
+    float alpha;                      /* 0.7; at most 1, where labels only say which rows count */
+    uint32_t end_canary;
+} apt_distill_desc;
+/* For a fresh trainer, and again before apt_checkpoint_load; desc NULL: the defaults. The method may be any; with APT this
+   teacher stands in the place of the snapshots (distill_* and disable_distill are then without effect).
+   The teacher is another model of the same context, without a trainer of its own. Its depth, width, shapes and weight storage are
+   free: it may be pruned, quantised, hold adapters. Of the same kind as the student must be its task, and with that its output:
+   labels (CLASSIFY), vocabulary, and a decoder with or without an encoder (APT_E_SHAPE). It must be able to read every batch:
+   positions and token types are checked with each. It is the caller's, is not changed, must not be changed (a step then gives
+   APT_E_STATE where its structure or trainer shows it) and must live as long as the trainer.
+   A checkpoint holds its shape and a checksum of its weights; a run goes on with the same teacher only. */
+APT_API apt_result apt_trainer_teacher(apt_trainer *trainer, apt_model *teacher, const apt_distill_desc *desc);
 /* One micro-batch; every desc.accumulate-th call updates. APT_E_STATE after desc.steps steps. A call that failed is repeated
    with the same batch: where the update was done, it only does the rest. */
 APT_API apt_result apt_trainer_step(apt_trainer *trainer, const apt_batch *batch, apt_step_info *info);
@@ -642,6 +682,11 @@ typedef struct apt_iterative_desc apt_iterative_desc;
 APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
                                           const apt_iterative_desc *plan, int64_t tokens, int64_t target_tokens,
                                           int64_t sequences, apt_estimate_info *info);
+/* The same for a run with another model as the teacher (apt_trainer_teacher), which is counted too: info->teacher is its weights
+   and activations. desc is needed; plan may be NULL. */
+APT_API apt_result apt_estimate_distill(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
+                                        const apt_config *teacher, const apt_iterative_desc *plan, int64_t tokens,
+                                        int64_t target_tokens, int64_t sequences, apt_estimate_info *info);
 #endif /* APT_ONLY_CORE */
 
 
@@ -5170,15 +5215,61 @@ static void apti_quant_clear(const apti_packed *packed)
 static void apti_quant_put_row(const apti_packed *packed, int64_t row, const int8_t *q, const float *scale)
 {
     const int64_t nr = packed->nr, j = row % nr, scales = apti_quant_panel_scales(1, packed->k, packed->type);
+    enum { GROUP = APT_QUANT_GROUP, HALF = GROUP / 2 };
     uint8_t *panel = apti_quant_panel(packed, row / nr);
     float *to = apti_quant_scales(packed, row / nr);
     int32_t shift;
-    for (int64_t p = 0; p < packed->k; p++) {
+    for (int64_t p = 0; p < packed->k; p += GROUP) {
+        int8_t group[GROUP] = {0}, both[HALF];
         uint8_t *at = panel + apti_quant_at(packed, p, j, &shift);
-        if (packed->type == APT_I8) *at = (uint8_t)q[p];
-        else *at = (uint8_t)((*at & 0xf0 >> shift) | (q[p] + 8) << shift);
+        const int64_t n = apti_min_i64(GROUP, packed->k - p);
+        memcpy(group, q + p, (size_t)n);
+        if (packed->type == APT_I8)
+            for (int64_t i = 0; i < GROUP; i += 4) memcpy(at + i * nr, group + i, 4);
+        else {
+            for (int32_t i = 0; i < HALF; i++) both[i] = (int8_t)((group[i] + 8) | (group[HALF + i] + 8) << 4);
+            for (int64_t i = 0; i < HALF; i += 4) memcpy(at + i * nr, both + i, 4);
+        }
     }
     for (int64_t g = 0; g < scales; g++) to[g * nr + j] = scale[g];
+}
+
+/* y = q * s; a known length makes vectors. */
+#define APTI_WIDEN 16
+APTI_INLINE void apti_widen(float *y, const int8_t *q, float s)
+{
+    for (int32_t i = 0; i < APTI_WIDEN; i++) y[i] = (float)q[i] * s;
+}
+
+static void apti_widen_row(float *y, const int8_t *q, float s, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + APTI_WIDEN <= n; i += APTI_WIDEN) apti_widen(y + i, q + i, s);
+    for (; i < n; i++) y[i] = (float)q[i] * s;
+}
+
+/* y(rows, cols) = q * scale for rows from `row`, columns from `col`, a multiple of 4; by pieces of half a group, which has one
+   shift and one scale, and whose quads lie at equal distances. */
+static void apti_quant_widen(float *y, int64_t ldy, const apti_packed *packed, int64_t row, int64_t rows, int64_t col,
+                             int64_t cols)
+{
+    const bool int8 = packed->type == APT_I8;
+    const int64_t nr = packed->nr;
+    int8_t q[APTI_WIDEN] = {0};
+    for (int64_t r = 0; r < rows; r++, row++) {
+        const uint8_t *panel = apti_quant_panel(packed, row / nr);
+        const float *scale = apti_quant_scales(packed, row / nr) + row % nr;
+        for (int64_t c = 0, n; c < cols; c += n) {
+            int32_t shift;
+            const uint8_t *from = panel + apti_quant_at(packed, col + c, row % nr, &shift);
+            const float s = scale[int8 ? 0 : (col + c) / APT_QUANT_GROUP * nr];
+            n = apti_min_i64(cols - c, APTI_WIDEN - (col + c) % APTI_WIDEN);
+            for (int64_t i = 0; i < n; i += 4) memcpy(q + i, from + i * nr, 4);
+            for (int32_t i = 0; !int8 && i < APTI_WIDEN; i++) q[i] = (int8_t)(((uint8_t)q[i] >> shift & 15) - 8);
+            if (n == APTI_WIDEN) apti_widen(y + r * ldy + c, q, s);
+            else apti_widen_row(y + r * ldy + c, q, s, n);
+        }
+    }
 }
 
 static void apti_quant_get_row(const apti_packed *packed, int64_t row, int8_t *q, float *scale)
@@ -5331,7 +5422,11 @@ static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_ge
         kernels->expand(y, (const uint16_t *)part->packed->data + (j / nr * wide + p0) * nr, k * nr);
         return;
     }
-    for (int64_t p = 0; p < k;) {                /* transposed: p is an out feature, so it runs through panels of W */
+    if (apti_is_quant(part->packed->type)) {     /* transposed: rows of W are rows of B */
+        apti_quant_widen(y, nr, part->packed, p0, k, j, cols);
+        return;
+    }
+    for (int64_t p = 0; p < k;) {                /* the same in floats: p is an out feature, so it runs through panels of W */
         const int64_t inside = (p0 + p) % nr, rows = apti_min_i64(nr - inside, k - p);
         const int64_t at = ((p0 + p) / nr * wide + j) * nr;
         float block[APTI_NR_MAX * APTI_NR_MAX];
@@ -6055,6 +6150,7 @@ typedef struct apti_linear_op {
     int64_t rank;                     /* 0: no adapter */
     float scale;                      /* s */
     const float *a, *b;               /* A(rank, in), B(out, rank), row-major */
+    bool folded;                      /* w holds W + s B A: neither y nor dx needs the adapter */
     float *squares;                   /* [in] NULL, or a forward pass adds the squares of x here */
 } apti_linear_op;
 
@@ -6134,20 +6230,26 @@ static void apti_gemm_epilogue(apti_gemm *g, const apti_epilogue *epilogue)
     g->mask = epilogue->mask;
 }
 
+/* xa(rows, rank) = s x A^T */
+static void apti_linear_down(apt_ctx *ctx, const apti_linear_op *op, float *xa, const float *x, int64_t ldx, int64_t rows)
+{
+    apti_gemm down = apti_gemm_begin(xa, op->rank, rows, op->rank, false);
+    apti_gemm_left(&down.part[0], x, ldx, op->in);
+    apti_gemm_right(&down.part[0], APTI_B_PLAIN_T, op->a, op->in);
+    apti_gemm_run(ctx, &down);
+    apti_scale_run(ctx, xa, rows * op->rank, op->scale);
+}
+
 /* y(rows, out) = epilogue(x W^T + xa B^T + bias),  xa(rows, rank) = s x A^T
-   x(rows, in). The adapter is the second segment of the same product: no second pass over x or y. */
+   x(rows, in). The adapter is the second segment of the same product: no second pass over x or y. Folded: there is no xa. */
 static void apti_linear_forward(apt_ctx *ctx, const apti_linear_op *op, float *y, int64_t ldy, const float *x, int64_t ldx,
                                 int64_t rows, float *xa, const apti_epilogue *epilogue)
 {
     apti_gemm g = apti_gemm_begin(y, ldy, rows, op->out, false);
     if (rows == 0) return;
     if (op->squares != NULL) apti_column_square_sum(ctx, op->squares, x, ldx, rows, op->in);
-    if (op->rank > 0) {
-        apti_gemm down = apti_gemm_begin(xa, op->rank, rows, op->rank, false);
-        apti_gemm_left(&down.part[0], x, ldx, op->in);
-        apti_gemm_right(&down.part[0], APTI_B_PLAIN_T, op->a, op->in);
-        apti_gemm_run(ctx, &down);
-        apti_scale_run(ctx, xa, rows * op->rank, op->scale);
+    if (op->rank > 0 && !op->folded) {
+        apti_linear_down(ctx, op, xa, x, ldx, rows);
         apti_gemm_left(&g.part[1], xa, op->rank, op->rank);
         apti_gemm_right(&g.part[1], APTI_B_PLAIN_T, op->b, op->rank);
     }
@@ -6173,14 +6275,15 @@ static void apti_weight_grad(apt_ctx *ctx, float *c, int64_t m, int64_t n, const
 
 /* dy(rows, out) is the gradient of the value before the activation.
    y = x W^T + xa B^T + bias :  dx (+)= dy W + dya A,  dya(rows, rank) = s dy B,
-   dW += dy^T x,  dbias += column sums of dy,  dB += dy^T xa,  dA += dya^T x. A NULL output is not computed. */
+   dW += dy^T x,  dbias += column sums of dy,  dB += dy^T xa,  dA += dya^T x. A NULL output is not computed.
+   Folded: dx (+)= dy W, whose W holds the adapter. */
 static void apti_linear_backward(apt_ctx *ctx, const apti_linear_op *op, float *dx, int64_t lddx, bool accumulate_dx,
                                  const float *dy, int64_t lddy, const float *x, int64_t ldx, const float *xa, float *dya,
                                  int64_t rows, const apti_linear_grad *grad)
 {
-    const bool adapter = op->rank > 0;
+    const bool adapter = op->rank > 0, beside = adapter && !op->folded;
     if (rows == 0) return;
-    if (adapter && (dx || (grad && grad->a))) {
+    if ((beside && dx) || (adapter && grad && grad->a)) {
         apti_gemm up = apti_gemm_begin(dya, op->rank, rows, op->rank, false);
         apti_gemm_left(&up.part[0], dy, lddy, op->out);
         apti_gemm_right(&up.part[0], APTI_B_PLAIN, op->b, op->rank);
@@ -6191,7 +6294,7 @@ static void apti_linear_backward(apt_ctx *ctx, const apti_linear_op *op, float *
         apti_gemm g = apti_gemm_begin(dx, lddx, rows, op->in, accumulate_dx);
         apti_gemm_left(&g.part[0], dy, lddy, op->out);
         apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->w);
-        if (adapter) {
+        if (beside) {
             apti_gemm_left(&g.part[1], dya, op->rank, op->rank);
             apti_gemm_right(&g.part[1], APTI_B_PLAIN, op->a, op->in);
         }
@@ -6202,6 +6305,26 @@ static void apti_linear_backward(apt_ctx *ctx, const apti_linear_op *op, float *
     if (grad->bias) apti_column_sum(ctx, grad->bias, dy, lddy, rows, op->out);
     if (adapter && grad->b) apti_weight_grad(ctx, grad->b, op->out, op->rank, dy, lddy, xa, op->rank, rows);
     if (adapter && grad->a) apti_weight_grad(ctx, grad->a, op->rank, op->in, dya, op->rank, x, ldx, rows);
+}
+
+/* x as a product with small integers reads it: every row narrowed to int8 and widened again. */
+typedef struct apti_narrow_job { const apt_ctx *ctx; float *y; const float *x; int64_t ldy, ldx, rows, n; } apti_narrow_job;
+
+#define APTI_NARROW_ROWS 8
+static void apti_narrow_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_narrow_job *job = (const apti_narrow_job *)arg;
+    int8_t *q = (int8_t *)job->ctx->scratch[thread];
+    for (int64_t r = index * APTI_NARROW_ROWS; r < apti_min_i64(job->rows, (index + 1) * APTI_NARROW_ROWS); r++) {
+        const float scale = job->ctx->quant->narrow(q, NULL, job->x + r * job->ldx, job->n, false);
+        apti_widen_row(job->y + r * job->ldy, q, scale, job->n);
+    }
+}
+
+static void apti_narrow_run(apt_ctx *ctx, float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t n)
+{
+    apti_narrow_job job = {ctx, y, x, ldy, ldx, rows, n};
+    apti_parallel_for(ctx, apti_ceil_div(rows, APTI_NARROW_ROWS), apti_narrow_task, &job);
 }
 
 /* ---- layer norm, RMS norm ---------------------------------------------------------------------------------------- */
@@ -8733,7 +8856,9 @@ APT_API apt_result apt_adapter_merge(const apt_adapter *adapter, float *w, int64
             double sum[BLOCK] = {0};
             for (int64_t k = 0; k < t->rank; k++) {
                 const double b = (double)t->scale * t->b[o * t->rank + k];
-                for (int64_t i = 0; i < n; i++) sum[i] += b * t->a[k * t->in + first + i];
+                const float *a = t->a + k * t->in + first;
+                if (n == BLOCK) for (int32_t i = 0; i < BLOCK; i++) sum[i] += b * a[i];      /* a known length makes vectors */
+                else for (int64_t i = 0; i < n; i++) sum[i] += b * a[i];
             }
             float *row = w + o * ldw + first;
             for (int64_t i = 0; i < n; i++) row[i] = (float)(row[i] + sum[i]);
@@ -11870,19 +11995,29 @@ static float apti_quant_limit(int32_t kind)
     return kind == APT_QUANT_INT8 ? 127.0f : 7.0f;
 }
 
-/* The integer next to w / scale. Cut off before rounding, so that nothing is too large for an integer. */
-APTI_INLINE int32_t apti_quant_round(float w, float scale, float limit)
+/* The integer next to w / scale > 0, ties to even: where floats are 1 apart, a sum is rounded to an integer, which then stands
+   in its lowest bits. Cut off first, so that it is small enough. */
+#define APTI_ROUND 12582912.0f                   /* 1.5 * 2^23 */
+APTI_INLINE int32_t apti_quant_nearest(float w, float scale, float limit)
 {
-    if (!(scale > 0.0f)) return 0;
-    const float x = w / scale;
-    return (int32_t)lrintf(x > limit ? limit : x < -limit ? -limit : x);
+    const float x = w / scale, cut = x > limit ? limit : x < -limit ? -limit : x;
+    return (int32_t)(apti_bits(cut + APTI_ROUND) - apti_bits(APTI_ROUND));
 }
 
+APTI_INLINE int32_t apti_quant_round(float w, float scale, float limit)
+{
+    return scale > 0.0f ? apti_quant_nearest(w, scale, limit) : 0;
+}
+
+/* Not finite when one of them is not. */
 static float apti_quant_max(const float *w, int64_t n)
 {
-    float max = 0.0f;
-    for (int64_t i = 0; i < n; i++) max = fabsf(w[i]) > max ? fabsf(w[i]) : max;
-    return max;
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = apti_bits(w[i]) & 0x7fffffffu;
+        most = bits > most ? bits : most;
+    }
+    return apti_float(most);
 }
 
 static double apti_quant_error(const float *w, const float *importance, int64_t n, float scale, float limit)
@@ -11923,6 +12058,8 @@ static void apti_quant_row(int32_t kind, int8_t *q, const float *scale, const fl
     for (int64_t g = 0; g < apti_quant_groups(kind, cols); g++) {
         int64_t i;
         const int64_t end = apti_quant_group_range(kind, cols, g, &i);
+        for (; scale[g] > 0.0f && i + APT_QUANT_GROUP <= end; i += APT_QUANT_GROUP)        /* a known length makes vectors */
+            for (int32_t k = 0; k < APT_QUANT_GROUP; k++) q[i + k] = (int8_t)apti_quant_nearest(w[i + k], scale[g], limit);
         for (; i < end; i++) q[i] = (int8_t)apti_quant_round(w[i], scale[g], limit);
     }
 }
@@ -12209,6 +12346,7 @@ typedef struct apti_param {
     int32_t *columns;                 /* NULL, or: `value` is a frozen table of `stride` columns that a wider teacher has too, */
     int64_t stride;                   /* and columns[0..cols) of them are this parameter's. Embeddings only */
     apti_packed packed;               /* linear only */
+    apti_packed rounded;              /* W + s B A in small integers while apt_model.rounding asks for it; data NULL: not made */
     apt_sparse sparse;                /* a compressed copy for long batches (apt_model_compress); start is NULL: none */
     float *grad, *moment1, *moment2;  /* trainable only */
 } apti_param;
@@ -12253,6 +12391,8 @@ typedef struct apti_layer {
 
 typedef struct apti_design apti_design;
 
+typedef enum apti_stale { APTI_STALE_NONE = 0, APTI_STALE_TRAINED, APTI_STALE_ALL } apti_stale;
+
 struct apt_model {
     apt_ctx *ctx;
     apt_model *next;                  /* in ctx->models */
@@ -12274,6 +12414,9 @@ struct apt_model {
     float *masks;                     /* [units], or NULL: all 1. Order: apt_units */
     uint64_t **bitmask;               /* masks of single weights: [param_count], or NULL: none. An entry is NULL: all stay */
     float **squares;                  /* while calibrating: see apti_linear_op.squares; [param_count] */
+    int32_t rounding;                 /* APT_QUANT_*: the layers multiply with `rounded`, as the trainer wants it */
+    int32_t stale;                    /* apti_stale: which `rounded` are older than their weights */
+    float *merged;                    /* room for one W + s B A of a layer, kept while rounding */
     apti_pass *pass;                  /* buffers of apt_model_forward, kept between calls */
 };
 
@@ -12715,7 +12858,7 @@ static void apti_param_forget(apti_param *p)
     memset(&p->sparse, 0, sizeof p->sparse);
     p->value = p->grad = p->moment1 = p->moment2 = NULL;
     p->columns = NULL;
-    p->packed.data = NULL;
+    p->packed.data = p->rounded.data = NULL;
 }
 
 static void apti_param_release(apt_ctx *ctx, apti_param *p)
@@ -12723,6 +12866,7 @@ static void apti_param_release(apt_ctx *ctx, apti_param *p)
     apti_free(ctx, p->value);
     apti_free(ctx, p->columns);
     apti_free(ctx, p->packed.data);
+    apti_free(ctx, p->rounded.data);
     apti_free(ctx, p->grad);
     apti_free(ctx, p->moment1);
     apti_free(ctx, p->moment2);
@@ -12764,13 +12908,14 @@ static void apti_quant_set_task(int64_t index, int32_t thread, void *arg)
     for (int64_t r = index * p->nr; r < apti_min_i64(p->n, (index + 1) * p->nr); r++) {
         const float *w = job->values + r * p->k;
         apti_quant_row_scales(kind, scale, w, p->k, job->importance != NULL, job->importance);
-        apti_quant_row(kind, q, scale, w, p->k);
+        if (apti_finite_all(scale, apti_quant_groups(kind, p->k))) apti_quant_row(kind, q, scale, w, p->k);
+        else memset(q, 0, (size_t)p->k);
         apti_quant_put_row(p, r, q, scale);
     }
 }
 
-/* Quantises values(n, k) into the panels; importance [k] NULL: scales by max|w|, else searched. */
-static void apti_quant_set(apt_ctx *ctx, const apti_packed *packed, const float *values, const float *importance)
+/* Quantises values(n, k) into the panels; importance [k] NULL: scales by max|w|, else searched. False: a value is not finite. */
+static bool apti_quant_set(apt_ctx *ctx, const apti_packed *packed, const float *values, const float *importance)
 {
     apti_quant_move job = APT_ZERO;
     job.ctx = ctx;
@@ -12778,7 +12923,9 @@ static void apti_quant_set(apt_ctx *ctx, const apti_packed *packed, const float 
     job.values = values;
     job.importance = importance;
     apti_quant_clear(packed);
-    apti_parallel_for(ctx, apti_ceil_div(packed->n, packed->nr), apti_quant_set_task, &job);
+    const int64_t panels = apti_ceil_div(packed->n, packed->nr);
+    apti_parallel_for(ctx, panels, apti_quant_set_task, &job);
+    return apti_finite_all(apti_quant_scales(packed, 0), panels * apti_quant_panel_scales(packed->nr, packed->k, packed->type));
 }
 
 static void apti_quant_get_task(int64_t r, int32_t thread, void *arg)
@@ -12881,8 +13028,9 @@ static bool apti_param_reserve(apt_model *model, apti_param *p)
 static void apti_param_set(apt_model *model, apti_param *p, const float *values)
 {
     apt_sparse_free(model->ctx, &p->sparse);
+    model->stale = APTI_STALE_ALL;
     if (p->value != NULL && p->value != values) memcpy(p->value, values, (size_t)apti_param_count(p) * sizeof(float));
-    if (p->linear && apti_is_quant(p->packed.type)) apti_quant_set(model->ctx, &p->packed, values, NULL);
+    if (p->linear && apti_is_quant(p->packed.type)) (void)apti_quant_set(model->ctx, &p->packed, values, NULL);
     else if (p->linear) apti_pack(model->ctx, &p->packed, values, p->cols);
 }
 
@@ -13052,6 +13200,7 @@ static void apti_model_free(apt_model *model)
     apti_free(ctx, model->bias_head);
     apti_free(ctx, model->masks);
     apti_bitmasks_free(model);
+    apti_free(ctx, model->merged);
     apti_free(ctx, model);
 }
 
@@ -13584,6 +13733,7 @@ APT_API apt_result apt_model_set_bitmask(apt_model *model, const char *name, con
         if (model->bitmask == NULL) return APT_OK;
         apti_free(model->ctx, model->bitmask[p - model->params]);
         model->bitmask[p - model->params] = NULL;
+        model->stale = APTI_STALE_ALL;            /* an adapter over it is masked no longer */
         return APT_OK;
     }
     if (mask == NULL) return apti_fail(model->ctx, APT_E_ARGUMENT, "%s: the mask is NULL", name);
@@ -13612,7 +13762,8 @@ APT_API apt_result apt_model_set_bitmask(apt_model *model, const char *name, con
 enum {
     APTI_PASS_KEEP = 1,               /* keep what a backward needs */
     APTI_PASS_FULL = 2,               /* gradients of all weights: keep the inputs of every product */
-    APTI_PASS_ALL_ROWS = 4            /* the last layer runs on all rows though the head reads only first tokens */
+    APTI_PASS_ALL_ROWS = 4,           /* the last layer runs on all rows though the head reads only first tokens */
+    APTI_PASS_TAUGHT = 8              /* a teacher's logits join the loss: MLM and LM need room for its gradient */
 };
 
 /* Activations of one layer. In inference all layers share the first one's buffers. rows_q: query rows (see apti_lean).
@@ -13683,7 +13834,7 @@ struct apti_pass {
     /* shared by all layers */
     float *bias, *dbias;              /* relative positions of the layer at work, as apti_attention_op wants them */
     float *frequency;                 /* [APTI_HEAD_MAX / 2] rotary positions */
-    float *ctx, *act, *g, *t, *dq, *dk, *dv, *dctx, *dact, *dother, *dmemory, *dya;
+    float *ctx, *act, *g, *t, *dq, *dk, *dv, *dctx, *dact, *dother, *dmemory, *dya, *narrowed;
     apti_cache *cache;                /* NULL: no generation */
     /* hooks of the trainer */
     apti_probe *probe;                /* NULL: no salience */
@@ -13725,16 +13876,26 @@ static int64_t apti_rank(const apt_model *model, int32_t l, int32_t linear)
 }
 
 /* Widest of each shared buffer over all layers. */
-typedef struct apti_widths { int64_t query, kv, neurons, rank; } apti_widths;
+typedef struct apti_widths { int64_t query, kv, neurons, rank, narrowed; } apti_widths;
+
+/* Whether W + s B A changes while the model is trained. */
+static bool apti_site_trains(const apti_site *site)
+{
+    return site->w->trainable || site->a->rows > 0;
+}
 
 static apti_widths apti_widest(const apt_model *model)
 {
-    apti_widths w = {1, 1, 1, 1};
+    apti_widths w = {1, 1, 1, 1, 0};
     for (int32_t l = 0; l < model->config.layers; l++) {
         w.query = apti_max_i64(w.query, apti_query_width(model, l));
         w.kv = apti_max_i64(w.kv, apti_kv_width(model, l));
         w.neurons = apti_max_i64(w.neurons, model->shape[l].neurons);
         for (int32_t i = 0; i < APTI_LINEARS; i++) w.rank = apti_max_i64(w.rank, apti_rank(model, l, i));
+    }
+    for (int32_t k = 0; model->rounding != APT_QUANT_NONE && k < apti_layer_sites(model); k++) {
+        const apti_site site = apti_site_of(model, k);
+        if (site.w != NULL && apti_site_trains(&site)) w.narrowed = apti_max_i64(w.narrowed, site.w->cols);
     }
     return w;
 }
@@ -13823,6 +13984,7 @@ static void apti_plan_shared_layers(apti_bump *b, apti_pass *pass, int64_t seque
 
 static void apti_plan_head(apti_bump *b, apti_pass *pass, int64_t rows, int64_t sequences, bool kept)
 {
+    const bool taught = kept && (pass->mode & APTI_PASS_TAUGHT) != 0;
     const apt_config *c = &pass->model->config;
     const int64_t width = apti_head_width(c), d = c->hidden, f = (int64_t)sizeof(float);
     const bool lm = c->task == APT_TASK_LM, mlm = c->task == APT_TASK_MLM || lm, span = c->task == APT_TASK_SPAN;
@@ -13837,7 +13999,7 @@ static void apti_plan_head(apti_bump *b, apti_pass *pass, int64_t rows, int64_t 
         pass->head_norm = lm ? pass->head_in : apti_bump_matrix(b, n, d);       /* what the decoder reads */
         pass->mlm_chunk = apti_max_i64(1, apti_min_i64(n, APTI_LOGITS / apti_ld(width)));
         pass->mlm_work = apti_bump_matrix(b, pass->mlm_chunk, width);
-        pass->kl_work = kept && lm ? apti_bump_matrix(b, pass->mlm_chunk, width) : NULL;
+        pass->kl_work = taught ? apti_bump_matrix(b, pass->mlm_chunk, width) : NULL;
         pass->head_xa = (float *)apti_bump_take(b, n * rank, f);
         pass->head_dya = (float *)apti_bump_take(b, kept ? pass->mlm_chunk * rank : 0, f);
     } else {
@@ -13903,6 +14065,7 @@ static void apti_plan_backward(apti_bump *b, apti_pass *pass, const apti_widths 
     pass->dother = c->gated ? apti_bump_matrix(b, rows, w->neurons) : NULL;
     pass->dmemory = pass->stacks > 1 ? apti_bump_matrix(b, pass->stack[0].rows, c->hidden) : NULL;
     pass->dya = (float *)apti_bump_take(b, rows * w->rank, (int64_t)sizeof(float));
+    pass->narrowed = apti_bump_matrix(b, rows, w->narrowed);
 }
 
 /* Lays out all buffers for `rows` tokens (T5: and target_rows) in `sequences` sequences; with block NULL it only counts. */
@@ -14072,6 +14235,103 @@ static apt_result apti_check_batch(const apt_model *model, const apt_batch *b, b
     return r != APT_OK ? r : apti_check_labels(model, b);
 }
 
+/* ------------------------------------------------------------------------------------------------ merged and rounded weights
+
+   While a trainer asks for it (apt_model.rounding), the linear maps of the layers multiply with small integers made of
+   W + s B A, as apt_model_merge and apt_model_quantize will make them: a forward pass is then that of the quantised model, bit
+   for bit. Backward, rounding of weights and of activations counts as the identity (straight-through), scales as constants:
+   no weight is cut off, since they follow the largest. With R for rounding, x' = R(x) and W' = R(W + s B A):
+       y = x' W'^T;   dx = dy W',   dW = dy^T x',   dB = dy^T (s x' A^T),   dA = (s dy B)^T x'.
+   The integers are no state: they are made anew from the weights whenever those have changed. */
+
+/* A view for the core's functions; which: value, gradient or moments of both matrices. */
+static apt_adapter apti_adapter_view(const apt_model *model, float *a, float *b, const apti_param *pa, const apti_param *pb)
+{
+    apt_adapter view;
+    view.a = a;
+    view.b = b;
+    view.rank = (int32_t)pa->rows;
+    view.in = (int32_t)pa->cols;
+    view.out = (int32_t)pb->rows;
+    view.scale = model->scale;
+    return view;
+}
+
+/* Rows of W + s B A: each entry is a sum of its own. */
+typedef struct apti_merge_job { apt_adapter adapter; float *w; } apti_merge_job;
+
+#define APTI_MERGE_ROWS 16
+static void apti_merge_task(int64_t index, int32_t thread, void *arg)
+{
+    const apti_merge_job *job = (const apti_merge_job *)arg;
+    const int64_t first = index * APTI_MERGE_ROWS;
+    apt_adapter rows = job->adapter;
+    (void)thread;
+    rows.out = (int32_t)apti_min_i64(APTI_MERGE_ROWS, job->adapter.out - first);
+    rows.b += first * rows.rank;
+    (void)apt_adapter_merge(&rows, job->w + first * rows.in, rows.in);
+}
+
+/* values = W + s B A, with the zeros of W's mask */
+static void apti_merge_values(const apt_model *model, const apti_site *site, float *values)
+{
+    apti_merge_job job;
+    apti_param_get(model, site->w, values);
+    if (site->a->rows == 0) return;
+    job.adapter = apti_adapter_view(model, site->a->value, site->b->value, site->a, site->b);
+    job.w = values;
+    apti_parallel_for(model->ctx, apti_ceil_div(site->w->rows, APTI_MERGE_ROWS), apti_merge_task, &job);
+    if (apti_bitmask_of(model, site->w) != NULL)
+        (void)apt_bitmask_apply(model->ctx, values, apti_bitmask_of(model, site->w), apti_param_count(site->w));
+}
+
+/* The integers of one map. What merging will store in bf16 is rounded to that first. */
+static apt_result apti_round_site(apt_model *m, const apti_site *site)
+{
+    apti_param *w = site->w;
+    const float *values = w->value;
+    if (values == NULL) {
+        apti_merge_values(m, site, m->merged);
+        for (int64_t i = 0; w->packed.type == APT_BF16 && i < apti_param_count(w); i++)
+            m->merged[i] = apti_bf16_to_f32(apti_f32_to_bf16(m->merged[i]));
+        values = m->merged;
+    }
+    if (apti_quant_set(m->ctx, &w->rounded, values, NULL)) return APT_OK;
+    return apti_fail(m->ctx, APT_E_NONFINITE, "training with quantised weights: %s (with its adapter) holds NaN or infinity",
+                     w->name);
+}
+
+/* Brings all integers up to date: before a pass, so that its failure changes nothing. */
+static apt_result apti_round_all(apt_model *m)
+{
+    apt_result r = APT_OK;
+    if (m->rounding == APT_QUANT_NONE) return r;
+    if (m->merged == NULL) m->merged = (float *)apti_alloc(m->ctx, apti_largest_layer(m), (int64_t)sizeof(float));
+    if (m->merged == NULL) return apti_fail(m->ctx, APT_E_MEMORY, "training with quantised weights: no memory for one matrix");
+    for (int32_t k = 0; k < apti_layer_sites(m) && r == APT_OK; k++) {
+        const apti_site site = apti_site_of(m, k);
+        if (site.w == NULL || apti_param_count(site.w) == 0) continue;
+        const bool there = site.w->rounded.data != NULL;
+        if (!there && !apti_packed_reserve(m->ctx, &site.w->rounded, site.w->rows, site.w->cols, apti_quant_type(m->rounding)))
+            r = apti_fail(m->ctx, APT_E_MEMORY, "training with quantised weights: no memory for %s", site.w->name);
+        else if (!there || m->stale == APTI_STALE_ALL || (m->stale == APTI_STALE_TRAINED && apti_site_trains(&site)))
+            r = apti_round_site(m, &site);
+    }
+    m->stale = r == APT_OK ? APTI_STALE_NONE : APTI_STALE_ALL;
+    return r;
+}
+
+/* They come back with the next pass, if they are still wanted. */
+static void apti_rounded_drop(apt_model *m)
+{
+    for (int32_t i = 0; i < m->param_count; i++) {
+        apti_free(m->ctx, m->params[i].rounded.data);
+        m->params[i].rounded.data = NULL;
+    }
+    apti_free(m->ctx, m->merged);
+    m->merged = NULL;
+}
+
 /* ------------------------------------------------------------------------------------------------ forward */
 
 static apti_linear_op apti_view(const apt_model *model, const apti_param *w, const apti_param *bias, const apti_param *a,
@@ -14080,7 +14340,8 @@ static apti_linear_op apti_view(const apt_model *model, const apti_param *w, con
     apti_linear_op op;
     op.out = w->rows;
     op.in = w->cols;
-    op.w = &w->packed;
+    op.folded = w->rounded.data != NULL;
+    op.w = op.folded ? &w->rounded : &w->packed;
     op.bias = bias != NULL ? bias->value : NULL;
     op.rank = a != NULL ? a->rows : 0;
     op.scale = model->scale;
@@ -14612,7 +14873,8 @@ static void apti_stack_forward(apti_pass *pass, int32_t which)
 /* All stacks up to the logits (MLM and LM: up to the decoder's input). */
 static apt_result apti_forward(apti_pass *pass, const apt_batch *batch, uint32_t mode)
 {
-    const apt_result r = apti_pass_prepare(pass, batch, mode);
+    apt_result r = apti_pass_prepare(pass, batch, mode);
+    if (r == APT_OK) r = apti_round_all(pass->model);
     if (r != APT_OK) return r;
     apti_index_batch(pass);
     const bool later = pass->cache != NULL && !pass->cache->fill;     /* the source has been read */
@@ -14696,6 +14958,24 @@ static apti_linear_grad apti_layer_grads(const apt_model *model, int32_t l, int3
 {
     const apti_layer *layer = &model->layers[l];
     return apti_grads(layer->slot[2 * i], layer->slot[2 * i + 1], layer->lora_a[i], layer->lora_b[i]);
+}
+
+/* apti_linear_backward of a linear map of layer l: x is what it read. A map in small integers read x narrowed, and that is what
+   its gradients are made of. */
+static void apti_map_backward(apti_pass *p, int32_t l, int32_t linear, float *dx, bool accumulate, const float *dy, int64_t lddy,
+                              const float *x, int64_t ldx, int64_t rows)
+{
+    const apt_model *m = p->model;
+    const apti_linear_op op = apti_layer_view(m, l, linear);
+    const apti_linear_grad grad = apti_layer_grads(m, l, linear);
+    float *xa = p->acts[l].xa[linear];
+    if (op.folded && rows > 0 && (op.rank > 0 || grad.w != NULL)) {
+        apti_narrow_run(m->ctx, p->narrowed, apti_ld(op.in), x, ldx, rows, op.in);
+        x = p->narrowed;
+        ldx = apti_ld(op.in);
+        if (op.rank > 0) apti_linear_down(m->ctx, &op, xa, x, ldx, rows);
+    }
+    apti_linear_backward(m->ctx, &op, dx, apti_ld(op.in), accumulate, dy, lddy, x, ldx, xa, p->dya, rows, &grad);
 }
 
 /* Layer -1 stands for the embeddings: the lowest place that wants a gradient; `layers` when only the head does. */
@@ -14803,15 +15083,8 @@ static void apti_ffn_inputs_backward(apti_pass *p, int32_t l)
     if (gated)
         apti_gate_backward(ctx, p->dact, ldf, p->dother, ldf, p->dact, ldf, a->pre, ldf, a->other, ldf, mask, a->rows_q, f, kind);
     else apti_act_backward(ctx, p->dact, ldf, p->dact, ldf, a->pre, ldf, mask, a->rows_q, f, kind);
-    apti_linear_op op = apti_layer_view(m, l, acting);
-    apti_linear_grad grad = apti_layer_grads(m, l, acting);
-    apti_linear_backward(ctx, &op, p->t, ld, !m->block->pre_norm, p->dact, ldf, a->in2, ld, a->xa[acting], p->dya, a->rows_q,
-                         &grad);
-    if (!gated) return;
-    const int32_t factor = apti_factor(m);
-    op = apti_layer_view(m, l, factor);
-    grad = apti_layer_grads(m, l, factor);
-    apti_linear_backward(ctx, &op, p->t, ld, true, p->dother, ldf, a->in2, ld, a->xa[factor], p->dya, a->rows_q, &grad);
+    apti_map_backward(p, l, acting, p->t, !m->block->pre_norm, p->dact, ldf, a->in2, ld, a->rows_q);
+    if (gated) apti_map_backward(p, l, apti_factor(m), p->t, true, p->dother, ldf, a->in2, ld, a->rows_q);
 }
 
 /* g: gradient of y2 -> gradient of y1, post-norm in t, pre-norm in g */
@@ -14821,10 +15094,8 @@ static void apti_ffn_backward(apti_pass *p, int32_t l)
     const apti_acts *a = &p->acts[l];
     const int64_t ld = apti_ld(m->config.hidden), f = m->shape[l].neurons, ldf = apti_ld(f);
     float *sum = m->block->pre_norm ? p->g : p->t;
-    const apti_linear_op op = apti_layer_view(m, l, APTI_DOWN);
-    const apti_linear_grad grad = apti_layer_grads(m, l, APTI_DOWN);
     apti_residual_grad(p, l, APTI_NORM2_W, sum, p->g, a->z2, a->stats2, 2 * l + 1);
-    apti_linear_backward(m->ctx, &op, p->dact, ldf, false, sum, ld, a->act, ldf, a->xa[APTI_DOWN], p->dya, a->rows_q, &grad);
+    apti_map_backward(p, l, APTI_DOWN, p->dact, false, sum, ld, a->act, ldf, a->rows_q);
     apti_probe_grad(p, apti_probe_neuron(m, l), p->dact, ldf, a->rows_q, f);
     apti_ffn_inputs_backward(p, l);
     if (m->block->pre_norm) apti_join_norm(p, l, APTI_NORM2_W, a->y1, a->stats2);
@@ -14840,18 +15111,11 @@ static void apti_qkv_backward(apti_pass *p, int32_t l, bool want_dx, bool want_m
     const int64_t d = m->config.hidden, ld = apti_ld(d), ldq = apti_ld(apti_query_width(m, l)),
                   ldk = apti_ld(apti_kv_width(m, l));
     const bool pre = m->block->pre_norm, lean = a->xq != a->x, cross = apti_is_cross(&m->config, l);
-    apti_linear_op op = apti_layer_view(m, l, APTI_QUERY);
-    apti_linear_grad grad = apti_layer_grads(m, l, APTI_QUERY);
-    apti_linear_backward(ctx, &op, !want_dx ? NULL : pre ? p->t : p->g, ld, !pre, p->dq, ldq, a->in1, ld, a->xa[APTI_QUERY],
-                         p->dya, a->rows_q, &grad);
+    apti_map_backward(p, l, APTI_QUERY, !want_dx ? NULL : pre ? p->t : p->g, !pre, p->dq, ldq, a->in1, ld, a->rows_q);
     float *dx = !want_dx ? NULL : lean || pre ? p->t : p->g;
     if (cross) dx = want_memory ? p->dmemory : NULL;
-    op = apti_layer_view(m, l, APTI_KEY);
-    grad = apti_layer_grads(m, l, APTI_KEY);
-    apti_linear_backward(ctx, &op, dx, ld, !lean, p->dk, ldk, a->memory, ld, a->xa[APTI_KEY], p->dya, a->rows_k, &grad);
-    op = apti_layer_view(m, l, APTI_VALUE);
-    grad = apti_layer_grads(m, l, APTI_VALUE);
-    apti_linear_backward(ctx, &op, dx, ld, true, p->dv, ldk, a->memory, ld, a->xa[APTI_VALUE], p->dya, a->rows_k, &grad);
+    apti_map_backward(p, l, APTI_KEY, dx, !lean, p->dk, ldk, a->memory, ld, a->rows_k);
+    apti_map_backward(p, l, APTI_VALUE, dx, true, p->dv, ldk, a->memory, ld, a->rows_k);
     if (!lean || !want_dx) return;
     apti_scatter_rows(ctx, p->t, ld, p->g, ld, p->first, a->rows_q, d, 0);   /* queried rows join the others */
     float *swap = p->g;
@@ -14887,10 +15151,8 @@ static void apti_attention_sublayer_backward(apti_pass *p, int32_t l, bool want_
     apt_model *m = p->model;
     const apti_acts *a = &p->acts[l];
     const int64_t ld = apti_ld(m->config.hidden), hq = apti_query_width(m, l), ldq = apti_ld(hq);
-    const apti_linear_op op = apti_layer_view(m, l, APTI_OUTPUT);
-    const apti_linear_grad grad = apti_layer_grads(m, l, APTI_OUTPUT);
     apti_residual_grad(p, l, APTI_NORM1_W, p->g, p->t, a->z1, a->stats1, 2 * l);
-    apti_linear_backward(m->ctx, &op, p->dctx, ldq, false, p->g, ld, a->ctx, ldq, a->xa[APTI_OUTPUT], p->dya, a->rows_q, &grad);
+    apti_map_backward(p, l, APTI_OUTPUT, p->dctx, false, p->g, ld, a->ctx, ldq, a->rows_q);
     apti_probe_grad(p, apti_probe_head(m, l), p->dctx, ldq, a->rows_q, hq);
     apti_attention_grads(p, l);
     apti_qkv_backward(p, l, want_dx, want_memory);
@@ -15753,6 +16015,7 @@ APT_API apt_result apt_model_compact(apt_model *model)
     apt_ctx *ctx = model->ctx;
     apti_survivors s;
     apti_compressed_drop(model);
+    apti_rounded_drop(model);
     if (model->pass != NULL) apti_pass_shrink(model->pass);
     apt_result r = apti_survivors_make(model, &s);
     const int64_t most = apti_largest_linear(model);
@@ -15806,19 +16069,6 @@ static void apti_param_freeze(apt_model *model, apti_param *p)
         p->value = NULL;
     }
     p->trainable = false;
-}
-
-/* A view for the core's functions; which: value, gradient or moments of both matrices. */
-static apt_adapter apti_adapter_view(const apt_model *model, float *a, float *b, const apti_param *pa, const apti_param *pb)
-{
-    apt_adapter view;
-    view.a = a;
-    view.b = b;
-    view.rank = (int32_t)pa->rows;
-    view.in = (int32_t)pa->cols;
-    view.out = (int32_t)pb->rows;
-    view.scale = model->scale;
-    return view;
 }
 
 /* Buffers for one adapter at `rank`, in fresh[0] (A) and fresh[1] (B); none where no heads or neurons are left to adapt. */
@@ -15886,16 +16136,6 @@ static void apti_adapter_remove(apt_model *model, int32_t site)
 static int64_t apti_adapter_per_rank(const apti_site *site)
 {
     return site->a->cols + site->b->rows;
-}
-
-/* values = W + s B A, with the zeros of W's mask */
-static void apti_merge_values(const apt_model *model, const apti_site *site, float *values)
-{
-    const apt_adapter view = apti_adapter_view(model, site->a->value, site->b->value, site->a, site->b);
-    apti_param_get(model, site->w, values);
-    (void)apt_adapter_merge(&view, values, site->w->cols);
-    if (apti_bitmask_of(model, site->w) != NULL)
-        (void)apt_bitmask_apply(model->ctx, values, apti_bitmask_of(model, site->w), apti_param_count(site->w));
 }
 
 /* W + s B A, written back in place of W. Only the adapters' own memory is given up afterwards. */
@@ -16005,14 +16245,19 @@ static bool apti_is_quantizable(const apti_param *p)
     return p->linear && p->layer >= 0 && apti_param_count(p) > 0;
 }
 
+static apt_result apti_quant_kind_check(apt_ctx *ctx, const char *what, int32_t kind)
+{
+    if (apt_quant_kind_name(kind) != NULL) return APT_OK;
+    return apti_fail(ctx, APT_E_UNSUPPORTED, "%s: kind %d is not known; supported: int8 (%d), int4 (%d)", what, (int)kind,
+                     APT_QUANT_INT8, APT_QUANT_INT4);
+}
+
 static apt_result apti_quantize_check(const apt_model *model, const apt_quantize_desc *d)
 {
     apt_ctx *ctx = model->ctx;
     if (d->start_canary != 0 || d->end_canary != 0)
         return apti_fail(ctx, APT_E_ARGUMENT, "apt_quantize_desc is not initialised: use apt_quantize_desc desc = APT_ZERO");
-    if (apt_quant_kind_name(d->kind) == NULL)
-        return apti_fail(ctx, APT_E_UNSUPPORTED, "apt_model_quantize: kind %d is not known; supported: int8 (%d), int4 (%d)",
-                         (int)d->kind, APT_QUANT_INT8, APT_QUANT_INT4);
+    if (apti_quant_kind_check(ctx, "apt_model_quantize", d->kind) != APT_OK) return APT_E_UNSUPPORTED;
     if (d->batch_count < 0 || (d->batch_count > 0) != (d->batches != NULL))
         return apti_fail(ctx, APT_E_ARGUMENT, "apt_model_quantize: %d batches at %s", (int)d->batch_count,
                          d->batches != NULL ? "an address" : "NULL");
@@ -16064,13 +16309,12 @@ static apt_result apti_quantize_all(apt_model *model, int32_t kind, apti_quantiz
     for (int32_t i = 0; i < model->param_count; i++) {
         const apti_param *p = &model->params[i];
         if (!apti_is_quantizable(p)) continue;
-        apti_param_get(model, p, q->values);
-        if (!apti_finite_all(q->values, apti_param_count(p)))
-            return apti_fail(ctx, APT_E_NONFINITE, "apt_model_quantize: %s holds NaN or infinity", p->name);
         if (!apti_packed_reserve(ctx, &q->fresh[i], p->rows, p->cols, apti_quant_type(kind)))
             return apti_fail(ctx, APT_E_MEMORY, "apt_model_quantize: no memory for %s (%lld x %lld); nothing was changed",
                              p->name, (long long)p->rows, (long long)p->cols);
-        apti_quant_set(ctx, &q->fresh[i], q->values, q->squares != NULL ? q->squares[i] : NULL);
+        apti_param_get(model, p, q->values);
+        if (!apti_quant_set(ctx, &q->fresh[i], q->values, q->squares != NULL ? q->squares[i] : NULL))
+            return apti_fail(ctx, APT_E_NONFINITE, "apt_model_quantize: %s holds NaN or infinity", p->name);
     }
     return APT_OK;
 }
@@ -16180,6 +16424,14 @@ typedef struct apti_iterative {
     int32_t done;                     /* iterations that have pruned */
 } apti_iterative;
 
+/* Another model that teaches, in the place of snapshots. */
+typedef struct apti_external {
+    bool given;                       /* apt_trainer.teacher is the caller's */
+    float temperature, alpha;
+    uint64_t structure;               /* of that model when it was given: another value means that it was changed */
+    uint64_t checksum;
+} apti_external;
+
 struct apt_trainer {
     apt_ctx *ctx;
     apt_model *model;
@@ -16203,8 +16455,9 @@ struct apt_trainer {
     /* adapters */
     float *importance;                /* [apti_sites] moving average of I */
     int64_t adapter_budget;           /* adapter values at the start */
-    /* self-distillation */
-    apt_model *teacher;
+    /* distillation */
+    apt_model *teacher;               /* a snapshot, or the caller's */
+    apti_external external;
     apti_pass *teacher_pass;
     apti_transform transform;
     apt_distill_map map;              /* of the present micro-batch */
@@ -16289,8 +16542,8 @@ static void apti_desc_resolve(apt_train_desc *d, const apt_config *c)
 
 /* One number of a resolved desc with its legal range. The list serves the check and the checkpoint. */
 typedef struct apti_field { const char *name; double value, low, high; } apti_field;
-#define APTI_FIELDS 50
-#define APTI_FIELDS_COMPARED 48              /* the rest may differ when a run goes on */
+#define APTI_FIELDS 52
+#define APTI_FIELDS_COMPARED 50              /* the rest may differ when a run goes on */
 
 static void apti_field_put(apti_field **at, const char *name, double value, double low, double high)
 {
@@ -16350,6 +16603,8 @@ static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_
     apti_field_put(&f, "distill_layer", d->distill_layer, 0, 1e6);
     apti_field_put(&f, "reset_moments", d->reset_moments, 0, 1);
     apti_field_put(&f, "disable_distill", d->disable_distill, 0, 1);
+    apti_field_put(&f, "quantize", d->quantize, 0, APT_QUANT_INT4);
+    apti_field_put(&f, "quantize_begin", (double)d->quantize_begin, 0, d->quantize != APT_QUANT_NONE ? steps : 0);
     apti_field_put(&f, "norm_eps", c->norm_eps, 0, 1);                /* of the model, like the next ones: in no other list */
     apti_field_put(&f, "start_id", c->decoder_layers > 0 ? c->start_id : 0, 0, most);
     apti_field_put(&f, "rope theta", rope->theta, 0, most);
@@ -16365,6 +16620,8 @@ static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_
 static apt_result apti_desc_check(apt_ctx *ctx, const apt_train_desc *d, const apt_config *c)
 {
     apti_field field[APTI_FIELDS];
+    if (d->quantize != APT_QUANT_NONE && apti_quant_kind_check(ctx, "apt_train_desc.quantize", d->quantize) != APT_OK)
+        return APT_E_UNSUPPORTED;
     apti_desc_fields(d, c, field);
     for (int32_t i = 0; i < APTI_FIELDS; i++)
         if (!apti_finite_f64(field[i].value) || !(field[i].value >= field[i].low && field[i].value <= field[i].high))
@@ -16373,7 +16630,9 @@ static apt_result apti_desc_check(apt_ctx *ctx, const apt_train_desc *d, const a
     if ((d->adapt & ~apti_adaptable(c)) != 0)
         return apti_fail(ctx, APT_E_RANGE, "apt_train_desc.adapt is %d, but this FFN has no gate; expected a sum of bits of %d",
                          (int)d->adapt, (int)apti_adaptable(c));
-    return APT_OK;
+    apt_config quantised = *c;
+    quantised.quant = d->quantize;
+    return apti_config_check(ctx, &quantised);
 }
 
 /* ------------------------------------------------------------------------------------------------ creating */
@@ -16453,9 +16712,17 @@ static apt_result apti_trainer_attach(apt_trainer *t)
     return r;
 }
 
+/* Whether the layers multiply with small integers follows from the number of steps alone. */
+static void apti_trainer_rounding(const apt_trainer *t)
+{
+    t->model->rounding = t->step >= t->desc.quantize_begin ? t->desc.quantize : APT_QUANT_NONE;
+}
+
 static void apti_trainer_detach(apt_trainer *t)
 {
     apt_model *m = t->model;
+    m->rounding = APT_QUANT_NONE;
+    apti_rounded_drop(m);
     for (int32_t i = 0; i < m->param_count; i++) {
         apti_param_freeze(m, &m->params[i]);
     }
@@ -16518,6 +16785,7 @@ APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *de
         apt_trainer_destroy(t);
         return r;
     }
+    apti_trainer_rounding(t);
     t->structure = model->structure;
     *trainer = t;
     return APT_OK;
@@ -16659,6 +16927,7 @@ static void apti_adam_update(apt_trainer *t, double grad_scale, double lr)
             apti_parallel_for(t->ctx, apti_ceil_div(count, APTI_ADAM_BLOCK), apti_adam_task, &job);
         apti_param_repack(t->model, p);
     }
+    if (t->model->stale == APTI_STALE_NONE) t->model->stale = APTI_STALE_TRAINED;
 }
 
 static void apti_zero_gradients(apt_trainer *t)
@@ -16704,7 +16973,7 @@ static void apti_transform_free(apt_trainer *t)
 static void apti_teacher_drop(apt_trainer *t)
 {
     apti_transform_free(t);
-    if (t->teacher != NULL) {
+    if (t->teacher != NULL && !t->external.given) {
         apti_model_free(t->teacher);
         for (int32_t i = 0; i < APTI_EMBED_SLOTS; i++)                /* the whole tables are no longer needed */
             if (t->model->embed[i] != NULL && !apti_is_shared(t->model->embed[i]))
@@ -16714,6 +16983,7 @@ static void apti_teacher_drop(apt_trainer *t)
     apti_free(t->ctx, t->distill_block);
     apti_free(t->ctx, t->capture);
     t->teacher = NULL;
+    t->external.given = false;
     t->teacher_pass = NULL;
     t->distill_block = NULL;
     t->capture = NULL;
@@ -16805,13 +17075,13 @@ typedef struct apti_distill_buffers { float *hidden[4], *mapped, *u, *du; double
 
 static apti_distill_buffers apti_distill_plan(const apt_trainer *t, char *base, int64_t rows)
 {
-    const int64_t d = t->teacher->config.hidden, f = (int64_t)sizeof(float);
+    const int64_t d = t->teacher->config.hidden, f = (int64_t)sizeof(float), mapped = t->map.pairs > 0 ? rows : 0;
     apti_distill_buffers b;
     apti_bump bump = {base, 0};
     for (int32_t i = 0; i < 4; i++) b.hidden[i] = (float *)apti_bump_take(&bump, i < t->map.pairs ? rows * d : 0, f);
-    b.mapped = apti_bump_matrix(&bump, rows, d);
-    b.u = (float *)apti_bump_take(&bump, rows * APTI_TRANSFORM_RANK, f);
-    b.du = (float *)apti_bump_take(&bump, rows * APTI_TRANSFORM_RANK, f);
+    b.mapped = apti_bump_matrix(&bump, mapped, d);
+    b.u = (float *)apti_bump_take(&bump, mapped * APTI_TRANSFORM_RANK, f);
+    b.du = (float *)apti_bump_take(&bump, mapped * APTI_TRANSFORM_RANK, f);
     b.row_sum = (double *)apti_bump_take(&bump, rows, (int64_t)sizeof(double));
     b.bytes = bump.used;
     return b;
@@ -16830,8 +17100,25 @@ static int32_t apti_distill_end(const apt_config *c, int32_t i)
     return i < first ? i : first + 2 * (i - first) + 1;
 }
 
+/* What the loss is made of: (1 - mu) * L_task + mu * (pred * L_pred + layer * L_layer). */
+typedef struct apti_mixture { float mu, pred, layer, temperature; } apti_mixture;
+
+static apti_mixture apti_mixture_now(const apt_trainer *t)
+{
+    apti_mixture x = {0, t->desc.distill_pred, t->desc.distill_layer, t->desc.distill_temperature};
+    if (t->external.given) {
+        x.mu = t->external.alpha;
+        x.pred = 1;
+        x.layer = 0;
+        x.temperature = t->external.temperature;
+    } else if (t->teacher != NULL && t->step < t->desc.distill_end) {
+        (void)apt_distill_mu(&x.mu, t->step, t->desc.prune_begin, t->desc.prune_end);
+    }
+    return x;
+}
+
 /* Draws the layer pairs of this micro-batch; layers that lost both sublayers are not matched, and a pair stays in its stack. */
-static apt_result apti_distill_draw(apt_trainer *t)
+static apt_result apti_distill_draw(apt_trainer *t, const apti_mixture *mix)
 {
     apt_rng rng = apti_trainer_rng(t, APTI_STREAM_LAYERS);
     const apt_config *c = &t->model->config;
@@ -16843,7 +17130,7 @@ static apt_result apti_distill_draw(apt_trainer *t)
         if (i >= first) whole[i] = whole[i] && t->model->shape[l - 1].heads == 0;
     }
     t->map.pairs = 0;
-    const apt_result r = t->desc.distill_layer > 0 ? apt_distill_match(&t->map, whole, layers, &rng) : APT_OK;
+    const apt_result r = mix->layer > 0 ? apt_distill_match(&t->map, whole, layers, &rng) : APT_OK;
     int32_t pairs = 0;
     for (int32_t i = 0; i < t->map.pairs && r == APT_OK; i++) {
         const int32_t teacher = t->map.teacher[i], student = t->map.student[i];
@@ -16855,15 +17142,30 @@ static apt_result apti_distill_draw(apt_trainer *t)
     return r;
 }
 
+/* What the losses read of the teacher must be numbers: a snapshot's are the student's own, another model's are anything. */
+static apt_result apti_teacher_finite(const apt_trainer *t)
+{
+    const apti_pass *p = t->teacher_pass;
+    const apt_config *c = &p->model->config;
+    const bool vocabulary = c->task == APT_TASK_MLM || c->task == APT_TASK_LM;
+    const int64_t rows = vocabulary ? p->labelled : c->task == APT_TASK_SPAN ? p->rows : p->batch->sequences;
+    const int64_t width = vocabulary ? c->hidden : apti_head_width(c), ld = vocabulary ? apti_ld(width) : width;
+    for (int64_t i = 0; i < rows; i++)
+        if (!apti_finite_all((vocabulary ? p->head_norm : p->logits) + i * ld, width))
+            return apti_fail(t->ctx, APT_E_NONFINITE, "the teacher's output is NaN or infinite in row %lld of this batch",
+                             (long long)i);
+    return APT_OK;
+}
+
 /* The teacher's logits and chosen hidden states for this batch; it keeps nothing for a backward. */
-static apt_result apti_teacher_forward(apt_trainer *t, const apt_batch *batch)
+static apt_result apti_teacher_forward(apt_trainer *t, const apt_batch *batch, const apti_mixture *mix)
 {
     const double start = apti_seconds();
     const bool two = t->teacher->config.decoder_layers > 0;
     const int64_t rows = apti_max_i64(batch->offsets[batch->sequences], two ? batch->target_offsets[batch->sequences] : 0);
     const int32_t layers = t->teacher->config.layers;
     bool last = false;
-    apt_result r = apti_distill_draw(t);
+    apt_result r = apti_distill_draw(t, mix);
     if (r != APT_OK) return r;
     const int64_t bytes = apti_distill_plan(t, NULL, rows).bytes;
     if (bytes > t->distill_bytes) {
@@ -16875,13 +17177,14 @@ static apt_result apti_teacher_forward(apt_trainer *t, const apt_batch *batch)
         t->distill_bytes = bytes;
     }
     const apti_distill_buffers b = apti_distill_plan(t, (char *)t->distill_block, rows);
-    for (int32_t l = 0; l < layers; l++) t->capture[l] = NULL;
+    for (int32_t l = 0; t->capture != NULL && l < layers; l++) t->capture[l] = NULL;
     for (int32_t i = 0; i < t->map.pairs; i++) {
         t->capture[t->map.teacher[i]] = b.hidden[i];
         last = last || t->map.teacher[i] == layers - 1;
     }
     t->teacher_pass->capture = t->capture;
     r = apti_forward(t->teacher_pass, batch, last ? APTI_PASS_ALL_ROWS : 0);
+    if (r == APT_OK && t->external.given) r = apti_teacher_finite(t);
     t->info.teacher_milliseconds += 1e3 * (apti_seconds() - start);
     return r;
 }
@@ -16889,7 +17192,7 @@ static apt_result apti_teacher_forward(apt_trainer *t, const apt_batch *batch)
 /* ---- prediction loss: adds its gradient to dlogits ---- */
 
 /* SPAN: the distributions run over the tokens of each sequence; one column of the (tokens, 2) logits is copied out. */
-static double apti_distill_span(apt_trainer *t, double scale)
+static double apti_distill_span(apt_trainer *t, float temperature, double scale)
 {
     apti_pass *s = t->pass;
     const apt_batch *b = s->batch;
@@ -16905,7 +17208,7 @@ static double apti_distill_span(apt_trainer *t, double scale)
             target[i] = t->teacher_pass->logits[2 * (at + i) + c];
             grad[i] = 0;
         }
-        (void)apt_distill_kl(&loss, grad, n, row, n, target, n, NULL, 1, n, t->desc.distill_temperature, (float)(scale * each));
+        (void)apt_distill_kl(&loss, grad, n, row, n, target, n, NULL, 1, n, temperature, (float)(scale * each));
         for (int64_t i = 0; i < n; i++) s->dlogits[2 * (at + i) + c] += grad[i];
         sum += loss * each;
     }
@@ -16922,8 +17225,9 @@ static void apti_kl_task(int64_t index, int32_t thread, void *arg)
                          j->vocab, j->temperature, j->scale);
 }
 
-/* LM: mean KL over the vocabulary at the labelled rows, a chunk of logits of both models at a time; dhead += its gradient. */
-static double apti_distill_lm(apt_trainer *t, double scale)
+/* MLM, LM: mean KL over the vocabulary at the labelled rows, a chunk of logits of both models at a time; dhead += its
+   gradient. */
+static double apti_distill_lm(apt_trainer *t, float temperature, double scale)
 {
     apti_pass *s = t->pass, *teacher = t->teacher_pass;
     const apti_lm_op x = apti_decoder_of(s), y = apti_decoder_of(teacher);
@@ -16931,13 +17235,12 @@ static double apti_distill_lm(apt_trainer *t, double scale)
     const int64_t vocab = x.head.out, ld = apti_ld(vocab), ldx = apti_ld(x.head.in), ldy = apti_ld(y.head.in), rows = s->labelled;
     const double each = rows > 0 ? 1.0 / (double)rows : 0;
     double *row_loss = apti_distill_plan(t, (char *)t->distill_block, s->most_rows).row_sum, total = 0;
-    apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, vocab, t->desc.distill_temperature,
-                       (float)(scale * each), 0};
+    apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, vocab, temperature, (float)(scale * each), 0};
     for (int64_t first = 0; first < rows; first += s->mlm_chunk) {
         const int64_t n = apti_min_i64(s->mlm_chunk, rows - first);
-        const float *h = s->head_in + first * ldx;
+        const float *h = s->head_norm + first * ldx;
         apti_lm_logits(t->ctx, &x, s->mlm_work, ld, h, ldx, n);
-        apti_lm_logits(t->ctx, &y, teacher->mlm_work, ld, teacher->head_in + first * ldy, ldy, n);
+        apti_lm_logits(t->ctx, &y, teacher->mlm_work, ld, teacher->head_norm + first * ldy, ldy, n);
         job.rows = n;
         if (!apti_device_run(t->ctx, APTI_OP_KL, &job)) apti_parallel_for(t->ctx, n, apti_kl_task, &job);
         apti_sync(t->ctx);
@@ -16947,8 +17250,10 @@ static double apti_distill_lm(apt_trainer *t, double scale)
     return total;
 }
 
-static double apti_distill_pred(apt_trainer *t, double scale)
+/* L_pred; its gradient times mu * pred * share joins that of the task. */
+static double apti_distill_pred(apt_trainer *t, const apti_mixture *mix, float share)
 {
+    const double scale = (double)mix->mu * share * mix->pred;
     apti_pass *s = t->pass;
     const int64_t width = apti_head_width(&t->model->config), n = s->batch->sequences;
     const float *teacher = t->teacher_pass->logits;
@@ -16957,14 +17262,14 @@ static double apti_distill_pred(apt_trainer *t, double scale)
     switch (t->model->config.task) {
     case APT_TASK_CLASSIFY:
         (void)apt_distill_kl(&loss, s->dlogits, width, s->logits, width, teacher, width, NULL, n, width,
-                             t->desc.distill_temperature, (float)scale);
+                             mix->temperature, (float)scale);
         return loss;
     case APT_TASK_REGRESS:
         (void)apt_distill_mse(&loss, s->dlogits, 1, s->logits, 1, teacher, 1, NULL, n, 1, (float)scale);
         return loss;
-    case APT_TASK_SPAN: return apti_distill_span(t, scale);
-    case APT_TASK_LM: return t->desc.distill_pred > 0 ? apti_distill_lm(t, scale) : 0;
-    case APT_TASK_MLM: case APT_TASK_NONE: default: return 0;      /* the vocabulary's logits are never whole */
+    case APT_TASK_SPAN: return apti_distill_span(t, mix->temperature, scale);
+    case APT_TASK_MLM: case APT_TASK_LM: return mix->pred > 0 ? apti_distill_lm(t, mix->temperature, scale) : 0;
+    case APT_TASK_NONE: default: return 0;
     }
 }
 
@@ -17043,6 +17348,115 @@ static void apti_distill_inject(void *user, int32_t layer, float *dy, int64_t ld
         apti_plain_product(ctx, dy, ld, true, rows, d, k, b.du, k, 1, tr->a.value, d, APTI_B_PLAIN);
     }
 }
+
+/* ---------------------------------------------------------------------------------------------- another model as the teacher */
+
+/* Whether a model of this shape can teach one of that shape. */
+static apt_result apti_teacher_fits(apt_ctx *ctx, const apt_config *teacher, const apt_config *student)
+{
+    static const char *const names[4] = {"task", "labels", "vocabulary size", "encoder in front of a decoder (0 or 1)"};
+    const bool classes = student->task == APT_TASK_CLASSIFY;
+    const int32_t wanted[4] = {(int32_t)student->task, classes ? student->labels : 0, student->vocab,
+                               student->decoder_layers > 0},
+                  found[4] = {(int32_t)teacher->task, classes ? teacher->labels : 0, teacher->vocab,
+                              teacher->decoder_layers > 0};
+    for (int32_t i = 0; i < 4; i++)
+        if (wanted[i] != found[i])
+            return apti_fail(ctx, APT_E_SHAPE, "the teacher's %s is %d; expected the student's, %d", names[i], (int)found[i],
+                             (int)wanted[i]);
+    return APT_OK;
+}
+
+/* What a model computes besides its parameters, for the checksum. */
+static uint64_t apti_model_kind_sum(const apt_model *m)
+{
+    const apt_config *c = &m->config;
+    const int32_t kind[] = {(int32_t)c->family, c->head_dim, c->hidden_dense, c->layers,
+                            c->pad_id,          c->start_id, c->scaled_head,  c->buckets,
+                            c->max_distance,    c->quant,    c->rope.interleaved, c->rope.original_positions,
+                            (int32_t)c->activation, (int32_t)m->weights};
+    const float reals[] = {c->norm_eps, c->rope.theta, c->rope.factor, c->rope.low_factor, c->rope.high_factor, m->scale};
+    uint64_t sum = apti_checksum(apti_checksum(0, kind, sizeof kind), reals, sizeof reals);
+    sum = apti_checksum(sum, m->shape, (size_t)c->layers * sizeof(apt_layer_shape));
+    if (m->bias_head != NULL)
+        sum = apti_checksum(sum, m->bias_head, (size_t)c->layers * (size_t)c->bias_heads * sizeof(int32_t));
+    if (m->masks == NULL) return sum;
+    apt_units u;
+    apt_model_units(m, &u);
+    return apti_checksum(sum, m->masks, (size_t)u.total * sizeof(float));
+}
+
+/* Checksum of all that a model's output depends on; its numbers must be finite. */
+static apt_result apti_model_checksum(const apt_model *m, uint64_t *sum)
+{
+    int64_t most = 1;
+    apt_result r = APT_OK;
+    for (int32_t i = 0; i < m->param_count; i++)
+        if (m->params[i].value == NULL || m->params[i].columns != NULL)
+            most = apti_max_i64(most, apti_param_count(&m->params[i]));
+    float *room = (float *)apti_alloc(m->ctx, most, (int64_t)sizeof(float));
+    if (room == NULL) return apti_fail(m->ctx, APT_E_MEMORY, "teacher: no memory for a buffer of its largest matrix");
+    *sum = apti_model_kind_sum(m);
+    for (int32_t i = 0; i < m->param_count && r == APT_OK; i++) {
+        const apti_param *p = &m->params[i];
+        const bool whole = p->value != NULL && p->columns == NULL;
+        const int64_t shape[3] = {p->rows, p->cols, p->sparse.start != NULL}, n = apti_param_count(p);
+        if (n == 0) continue;
+        if (!whole) apti_param_get(m, p, room);
+        if (!apti_finite_all(whole ? p->value : room, n))
+            r = apti_fail(m->ctx, APT_E_NONFINITE, "teacher: %s holds NaN or infinity", p->name);
+        *sum = apti_checksum(apti_checksum(*sum, shape, sizeof shape), whole ? p->value : room, (size_t)n * sizeof(float));
+    }
+    apti_free(m->ctx, room);
+    return r;
+}
+
+static apt_result apti_teacher_check(const apt_trainer *t, const apt_model *teacher, const apt_distill_desc *d)
+{
+    if (t->step != 0 || t->micro != 0 || t->working)
+        return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_teacher: for a fresh trainer only; this one has done %lld steps",
+                         (long long)t->step);
+    if (d->start_canary != 0 || d->end_canary != 0)
+        return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_distill_desc is not initialised: use apt_distill_desc desc = APT_ZERO");
+    if (!apti_finite(d->temperature) || !(d->temperature >= 1e-3f && d->temperature <= 1e3f))
+        return apti_fail(t->ctx, APT_E_RANGE, "apt_distill_desc.temperature is %g; expected 0.001..1000", (double)d->temperature);
+    if (!apti_finite(d->alpha) || !(d->alpha > 0 && d->alpha <= 1))
+        return apti_fail(t->ctx, APT_E_RANGE, "apt_distill_desc.alpha is %g; expected 0 < alpha <= 1", (double)d->alpha);
+    if (teacher == t->model)
+        return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_trainer_teacher: teacher and student are one model; expected two");
+    if (teacher->ctx != t->ctx)
+        return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_trainer_teacher: the teacher belongs to another context");
+    if (teacher->trainer != NULL)
+        return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_teacher: the teacher has a trainer of its own; expected none");
+    return apti_teacher_fits(t->ctx, &teacher->config, &t->model->config);
+}
+
+APT_API apt_result apt_trainer_teacher(apt_trainer *trainer, apt_model *teacher, const apt_distill_desc *desc)
+{
+    apt_distill_desc d = APT_ZERO;
+    apti_pass *pass = NULL;
+    uint64_t sum = 0;
+    if (trainer == NULL) return APT_E_ARGUMENT;
+    apt_trainer *t = trainer;
+    if (teacher == NULL) return apti_fail(t->ctx, APT_E_ARGUMENT, "apt_trainer_teacher: teacher is NULL");
+    if (desc != NULL) d = *desc;
+    apti_default_f(&d.temperature, 2.0f);
+    apti_default_f(&d.alpha, 0.7f);
+    apt_result r = apti_teacher_check(t, teacher, &d);
+    if (r == APT_OK) r = apti_model_checksum(teacher, &sum);
+    if (r == APT_OK) r = apti_pass_create(teacher, &pass);
+    if (r != APT_OK) return r;
+    apti_teacher_drop(t);
+    t->teacher = teacher;
+    t->teacher_pass = pass;
+    t->external.given = true;
+    t->external.temperature = d.temperature;
+    t->external.alpha = d.alpha;
+    t->external.structure = teacher->structure;
+    t->external.checksum = sum;
+    return APT_OK;
+}
+
 /* ------------------------------------------------------------------------------------------------ salience and growth */
 
 /* S of every unit from the sums of this step (method.md, "Salience of a block"), into now[units]. */
@@ -17225,7 +17639,8 @@ static apt_result apti_shrink(apt_trainer *t)
     for (int32_t i = 0; i < u.total; i++) left += m->masks[i] != 0;
     apt_result r = apti_unit_arrays_make(m, &arrays, left, apti_probe_count(m));
     if (r == APT_OK) r = apti_survivors_make(m, &s);
-    if (r == APT_OK && t->teacher != NULL && !apti_transform_cut(t, &tr, &s.hidden))
+    const bool transforms = t->transform.place != NULL;
+    if (r == APT_OK && transforms && !apti_transform_cut(t, &tr, &s.hidden))
         r = apti_fail(t->ctx, APT_E_MEMORY, "compaction: no memory for the distillation's transform");
     for (int32_t i = 0, j = 0; i < u.total && r == APT_OK; i++) {
         if (m->masks[i] == 0) continue;
@@ -17237,7 +17652,7 @@ static apt_result apti_shrink(apt_trainer *t)
     if (r == APT_OK) r = apt_model_compact(m);
     if (r == APT_OK) {
         apti_unit_arrays_adopt(t, &arrays, apti_probe_count(m));
-        if (t->teacher != NULL) {
+        if (transforms) {
             tr.b = t->transform.b;                    /* follows the teacher, not the student */
             memset(&t->transform.b, 0, sizeof(t->transform.b));
             apti_transform_free(t);
@@ -17816,20 +18231,36 @@ static void apti_iteration_end(apt_trainer *t, double metric)
 
 /* ------------------------------------------------------------------------------------------------ a step */
 
+/* The student can learn from this batch, and its teacher is what it was and can read it. */
+static apt_result apti_trainable_batch(const apt_trainer *t, const apt_batch *batch)
+{
+    char why[APTI_MESSAGE_BYTES];
+    apt_result r = apti_check_batch(t->model, batch, true);
+    if (r != APT_OK || !t->external.given) return r;
+    if (t->teacher->structure != t->external.structure || t->teacher->trainer != NULL)
+        return apti_fail(t->ctx, APT_E_STATE, "the teacher %s since apt_trainer_teacher; expected it unchanged",
+                         t->teacher->trainer != NULL ? "got a trainer" : "was merged, pruned or quantised");
+    r = apti_check_batch(t->teacher, batch, false);
+    if (r == APT_OK) return r;
+    memcpy(why, t->ctx->error, sizeof why);
+    return apti_fail(t->ctx, r, "the teacher cannot read what the student can: %.900s", why);
+}
+
 static apt_result apti_trainer_ready(apt_trainer *t, const apt_batch *batch)
 {
     if (t->model->structure != t->structure)
         return apti_fail(t->ctx, APT_E_STATE, "the model was merged or compacted from outside; this trainer cannot go on");
     if (t->step >= t->desc.steps && t->stage == APTI_STAGE_NONE)
         return apti_fail(t->ctx, APT_E_STATE, "all %lld steps are done", (long long)t->desc.steps);
-    return apti_check_batch(t->model, batch, true);
+    return apti_trainable_batch(t, batch);
 }
 
-static uint32_t apti_train_mode(const apt_trainer *t, bool probe, bool distill)
+static uint32_t apti_train_mode(const apt_trainer *t, bool probe, const apti_mixture *mix)
 {
     uint32_t mode = APTI_PASS_KEEP;
     if (t->desc.method == APT_METHOD_FULL) mode |= APTI_PASS_FULL;
-    if (probe || (distill && t->desc.distill_layer > 0)) mode |= APTI_PASS_ALL_ROWS;
+    if (probe || (mix->mu > 0 && mix->layer > 0)) mode |= APTI_PASS_ALL_ROWS;
+    if (mix->mu > 0 && mix->pred > 0) mode |= APTI_PASS_TAUGHT;
     return mode;
 }
 
@@ -17838,20 +18269,18 @@ static uint32_t apti_train_mode(const apt_trainer *t, bool probe, bool distill)
 static apt_result apti_micro_batch(apt_trainer *t, const apt_batch *batch, bool probe)
 {
     apti_pass *p = t->pass;
-    float mu = 0;
-    if (t->teacher != NULL && t->step < t->desc.distill_end)
-        (void)apt_distill_mu(&mu, t->step, t->desc.prune_begin, t->desc.prune_end);
-    const float share = 1.0f / (float)t->desc.accumulate;
-    apt_result r = mu > 0 ? apti_teacher_forward(t, batch) : APT_OK;
+    const apti_mixture mix = apti_mixture_now(t);
+    const float mu = mix.mu, share = 1.0f / (float)t->desc.accumulate;
+    apt_result r = mu > 0 ? apti_teacher_forward(t, batch, &mix) : APT_OK;
     p->probe = probe ? &t->probe : NULL;
-    if (r == APT_OK) r = apti_forward(p, batch, apti_train_mode(t, probe, mu > 0));
+    if (r == APT_OK) r = apti_forward(p, batch, apti_train_mode(t, probe, &mix));
     if (r != APT_OK) return r;
     t->probe.rows += probe ? p->rows : 0;
     apti_task_loss(p, true, share * (1 - mu));
     const double task = apti_mean_loss(p);
     t->distill_loss = 0;
-    t->layer_scale = mu * share * t->desc.distill_layer;
-    if (mu > 0) t->distill_loss = t->desc.distill_pred * apti_distill_pred(t, (double)mu * share * t->desc.distill_pred);
+    t->layer_scale = mu * share * mix.layer;
+    if (mu > 0) t->distill_loss = mix.pred * apti_distill_pred(t, &mix, share);
     p->inject = mu > 0 && t->map.pairs > 0 ? apti_distill_inject : NULL;
     p->inject_user = t;
     apti_backward(p);
@@ -17908,8 +18337,9 @@ static apt_result apti_update(apt_trainer *t, bool probe)
     apti_optimize(t, norm);
     t->micro = 0;
     t->step++;
+    apti_trainer_rounding(t);
     t->info.step = t->step;
-    if (t->step >= t->desc.distill_end) apti_teacher_drop(t);
+    if (t->step >= t->desc.distill_end && !t->external.given) apti_teacher_drop(t);
     t->stage = APTI_STAGE_GLIDE;
     return r;
 }
@@ -18005,7 +18435,7 @@ APT_API apt_result apt_trainer_metric(apt_trainer *trainer, double metric)
     const bool inside = trainer->working;             /* from APT_EVENT_STEP or APT_EVENT_EVALUATE: the step reports a cancel */
     apt_result r = inside ? APT_OK : apti_work_begin(trainer, "apt_trainer_metric");
     trainer->half_done = true;
-    if (r == APT_OK && trainer->teacher != NULL) r = apti_teacher_take(trainer);
+    if (r == APT_OK && trainer->teacher != NULL && !trainer->external.given) r = apti_teacher_take(trainer);
     trainer->half_done = false;
     if (r == APT_OK) {
         trainer->has_metric = true;
@@ -18022,7 +18452,7 @@ APT_API apt_result apt_trainer_observe(apt_trainer *trainer, const apt_batch *ba
     if (r != APT_OK) return r;
     if (t->micro != 0) return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_observe: a step is half accumulated");
     if (t->working) return apti_fail(t->ctx, APT_E_STATE, "apt_trainer_observe: not from inside an event");
-    r = apti_check_batch(t->model, batch, true);
+    r = apti_trainable_batch(t, batch);
     if (r != APT_OK) return r;
     const apt_step_info info = t->info;
     apti_probe_clear(t);
@@ -18077,6 +18507,9 @@ typedef struct apti_rehearsal {
     apt_trainer t;                    /* the resolved desc and what plans read */
     int64_t now[APTI_USES], most[APTI_USES];                 /* held; held at the peak */
     int64_t tokens, target_tokens, sequences, pass, teacher_pass, masks, adapter_budget, shareable;
+    int64_t rounded;                             /* small integers of the layers, while they are there */
+    apt_model *external;                         /* frame of another model that teaches, or NULL ... */
+    apti_acts *external_acts;                    /* ... and of its pass */
     const apt_iterative_desc *plan;              /* pruning of single weights, or NULL ... */
     uint8_t *chosen;                             /* [params] ... of these */
     apti_growth growth;
@@ -18136,26 +18569,44 @@ static void apti_note_param(apti_rehearsal *r, const apti_param *p, int64_t sign
     if (p->trainable && n > 0) apti_note(r, APTI_USE_OPTIMIZER, sign * 3 * apti_cost(n * (int64_t)sizeof(float)));
 }
 
-static int64_t apti_plan_cost(const apti_rehearsal *r, uint32_t mode)
+static int64_t apti_plan_cost(const apti_rehearsal *r, apt_model *m, apti_acts *acts, uint32_t mode)
 {
     apti_pass pass;
     memset(&pass, 0, sizeof(pass));
-    pass.model = r->m;
-    pass.acts = r->acts;
-    pass.layers = r->m->config.layers;
+    pass.model = m;
+    pass.acts = acts;
+    pass.layers = m->config.layers;
     pass.mode = mode;
-    pass.lean = apti_lean(r->m, mode);
+    pass.lean = apti_lean(m, mode);
     return apti_cost(apti_plan(&pass, NULL, r->tokens, r->target_tokens, r->sequences));
 }
 
 /* Grows the block of a pass when the plan needs more; the old one goes first. */
 static void apti_note_pass(apti_rehearsal *r, uint32_t mode)
 {
-    const int64_t bytes = apti_plan_cost(r, mode);
+    const int64_t bytes = apti_plan_cost(r, r->m, r->acts, mode);
     if (bytes <= r->pass) return;
     apti_note(r, APTI_USE_ACTIVATIONS, -r->pass);
     apti_note(r, APTI_USE_ACTIVATIONS, bytes);
     r->pass = bytes;
+}
+
+/* The step behind `step`: from quantize_begin on a pass makes small integers of the layers, if the last cut took them or there
+   were none, and needs room for narrowed rows. */
+static void apti_rehearse_rounding(apti_rehearsal *r, int64_t step, uint32_t mode)
+{
+    apt_model *m = r->m;
+    const apt_train_desc *d = &r->t.desc;
+    if (r->rounded > 0 || d->quantize == APT_QUANT_NONE || step < d->quantize_begin || step >= d->steps) return;
+    m->rounding = d->quantize;
+    r->rounded = apti_cost(apti_largest_layer(m) * (int64_t)sizeof(float));
+    for (int32_t i = 0; i < m->param_count; i++) {
+        const apti_param *p = &m->params[i];
+        if (apti_is_quantizable(p))
+            r->rounded += apti_cost(apti_packed_bytes(m->ctx, p->rows, p->cols, apti_quant_type(d->quantize)));
+    }
+    apti_note(r, APTI_USE_WEIGHTS, r->rounded);
+    apti_note_pass(r, mode);
 }
 
 static void apti_rehearse_model(apti_rehearsal *r)
@@ -18205,6 +18656,16 @@ static void apti_rehearse_attach(apti_rehearsal *r)
     r->adapter_budget = apti_adapter_total(m);
 }
 
+/* distill_block of a teacher. */
+static int64_t apti_distill_cost(apti_rehearsal *r, apt_model *teacher, int32_t pairs)
+{
+    r->t.teacher = teacher;                           /* for the plan only */
+    r->t.map.pairs = pairs;
+    const int64_t bytes = apti_distill_plan(&r->t, NULL, apti_max_i64(r->tokens, r->target_tokens)).bytes;
+    r->t.teacher = NULL;
+    return apti_cost(bytes);
+}
+
 /* The teacher: a frame, copies of what is trained, Tr. Everything frozen is shared from now on. */
 static void apti_rehearse_teacher(apti_rehearsal *r)
 {
@@ -18219,11 +18680,28 @@ static void apti_rehearse_teacher(apti_rehearsal *r)
         if (!r->shared[i]) bytes += apti_storage_cost(m, &copy);
     }
     apti_note(r, APTI_USE_TEACHER, bytes);
-    r->teacher_pass = apti_plan_cost(r, APTI_PASS_ALL_ROWS);
-    r->t.teacher = r->m;                              /* for the next line only */
-    r->t.map.pairs = (int32_t)apti_min_i64(4, apti_distill_layers(&m->config));
-    r->teacher_pass += apti_cost(apti_distill_plan(&r->t, NULL, apti_max_i64(r->tokens, r->target_tokens)).bytes);
-    r->t.teacher = NULL;
+    r->teacher_pass = apti_plan_cost(r, r->m, r->acts, APTI_PASS_ALL_ROWS) +
+                      apti_distill_cost(r, r->m, (int32_t)apti_min_i64(4, apti_distill_layers(&m->config)));
+}
+
+/* Another model that teaches: first it stands there, then the trainer gets it, then its pass grows in front of the student's. */
+static void apti_rehearse_external(apti_rehearsal *r)
+{
+    const apt_model *m = r->external;
+    if (m == NULL) return;
+    int64_t bytes = apti_frame_cost(m), most = 1;
+    for (int32_t i = 0; i < m->param_count; i++) bytes += apti_storage_cost(m, &m->params[i]);
+    apti_note(r, APTI_USE_TEACHER, bytes);
+    for (int32_t i = 0; i < m->param_count; i++)
+        if (m->params[i].linear) most = apti_max_i64(most, apti_param_count(&m->params[i]));
+    apti_note_brief(r, APTI_USE_SCRATCH, apti_cost(most * (int64_t)sizeof(float)));
+}
+
+static void apti_rehearse_external_pass(apti_rehearsal *r)
+{
+    if (r->external == NULL) return;
+    apti_note(r, APTI_USE_TEACHER, apti_pass_frame_cost(r->external) + apti_distill_cost(r, r->external, 0) +
+                                   apti_plan_cost(r, r->external, r->external_acts, 0));
 }
 
 /* The teacher goes at distill_end, in front of that step's cut; embeddings of which the student reads some columns get a table of
@@ -18309,7 +18787,8 @@ static void apti_rehearse_cut(apti_rehearsal *r, double left)
     const int64_t buffers = apti_cost(apti_largest_linear(m) * (int64_t)sizeof(float)) +
         apti_cost(m->param_count * (int64_t)sizeof(apti_param));
     apti_note(r, APTI_USE_ACTIVATIONS, -r->pass);
-    r->pass = 0;
+    apti_note(r, APTI_USE_WEIGHTS, -r->rounded);
+    r->pass = r->rounded = 0;
     apti_rehearse_shapes(r, left);
     apti_note(r, APTI_USE_SCRATCH, buffers + arrays);
     apti_rehearse_params(r, true);
@@ -18359,6 +18838,7 @@ static void apti_rehearse_decision(apti_rehearsal *r, int64_t step, bool first, 
         apti_note(r, APTI_USE_TEACHER, r->teacher_pass);
         r->teacher_pass = 0;
     }
+    apti_rehearse_rounding(r, step, mode);
     apti_note_pass(r, mode);
 }
 
@@ -18376,7 +18856,8 @@ static void apti_rehearse_pruning(apti_rehearsal *r, uint32_t mode)
     for (int64_t step = d->prune_begin, n = 0; step <= d->prune_end; n++) {
         const int64_t far = (d->prune_end - d->prune_begin) / d->update_frequency / 16 + 1;
         (void)apt_schedule_sparsity(&s, step, &sparsity);
-        if (step >= d->distill_end) apti_rehearse_drop(r);
+        apti_rehearse_rounding(r, step - 1, mode);
+        if (step >= d->distill_end && r->external == NULL) apti_rehearse_drop(r);
         if (sparsity > 0) {
             if (last > 0) apti_rehearse_cut(r, 1 - (double)last);
             apti_rehearse_decision(r, step, last <= 0, mode);
@@ -18413,6 +18894,7 @@ static void apti_rehearse_magnitude(apti_rehearsal *r)
 
 static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
 {
+    apti_rehearse_external(r);
     apti_rehearse_model(r);
     if (desc == NULL) {
         apti_note(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(r->m));
@@ -18423,17 +18905,25 @@ static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
     if (apti_quant_refuse(r->m, "apt_estimate: training") != APT_OK) return APT_E_STATE;
     r->t.desc = *desc;
     r->t.model = r->m;
+    r->t.external.given = r->external != NULL;
+    r->t.external.alpha = 1;
     apti_desc_resolve(&r->t.desc, &r->m->config);
     const apt_result result = apti_desc_check(r->ctx, &r->t.desc, &r->m->config);
     if (result != APT_OK) return result;
     const bool prunes = r->t.desc.method == APT_METHOD_APT && r->t.desc.target_sparsity > 0;
-    const uint32_t mode = apti_train_mode(&r->t, prunes, prunes && !r->t.desc.disable_distill);
+    apti_mixture mix = apti_mixture_now(&r->t);
+    if (r->external != NULL) r->t.desc.disable_distill = 1;
+    else mix.mu = prunes && !r->t.desc.disable_distill ? 1.0f : 0.0f;         /* as it is once there is a teacher */
+    const uint32_t mode = apti_train_mode(&r->t, prunes, &mix);
     const bool first = r->plan != NULL && r->plan->begin == 0 && r->plan->iterations == 1;
     apti_rehearse_attach(r);
     if (first) apti_rehearse_magnitude(r);       /* there is nothing to compute with yet */
+    apti_rehearse_external_pass(r);
     apti_note_pass(r, mode);
+    apti_rehearse_rounding(r, 0, mode);
     if (!first) apti_rehearse_magnitude(r);
     if (prunes) apti_rehearse_pruning(r, mode);
+    apti_rehearse_rounding(r, r->t.desc.steps - 1, mode);
     return APT_OK;
 }
 
@@ -18477,9 +18967,30 @@ static apt_result apti_rehearse_choose(apti_rehearsal *r, const apt_iterative_de
     return apti_magnitude_choose(r->m, plan->patterns, plan->pattern_count, r->chosen);
 }
 
+/* The frame of another model that teaches; NULL: there is none. */
+static apt_result apti_rehearse_frame(apti_rehearsal *r, const apt_config *teacher, const apt_train_desc *desc)
+{
+    if (teacher == NULL) return APT_OK;
+    if (desc == NULL) return apti_fail(r->ctx, APT_E_ARGUMENT, "apt_estimate_distill: desc is NULL; only training has a teacher");
+    apt_config c = *teacher;
+    if (c.layer == NULL && c.head_dim == 0 && c.heads > 0) c.head_dim = c.hidden / c.heads;
+    apt_result result = apti_model_frame(r->ctx, &c, APT_F32, &r->external);
+    if (result == APT_OK) result = apti_teacher_fits(r->ctx, &r->external->config, &r->m->config);
+    if (result != APT_OK) return result;
+    r->external_acts = (apti_acts *)apti_calloc(r->ctx, c.layers, (int64_t)sizeof(apti_acts));
+    return r->external_acts != NULL ? APT_OK : apti_fail(r->ctx, APT_E_MEMORY, "apt_estimate: no memory for the teacher's plan");
+}
+
 APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
                                           const apt_iterative_desc *plan, int64_t tokens, int64_t target_tokens,
                                           int64_t sequences, apt_estimate_info *info)
+{
+    return apt_estimate_distill(ctx, config, desc, NULL, plan, tokens, target_tokens, sequences, info);
+}
+
+APT_API apt_result apt_estimate_distill(apt_ctx *ctx, const apt_config *config, const apt_train_desc *desc,
+                                        const apt_config *teacher, const apt_iterative_desc *plan, int64_t tokens,
+                                        int64_t target_tokens, int64_t sequences, apt_estimate_info *info)
 {
     apti_rehearsal r = APT_ZERO;
     if (ctx == NULL) return APT_E_ARGUMENT;
@@ -18508,6 +19019,7 @@ APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config
         (void)apti_growth_plan(&r.growth, (char *)r.growth.block, adapters);
         memcpy(r.dense, r.m->shape, (size_t)r.m->config.layers * sizeof(apt_layer_shape));
         result = apti_rehearse_choose(&r, plan);
+        if (result == APT_OK) result = apti_rehearse_frame(&r, teacher, desc);
         if (result == APT_OK) result = apti_rehearse(&r, desc);
     } else {
         result = apti_fail(ctx, APT_E_MEMORY, "apt_estimate: no memory for its plan");
@@ -18517,6 +19029,8 @@ APT_API apt_result apt_estimate_magnitude(apt_ctx *ctx, const apt_config *config
     apti_free(ctx, r.dense);
     apti_free(ctx, r.shared);
     apti_free(ctx, r.growth.block);
+    apti_free(ctx, r.external_acts);
+    if (r.external != NULL) apti_model_free(r.external);
     apti_model_free(r.m);
     return result;
 }
@@ -21837,8 +22351,8 @@ APT_API apt_result apt_model_save_sparse(apt_model *model, const char *dir, apt_
 /* ------------------------------------------------------------------------------------------------ checkpoints
 
    Everything that a run needs to go on bit for bit: shapes and ranks, weights, moments, masks, salience, the decision,
-   importance, the teacher with its transform, counters; inside an accumulation also gradients and sums. Random numbers
-   need no state: they are functions of (seed, stream, step). */
+   importance, a snapshot that teaches with its transform (of another model that teaches only what tells it apart), counters;
+   inside an accumulation also gradients and sums. Random numbers need no state: they are functions of (seed, stream, step). */
 
 /* Counters and flags as two arrays. The first APTI_CKPT_FIXED integers must agree with the model at hand. */
 enum {
@@ -22032,6 +22546,31 @@ static void apti_ckpt_put_teacher(apti_ckpt_writer *w, apt_trainer *t)
     (void)apti_ckpt_put(w, "teacher.place", APT_I32, 1, places, tr->place);
 }
 
+/* ---- another model that teaches: what is known of it, not itself ---- */
+
+enum { APTI_EXTERNAL_INTS = 5 };
+
+static void apti_external_pack(const apt_trainer *t, int64_t i[APTI_EXTERNAL_INTS], double x[2])
+{
+    const apt_config *c = &t->teacher->config;
+    apt_model_info info;
+    apt_model_query(t->teacher, &info);
+    const int64_t ints[APTI_EXTERNAL_INTS] = {c->layers, c->hidden, info.parameters, c->quant, (int64_t)t->external.checksum};
+    memcpy(i, ints, sizeof ints);
+    x[0] = (double)t->external.temperature;
+    x[1] = (double)t->external.alpha;
+}
+
+static void apti_ckpt_put_external(apti_ckpt_writer *w, const apt_trainer *t)
+{
+    const int64_t ni[1] = {APTI_EXTERNAL_INTS}, nx[1] = {2};
+    int64_t i[APTI_EXTERNAL_INTS];
+    double x[2];
+    apti_external_pack(t, i, x);
+    (void)apti_ckpt_put_copy(w, "external.ints", APT_I64, 1, ni, i);
+    (void)apti_ckpt_put_copy(w, "external.reals", APT_F64, 1, nx, x);
+}
+
 /* ---- masks of single weights, and iterative pruning ---- */
 
 enum { APTI_PLAN_REALS = 7, APTI_ITERATION_REALS = 11 };
@@ -22116,7 +22655,8 @@ APT_API apt_result apt_checkpoint_save(apt_trainer *trainer, const char *path, c
     apti_ckpt_put_trainer(w, t);
     apti_ckpt_put_model(w, "model", t->model, NULL);
     for (int32_t i = 0; i < t->model->param_count; i++) apti_ckpt_put_moments(w, &t->model->params[i], t->micro > 0);
-    if (t->teacher != NULL) apti_ckpt_put_teacher(w, t);
+    if (t->external.given) apti_ckpt_put_external(w, t);
+    else if (t->teacher != NULL) apti_ckpt_put_teacher(w, t);
     apti_ckpt_put_masks(w, t);
     if (user_bytes > 0) (void)apti_ckpt_put(w, "user", APT_U8, 1, bytes, user);
     return apti_ckpt_finish(w, path);
@@ -22321,6 +22861,37 @@ static apt_result apti_ckpt_read_iterations(const apt_trainer *t, apti_ckpt_read
     return result;
 }
 
+/* The run had this teacher and this mixture, or had none. */
+static apt_result apti_ckpt_compare_external(const apt_trainer *t, apti_ckpt_reader *r, const char *path)
+{
+    static const char *const names[APTI_EXTERNAL_INTS] = {"layers", "hidden size", "parameters", "quantisation", "checksum"};
+    const void *ints = NULL, *reals = NULL;
+    int64_t mine[APTI_EXTERNAL_INTS], found[APTI_EXTERNAL_INTS];
+    double x[2], y[2];
+    if (apti_ckpt_has(r, "external.ints") != t->external.given)
+        return apti_fail(t->ctx, APT_E_STATE, "%s: it was written %s apt_trainer_teacher; this trainer runs %s", path,
+                         t->external.given ? "without" : "with",
+                         t->external.given ? "with it" : "without: call it before apt_checkpoint_load");
+    if (!t->external.given) return APT_OK;
+    apt_result result = apti_ckpt_find(r, "external.ints", APT_I64, APTI_EXTERNAL_INTS, &ints, NULL);
+    if (result == APT_OK) result = apti_ckpt_find(r, "external.reals", APT_F64, 2, &reals, NULL);
+    if (result != APT_OK) return result;
+    apti_external_pack(t, mine, x);
+    memcpy(found, ints, sizeof found);
+    memcpy(y, reals, sizeof y);
+    for (int32_t i = 0; i < APTI_EXTERNAL_INTS; i++) {
+        if (mine[i] == found[i]) continue;
+        return apti_fail(t->ctx, APT_E_STATE, i < APTI_EXTERNAL_INTS - 1 ?
+                         "%s: it was written with another teacher: %s %lld; this trainer's has %lld" :
+                         "%s: it was written with another teacher: %s %016llx; this trainer's has %016llx", path, names[i],
+                         (long long)found[i], (long long)mine[i]);
+    }
+    if (!(x[0] == y[0] && x[1] == y[1]))
+        return apti_fail(t->ctx, APT_E_STATE, "%s: it was written with temperature %g, alpha %g; this trainer has %g, %g", path,
+                         y[0], y[1], x[0], x[1]);
+    return APT_OK;
+}
+
 /* All that a load makes before it touches the trainer. */
 typedef struct apti_ckpt_load {
     apt_model *student, *teacher;
@@ -22440,7 +23011,7 @@ static void apti_model_exchange(apt_model *model, apt_model *fresh)
 
 static void apti_ckpt_adopt(apt_trainer *t, apti_ckpt_load *c)
 {
-    apti_teacher_drop(t);
+    if (!t->external.given) apti_teacher_drop(t);
     apti_pass_free(t->ctx, t->pass);
     t->pass = c->pass;
     apti_unit_arrays_adopt(t, &c->arrays, c->probes);
@@ -22449,10 +23020,12 @@ static void apti_ckpt_adopt(apt_trainer *t, apti_ckpt_load *c)
     t->importance = c->importance;
     apti_model_exchange(t->model, c->student);
     t->pass->model = t->model;
-    t->teacher = c->teacher;
-    t->teacher_pass = c->teacher_pass;
-    t->transform = c->transform;
-    t->capture = c->capture;
+    if (!t->external.given) {
+        t->teacher = c->teacher;
+        t->teacher_pass = c->teacher_pass;
+        t->transform = c->transform;
+        t->capture = c->capture;
+    }
     c->pass = c->teacher_pass = NULL;
     c->importance = NULL;
     c->capture = NULL;
@@ -22466,6 +23039,7 @@ static void apti_ckpt_adopt(apt_trainer *t, apti_ckpt_load *c)
     memset(&c->transform, 0, sizeof(c->transform));
     t->structure = t->model->structure;
     t->step = c->ints[APTI_CKPT_STEP];
+    apti_trainer_rounding(t);
     t->micro = (int32_t)c->ints[APTI_CKPT_MICRO];
     t->adam_steps = c->ints[APTI_CKPT_ADAM_STEPS];
     t->moving = c->ints[APTI_CKPT_MOVING] != 0;
@@ -22515,6 +23089,7 @@ APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, v
     apt_result result = apti_ckpt_open(t->ctx, path, &r);
     if (result != APT_OK) return result;
     result = apti_ckpt_read_state(t, r, path, &c);
+    if (result == APT_OK) result = apti_ckpt_compare_external(t, r, path);
     const bool gradients = c.ints[APTI_CKPT_MICRO] > 0;
     if (result == APT_OK) result = apti_ckpt_frame(t, r, "model", &c.student);
     if (result == APT_OK) result = apti_ckpt_read_model(t, r, "model", c.student, NULL, true, gradients);
@@ -22522,7 +23097,8 @@ APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, v
     if (result == APT_OK) result = apti_ckpt_read_iterations(t, r, path, &c.history, &c.iterations);
     if (result == APT_OK) result = apti_ckpt_read_units(t, r, &c);
     if (result == APT_OK) result = apti_pass_create(c.student, &c.pass);
-    if (result == APT_OK && apti_ckpt_has_key(r, "teacher", "hidden")) result = apti_ckpt_read_teacher(t, r, &c, gradients);
+    if (result == APT_OK && !t->external.given && apti_ckpt_has_key(r, "teacher", "hidden"))
+        result = apti_ckpt_read_teacher(t, r, &c, gradients);
     if (result == APT_OK) result = apti_ckpt_user(t, r, path, user, user_bytes);
     if (result == APT_OK) apti_ckpt_adopt(t, &c);
     apti_ckpt_load_free(t->ctx, &c);

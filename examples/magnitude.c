@@ -31,12 +31,14 @@
 #include "common/ex_demo.h"
 #include "common/ex_demo_bert.h"
 
-enum { DENSE, MAGNITUDE, PATTERN, ITERATIVE, APT, WAYS, MOST_PATTERNS = 16, MOST_ITERATIONS = 32, WATCHED = 500 };
+enum { DENSE, MAGNITUDE, PATTERN, ITERATIVE, APT, APT_INT8, WAYS, MOST_PATTERNS = 16, MOST_ITERATIONS = 32, WATCHED = 500 };
 
 /* What was measured of one way. */
 typedef struct row {
     apt_sparsity pruned, stored, used;/* by its masks; what is compressed in the file; what is multiplied compressed */
-    double target, metric, loss, speed, sparse_speed;
+    double target, accuracy, loss, speed, sparse_speed;
+    int64_t prunable;
+    double kept;                      /* of the dense way's prunable parameters, by units */
     double degradation, perplexity_degradation;      /* of the loss and of e^loss, against the dense way's */
     int64_t parameters, disk, sparse_disk;
     double first, last, seconds;      /* ms per step, training time */
@@ -55,6 +57,7 @@ typedef struct app {
     const char *train, *dev, *patterns;
     double sparsity, begin, last, lr, apt_lr;
     int64_t iterations, steps, batch, limit;
+    int32_t demo;                     /* 0: words, 1: classes */
     char *pattern_text;
     const char *pattern[MOST_PATTERNS];
     int32_t pattern_count;
@@ -123,6 +126,8 @@ static void schedule(ex_demo *d, ex_run *run, int32_t way)
     apt_iterative_desc *plan = &a->plan_of_iterations;
     memset(once, 0, sizeof(*once));
     memset(plan, 0, sizeof(*plan));
+    if (a->bert.words) run->prepare = ex_bert_mask;
+    if (way == APT_INT8) return;      /* what APT has left, and no step more */
     if (way == APT) {
         ex_demo_apt(d, run);
         t->target_sparsity = (float)a->sparsity;
@@ -157,7 +162,6 @@ static bool trained(ex_demo *d, ex_run *run, int32_t way)
     for (int32_t i = 0; fine && i < r->iterations; i++)
         fine = apt_trainer_iteration(run->trainer, i, &r->history[i]) == APT_OK;
     if (fine && way == ITERATIVE) fine = apt_trainer_iterative_query(run->trainer, &r->summary) == APT_OK;
-    r->target = way == MAGNITUDE || way == APT ? a->sparsity : way == PATTERN ? 0.5 : way == ITERATIVE ? a->last : 0;
     return fine || ex_fail(&d->error, "%s", apt_error(run->ctx));
 }
 
@@ -182,18 +186,36 @@ static bool measure_sparse(app *a, const char *dir, row *r)
     return fine;
 }
 
-static void cells_of(const row *r, int32_t way, double kept, ex_cells *cells)
+static bool write_labels(app *a, const char *dir)
+{
+    if (a->p.model == NULL || ex_task_write_labels(&a->task, dir)) return true;
+    a->d.error = a->p.error;
+    return false;
+}
+
+/* The compressed folder beside run->dir. */
+static bool compress(app *a, ex_run *run, row *r)
+{
+    ex_demo *d = &a->d;
+    char *dir = ex_format("%s-sparse", run->dir);
+    bool fine = apt_model_save_sparse(run->model, dir, &r->stored) == APT_OK || ex_fail(&d->error, "%s", apt_error(run->ctx));
+    fine = fine && ex_copy_tokenizer(d->base, dir, &d->error) && write_labels(a, dir) && measure_sparse(a, dir, r);
+    free(dir);
+    return fine;
+}
+
+static void cells_of(const row *r, int32_t way, bool words, ex_cells *cells)
 {
     char text[32];
     const bool masks = r->pruned.matrices > 0;
     ex_cell(cells, "loss", "%.4f", r->loss);
     if (way != DENSE) {
         ex_cell(cells, "loss, against dense", "%+.1f %%", 100 * r->degradation);
-        ex_cell(cells, "perplexity, against dense", "%+.1f %%", 100 * r->perplexity_degradation);
+        if (words) ex_cell(cells, "perplexity, against dense", "%+.1f %%", 100 * r->perplexity_degradation);
     }
     if (r->target > 0) ex_cell(cells, "sparsity, target", "%.1f %%", 100 * r->target);
     else ex_cell(cells, "sparsity, target", "-");
-    ex_cell(cells, "sparsity, reached", "%.1f %%", 100 * (masks ? r->pruned.sparsity : 1 - kept));
+    ex_cell(cells, "sparsity, reached", "%.1f %%", 100 * (masks ? r->pruned.sparsity : 1 - r->kept));
     ex_cell(cells, "active parameters", "%s", ex_count_text(text, sizeof(text), (double)(r->parameters - r->pruned.zeros)));
     ex_cell(cells, "compressed, on disk", "%s", ex_bytes_text(text, sizeof(text), (double)r->sparse_disk));
     if (masks) ex_cell(cells, "pruned layers, smaller", "%.2f x", r->pruned.compression);
@@ -205,14 +227,10 @@ static bool measured(ex_demo *d, ex_run *run, int32_t way, const ex_scores *scor
 {
     app *a = (app *)d->user;
     row *r = &a->row[way];
-    char *dir = ex_format("%s-sparse", run->dir);
-    bool fine = apt_model_save_sparse(run->model, dir, &r->stored) == APT_OK || ex_fail(&d->error, "%s", apt_error(run->ctx));
-    fine = fine && ex_copy_tokenizer(d->base, dir, &d->error);
-    if (fine && a->p.model != NULL && !(ex_task_write_labels(&a->task, dir) && ex_task_write_labels(&a->task, run->dir))) {
-        d->error = a->p.error;
-        fine = false;
-    }
-    r->metric = scores->chosen;
+    apt_model_info info = APT_ZERO;
+    if (!write_labels(a, run->dir)) return false;
+    r->target = way == DENSE ? 0 : way == PATTERN ? 0.5 : way == ITERATIVE ? a->last : a->sparsity;
+    r->accuracy = scores->value[0];
     r->loss = scores->loss;
     r->degradation = a->row[DENSE].loss > 0 ? r->loss / a->row[DENSE].loss - 1 : 0;
     r->perplexity_degradation = exp(r->loss - a->row[DENSE].loss) - 1;
@@ -222,11 +240,15 @@ static bool measured(ex_demo *d, ex_run *run, int32_t way, const ex_scores *scor
     r->first = outcome->first;
     r->last = outcome->last;
     r->seconds = outcome->seconds;
-    fine = fine && measure_sparse(a, dir, r);
-    if (fine) cells_of(r, way, outcome->kept, cells);
+    r->sparse_disk = r->disk;
+    apt_model_query(run->model, &info);
+    r->prunable = info.prunable;
+    r->kept = outcome->kept = (double)r->prunable / (double)a->row[DENSE].prunable;
+    if (way != APT_INT8 && !compress(a, run, r)) return false;
+    if (d->measure) r->pruned = r->stored;                 /* the folder has the zeros and not the masks */
+    cells_of(r, way, a->bert.words, cells);
     if (r->pruned.matrices > 0 && a->pattern_count == 0) outcome->kept -= r->pruned.sparsity;      /* what is 0 is not left */
-    free(dir);
-    return fine;
+    return true;
 }
 
 /* ------------------------------------------------------------------------------------------------ results */
@@ -274,7 +296,7 @@ static void put_way(const app *a, int32_t way, ex_text *out)
     ex_json_put(out, a->way[way].name, strlen(a->way[way].name));
     ex_text_put(out, ", \"folder\": ");
     ex_json_put(out, a->way[way].folder, strlen(a->way[way].folder));
-    put_number(out, "accuracy", r->metric);
+    put_number(out, "accuracy", r->accuracy);
     put_number(out, "loss", r->loss);
     put_number(out, "perplexity", exp(r->loss));
     put_number(out, "degradation", r->degradation);
@@ -354,18 +376,21 @@ static bool concluded(ex_demo *d, ex_report *report)
 
 static void name_ways(app *a)
 {
-    static const char *const folders[WAYS] = {"dense", "magnitude", "pattern", "iterative", "apt"};
+    static const char *const folders[WAYS] = {"dense", "magnitude", "pattern", "iterative", "apt", "apt-int8"};
     const double p = 100 * a->sparsity, q = 100 * a->last;
     a->name[DENSE] = ex_format("dense");
     a->name[MAGNITUDE] = ex_format("magnitude %.0f %%", p);
     a->name[PATTERN] = ex_format("2:4");
     a->name[ITERATIVE] = ex_format("iterative %.0f %%", q);
     a->name[APT] = ex_format("APT %.0f %%", p);
+    a->name[APT_INT8] = ex_format("APT + int8");
     a->stage[DENSE] = ex_format("Tuning all weights, nothing pruned");
     a->stage[MAGNITUDE] = ex_format("The same, but %.0f %% of the weights go at once, and the others recover", p);
     a->stage[PATTERN] = ex_format("The same, but of every four weights in a row two go");
     a->stage[ITERATIVE] = ex_format("The same, but %.0f %% of the weights go in %lld iterations", q, (long long)a->iterations);
     a->stage[APT] = ex_format("Adapting it with APT: %.0f %% of heads, neurons and dimensions go while it learns", p);
+    a->stage[APT_INT8] = ex_format("What APT has left, its matrices as int8");
+    a->way[APT_INT8].quantize = APT_QUANT_INT8;
     for (int32_t way = 0; way < WAYS; way++) {
         a->way[way].name = a->name[way];
         a->way[way].folder = folders[way];
@@ -409,7 +434,7 @@ static const ex_demo_plan g_plan = {
     EX_BERT_PLAN,
     .name = "magnitude",
     .title = "apt.h: single weights, pruned by magnitude",
-    .sizes = {.pretrain_steps = 800, .steps = 500, .corpus = 30000, .train = 4000, .dev = 500, .test = 2000},
+    .sizes = {.pretrain_steps = 800, .steps = 500, .corpus = 30000, .train = 4000, .dev = 500, .test = 4000},
     .fast = {.pretrain_steps = 40, .steps = 40, .corpus = 1500, .train = 1000, .dev = 100, .test = 200},
     .way_count = WAYS,
     .schedule = schedule,
@@ -426,6 +451,11 @@ static void choose_plan(app *a)
     else if (files) plan->sizes.steps = 1000;
     if (a->batch > 0) plan->batch = (int32_t)a->batch;
     if (!(a->lr > 0)) a->lr = files ? 5e-5 : 5e-4;
+    a->bert.words = !files && a->demo == 0;
+    if (a->bert.words) {
+        plan->load = (apt_load_desc)APT_ZERO;
+        plan->sizes.train = plan->sizes.steps * plan->batch;
+    }
     if (a->apt_lr > 0) plan->rate = (float)a->apt_lr;
     else if (files) plan->rate = 1e-3f;
     if (!files) return;
@@ -474,6 +504,7 @@ int main(int argc, char **argv)
         EX_TEXT("dev", "FILE", &a.dev, "rows to measure on; the first 500 are watched while training"),
         EX_INT("limit", "N", &a.limit, 0, 1e12, "training rows to read; 0: all"),
         EX_TEXT("out", "DIR", &a.d.out, "folder for models, results.json and report.html"),
+        EX_CHOICE("demo", &a.demo, "words|classes", "the task of the demonstration: masked words, or whether it is good news"),
         EX_GROUP("Pruning"),
         EX_REAL("sparsity", "X", &a.sparsity, 0.05, 0.95, "of magnitude at once and of APT"),
         EX_REAL("first", "X", &a.begin, 0.05, 0.95, "sparsity that the iterations start from: X (iterative/X)^(t/iterations)"),
@@ -488,6 +519,7 @@ int main(int argc, char **argv)
         EX_REAL("apt-lr", "X", &a.apt_lr, 0, 1, "learning rate of APT's adapters; 0: 2e-3, with files 1e-3"),
         EX_INT("seed", "N", &a.d.seed, 0, 1e9, "another corpus and another start"),
         EX_INT("threads", "N", &a.d.threads, 0, 64, "threads to use; 0: all cores"),
+        EX_FLAG("measure", &a.d.measure, "trains nothing: measures what an earlier run with the same options has left in --out"),
         EX_FLAG("fast", &a.d.fast, "a few seconds, for tests: everything runs, nothing is learned well"),
         EX_ARGS_END};
     static const ex_args_about about = {

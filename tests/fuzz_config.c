@@ -3,7 +3,8 @@
 #define APT_IMPLEMENTATION
 #include "../apt.h"
 
-static const char *const fuzz_formats[] = {"config.json", NULL};
+static const char *const fuzz_formats[] = {"config.json", "config.json of an int8 model", "config.json of an int4 model",
+                                           NULL};                     /* by APT_QUANT_* */
 #include "fuzz.h"
 
 static void compare(const apt_config *a, const apt_config *b)
@@ -12,6 +13,7 @@ static void compare(const apt_config *a, const apt_config *b)
     fuzz_check(a->types == b->types && a->hidden == b->hidden && a->hidden_dense == b->hidden_dense);
     fuzz_check(a->head_dim == b->head_dim);
     fuzz_check(a->layers == b->layers && a->labels == b->labels && a->pad_id == b->pad_id && a->activation == b->activation);
+    fuzz_check(a->quant == b->quant);
     fuzz_check(apti_bits(a->norm_eps) == apti_bits(b->norm_eps) && apti_bits(a->init_range) == apti_bits(b->init_range));
     fuzz_check(memcmp(a->layer, b->layer, (size_t)a->layers * sizeof(*a->layer)) == 0);
 }
@@ -49,8 +51,8 @@ static uint32_t fuzz_one(const uint8_t *data, size_t size)
         if (apti_config_resolve(ctx, "fuzz", &file, (apt_task_kind)task, 0) == APT_OK &&
             apti_model_frame(ctx, &file.config, APT_F32, &model) == APT_OK) {
             write_again(ctx, model);
+            accepted |= 1u << model->config.quant;
             apti_model_free(model);
-            accepted = 1;
         }
         apti_model_file_free(ctx, &file);
     }

@@ -29,6 +29,12 @@ quantised product: the scale of a row | quantize | f.row_scale = block->scale + 
 quantised product: the scratch of wide rows | quantize | strips > 0 ? apti_min_i64(APTI_QUANT_ROWS, strips) : apti_max_i64(1, fit) | apti_min_i64(APTI_QUANT_ROWS, apti_max_i64(strips, quant->mr))
 quantised model: calibration | quantize | if (op->squares != NULL) apti_column_square_sum | if (0) apti_column_square_sum
 quantised model: what it is | quantize | model->config.quant = desc->kind; | model->config.quant = 0;
+quantised training: what a pass multiplies with | quantize_train | op.w = op.folded ? &w->rounded : &w->packed; | op.w = &w->packed;
+quantised training: dW from narrowed rows | quantize_train | if (op.folded && rows > 0 && (op.rank > 0 | if (op.folded && rows > 0 && grad.w == NULL && (op.rank > 0
+quantised training: dx through the integers | quantize_train | apti_quant_widen(y, nr, part->packed, p0, k, j, cols); | apti_quant_widen(y, nr, part->packed, p0, k, 0, cols);
+quantised training: integers behind an update | quantize_train | if (t->model->stale == APTI_STALE_NONE) t->model->stale | if (0) t->model->stale
+quantised training: where it begins | quantize_train | t->step >= t->desc.quantize_begin ? | t->step > t->desc.quantize_begin ?
+quantised training: its memory | estimate | apti_note(r, APTI_USE_WEIGHTS, r->rounded); | apti_note(r, APTI_USE_WEIGHTS, 0);
 fake quantisation: what was cut off | quantize | if (fabsf(w[i]) > most) job->out | if (0) job->out
 int4: the half of a byte | quantize | inside >= half ? 4 : 0; | inside >= half ? 0 : 4;
 compressed map: the bias | sparsify | apti_sparse_run(m->ctx, sparse, op.bias, y | apti_sparse_run(m->ctx, sparse, NULL, y
@@ -75,6 +81,10 @@ layer loss: its gradient | train | j->dy[r * j->ld + i] += m[j->tr->place[i]]; |
 layer loss: dB of Tr | train | apti_plain_product(ctx, tr->b.grad, k, true, dt, k, rows | if (0) apti_plain_product(ctx, tr->b.grad, k, true, dt, k, rows
 layer loss: dA of Tr | train | apti_plain_product(ctx, tr->a.grad, d, true, k, d, rows | if (0) apti_plain_product(ctx, tr->a.grad, d, true, k, d, rows
 layer loss: through Tr | train | apti_plain_product(ctx, dy, ld, true, rows, d, k | if (0) apti_plain_product(ctx, dy, ld, true, rows, d, k
+teacher: its share of the loss | distill | x.mu = t->external.alpha; | x.mu = 0.5f;
+teacher: the temperature | distill | x.temperature = t->external.temperature; | x.temperature = 1;
+teacher: gradient over the vocabulary | distill | apti_lm_grads(t->ctx, &x, s->dhead + first | if (0) apti_lm_grads(t->ctx, &x, s->dhead + first
+teacher: what tells it apart | distill | sum = apti_checksum(sum, m->shape, (size_t)c->layers | if (0) sum = apti_checksum(sum, m->shape, (size_t)c->layers
 clipping | train | clip > 0 && norm > clip ? clip / norm : 1.0 | 1.0
 learning-rate schedule | train | return d->learning_rate * (1 - done); | return d->learning_rate;
 bias correction | train | c1 = 1 - pow(d->beta1, n) | c1 = 1
@@ -133,7 +143,7 @@ red() {                                          # TESTS
 
 killed=0 survived=0
 cp apt.h "$WORK/apt.h"
-for t in ops model core train structure learned learned_modules quantize; do
+for t in ops model core train structure learned learned_modules quantize quantize_train; do
     [ -n "$CHECK" ] || [ -z "$(red $t)" ] || { echo "test_$t fails without any mutation"; exit 1; }
 done
 while IFS='|' read -r name tests from to; do

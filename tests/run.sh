@@ -112,8 +112,8 @@ compiler() {
 builds() {
     case $1 in
         cc | asan | ofast) echo "*" ;;
-        clang | nosimd) echo "kernels ops core sparsify learned learned_modules quantize model train" ;;
-        tsan) echo "platform kernels ops sparsify learned learned_modules quantize model train" ;;
+        clang | nosimd) echo "kernels ops core sparsify learned learned_modules quantize quantize_train model train" ;;
+        tsan) echo "platform kernels ops sparsify learned learned_modules quantize quantize_train model train" ;;
         nothreads) echo "platform model" ;;
         plainc) echo "platform files" ;;
         onlycore) echo "core sparsify learned quantize" ;;

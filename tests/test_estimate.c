@@ -59,8 +59,9 @@ static void make_masks(live *l, const masks *w, int64_t step)
 /* What a run takes, from the creation of its context to its end. */
 typedef struct taken { int64_t peak; bool hidden_whole; } taken;
 
-/* desc NULL: one forward. */
-static taken run_once(const apt_config *c, const apt_train_desc *desc, batch_shape s, int32_t threads, const masks *w)
+/* desc NULL: one forward. teacher NULL: no other model teaches. */
+static taken run_once(const apt_config *c, const apt_train_desc *desc, batch_shape s, int32_t threads, const masks *w,
+                      const apt_config *teacher)
 {
     taken result;
     live l;
@@ -75,6 +76,7 @@ static taken run_once(const apt_config *c, const apt_train_desc *desc, batch_sha
     } else {
         l.trainer = test_trainer(l.model, desc);
         plan_masks(&l, w);
+        if (teacher != NULL) assert_ok(l.ctx, apt_trainer_teacher(l.trainer, test_model(l.ctx, teacher, 2), NULL));
         const int64_t n = desc->steps * (desc->accumulate > 0 ? desc->accumulate : 1);
         for (int64_t i = 0; i < n; i++) {
             full_batch(&b, c, s, i);
@@ -189,9 +191,8 @@ static void check_estimate(const apt_estimate_info *info, taken run, const apt_c
     if (fmax(over, under) > g_worst) g_worst = fmax(over, under);
 }
 
-static void compare(const apt_config *c, int32_t method, batch_shape s, int32_t threads)
+static void compare_desc(const apt_config *c, int32_t method, batch_shape s, int32_t threads, apt_train_desc d)
 {
-    apt_train_desc d = method_desc(method);
     apt_estimate_info info;
     test_log log;
     apt_ctx *ctx = test_context(threads, &log);
@@ -200,7 +201,12 @@ static void compare(const apt_config *c, int32_t method, batch_shape s, int32_t 
     else assert_ok(ctx, apt_estimate_pair(ctx, c, method == 0 ? NULL : &d, tokens, target, s.sequences, &info));
     apt_destroy(ctx);
     assert_int_equal(info.masks, 0);
-    check_estimate(&info, run_once(c, method == 0 ? NULL : &d, s, threads, NULL), c, g_methods[method], s, threads);
+    check_estimate(&info, run_once(c, method == 0 ? NULL : &d, s, threads, NULL, NULL), c, g_methods[method], s, threads);
+}
+
+static void compare(const apt_config *c, int32_t method, batch_shape s, int32_t threads)
+{
+    compare_desc(c, method, s, threads, method_desc(method));
 }
 
 static void compare_all(apt_config (*config)(apt_task_kind task), int32_t threads)
@@ -248,6 +254,26 @@ static void test_decoders(void **state)
     assert_true(g_whole > 0);
 }
 
+/* With quantised weights from the first step on, from the middle of pruning, from near the end. */
+static void test_quantised(void **state)
+{
+    (void)state;
+    static const batch_shape shapes[3] = {{4, 32, 0}, {16, 8, 0}, {1, 64, 0}};
+    static const int64_t begin[4] = {0, 2, 3, 7};
+    g_worst = 0;
+    for (int32_t method = 1; method < METHODS; method++)
+        for (int32_t k = 0; k < 8; k++) {
+            if (method > 3 && k % 4 != method % 4) continue;
+            const apt_config c = k < 2 ? wide_config(APT_TASK_CLASSIFY) : k < 4 ? deep_config(APT_TASK_SPAN) : decoder_config(k - 4);
+            apt_train_desc d = method_desc(method);
+            d.steps = 8;
+            d.quantize = 1 + (k + method) % 2;
+            d.quantize_begin = begin[(k + method / 2) % 4];
+            compare_desc(&c, method, shapes[(method + k) % 3], 1 + k % 2, d);
+        }
+    print_message("    off by %.1f %% at most\n", 100 * g_worst);
+}
+
 /* Masks of single weights: how much their estimate says of them, and that a run with them takes what it says. */
 static void test_masks(void **state)
 {
@@ -274,7 +300,7 @@ static void test_masks(void **state)
                                                      : (2 * c.neurons + 4 * c.hidden) * c.hidden;
         const int64_t bits = c.layers * matrices / 8;
         assert_true(none.masks == 0 && info.masks >= bits && info.masks < bits + bits / 20 + 10000);
-        check_estimate(&info, run_once(&c, &d, s, 1 + k % 2, w), &c, w->name, s, 1 + k % 2);
+        check_estimate(&info, run_once(&c, &d, s, 1 + k % 2, w, NULL), &c, w->name, s, 1 + k % 2);
         apt_destroy(ctx);
     }
     print_message("    off by %.1f %% at most\n", 100 * g_worst);
@@ -305,9 +331,47 @@ static void test_masks(void **state)
     apt_destroy(ctx);
 }
 
+/* A run beside another model that teaches: deeper and wider than the student, quantised, of every task; with single weights that
+   go as well. */
+static void test_teachers(void **state)
+{
+    (void)state;
+    static const int32_t methods[5] = {1, 2, 3, 4, 6};
+    static const masks at_once = {"at once", NULL, 0, 0, 1, 0};
+    const batch_shape s = {6, 16, 0};
+    g_worst = 0;
+    for (int32_t i = 0; i < 10; i++) {
+        const apt_config c = i < 7 ? deep_config((apt_task_kind)(APT_TASK_CLASSIFY + i % 4)) : decoder_config(i - 7);
+        apt_config t = c;
+        const masks *w = i == 4 ? &at_once : NULL;
+        if (t.decoder_layers == 0) t.layers = 8;
+        t.hidden = 256;
+        t.neurons = 900;
+        t.quant = i % 3 == 2 ? APT_QUANT_INT8 : APT_QUANT_NONE;
+        const apt_train_desc d = method_desc(methods[i % 5]);
+        apt_estimate_info info, alone;
+        test_log log;
+        apt_ctx *ctx = test_context(1 + i % 2, &log);
+        const int64_t tokens = (int64_t)s.sequences * s.length, target = c.decoder_layers > 0 ? tokens : 0;
+        const apt_iterative_desc pruning = plan_of(&at_once);
+        assert_ok(ctx, apt_estimate_distill(ctx, &c, &d, &t, w != NULL ? &pruning : NULL, tokens, target, s.sequences, &info));
+        assert_ok(ctx, apt_estimate_distill(ctx, &c, &d, NULL, NULL, tokens, target, s.sequences, &alone));
+        assert_true(info.teacher > (t.quant ? 8 * t.hidden * t.neurons / 4 : 8 * t.hidden * t.neurons) && info.total > alone.total);
+        check_estimate(&info, run_once(&c, &d, s, 1 + i % 2, w, &t), &c, g_methods[methods[i % 5]], s, 1 + i % 2);
+        t.vocab++;
+        assert_result(apt_estimate_distill(ctx, &c, &d, &t, NULL, tokens, target, s.sequences, &info), APT_E_SHAPE);
+        t.vocab--;
+        assert_result(apt_estimate_distill(ctx, &c, NULL, &t, NULL, tokens, target, s.sequences, &info), APT_E_ARGUMENT);
+        t.layers = 0;
+        assert_result(apt_estimate_distill(ctx, &c, &d, &t, NULL, tokens, target, s.sequences, &info), APT_E_RANGE);
+        apt_destroy(ctx);
+    }
+    print_message("    off by %.1f %% at most\n", 100 * g_worst);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_wide), cmocka_unit_test(test_deep), cmocka_unit_test(test_decoders),
-                                       cmocka_unit_test(test_masks)};
+                                       cmocka_unit_test(test_masks), cmocka_unit_test(test_quantised), cmocka_unit_test(test_teachers)};
     return cmocka_run_group_tests_name("estimate", tests, NULL, NULL);
 }

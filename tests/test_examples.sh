@@ -24,6 +24,20 @@ check() {
 }
 # says NAME PATTERN: the output of the last command has PATTERN
 says() { if grep -q -e "$2" "$work/log"; then pass "$1"; else fail "$1 (no \"$2\" in the output)"; fi; }
+value() { sed -n "s/^ *$1 *\([0-9.]*\).*/\1/p" "$work/log" | head -n 1; }
+below() { if awk -v a="${2:-x}" -v b="$3" 'BEGIN { exit !(a + 0 > 0 && a + 0 < b + 0) }'; then pass "$1 ($2)"; else fail "$1 ($2, expected less than $3)"; fi; }
+# quantised PROGRAM MODEL METHOD ARGUMENTS...: what is measured of a folder of floats that becomes small integers in memory
+quantised() {
+    program=$1 folder=$2 method=$3
+    shift 3
+    for kind in none int8 int4; do
+        check "$method with --quantize $kind" 0 "$program" --model "$folder" --method "$method" --threads 2 --quantize $kind "$@"
+        [ $kind = none ] || says "$kind: the model's line says so" "parameters, $kind, "
+        eval "loss_$kind=$(value loss)"
+    done
+    if [ "$loss_int4" != "$loss_none" ]; then pass "int4 shows in the loss"; else fail "int4 shows in the loss"; fi
+    below "int8 stays close" "$(awk -v a="$loss_int8" -v b="$loss_none" 'BEGIN { print (a > b ? a / b : b / a) }')" 1.05
+}
 same() { if cmp -s "$2" "$3"; then pass "$1"; else fail "$1 ($2 and $3 differ)"; fi; }
 says_file() { if grep -q -e "$3" "$2"; then pass "$1"; else fail "$1 (no \"$3\" in $2)"; fi; }
 has() { if [ -s "$2" ]; then pass "$1"; else fail "$1 ($2 is missing or empty)"; fi; }
@@ -125,11 +139,12 @@ check "a model without rows" 2 "$magnitude" --model "$base"
 check "rows without a model" 2 "$magnitude" --train "$work/demo/train.tsv" --dev "$work/demo/dev.tsv"
 check "the result must not replace the model" 2 "$magnitude" --model "$base" --train x.tsv --dev x.tsv --out "$base"
 check "magnitude runs" 0 "$magnitude" --fast --threads 2 --out "$work/magnitude"
-for row in accuracy loss "loss, against dense" "perplexity, against dense" "sparsity, target" "sparsity, reached" "active parameters" "on disk" "compressed, on disk" \
-    "pruned layers, smaller" inference "inference, compressed"; do says "magnitude's table has: $row" "^$row "; done
-says "what was asked for is reached" "^sparsity, reached *- *0.0 % *60.0 % *50.0 % *70.0 % "
+for row in perplexity accuracy loss "loss, against dense" "perplexity, against dense" "sparsity, target" "sparsity, reached" "active parameters" "on disk" \
+    "compressed, on disk" "pruned layers, smaller" inference "inference, compressed"; do says "magnitude's table has: $row" "^$row "; done
+says "what was asked for is reached" "^sparsity, reached *- *- *0.0 % *60.0 % *50.0 % *70.0 % "
 says "70 % gone: the pruned layers are three times smaller" "^pruned layers, smaller .*  3\.0[0-9] x "
 for i in 1 2 3 4 5; do says "iteration $i is shown" "iteration $i, step .* retrained [0-9]"; done
+sed -n '/^perplexity \|^accuracy \|^pruned layers\|^sparsity, reached/p' "$work/log" | tr -s ' ' > "$work/magnitude.rows"
 if grep -q -e 'src="http' -e 'href="http' -e '@import' "$work/magnitude/report.html"; then fail "its report is self-contained"; else pass "its report is self-contained"; fi
 says_file "its report has the iterations" "$work/magnitude/report.html" "teration 5</th>"
 results=$work/magnitude/results.json
@@ -138,20 +153,32 @@ for name in accuracy perplexity degradation perplexity_degradation sparsity acti
 done
 if [ "$(grep -c '"iteration": ' "$results")" -eq 5 ]; then pass "results.json has all iterations"; else fail "results.json has all iterations"; fi
 if command -v python3 > /dev/null 2>&1; then
-    check "results.json is JSON" 0 python3 -c 'import json, sys; d = json.load(open(sys.argv[1])); sys.exit(len(d["ways"]) != 5)' "$results"
+    check "results.json is JSON" 0 python3 -c 'import json, sys; d = json.load(open(sys.argv[1])); sys.exit(len(d["ways"]) != 6)' "$results"
 else skip "results.json is JSON (no python3)"; fi
-for way in magnitude pattern iterative; do
+if [ "$(($(wc -c < "$work/magnitude/apt-int8/model.safetensors") * 2))" -lt "$(wc -c < "$work/magnitude/apt/model.safetensors")" ]; then
+    pass "APT + int8 has less than half of APT's bytes"; else fail "APT + int8 has less than half of APT's bytes"; fi
+check "magnitude runs on one thread" 0 "$magnitude" --fast --threads 1 --out "$work/magnitude1"
+for folder in dense magnitude pattern iterative apt apt-int8 iterative-sparse; do
+    same "$folder is the same on one and two threads" "$work/magnitude/$folder/model.safetensors" "$work/magnitude1/$folder/model.safetensors"
+done
+check "magnitude --measure" 0 "$magnitude" --fast --measure --threads 2 --out "$work/magnitude"
+sed -n '/^perplexity \|^accuracy \|^pruned layers\|^sparsity, reached/p' "$work/log" | tr -s ' ' > "$work/measured.rows"
+same "the folders are what the run said they were" "$work/magnitude.rows" "$work/measured.rows"
+same "and stay as they are" "$work/magnitude/apt-int8/model.safetensors" "$work/magnitude1/apt-int8/model.safetensors"
+check "nothing to be measured" 1 "$magnitude" --fast --measure --out "$work/magnitude-none"
+says "the folder is named" "magnitude-none/"
+check "magnitude with classes" 0 "$magnitude" --demo classes --fast --threads 2 --out "$work/magnitude-classes"
+says "its table has a baseline" "bag of words"
+for way in magnitude pattern iterative apt-int8; do
     for folder in $way $way-sparse; do
-        check "roberta reads $folder" 0 "$roberta" --model "$work/magnitude/$folder" --dev "$work/magnitude/test.tsv" --method eval
+        [ $folder = apt-int8-sparse ] && continue
+        check "roberta reads $folder" 0 "$roberta" --model "$work/magnitude-classes/$folder" --dev "$work/magnitude-classes/test.tsv" --method eval
         sed -n '/accuracy\|loss/p' "$work/log" > "$work/$folder.scores"
     done
+    [ $way = apt-int8 ] && continue
     same "$way: the compressed folder is the same model" "$work/$way.scores" "$work/$way-sparse.scores"
-    if [ "$(wc -c < "$work/magnitude/$way-sparse/model.safetensors")" -lt "$(wc -c < "$work/magnitude/$way/model.safetensors")" ]; then
+    if [ "$(wc -c < "$work/magnitude-classes/$way-sparse/model.safetensors")" -lt "$(wc -c < "$work/magnitude-classes/$way/model.safetensors")" ]; then
         pass "$way: and smaller"; else fail "$way: and smaller"; fi
-done
-check "magnitude runs on one thread" 0 "$magnitude" --fast --threads 1 --out "$work/magnitude1"
-for folder in dense magnitude pattern iterative apt iterative-sparse; do
-    same "$folder is the same on one and two threads" "$work/magnitude/$folder/model.safetensors" "$work/magnitude1/$folder/model.safetensors"
 done
 check "magnitude on files" 0 "$magnitude" --model "$base" --train "$work/demo/train.tsv" --dev "$work/demo/dev.tsv" --limit 400 --steps 20 \
     --batch 16 --iterations 2 --first 0.2 --iterative 0.5 --patterns 'attention*query,intermediate' --threads 2 --out "$work/magnitude-files"
@@ -213,7 +240,18 @@ done
 [ "$(wc -c < "$work/int4/model.safetensors")" -lt "$(wc -c < "$work/int8/model.safetensors")" ] && pass "int4 is smaller" || fail "int4 is smaller"
 check "but cannot be trained" 1 "$roberta" --model "$work/int8" $data $short --out "$work/int8-again"
 says "and says why" "quantised (int8)"
+check "nor quantised once more" 1 "$roberta" --model "$work/int8" --dev "$work/demo/dev.tsv" --method eval --quantize int4
+says "which is said, too" "quantised (int8)"
+quantised "$roberta" "$work/lora" eval --dev "$work/demo/dev.tsv"
 check "an unknown kind" 2 r $data --quantize int5 --out "$work/x"
+check "trained with its integers" 0 r $data $short --quantize int4 --qat --quantize-begin 4 --out "$work/qat"
+accuracy=$(sed -n 's/^accuracy *//p' "$work/log")
+says_file "config.json says int4" "$work/qat/config.json" "\"quantization\": \"int4\""
+check "the result loads again" 0 "$roberta" --model "$work/qat" --dev "$work/demo/dev.tsv" --method eval
+says "and scores what training said" "accuracy *$accuracy"
+check "--qat without a kind" 2 r $data --qat --out "$work/x"
+says "needs one" "qat needs --quantize"
+check "--quantize-begin without --qat" 2 r $data --quantize int8 --quantize-begin 3 --out "$work/x"
 check "accumulation, length groups, preset, linear schedule" 0 r $data --steps 8 --accumulate 3 --group-by-length --preset glue-small \
     --schedule linear --no-grow --no-distill --lr-schedule cosine --warmup 2 --out "$work/options"
 check "predictions" 0 "$roberta" --model "$work/apt" --method predict --predict "$work/demo/test.tsv" --out "$work/predicted"
@@ -429,8 +467,7 @@ awk 'BEGIN { split("cook judge baker wolf king girl", who, " "); split("kind rud
              for (i = 0; i < 240; i++) print "the " who[i * 7 % 6 + 1] " was " how[i * 3 % 5 + 1] " and the " who[i * 5 % 6 + 1] " met the " who[i % 6 + 1] "." }' > "$work/plain.txt"
 head -n 40 "$work/plain.txt" > "$work/plain-dev.txt"
 awk 'BEGIN { for (i = 0; i < 12; i++) printf "{\"instruction\": \"who was %s\", \"input\": \"\", \"output\": \"the %s\"}\n", i % 2 ? "kind" : "rude", i % 2 ? "cook" : "judge" }' > "$work/tasks.jsonl"
-perplexity() { sed -n 's/^ *perplexity *//p' "$work/log" | head -n 1; }
-below() { if awk -v a="${2:-x}" -v b="$3" 'BEGIN { exit !(a + 0 > 0 && a + 0 < b + 0) }'; then pass "$1 ($2)"; else fail "$1 ($2, expected less than $3)"; fi; }
+perplexity() { value perplexity; }
 text="--train $work/plain.txt --dev $work/plain-dev.txt --length 64 --batch 8 --steps 40 --eval-every 20 --lr 1e-2"
 check "llama without a model" 2 "$llama" --method generate
 check "perplexity needs --dev" 2 l --method perplexity
@@ -471,6 +508,13 @@ check "without packing, prompts learned, bf16" 0 l --train "$work/tasks.jsonl" -
 check "rows that are too short for an answer" 1 l --train "$work/tasks.jsonl" --length 20 --method lora --out "$work/x"
 says "names the file" "tasks.jsonl: nothing to learn"
 
+check "llama: int4 weights in the result" 0 l $text --method apt --quantize int4 --out "$work/llama-int4"
+reached=$(perplexity)
+check "which loads again" 0 "$llama" --model "$work/llama-int4" --method perplexity --dev "$work/plain-dev.txt" --length 64
+says "as what it is" "parameters, int4, "
+if [ "$(perplexity)" = "$reached" ]; then pass "and measures the same"; else fail "and measures the same"; fi
+quantised "$llama" "$work/llama-full" perplexity --dev "$work/plain-dev.txt" --length 64
+
 # ---- llama: writing
 writes() { "$llama" --model "$work/llama-full" --method generate --prompt "the cook was" --max-new 40 "$@" 2> /dev/null; }
 writes --threads 2 > "$work/greedy.txt"
@@ -485,6 +529,10 @@ if cmp -s "$work/drawn.txt" "$work/other.txt"; then fail "another seed draws ano
 check "beams" 0 writes --beams 4 --length-penalty 0.8
 says "go on with the prompt, too" "^the cook was .*[a-z]"
 check "the pruned model writes" 0 "$llama" --model "$work/llama-apt" --method generate --prompt "the wolf" --max-new 10
+check "so does the int4 one" 0 "$llama" --model "$work/llama-int4" --method generate --prompt "the wolf" --max-new 10
+says "behind its prompt" "^the wolf."
+check "and one that is quantised on the way" 0 writes --quantize int8
+says "behind its prompt" "^the cook was [a-z]"
 check "a prompt that fills the model" 1 l --method generate --prompt "$(awk 'BEGIN { for (i = 0; i < 600; i++) printf "a" }')"
 says "both numbers are named" "has 60[0-9] tokens, the model 512 positions"
 printf 'who was kind\n\nwho was rude\n' > "$work/turns.txt"
@@ -542,7 +590,6 @@ awk 'BEGIN { print "mr,ref"; split("Wolf Dwarf King Forest Daughter", who, " ");
              for (k = 1; k <= 2; k++) printf "\"name[Wolf], price[%s]\",\"It is %s, the \"\"Wolf\"\".\"\n", how[k], how[k] }' > "$work/food.csv"
 head -n 5 "$work/food.csv" > "$work/food-dev.csv"
 tail -n 2 "$work/food.csv" >> "$work/food-dev.csv"
-value() { sed -n "s/^ *$1 *\([0-9.]*\).*/\1/p" "$work/log" | head -n 1; }
 t() { "$t5" --threads 2 "$@"; }
 food="--train $work/food.csv --dev $work/food-dev.csv --batch 12 --max-new 24 --eval-every 1000"
 check "t5 --help" 0 "$t5" --help
@@ -582,6 +629,13 @@ for method in lora apt; do
     if [ "$(value ROUGE-L)" = "$rouge" ]; then pass "t5: $method: and measures the same"; else fail "t5: $method: and measures the same"; fi
 done
 below "apt: 60 % are gone" "$left" 42
+check "t5: int8 weights in the result" 0 t --model "$work/t5" $food --method lora --steps 5 --quantize int8 --out "$work/t5-int8"
+rouge=$(value ROUGE-L)
+check "which loads again" 0 t --model "$work/t5-int8" --method eval --dev "$work/food-dev.csv" --max-new 24
+says "as what it is" "parameters, int8, "
+if [ "$(value ROUGE-L)" = "$rouge" ]; then pass "and measures the same"; else fail "and measures the same"; fi
+check "and writes" 0 t --model "$work/t5-int8" --method generate --max-new 24 --prompt "name[King], price[dear]"
+quantised "$t5" "$work/t5" eval --dev "$work/food-dev.csv" --max-new 24
 writes() { "$t5" --model "$work/t5" --method generate --max-new 24 "$@" 2> /dev/null; }
 writes --threads 2 --prompt "name[King], price[dear]" > "$work/greedy.txt"
 says_file "it writes a sentence" "$work/greedy.txt" "[a-z]"

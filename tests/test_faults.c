@@ -344,6 +344,34 @@ static void test_decoder_steps(void **state)
     }
 }
 
+static apt_config small_teacher(const apt_config *student)
+{
+    apt_config c = *student;
+    c.hidden += 2;
+    return c;
+}
+
+/* Steps with another model as the teacher: an APT run of an encoder, all weights of a decoder. */
+static void test_taught_steps(void **state)
+{
+    (void)state;
+    int64_t plain[2] = {0, 0};
+    plan p = short_plan(APT_BERT, APT_TASK_CLASSIFY);
+    apt_config teacher = small_teacher(&p.c);
+    p.teacher = &teacher;
+    const uint32_t events = attack_steps(&p, plain);
+    assert_true((events >> APT_EVENT_COMPACT & 1) == 1 && (events >> APT_EVENT_TEACHER & 1) == 0);
+    p = decoder_plan(1);
+    p.d.method = APT_METHOD_FULL;
+    p.d.steps = 3;
+    p.d.target_sparsity = 0;
+    p.d.prune_begin = p.d.prune_end = 0;
+    teacher = small_teacher(&p.c);
+    p.teacher = &teacher;
+    (void)attack_steps(&p, plain);
+    assert_true(plain[1] > 0);
+}
+
 /* Every allocation of a whole run fails once: each step is repeated until nothing of it fails. */
 static void test_whole_runs(void **state)
 {
@@ -586,12 +614,35 @@ static apt_result call_checkpoint_load(fixture *f)
     return r;
 }
 
+/* A run with a teacher goes on with a like one. */
+static void setup_taught_checkpoint(fixture *f)
+{
+    setup_checkpoint(f);
+    assert_ok(f->l.ctx, apt_trainer_teacher(f->l.trainer, f->l.teacher, NULL));
+}
+
+static apt_result call_teacher(fixture *f)
+{
+    const apt_result r = apt_trainer_teacher(f->l.trainer, f->l.teacher, &f->p.how);
+    if (r != APT_OK) assert_true(f->l.trainer->teacher == NULL && !f->l.trainer->external.given);
+    f->value += r == APT_OK;
+    return r;
+}
+
+static void setup_untaught(fixture *f)
+{
+    apti_teacher_drop(f->l.trainer);
+}
+
 static void test_checkpoints(void **state)
 {
     (void)state;
     const plan lora = plain_plan(APT_METHOD_LORA, APT_TASK_REGRESS), full = plain_plan(APT_METHOD_FULL, APT_TASK_MLM);
     const plan apt = short_plan(APT_BERT, APT_TASK_CLASSIFY);
     const int64_t decided = micro_with(&apt, APT_EVENT_PRUNE) + 1, cut = micro_with(&apt, APT_EVENT_COMPACT) + 1;
+    const apt_config teacher = small_teacher(&apt.c);
+    plan taught = apt;
+    taught.teacher = &teacher;
     const attack attacks[] = {
         {"apt_checkpoint_save, LoRA", lora, 2, setup_old, call_checkpoint_save, 20, false},
         {"apt_checkpoint_save, decided", apt, decided, setup_old, call_checkpoint_save, 20, false},
@@ -600,6 +651,9 @@ static void test_checkpoints(void **state)
         {"apt_checkpoint_load, full", full, 3, setup_checkpoint, call_checkpoint_load, 100, false},
         {"apt_checkpoint_load, decided", apt, decided, setup_checkpoint, call_checkpoint_load, 100, false},
         {"apt_checkpoint_load, cut", apt, cut + 1, setup_checkpoint, call_checkpoint_load, 100, false},
+        {"apt_checkpoint_save, another model teaches", taught, cut + 1, setup_old, call_checkpoint_save, 20, false},
+        {"apt_checkpoint_load, another model teaches", taught, cut + 1, setup_taught_checkpoint, call_checkpoint_load, 60, false},
+        {"apt_trainer_teacher", taught, 0, setup_untaught, call_teacher, 3, false},
     };
     for (size_t i = 0; i < sizeof attacks / sizeof attacks[0]; i++) (void)attack_every_allocation(&attacks[i]);
 }
@@ -820,6 +874,37 @@ static void test_models(void **state)
     for (size_t i = 0; i < sizeof attacks / sizeof attacks[0]; i++) (void)attack_every_allocation(&attacks[i]);
 }
 
+/* Small integers of the weights are made, and made again behind a cut, wherever a pass begins. */
+static void test_quantised(void **state)
+{
+    (void)state;
+    const uint32_t wanted = 1u << APT_EVENT_PRUNE | 1u << APT_EVENT_COMPACT | 1u << APT_EVENT_GROW | 1u << APT_EVENT_TEACHER;
+    int64_t plain[2] = {0, 0};
+    plan p = short_plan(APT_BERT, APT_TASK_CLASSIFY), d = decoder_plan(g_decoders[1]), full = plain_plan(APT_METHOD_FULL, APT_TASK_SPAN);
+    p.d.accumulate = full.d.accumulate = 1;
+    p.d.quantize = full.d.quantize = APT_QUANT_INT8;
+    d.d.quantize = APT_QUANT_INT4;
+    p.d.quantize_begin = 4;
+    full.d.quantize_begin = 1;
+    full.d.steps = 3;
+    assert_int_equal(attack_steps(&p, plain) & wanted, wanted);
+    assert_int_equal(attack_steps(&d, plain) & wanted, wanted);
+    (void)attack_steps(&full, plain);
+    const int64_t decided = micro_with(&p, APT_EVENT_PRUNE) + 1, cut = micro_with(&d, APT_EVENT_COMPACT) + 1;
+    p.d.quantize_begin = 0;
+    const attack attacks[] = {
+        {"apt_trainer_create", p, 0, setup_no_trainer, call_trainer_create, 20, false},
+        {"apt_trainer_observe", p, 0, NULL, call_observe, 14, false},
+        {"apt_trainer_prune_now", p, decided, setup_observe, call_prune_now, 20, true},
+        {"apt_trainer_finish", p, decided, NULL, call_finish, 20, false},
+        {"apt_model_forward", p, 0, NULL, call_forward, 14, false},
+        {"apt_checkpoint_load", d, cut, setup_checkpoint, call_checkpoint_load, 60, false},
+        {"apt_generate", d, cut, NULL, call_generate, 4, false},
+        {"apt_estimate", d, 0, NULL, call_estimate, 7, false},
+    };
+    for (size_t i = 0; i < sizeof attacks / sizeof attacks[0]; i++) (void)attack_every_allocation(&attacks[i]);
+}
+
 /* ---- threads --------------------------------------------------------------------------------------------------------- */
 
 /* Mutex, both conditions, and attributes and start of each worker. */
@@ -926,6 +1011,7 @@ int main(void)
         cmocka_unit_test(test_cancelled_and_failed), cmocka_unit_test(test_trainer_calls), cmocka_unit_test(test_checkpoints),
         cmocka_unit_test(test_models),      cmocka_unit_test(test_thread_start), cmocka_unit_test(test_disk),
         cmocka_unit_test(test_disk_full),   cmocka_unit_test(test_decoder_steps), cmocka_unit_test(test_decoder_calls),
+        cmocka_unit_test(test_quantised),   cmocka_unit_test(test_taught_steps),
     };
     return cmocka_run_group_tests_name("faults", tests, NULL, NULL);
 }

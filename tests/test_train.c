@@ -119,61 +119,6 @@ static void test_seeds(void **state)
 
 /* ---- cut and resumed ------------------------------------------------------------------------------------------------ */
 
-static const char *checkpoint_path(char *path, size_t capacity, const char *dir, int64_t micro)
-{
-    char name[64];
-    snprintf(name, sizeof name, "run.%d", (int)micro);
-    return test_join(path, capacity, dir, name);
-}
-
-/* Saves after each micro-batch in `cut`, then resumes from each into fresh objects. */
-static void resume_everywhere(plan p, const int64_t *cut, int32_t cuts, uint32_t must_cut_at)
-{
-    char dir[512], path[600];
-    live a, b;
-    uint32_t cut_events = 0;
-    test_dir(dir, sizeof dir);
-    const uint64_t plain = run_all(&a, &p);
-    const trace reference = a.tr;
-    stop(&a);
-    start(&a, &p, 1);                                                 /* again, with saving: it disturbs nothing */
-    int64_t at = 0;
-    for (int32_t i = 0; i < cuts; i++) {
-        run(a.trainer, &p, &a.tr, at, cut[i]);
-        at = cut[i];
-        const int64_t blob[2] = {at, at * at};
-        assert_ok(a.ctx, apt_checkpoint_save(a.trainer, checkpoint_path(path, sizeof path, dir, at), blob, i == 0 ? 0 : sizeof blob));
-        if (at > 0) cut_events |= a.tr.events[at - 1];
-    }
-    run(a.trainer, &p, &a.tr, at, micro_batches(&p));
-    assert_ok(a.ctx, apt_trainer_finish(a.trainer));
-    assert_same_trace(&reference, &a.tr, 0, micro_batches(&p), "while saving");
-    assert_true(test_model_sum(a.model) == plain);
-    stop(&a);
-    if ((cut_events & must_cut_at) != must_cut_at) fail_msg("the cuts miss an event: %x of %x", cut_events & must_cut_at, must_cut_at);
-    for (int32_t i = 0; i < cuts; i++) {
-        int64_t blob[4] = {-1, -1, -1, -1};
-        size_t bytes = sizeof blob;
-        p.threads = 1 + i % 2;
-        start(&b, &p, 999);                                           /* other weights: all of them come from the file */
-        assert_ok(b.ctx, apt_checkpoint_load(b.trainer, checkpoint_path(path, sizeof path, dir, cut[i]), blob, &bytes));
-        assert_true(bytes == (i == 0 ? 0 : 16));
-        if (i > 0) assert_true(blob[0] == cut[i] && blob[1] == cut[i] * cut[i] && blob[2] == -1);
-        run(b.trainer, &p, &b.tr, cut[i], micro_batches(&p));
-        assert_ok(b.ctx, apt_trainer_finish(b.trainer));
-        char what[64];
-        snprintf(what, sizeof what, "resumed at micro-batch %d", (int)cut[i]);
-        assert_same_trace(&reference, &b.tr, cut[i], micro_batches(&p), what);
-        for (int64_t j = cut[i]; j < micro_batches(&p); j++) assert_int_equal(b.tr.events[j], reference.events[j]);
-        if (test_model_sum(b.model) != plain) fail_msg("%s: the final weights differ", what);
-        stop(&b);
-    }
-    test_remove(dir);
-}
-
-static const uint32_t every_event = 1u << APT_EVENT_PRUNE | 1u << APT_EVENT_COMPACT | 1u << APT_EVENT_GROW | 1u << APT_EVENT_TEACHER |
-                                    1u << APT_EVENT_EVALUATE | 1u << APT_EVENT_CHECKPOINT;
-
 static void test_resume_classify(void **state)
 {
     (void)state;
@@ -266,48 +211,6 @@ static void test_decoder_resume(void **state)
 }
 
 /* ---- checkpoints that do not fit ------------------------------------------------------------------------------------ */
-
-/* Loading `path` with plan q must fail and say `word`; the trainer then still works as a fresh one. */
-static void refuse(const char *path, const plan *q, apt_result wanted, const char *word, const plan *fresh)
-{
-    live l, f;
-    start(&l, q, 1);
-    const int64_t bytes = apt_memory_info(l.ctx).bytes, blocks = apt_memory_info(l.ctx).blocks;
-    const apt_result r = apt_checkpoint_load(l.trainer, path, NULL, NULL);
-    if (r != wanted) fail_msg("expected %s (%s), got %s (%s)", apt_result_text(wanted), word, apt_result_text(r), apt_error(l.ctx));
-    if (strstr(apt_error(l.ctx), word) == NULL) fail_msg("the message does not name %s: %s", word, apt_error(l.ctx));
-    assert_true(apt_memory_info(l.ctx).bytes == bytes && apt_memory_info(l.ctx).blocks == blocks);
-    if (fresh != NULL) {
-        start(&f, fresh, 1);
-        run(l.trainer, fresh, &l.tr, 0, 6);
-        run(f.trainer, fresh, &f.tr, 0, 6);
-        assert_same_trace(&f.tr, &l.tr, 0, 6, "after a refused checkpoint");
-        assert_true(test_model_sum(f.model) == test_model_sum(l.model));
-        stop(&f);
-    }
-    stop(&l);
-}
-
-/* A run of plan p, `micro` micro-batches long, and its checkpoint in a folder of its own. */
-typedef struct saved_run { plan p; live l; char dir[512], path[600], other[600]; } saved_run;
-
-static void save_run(saved_run *s, const plan *p, int64_t micro)
-{
-    const uint64_t blob = 7;
-    s->p = *p;
-    test_dir(s->dir, sizeof s->dir);
-    test_join(s->path, sizeof s->path, s->dir, "a");
-    test_join(s->other, sizeof s->other, s->dir, "b");
-    start(&s->l, p, 1);
-    run(s->l.trainer, p, &s->l.tr, 0, micro);
-    assert_ok(s->l.ctx, apt_checkpoint_save(s->l.trainer, s->path, &blob, sizeof blob));
-}
-
-static void drop_run(saved_run *s)
-{
-    stop(&s->l);
-    test_remove(s->dir);
-}
 
 /* A plan that differs in one field is refused, and the message names it. */
 #define REFUSE(field, value, word)                      \
@@ -788,16 +691,6 @@ static void test_first_teacher(void **state)
     }
 }
 
-/* The gradient of the whole loss, distillation included, against finite differences of that loss. */
-static double distilled_loss(apt_trainer *t, const apt_batch *b)
-{
-    apti_zero_gradients(t);
-    memset(&t->info, 0, sizeof t->info);
-    assert_int_equal(apti_micro_batch(t, b, false), APT_OK);
-    apti_sync(t->ctx);
-    return t->info.loss;
-}
-
 static void test_distill_gradients(void **state)
 {
     (void)state;
@@ -830,38 +723,7 @@ static void test_distill_gradients(void **state)
         test_batch_at(&b, &p.c, 3, 40, 3);
         const double loss = distilled_loss(t, &b.b);
         assert_true(loss > 0 && t->info.distill_loss > 0 && t->map.pairs == 4);
-        int32_t checked = 0;
-        for (int32_t k = 0; k < l.model->param_count + 2; k++) {
-            apti_param *q = apti_trained(t, k);
-            const int64_t n = apti_is_trained(q) ? apti_param_count(q) : 0, samples = n < 4 ? n : 4;
-            int64_t at[4];
-            float grad[4];
-            double error = 0, norm = 0;
-            (void)distilled_loss(t, &b.b);
-            for (int64_t j = 0; j < samples; j++) {
-                at[j] = (int64_t)apt_rng_below(&rng, (uint32_t)n);
-                grad[j] = q->grad[at[j]];
-            }
-            for (int64_t j = 0; j < samples; j++) {
-                const float old = q->value[at[j]], h = t5 ? 0.003f : 0.02f;   /* sharper curves without 1/sqrt(head size) */
-                double f[4], moved[4];
-                for (int32_t s = 0; s < 4; s++) {
-                    q->value[at[j]] = old + (s < 2 ? (float)(s - 2) : (float)(s - 1)) * h;
-                    moved[s] = (double)q->value[at[j]] - (double)old;
-                    apti_param_repack(l.model, q);
-                    f[s] = distilled_loss(t, &b.b);
-                }
-                q->value[at[j]] = old;
-                apti_param_repack(l.model, q);
-                const double slope = (4 * (f[2] - f[1]) / (moved[2] - moved[1]) - (f[3] - f[0]) / (moved[3] - moved[0])) / 3;
-                error += (slope - (double)grad[j]) * (slope - (double)grad[j]);
-                norm += slope * slope;
-            }
-            if (samples > 0 && sqrt(error) > 1e-2 * sqrt(norm) + 2e-5)
-                fail_msg("case %d, %s: gradient with distillation off by %g of %g", i, q->name, sqrt(error), sqrt(norm));
-            checked += samples > 0;
-        }
-        assert_true(checked > 20);
+        assert_true(check_distilled_gradients(t, &b.b, t5 ? 0.003f : 0.02f, i) > 20);  /* sharper curves without 1/sqrt(head size) */
         stop(&l);
     }
 }

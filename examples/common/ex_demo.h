@@ -13,7 +13,8 @@ typedef struct ex_demo_sizes { int64_t pretrain_steps, steps, corpus, train, dev
 typedef enum ex_demo_set { EX_DEMO_CORPUS, EX_DEMO_TRAIN, EX_DEMO_DEV, EX_DEMO_TEST, EX_DEMO_SETS } ex_demo_set;
 
 typedef struct ex_demo ex_demo;
-typedef struct ex_demo_way { const char *name, *folder, *stage; } ex_demo_way;
+/* quantize: APT_QUANT_*; a way that has one trains nothing but narrows what the way before it has left. */
+typedef struct ex_demo_way { const char *name, *folder, *stage; int32_t quantize; } ex_demo_way;
 
 /* Functions return false with a message in d->error. */
 typedef struct ex_demo_plan {
@@ -50,6 +51,7 @@ struct ex_demo {
     int64_t seed, threads;
     const char *out;
     bool fast;
+    bool measure;                     /* nothing is trained: what an earlier run has left in `out` is measured again */
     ex_demo_sizes sizes;
     char *base;                       /* folder of the pretrained model; one that is there already when plan->shape is NULL */
     int32_t stage;
@@ -61,9 +63,9 @@ struct ex_demo {
 
 enum { EX_DEMO_LORA, EX_DEMO_APT, EX_DEMO_PRUNE_AFTER, EX_DEMO_WAYS, EX_DEMO_MOST_WAYS = 8 };
 static const ex_demo_way exi_demo_ways[EX_DEMO_WAYS] = {
-    {"LoRA", "lora", "Adapting it with LoRA, nothing pruned"},
-    {"APT 60 %", "apt", "Adapting it with APT: 60 % of the prunable parameters go while it learns"},
-    {"prune after 60 %", "prune-after", "Adapting it with LoRA, then pruning 60 % at once, then recovering"}};
+    {"LoRA", "lora", "Adapting it with LoRA, nothing pruned", APT_QUANT_NONE},
+    {"APT 60 %", "apt", "Adapting it with APT: 60 % of the prunable parameters go while it learns", APT_QUANT_NONE},
+    {"prune after 60 %", "prune-after", "Adapting it with LoRA, then pruning 60 % at once, then recovering", APT_QUANT_NONE}};
 
 EX_API const ex_demo_way *exi_demo_way_of(const ex_demo *d, int32_t way)
 {
@@ -75,9 +77,14 @@ EX_API int32_t exi_demo_way_count(const ex_demo *d)
     return d->plan->ways != NULL ? d->plan->way_count : EX_DEMO_WAYS;
 }
 
+EX_API bool exi_demo_pretrains(const ex_demo *d)
+{
+    return d->plan->shape != NULL && !d->measure;
+}
+
 EX_API void exi_demo_stage(ex_demo *d, const char *text)
 {
-    const int32_t stages = exi_demo_way_count(d) + (d->plan->shape != NULL ? 3 : 2);
+    const int32_t stages = exi_demo_way_count(d) + (exi_demo_pretrains(d) ? 3 : 2);
     printf("\n[%d/%d] %s\n", (int)++d->stage, (int)stages, text);
     fflush(stdout);
 }
@@ -223,9 +230,12 @@ EX_API bool exi_demo_adapt_with(ex_demo *d, ex_run *run, int32_t way, ex_cells *
     memset(&outcome, 0, sizeof(outcome));
     run->evaluate = exi_demo_evaluate;
     exi_demo_schedule(d, run, way);
-    if (!exi_demo_train(d, run) || (plan->trained != NULL && !plan->trained(d, run, way))) return false;
+    run->quantize = exi_demo_way_of(d, way)->quantize;
+    if (run->quantize == APT_QUANT_NONE && !d->measure &&
+        (!exi_demo_train(d, run) || (plan->trained != NULL && !plan->trained(d, run, way))))
+        return false;
     ex_outcome_of_run(&outcome, run);
-    if (!ex_run_save(run, d->base) || !exi_demo_measure(d, run->dir, &scores, &outcome, cells) ||
+    if ((!d->measure && !ex_run_save(run, d->base)) || !exi_demo_measure(d, run->dir, &scores, &outcome, cells) ||
         (plan->measured != NULL && !plan->measured(d, run, way, &scores, &outcome, cells)))
         return false;
     printf("  test %s %s, %.0f %% of the prunable parameters left\n", cells->at[0].name, cells->at[0].value, 100 * outcome.kept);
@@ -233,18 +243,29 @@ EX_API bool exi_demo_adapt_with(ex_demo *d, ex_run *run, int32_t way, ex_cells *
     return true;
 }
 
+/* The model that a way begins with: the pretrained one, what the way before it has left, or its own result. */
+EX_API bool exi_demo_load(ex_demo *d, int32_t way, apt_ctx *ctx, apt_model **model)
+{
+    const bool narrows = exi_demo_way_of(d, way)->quantize != APT_QUANT_NONE, again = narrows || d->measure;
+    const int32_t of = narrows && !d->measure ? way - 1 : way;
+    apt_load_desc load = d->plan->load;
+    char *dir = again ? ex_path(d->out, exi_demo_way_of(d, of)->folder) : NULL;
+    load.seed = (uint64_t)d->seed;
+    const bool fine = apt_model_load(ctx, again ? dir : d->base, again ? NULL : &load, model) == APT_OK ||
+                      ex_fail(&d->error, "%s", apt_error(ctx));
+    free(dir);
+    return fine;
+}
+
 EX_API bool exi_demo_adapt(ex_demo *d, int32_t way, ex_cells *cells)
 {
-    apt_load_desc load = d->plan->load;
     apt_model *model = NULL;
     ex_run run;
     char *dir = ex_path(d->out, exi_demo_way_of(d, way)->folder);
     apt_ctx *ctx = ex_run_context(d->threads, NULL, &d->error);
     cells->run = exi_demo_way_of(d, way)->name;
-    load.seed = (uint64_t)d->seed;
     exi_demo_stage(d, exi_demo_way_of(d, way)->stage);
-    bool fine = ctx != NULL && ex_make_dirs(dir, &d->error) &&
-                (apt_model_load(ctx, d->base, &load, &model) == APT_OK || ex_fail(&d->error, "%s", apt_error(ctx)));
+    bool fine = ctx != NULL && ex_make_dirs(dir, &d->error) && exi_demo_load(d, way, ctx, &model);
     exi_demo_run(d, &run, cells->run, ctx, model, EX_DEMO_TRAIN, dir);
     fine = fine && exi_demo_adapt_with(d, &run, way, cells);
     ex_run_close(&run);
@@ -255,7 +276,7 @@ EX_API bool exi_demo_adapt(ex_demo *d, int32_t way, ex_cells *cells)
 
 /* ------------------------------------------------------------------------------------------------ the whole of it */
 
-EX_API bool exi_demo_conclude(ex_demo *d, const ex_cells *cells, int32_t count)
+EX_API bool exi_demo_report(ex_demo *d, const ex_cells *cells, int32_t count)
 {
     ex_report *report = ex_report_create(d->plan->title);
     char *path = ex_path(d->out, "report.html");
@@ -263,20 +284,26 @@ EX_API bool exi_demo_conclude(ex_demo *d, const ex_cells *cells, int32_t count)
     for (int32_t i = 0; i < count; i++) ex_cells_report(&cells[i], report);
     for (int32_t i = 0; fine && i < exi_demo_way_count(d); i++) {
         const ex_demo_way *way = exi_demo_way_of(d, i);
+        if (way->quantize != APT_QUANT_NONE) continue;                /* nothing was trained */
         char *log = ex_format("%s/%s/metrics.jsonl", d->out, way->folder);
         fine = ex_report_add_metrics(report, way->name, log, &d->error);
         free(log);
     }
     fine = fine && (d->plan->concluded == NULL || d->plan->concluded(d, report)) && ex_report_write(report, path, &d->error);
-    if (fine) {
-        printf("\n");
-        ex_cells_print(cells, count, stdout);
-        printf("\nTest sentences were never trained on. Steps: medians of the first and last %d, the teacher's forward apart.\n"
-               "Parameters, disk and inference are those of the saved folder, loaded again. Curves: %s\n", EX_TIMED, path);
-    }
     ex_report_free(report);
     free(path);
     return fine;
+}
+
+/* The report stays what it was where nothing was trained. */
+EX_API bool exi_demo_conclude(ex_demo *d, const ex_cells *cells, int32_t count)
+{
+    if (!d->measure && !exi_demo_report(d, cells, count)) return false;
+    printf("\n");
+    ex_cells_print(cells, count, stdout);
+    printf("\nTest sentences were never trained on. Steps: medians of the first and last %d, the teacher's forward apart.\n"
+           "Parameters, disk and inference are those of the saved folder, loaded again. Curves: %s/report.html\n", EX_TIMED, d->out);
+    return true;
 }
 
 EX_API bool exi_demo_all(ex_demo *d)
@@ -287,7 +314,7 @@ EX_API bool exi_demo_all(ex_demo *d)
     exi_demo_stage(d, d->plan->data);
     if (!d->plan->make_data(d, &cells[0])) return false;
     count += cells[0].count > 0;
-    if (d->plan->shape != NULL) {
+    if (exi_demo_pretrains(d)) {
         exi_demo_stage(d, d->plan->pretraining);
         if (!exi_demo_pretrain(d)) return false;
     }

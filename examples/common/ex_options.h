@@ -11,10 +11,10 @@ enum { EX_METHOD_APT, EX_METHOD_LORA, EX_METHOD_FULL, EX_METHOD_PRUNE_AFTER, EX_
 typedef struct ex_options {
     const char *adapt, *prune, *kernels;
     int32_t preset, lr_schedule, schedule, salience, weights, quantize;
-    bool resume, overwrite, grow, kurtosis, reset_moments, distill, group_by_length;
+    bool resume, overwrite, grow, kurtosis, reset_moments, distill, group_by_length, qat;
     int64_t batch, accumulate, epochs, steps, warmup, rank, max_rank, seed, threads;
     int64_t prune_begin, prune_end, distill_end, prune_every, round_heads, round_neurons, round_hidden, min_hidden, observe;
-    int64_t eval_every, checkpoint_every, log_every;
+    int64_t eval_every, checkpoint_every, log_every, quantize_begin;
     double sparsity, start_sparsity, lr, weight_decay, clip, scale, growth, mask_step, momentum;
     double temperature, distill_pred, distill_layer;
 } ex_options;
@@ -100,7 +100,10 @@ EX_API bool ex_method_prunes(int32_t method)
     EX_INT("checkpoint-every", "N", &(o)->checkpoint_every, 0, 1e12, "steps between checkpoints; 0: only on Ctrl-C"),       \
     EX_INT("log-every", "N", &(o)->log_every, 0, 1e12, "steps between lines of metrics.jsonl; 0: about 2000 lines"),        \
     EX_CHOICE("weights", &(o)->weights, "f32|bf16", "how frozen matrices are kept in memory"),                              \
-    EX_CHOICE("quantize", &(o)->quantize, "none|int8|int4", "what OUT holds of the layers' matrices, for inference only"),   \
+    EX_CHOICE("quantize", &(o)->quantize, "none|int8|int4", "the layers' matrices as small integers, for inference only: in " \
+              "OUT, calibrated on a batch; without training: those of --model, in memory, by their largest weights"),        \
+    EX_FLAG("qat", &(o)->qat, "train with these small integers, too"),                                                      \
+    EX_INT("quantize-begin", "N", &(o)->quantize_begin, 0, 1e12, "--qat: step from which on"),                              \
     EX_INT("threads", "N", &(o)->threads, 0, 64, "0: all cores"),                                                           \
     EX_TEXT("kernels", "NAME", &(o)->kernels, "ref, avx2, avx512, neon; default: the fastest here")
 
@@ -169,6 +172,8 @@ EX_API bool ex_options_check(const ex_options *o, ex_error *error)
     if (o->start_sparsity > o->sparsity) return ex_fail(error, "--start-sparsity is above --sparsity");
     if (o->schedule == 2 && o->start_sparsity <= 0)
         return ex_fail(error, "--schedule exponential needs --start-sparsity above 0");
+    if (o->qat && o->quantize == APT_QUANT_NONE) return ex_fail(error, "--qat needs --quantize int8 or int4");
+    if (o->quantize_begin > 0 && !o->qat) return ex_fail(error, "--quantize-begin needs --qat");
     return exi_adapt_bits(o, error) != 0 && exi_prune_bits(o, error) != 0;
 }
 
@@ -244,6 +249,8 @@ EX_API bool ex_options_plan(const ex_options *o, int32_t method, ex_run *run)
     run->feed.seed = t->seed = (uint64_t)o->seed;
     run->feed.by_length = o->group_by_length;
     run->quantize = o->quantize;      /* the words stand in the order of APT_QUANT_* */
+    t->quantize = o->qat ? o->quantize : APT_QUANT_NONE;
+    t->quantize_begin = o->quantize_begin;
     const int64_t per_epoch = (ex_feed_batches(&run->feed) + o->accumulate - 1) / o->accumulate;
     t->method = method == EX_METHOD_APT ? APT_METHOD_APT : method == EX_METHOD_FULL ? APT_METHOD_FULL : APT_METHOD_LORA;
     t->steps = o->steps > 0 ? o->steps : per_epoch * o->epochs;

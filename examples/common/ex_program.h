@@ -135,13 +135,16 @@ EX_API bool exi_program_fits(ex_program *p)
     return fine;
 }
 
-/* p->model becomes p->loaded and *config. load: what only the program knows. */
+/* p->model becomes p->loaded, quantised where it will not be trained (a training quantises its result), and *config. load: what
+   only the program knows. */
 EX_API bool ex_program_load(ex_program *p, apt_load_desc load, apt_config *config)
 {
     load.weights = p->options.weights == 1 ? APT_BF16 : APT_F32;
     load.seed = (uint64_t)p->options.seed;
     if (!exi_program_fits(p)) return false;
-    if (apt_model_load(p->ctx, p->model, &load, &p->loaded) != APT_OK) return ex_fail(&p->error, "%s", apt_error(p->ctx));
+    if (apt_model_load(p->ctx, p->model, &load, &p->loaded) != APT_OK ||
+        (!ex_program_trains(p) && !ex_quantize(p->loaded, p->options.quantize, NULL)))
+        return ex_fail(&p->error, "%s", apt_error(p->ctx));
     apt_model_config(p->loaded, config);
     return true;
 }
@@ -167,13 +170,14 @@ EX_API const char *exi_family_name(const apt_config *config)
 EX_API void ex_program_show_model(const ex_program *p, const apt_config *config, const char *path, FILE *file)
 {
     const int32_t threads = apt_thread_count(p->ctx);
+    const char *quant = apt_quant_kind_name(config->quant);
     apt_model_info info = APT_ZERO;
     char text[32];
     apt_model_query(p->loaded, &info);
-    fprintf(file, "  model    %s: %s, %d layers, d %d, %s parameters, %s kernels, %d thread%s\n", path, exi_family_name(config),
-            (int)(config->layers - config->decoder_layers), (int)config->hidden,
-            ex_count_text(text, sizeof(text), (double)info.parameters), apt_kernel_name(p->ctx), (int)threads,
-            threads == 1 ? "" : "s");
+    fprintf(file, "  model    %s: %s, %d layers, d %d, %s parameters%s%s, %s kernels, %d thread%s\n", path,
+            exi_family_name(config), (int)(config->layers - config->decoder_layers), (int)config->hidden,
+            ex_count_text(text, sizeof(text), (double)info.parameters), quant != NULL ? ", " : "", quant != NULL ? quant : "",
+            apt_kernel_name(p->ctx), (int)threads, threads == 1 ? "" : "s");
 }
 
 /* ------------------------------------------------------------------------------------------------ a training */

@@ -109,6 +109,7 @@ EX_API void ex_cells_outcome(ex_cells *cells, const ex_outcome *outcome)
     exi_cell_ms(cells, "step, at the start", outcome->first);
     exi_cell_ms(cells, "step, at the end", outcome->last);
     exi_cell_ms(cells, "teacher's forward", outcome->teacher);
+    if (outcome->training_peak == 0) return;               /* nothing was trained */
     ex_cell(cells, "peak memory", "%s", ex_bytes_text(text, sizeof(text), (double)outcome->training_peak));
     ex_cell(cells, "training time", "%s", ex_time_text(text, sizeof(text), outcome->seconds));
 }

@@ -517,16 +517,22 @@ EX_API void ex_run_warn_space(const ex_run *run)
                 ex_bytes_text(left, sizeof(left), bytes), ex_bytes_text(most, sizeof(most), needed));
 }
 
-/* Calibrated on what would have been the next batch. */
+/* kind: APT_QUANT_*, also NONE. calibration: what scales are chosen by; NULL: the largest weight. */
+EX_API bool ex_quantize(apt_model *model, int32_t kind, const apt_batch *calibration)
+{
+    apt_quantize_desc d = APT_ZERO;
+    d.kind = kind;
+    d.batches = calibration;
+    d.batch_count = calibration != NULL;
+    return kind == APT_QUANT_NONE || apt_model_quantize(model, &d) == APT_OK;
+}
+
+/* Calibrated on what would have been the next batch; a model that was trained with its integers keeps just these. */
 static bool exi_run_quantize(ex_run *run)
 {
     if (run->quantize == APT_QUANT_NONE) return true;
     const apt_batch batch = exi_run_next(run);
-    apt_quantize_desc d = APT_ZERO;
-    d.kind = run->quantize;
-    d.batches = &batch;
-    d.batch_count = 1;
-    return apt_model_quantize(run->model, &d) == APT_OK;
+    return ex_quantize(run->model, run->quantize, run->desc.quantize == APT_QUANT_NONE ? &batch : NULL);
 }
 
 /* Ends the training and writes the model, adapters folded in, into run->dir, with the tokenizer of another folder. */

@@ -1,7 +1,7 @@
-/* Single-stream decoding of LLaMA models with random weights: the median time between two tokens, for weights in float32 and in
-   bfloat16, dense and after 60 % of the prunable parameters are gone. Beside it the memory's own limit: every token reads every
-   weight once, so tokens/s cannot pass (bytes read per second) / (bytes of the weights); the benchmark measures the former with
-   plain loads over a buffer as large.
+/* Single-stream decoding of LLaMA models with random weights: the median time between two tokens, for weights in float32, in
+   bfloat16 and as small integers (the layers' maps; the LM head stays float32 or bfloat16), dense and after 60 % of the prunable
+   parameters are gone. Beside it the memory's own limit: every token reads every weight once, so tokens/s cannot pass (bytes
+   read per second) / (bytes of the weights); the benchmark measures the former with plain loads over a buffer as large.
 
    usage: bench_decode [SHAPE|all [TOKENS [THREADS]]]                     default: all shapes, 64 new tokens */
 #define APT_IMPLEMENTATION
@@ -46,16 +46,22 @@ static double read_rate(apt_ctx *ctx, int64_t bytes)
 
 /* ---- decoding ---- */
 
+static double parameter_bytes(const apti_param *p)
+{
+    const apt_dtype type = p->linear ? p->packed.type : APT_F32;
+    const int32_t kind = apti_quant_kind(type);
+    if (apti_is_quant(type))
+        return (double)apt_quant_bytes(kind, p->rows, p->cols) + 4.0 * (double)apt_quant_scales(kind, p->rows, p->cols);
+    return (double)p->rows * (double)p->cols * (type == APT_BF16 ? 2 : 4);
+}
+
 /* Bytes that one token reads: every matrix that is multiplied, not the rows that are looked up. */
 static double weight_bytes(const apt_model *m)
 {
-    double values = 0;
-    for (int32_t i = 0; i < apt_model_parameters(m); i++) {
-        apt_parameter p;
-        if (apt_model_parameter(m, i, &p) != APT_OK || strstr(p.name, "embed_tokens") != NULL) continue;
-        values += (double)p.rows * (double)p.cols;
-    }
-    return values * (m->head[APTI_HEAD_OUT_W]->packed.type == APT_BF16 ? 2 : 4);
+    double bytes = 0;
+    for (int32_t i = 0; i < m->param_count; i++)
+        if (strstr(m->params[i].name, "embed_tokens") == NULL) bytes += parameter_bytes(&m->params[i]);
+    return bytes;
 }
 
 typedef struct clock_log { double at[MOST]; int32_t count; } clock_log;
@@ -92,24 +98,38 @@ static double token_seconds(apt_model *m, int32_t tokens)
     return median(log.at + 1, log.count - 1);
 }
 
-static double report(apt_model *m, const char *name, const char *what, int32_t tokens, double rate, double dense)
-{
-    const double bytes = weight_bytes(m), seconds = token_seconds(m, tokens), limit = rate / bytes;
-    printf("%-11s %-14s %7.1f MB  %8.2f ms/token %8.1f tokens/s  %5.1f GB/s, %3.0f %% of the memory's limit", name, what,
-           bytes / 1e6, 1e3 * seconds, 1 / seconds, bytes / seconds / 1e9, 100 / seconds / limit);
-    printf(dense > 0 ? "  (%.2fx)\n" : "\n", dense / seconds);
-    fflush(stdout);
-    return seconds;
-}
+/* How a model's weights are kept: what is loaded, then what the layers' maps become. */
+typedef struct form { const char *name; apt_dtype weights; int32_t quant; } form;
+static const form forms[] = {{"float32", APT_F32, APT_QUANT_NONE},          {"bfloat16", APT_BF16, APT_QUANT_NONE},
+                             {"int8", APT_F32, APT_QUANT_INT8},             {"int4", APT_F32, APT_QUANT_INT4},
+                             {"int8 + bfloat16", APT_BF16, APT_QUANT_INT8}, {"int4 + bfloat16", APT_BF16, APT_QUANT_INT4}};
 
-/* A folder of its own for the trip through a file that turns weights into bfloat16. */
-static apt_model *as_bf16(apt_model *m)
+/* A model in that form: through a folder of its own, which bfloat16 needs. */
+static apt_model *in_form(apt_model *m, const form *f)
 {
     apt_load_desc d = APT_ZERO;
-    apt_model *narrow = NULL;
-    d.weights = APT_BF16;
-    if (apt_model_save(m, FOLDER) != APT_OK || apt_model_load(m->ctx, FOLDER, &d, &narrow) != APT_OK) fail(m->ctx, FOLDER);
-    return narrow;
+    apt_quantize_desc q = APT_ZERO;
+    apt_model *other = NULL;
+    d.weights = f->weights;
+    q.kind = f->quant;
+    if (apt_model_save(m, FOLDER) != APT_OK || apt_model_load(m->ctx, FOLDER, &d, &other) != APT_OK) fail(m->ctx, FOLDER);
+    if (f->quant != APT_QUANT_NONE && apt_model_quantize(other, &q) != APT_OK) fail(m->ctx, "quantize");
+    return other;
+}
+
+/* One line a form. dense: seconds of a token of the dense float32 model, which the first line sets when it is 0. */
+static void report(apt_model *m, const char *name, const char *gone, int32_t tokens, double rate, double *dense)
+{
+    for (size_t i = 0; i < sizeof(forms) / sizeof(forms[0]); i++) {
+        apt_model *other = in_form(m, &forms[i]);
+        const double bytes = weight_bytes(other), seconds = token_seconds(other, tokens), limit = rate / bytes;
+        apt_model_destroy(other);
+        if (*dense <= 0) *dense = seconds;
+        printf("%-11s %-15s %-9s %7.1f MB  %8.2f ms/token %8.1f tokens/s  %5.1f GB/s, %3.0f %% of the memory's limit  (%.2fx)\n",
+               name, forms[i].name, gone, bytes / 1e6, 1e3 * seconds, 1 / seconds, bytes / seconds / 1e9, 100 / seconds / limit,
+               *dense / seconds);
+        fflush(stdout);
+    }
 }
 
 /* 60 % gone, chosen by one batch; the adapters are folded in. */
@@ -156,14 +176,10 @@ static void bench(const shape *s, int32_t tokens, int32_t threads)
     const double rate = read_rate(ctx, (int64_t)weight_bytes(m));
     printf("%s, %d threads; reading %.0f MB: %.1f GB/s\n", apt_kernel_name(ctx), (int)apt_thread_count(ctx),
            weight_bytes(m) / 1e6, rate / 1e9);
-    const double dense = report(m, s->name, "float32", tokens, rate, 0);
-    apt_model *narrow = as_bf16(m);
-    (void)report(narrow, s->name, "bfloat16", tokens, rate, dense);
-    apt_model_destroy(narrow);
+    double dense = 0;
+    report(m, s->name, "", tokens, rate, &dense);
     prune(m);
-    (void)report(m, s->name, "float32, 60 %", tokens, rate, dense);
-    narrow = as_bf16(m);
-    (void)report(narrow, s->name, "bfloat16, 60 %", tokens, rate, dense);
+    report(m, s->name, "60 % gone", tokens, rate, &dense);
     apt_destroy(ctx);
 }
 

@@ -1,5 +1,6 @@
 /* Training step and forward of whole models with random weights: LoRA (rank 8 on query, value and FFN up) dense, and the same
-   after 60 % of the prunable parameters are gone; and the forward of the plain model with weights as float32, int8 and int4.
+   after 60 % of the prunable parameters are gone; and the forward of the plain model with weights as float32, int8 and int4, and
+   LoRA's step with each of them (quantisation-aware training).
    Medians of single steps; ratios are of this one run. The shapes and batches are those of peer_torch.py: T5 counts source
    tokens, with a quarter as many target tokens.
 
@@ -152,6 +153,44 @@ static void bench_quantized(const shape *s, int steps, int32_t threads)
     apt_destroy(ctx);
 }
 
+/* LoRA's step, dense, with weights as float32, int8 and int4; the three take turns. */
+static void bench_quantized_steps(const shape *s, int steps, int32_t threads)
+{
+    static const int32_t kinds[3] = {APT_QUANT_NONE, APT_QUANT_INT8, APT_QUANT_INT4};
+    const apt_config c = make_config(s);
+    const apt_batch batch = make_batch(s);
+    apt_desc desc = APT_ZERO;
+    apt_trainer *trainer[3] = {NULL, NULL, NULL};
+    apt_step_info info;
+    double ms[3][64], plain = 0;
+    desc.threads = threads;
+    apt_ctx *ctx = apt_create(&desc);
+    if (ctx == NULL) exit(1);
+    for (int i = 0; i < 3; i++) {
+        apt_model *model = NULL;
+        apt_train_desc d = APT_ZERO;
+        d.method = APT_METHOD_LORA;
+        d.steps = 1000;
+        d.learning_rate = 1e-4f;
+        d.quantize = kinds[i];
+        if (apt_model_create(ctx, &c, 1, &model) != APT_OK || apt_trainer_create(model, &d, &trainer[i]) != APT_OK)
+            fail(ctx, "create");
+    }
+    for (int k = -1; k < steps; k++)
+        for (int i = 0; i < 3; i++) {
+            if (apt_trainer_step(trainer[i], &batch, &info) != APT_OK) fail(ctx, "step");
+            ms[i][k < 0 ? 0 : k] = info.milliseconds;
+        }
+    for (int i = 0; i < 3; i++) {
+        const double middle = median(ms[i], steps);
+        if (i == 0) plain = middle;
+        printf("%-13s %-8s step    %8.1f ms (%.2fx)\n", s->name, i > 0 ? apt_quant_kind_name(kinds[i]) : "plain", middle,
+               plain / middle);
+    }
+    fflush(stdout);
+    apt_destroy(ctx);
+}
+
 static void bench(const shape *s, int steps, int32_t threads)
 {
     apt_desc desc = APT_ZERO;
@@ -192,6 +231,7 @@ int main(int argc, char **argv)
         const int32_t threads = argc > 5 ? atoi(argv[5]) : 0;
         bench(&s, steps, threads);
         bench_quantized(&s, steps, threads);
+        bench_quantized_steps(&s, steps, threads);
     }
     if (!known) fprintf(stderr, "unknown shape '%s'\n", argv[1]);
     return known ? 0 : 2;
