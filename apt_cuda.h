@@ -1552,7 +1552,7 @@ static void aptc_product_run(aptc_device *d, const aptc_product *p)
 #else
 static void aptc_blas_check(aptc_device *d, cublasStatus_t status, const char *what)
 {
-    if (status != CUBLAS_STATUS_SUCCESS) aptc_fail(d, APT_E_DEVICE, "%s: %s", what, cublasGetStatusString(status));
+    if (status != CUBLAS_STATUS_SUCCESS) aptc_fail(d, APT_E_DEVICE, "%s: %s", what, cublasLtGetStatusString(status));
 }
 
 /* Largest power of two up to 16 that divides an address. */

@@ -4,13 +4,19 @@
    Medians of single steps; ratios are of this one run. The shapes and batches are those of peer_torch.py: T5 counts source
    tokens, with a quarter as many target tokens.
 
-   usage: bench_train [SHAPE|all [BATCH [TOKENS [STEPS [THREADS]]]]]      default: all shapes, their own batches, 5 steps */
+   usage: bench_train [SHAPE|all [BATCH [TOKENS [STEPS [THREADS]]]]]      default: all shapes, their own batches, 5 steps
+
+   Built with BENCH_CUDA and linked with a unit of apt_cuda.h (make cuda-bench) everything but the small integers runs on the device;
+   BENCH_MATH=fp32|tf32|bf16 says what products compute in, and with bf16 frozen weights are kept that way. */
 #define _DEFAULT_SOURCE
 #include <sys/resource.h>
 
 #define APT_IMPLEMENTATION
 #include "../../apt.h"
 #include "bench.h"
+#ifdef BENCH_CUDA
+#include "../../apt_cuda.h"
+#endif
 
 typedef struct shape {
     const char *name;
@@ -24,6 +30,9 @@ static const shape shapes[] = {
     {"t5-base", APT_T5, 768, 64, 12, 12, 2048, 32128, 8, 128},
     {"llama-15m", APT_LLAMA, 288, 48, 6, 6, 768, 32000, 16, 128},
     {"llama-110m", APT_LLAMA, 768, 64, 12, 12, 2048, 32000, 8, 256},
+#ifdef BENCH_CUDA
+    {"llama-7b", APT_LLAMA, 4096, 128, 32, 32, 11008, 32000, 4, 512},
+#endif
 };
 
 typedef struct timing { double step, forward; } timing;
@@ -33,6 +42,46 @@ static long peak_rss(void)
     struct rusage use;
     getrusage(RUSAGE_SELF, &use);
     return use.ru_maxrss / 1024;
+}
+
+#ifdef BENCH_CUDA
+static apt_cuda_math bench_math(void)
+{
+    const char *name = getenv("BENCH_MATH");
+    if (name == NULL || strcmp(name, "fp32") == 0) return APT_CUDA_FP32;
+    if (strcmp(name, "tf32") == 0) return APT_CUDA_TF32;
+    if (strcmp(name, "bf16") == 0) return APT_CUDA_BF16;
+    fprintf(stderr, "BENCH_MATH is '%s'; expected fp32, tf32 or bf16\n", name);
+    exit(2);
+}
+#endif
+
+static apt_ctx *make_context(int32_t threads)
+{
+    apt_desc desc = APT_ZERO;
+    desc.threads = threads;
+#ifdef BENCH_CUDA
+    char message[512];
+    apt_cuda_desc device = APT_ZERO;
+    device.math = bench_math();
+    device.workspace_bytes = (size_t)512 << 20;
+    desc.backend = apt_cuda_open(&device, message, sizeof message);
+    if (desc.backend == NULL) {
+        fprintf(stderr, "%s\n", message);
+        exit(1);
+    }
+#endif
+    apt_ctx *ctx = apt_create(&desc);
+    if (ctx == NULL) exit(1);
+    return ctx;
+}
+
+static apt_dtype frozen_type(void)
+{
+#ifdef BENCH_CUDA
+    if (bench_math() == APT_CUDA_BF16) return APT_BF16;
+#endif
+    return APT_F32;
 }
 
 static apt_config make_config(const shape *s)
@@ -121,18 +170,16 @@ static void report(const shape *s, const char *what, timing t, timing dense)
     fflush(stdout);
 }
 
+#ifndef BENCH_CUDA
 /* The same dense model without adapters, its weights as float32, int8 and int4; the three take turns. */
 static void bench_quantized(const shape *s, int steps, int32_t threads)
 {
     static const int32_t kinds[3] = {APT_QUANT_NONE, APT_QUANT_INT8, APT_QUANT_INT4};
     const apt_config c = make_config(s);
     const apt_batch batch = make_batch(s);
-    apt_desc desc = APT_ZERO;
     apt_model *model[3] = {NULL, NULL, NULL};
     double ms[3][64], bytes[3], plain = 0;
-    desc.threads = threads;
-    apt_ctx *ctx = apt_create(&desc);
-    if (ctx == NULL) exit(1);
+    apt_ctx *ctx = make_context(threads);
     for (int i = 0; i < 3; i++) {
         const int64_t before = apt_memory_info(ctx).bytes;
         apt_quantize_desc d = APT_ZERO;
@@ -159,13 +206,10 @@ static void bench_quantized_steps(const shape *s, int steps, int32_t threads)
     static const int32_t kinds[3] = {APT_QUANT_NONE, APT_QUANT_INT8, APT_QUANT_INT4};
     const apt_config c = make_config(s);
     const apt_batch batch = make_batch(s);
-    apt_desc desc = APT_ZERO;
     apt_trainer *trainer[3] = {NULL, NULL, NULL};
     apt_step_info info;
     double ms[3][64], plain = 0;
-    desc.threads = threads;
-    apt_ctx *ctx = apt_create(&desc);
-    if (ctx == NULL) exit(1);
+    apt_ctx *ctx = make_context(threads);
     for (int i = 0; i < 3; i++) {
         apt_model *model = NULL;
         apt_train_desc d = APT_ZERO;
@@ -191,12 +235,11 @@ static void bench_quantized_steps(const shape *s, int steps, int32_t threads)
     apt_destroy(ctx);
 }
 
+#endif
+
 static void bench(const shape *s, int steps, int32_t threads)
 {
-    apt_desc desc = APT_ZERO;
-    desc.threads = threads;
-    apt_ctx *ctx = apt_create(&desc);
-    if (ctx == NULL) exit(1);
+    apt_ctx *ctx = make_context(threads);
     const apt_config c = make_config(s);
     apt_model *model = NULL;
     apt_trainer *trainer = NULL;
@@ -205,9 +248,11 @@ static void bench(const shape *s, int steps, int32_t threads)
     d.steps = 1000;
     d.learning_rate = 1e-4f;
     const apt_batch batch = make_batch(s);
-    if (apt_model_create(ctx, &c, 1, &model) != APT_OK || apt_trainer_create(model, &d, &trainer) != APT_OK) fail(ctx, "create");
+    if (apti_model_build(ctx, &c, 1, frozen_type(), &model) != APT_OK || apt_trainer_create(model, &d, &trainer) != APT_OK)
+        fail(ctx, "create");
     const timing dense = measure(ctx, trainer, &batch, steps);
-    printf("%s, %d threads, %d x %d tokens, peak %.0f MB by apt.h, %ld MB resident\n", apt_kernel_name(ctx),
+    const apt_backend *device = ctx->desc.backend;
+    printf("%s, %d threads, %d x %d tokens, peak %.0f MB by apt.h, %ld MB resident\n", device != NULL ? device->name : apt_kernel_name(ctx),
            (int)apt_thread_count(ctx), (int)s->batch, (int)s->tokens, (double)apt_memory_info(ctx).peak_bytes / 1048576,
            peak_rss());
     report(s, "dense", dense, dense);
@@ -230,8 +275,10 @@ int main(int argc, char **argv)
         steps = steps < 1 ? 1 : steps > 64 ? 64 : steps;
         const int32_t threads = argc > 5 ? atoi(argv[5]) : 0;
         bench(&s, steps, threads);
+#ifndef BENCH_CUDA
         bench_quantized(&s, steps, threads);
         bench_quantized_steps(&s, steps, threads);
+#endif
     }
     if (!known) fprintf(stderr, "unknown shape '%s'\n", argv[1]);
     return known ? 0 : 2;
