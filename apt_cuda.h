@@ -1258,7 +1258,7 @@ APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
         const bool inside = q0 + r < (p).queries;                                                                       \
         const int64_t limit = inside ? aptc_limit(&job, &(p), q0 + r) : 0;                                              \
         const float lse = inside ? job.lse[((p).q_row + q0 + r) * job.heads + (p).head] : 0.0f;                         \
-        const float dot = inside && job.dot != NULL ? job.dot[((p).q_row + q0 + r) * job.heads + (p).head] : 0.0f;      \
+        const float mean = inside && job.dot != NULL ? job.dot[((p).q_row + q0 + r) * job.heads + (p).head] : 0.0f;     \
         for (int32_t c = t % APTC_SPAN; c < APTC_TILE; c += APTC_SPAN) {                                                \
             const bool sees = k0 + c < limit;                                                                           \
             const float product = sees ? aptc_dot(q + r * job.dim, k + c * job.dim, job.dim) : 0.0f;                    \
@@ -1266,7 +1266,7 @@ APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
             const float pr = sees ? expf(logit - lse) : 0.0f;                                                           \
             const float dp = sees ? aptc_dot(d_o + r * job.dim, v + c * job.dim, job.dim) : 0.0f;                       \
             (prob)[r * (APTC_TILE + 1) + c] = pr;                                                                       \
-            (ds)[r * (APTC_TILE + 1) + c] = pr * (dp - dot);                                                            \
+            (ds)[r * (APTC_TILE + 1) + c] = pr * (dp - mean);                                                           \
         }                                                                                                               \
     }
 
@@ -1561,7 +1561,7 @@ static void aptc_product_run(aptc_device *d, const aptc_product *p)
 #else
 static void aptc_blas_check(aptc_device *d, cublasStatus_t status, const char *what)
 {
-    if (status != CUBLAS_STATUS_SUCCESS) aptc_fail(d, APT_E_DEVICE, "%s: %s", what, cublasGetStatusString(status));
+    if (status != CUBLAS_STATUS_SUCCESS) aptc_fail(d, APT_E_DEVICE, "%s: %s", what, cublasLtGetStatusString(status));
 }
 
 /* Largest power of two up to 16 that divides an address. */

@@ -57,17 +57,21 @@ static inline const char *test_shared(char *path, size_t capacity, const char *n
 #ifdef APT_TEST_CUDA
 /* ---- every context on the emulated device of apt_cuda.h (the build "emulated" of tests/run.sh) ---- */
 
+#ifndef APT_TEST_DEVICE                          /* with it: a real one, from the unit that the program is linked with */
 #define APT_CUDA_IMPLEMENTATION
 #define APT_CUDA_EMULATE
+#endif
 #include "../apt_cuda.h"
 
 #ifdef TEST_EAGER
 /* For tests of single operations, which look at once: waits behind each of them. */
+static apt_backend test_real_backend;
+
 static bool test_run_eagerly(void *self, apti_op op, const void *job)
 {
     char message[APTI_BACKEND_MESSAGE];
-    const bool done = aptc_run(self, op, job);
-    if (aptc_sync(self, message) != APT_OK) fail_msg("operation %d: %s", (int)op, message);
+    const bool done = test_real_backend.run(self, op, job);
+    if (test_real_backend.sync(self, message) != APT_OK) fail_msg("operation %d: %s", (int)op, message);
     return done;
 }
 #endif
@@ -80,12 +84,15 @@ static inline apt_ctx *test_create(const apt_desc *given)
     if (desc.start_canary == 0 && desc.end_canary == 0) {
         apt_cuda_desc device = APT_ZERO;
         device.workspace_bytes = (size_t)16 << 20;
+#ifndef APT_TEST_DEVICE
         device.alloc = desc.alloc;
         device.release = desc.release;
         device.alloc_user = desc.alloc_user;
+#endif
         desc.backend = apt_cuda_open(&device, message, sizeof message);
         if (desc.backend == NULL) fail_msg("%s", message);
 #ifdef TEST_EAGER
+        test_real_backend = *desc.backend;       /* the same functions for every context */
         desc.backend->run = test_run_eagerly;
 #endif
     }
