@@ -206,6 +206,10 @@
    still missing; the run goes on as if memory had never run out, bit for bit. A checkpoint can be saved in between. (Events of
    work that is begun again, a decision of apt_trainer_prune_now and an evaluation, come again.)
 
+   ON A GPU
+   With apt_desc.backend a context computes on a device. apt_cuda.h, beside this file, makes one of an NVIDIA GPU:
+   desc.backend = apt_cuda_open(NULL, message, sizeof message). Its first comment says how to build that and what is refused.
+
    ON ERRORS
    Functions return apt_result: APT_OK is 0, errors are negative. apt_error(ctx) is the text: which file, tensor, field or
    index, what was expected and what was found. The text is also given to apt_desc.log.
@@ -320,8 +324,9 @@ typedef struct apt_desc {
     void (*parallel_for)(int64_t count, apt_task task, void *arg, void *user);
     void *parallel_user;
     const char *kernels;                                          /* NULL: best; else "ref", "avx2", "avx512", "neon" */
-    apt_backend *backend;                                         /* NULL: this CPU computes; else a device, see apt_cuda.h. It */
-    uint32_t end_canary;                                          /* belongs to the context, also when apt_create fails */
+    /* NULL: this CPU computes; else a device, see apt_cuda.h. It belongs to the context, also when apt_create fails. */
+    apt_backend *backend;
+    uint32_t end_canary;
 } apt_desc;
 
 typedef struct apt_memory { int64_t bytes, peak_bytes, blocks; } apt_memory;

@@ -11,7 +11,7 @@
        desc.backend = apt_cuda_open(NULL, message, sizeof message);      // NULL: no device; the message says why
        apt_ctx *ctx = apt_create(&desc);
 
-       // gpu.cu:  nvcc -O2 -c gpu.cu;  cc my_program.o gpu.o -lcublasLt -lcudart
+       // gpu.cu:  nvcc -O2 -c gpu.cu;  cc my_program.o gpu.o -lcublasLt -lcudart -lstdc++ -lm -lpthread
        #define APT_CUDA_IMPLEMENTATION
        #include "apt_cuda.h"
 
