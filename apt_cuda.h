@@ -251,7 +251,7 @@ static void *aptc_take(aptc_device *d, int64_t bytes)
 }
 
 #ifdef APT_CUDA_EMULATE
-static void aptc_push(aptc_device *d, void (*run)(const void *, int64_t, int64_t), const void *job, size_t bytes, int64_t bx,
+static void aptc_push(aptc_device *d, void (*body)(const void *, int64_t, int64_t), const void *job, size_t bytes, int64_t bx,
                       int64_t by)
 {
     if (d->queued == d->capacity) {
@@ -265,7 +265,7 @@ static void aptc_push(aptc_device *d, void (*run)(const void *, int64_t, int64_t
         d->capacity = capacity;
     }
     aptc_launch *l = &d->queue[d->queued++];
-    l->run = run;
+    l->run = body;
     l->bx = bx;
     l->by = by;
     memcpy(l->job.bytes, job, bytes);
