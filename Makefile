@@ -7,9 +7,14 @@ LIBS     = -lutf8proc -lm -pthread
 COMMON   = apt.h $(wildcard examples/common/*.h)
 EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 BENCHES  = $(patsubst tests/bench/%.c,build/bench/%,$(wildcard tests/bench/*.c))
+CUDA_BIN = $(addsuffix /bin/nvcc,$(CUDA_HOME) /usr/local/cuda)
+NVCC    ?= $(firstword $(shell command -v nvcc 2> /dev/null) $(wildcard $(CUDA_BIN)))
+CUDA     = $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+CUDA_GPU = $(foreach sm,80 89 90,-gencode arch=compute_$(sm),code=sm_$(sm)) -gencode arch=compute_90,code=compute_90
+CUDA_LIBS = -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcublasLt -lcudart -lstdc++
 PACKAGES = libstb-dev libcmocka-dev libutf8proc-dev
 
-.PHONY: help run run-t5 run-llama run-magnitude run-bk test mutations examples bench deps need-run need-test clean
+.PHONY: help run run-t5 run-llama run-magnitude run-bk test mutations examples cuda bench deps need-run need-test need-nvcc clean
 
 help:
 	@echo "make run       build the demo and run it (about two minutes on two cores; no arguments, no downloads)"
@@ -19,6 +24,7 @@ help:
 	@echo "make test      the whole test suite; make test ARGS='-k platform' runs what matches, ARGS=-l lists the jobs"
 	@echo "make mutations breaks one gradient at a time and expects the tests to notice (some ten minutes)"
 	@echo "make examples  build every program of examples/ into build/"
+	@echo "make cuda      roberta, t5 and llama for NVIDIA GPUs into build/cuda/ (needs nvcc and cuBLAS: the CUDA toolkit)"
 	@echo "make bench     build and run the benchmarks of tests/bench/"
 	@echo "make deps      install $(PACKAGES) (Debian, Ubuntu)"
 	@echo "make clean     remove build/"
@@ -46,12 +52,24 @@ mutations: need-test
 
 examples: need-run $(EXAMPLES)
 
+cuda: need-run build/cuda/roberta build/cuda/t5 build/cuda/llama
+
 bench: need-run $(BENCHES)
 	@for b in $(BENCHES); do echo "== $$b"; ./$$b || exit 1; done
 
 build/%: examples/%.c $(COMMON) | need-run
 	@mkdir -p build
 	$(CC) $(CFLAGS) $(WARN) $< -o $@ $(LIBS)
+
+# Ampere, Ada and Hopper, and code from which the driver makes what later ones need.
+build/apt_cuda.o: apt_cuda.h apt.h | need-nvcc
+	@mkdir -p build
+	printf '#define APT_CUDA_IMPLEMENTATION\n#include "apt_cuda.h"\n' > build/apt_cuda.cu
+	$(NVCC) -O2 -I. $(CUDA_GPU) -c build/apt_cuda.cu -o $@
+
+build/cuda/%: examples/%.c build/apt_cuda.o $(COMMON) | need-run
+	@mkdir -p build/cuda
+	$(CC) $(CFLAGS) $(WARN) -DEX_CUDA $< build/apt_cuda.o -o $@ $(LIBS) $(CUDA_LIBS)
 
 build/bench/%: tests/bench/%.c $(COMMON) $(wildcard tests/*.h tests/bench/*.h) | need-run
 	@mkdir -p build/bench
@@ -64,6 +82,10 @@ need-run:
 need-test: need-run
 	@printf '#include <stdarg.h>\n#include <stddef.h>\n#include <stdint.h>\n#include <setjmp.h>\n#include <cmocka.h>\n' | \
 	    $(CC) -E -x c - > /dev/null 2>&1 || $(MAKE) --no-print-directory deps
+
+need-nvcc:
+	@[ -n "$(NVCC)" ] || { echo "No nvcc in PATH, CUDA_HOME/bin or /usr/local/cuda/bin: please install the CUDA toolkit, or say" \
+	    "where it is with  make cuda CUDA_HOME=DIR" >&2; exit 1; }
 
 INSTALL = DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $(PACKAGES)
 

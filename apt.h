@@ -154,7 +154,7 @@
    the folder that apt_model_save writes and apt_model_load reads back. Forward and generation then multiply integers:
    activations are narrowed to int8 row by row, sums are exact, so every kernel table gives the same integers. Scales come from
    the largest weight, or, with batches to calibrate on, from what each map reads. A quantised model cannot be trained or pruned
-   any more.
+   any more. All of this is for the CPU; a context with a device refuses it.
 
    What rounding spoils can be learned away before: with apt_train_desc.quantize (quantisation-aware training; any method, family
    and pruning) the layers multiply, from step quantize_begin on, with integers made of W + s B A, as apt_model_merge and
@@ -205,6 +205,10 @@
    their work. In every case nothing is lost: call again with the same arguments (the same batch), and the call does what is
    still missing; the run goes on as if memory had never run out, bit for bit. A checkpoint can be saved in between. (Events of
    work that is begun again, a decision of apt_trainer_prune_now and an evaluation, come again.)
+
+   ON A GPU
+   With apt_desc.backend a context computes on a device. apt_cuda.h, beside this file, makes one of an NVIDIA GPU:
+   desc.backend = apt_cuda_open(NULL, message, sizeof message). Its first comment says how to build that and what is refused.
 
    ON ERRORS
    Functions return apt_result: APT_OK is 0, errors are negative. apt_error(ctx) is the text: which file, tensor, field or
@@ -320,8 +324,9 @@ typedef struct apt_desc {
     void (*parallel_for)(int64_t count, apt_task task, void *arg, void *user);
     void *parallel_user;
     const char *kernels;                                          /* NULL: best; else "ref", "avx2", "avx512", "neon" */
-    apt_backend *backend;                                         /* NULL: this CPU computes; else a device, see apt_cuda.h. It */
-    uint32_t end_canary;                                          /* belongs to the context, also when apt_create fails */
+    /* NULL: this CPU computes; else a device, see apt_cuda.h. It belongs to the context, also when apt_create fails. */
+    apt_backend *backend;
+    uint32_t end_canary;
 } apt_desc;
 
 typedef struct apt_memory { int64_t bytes, peak_bytes, blocks; } apt_memory;
@@ -1102,7 +1107,8 @@ APT_API apt_result apt_model_save_sparse(apt_model *model, const char *dir, apt_
    share of `least` or more is 0 (0: APT_SPARSE_LEAST), used where a product has APT_SPARSE_ROWS rows or more (below, and for
    maps with fewer zeros, the dense kernels are faster). The numbers stay the same, bit for bit (except with the "ref"
    kernels). For a model with neither trainer nor adapters; whatever changes a matrix drops its copy, and so does a new trainer.
-   used (may be NULL): what has a copy; sparse_bytes is what stands in a file, memory holds a little more. */
+   used (may be NULL): what has a copy; sparse_bytes is what stands in a file, memory holds a little more. With apt_desc.backend:
+   APT_E_UNSUPPORTED, as for all that is quantised. */
 #define APT_SPARSE_LEAST 0.5
 #define APT_SPARSE_ROWS 64
 APT_API apt_result apt_model_compress(apt_model *model, double least, apt_sparsity *used);
@@ -1455,7 +1461,8 @@ typedef struct apt_quantize_desc {
     int32_t batch_count;              /* 0: by max|w| */
     uint32_t end_canary;
 } apt_quantize_desc;
-/* Adapters must be merged and trainers be gone. A transaction: on failure nothing changed. */
+/* Adapters must be merged and trainers be gone. A transaction: on failure nothing changed. With apt_desc.backend, which has no
+   integer products, APT_E_UNSUPPORTED; so for a quantised apt_config, folder or apt_train_desc. */
 APT_API apt_result apt_model_quantize(apt_model *model, const apt_quantize_desc *desc);
 #endif /* APT_ONLY_CORE */
 
@@ -1740,7 +1747,7 @@ typedef struct apti_loss_job {
     int64_t correct[APTI_OPS_PARTS];
 } apti_loss_job;
 
-/* grad(rows, vocab) = scale T^2 d KL(teacher || student)/d student at temperature T; row_loss[row] = T^2 KL, see apt_distill_kl */
+/* grad(rows, vocab) = scale T^2 d KL(teacher || student)/d student at temperature T; row_loss[row] = T^2 KL (apt_distill_kl) */
 typedef struct apti_kl_job {
     float *grad;
     const float *student, *teacher;
@@ -2084,6 +2091,14 @@ static apt_result apti_device_check(apt_ctx *ctx)
 {
     apti_sync(ctx);
     return ctx->device_result;
+}
+
+/* For what has kernels on the CPU alone and reads memory in their order. */
+static apt_result apti_cpu_only(apt_ctx *ctx, const char *what)
+{
+    if (ctx->desc.backend == NULL) return APT_OK;
+    return apti_fail(ctx, APT_E_UNSUPPORTED, "%.700s: only the CPU can do that, and this context computes on a device (\"%s\"): "
+                     "use one without apt_desc.backend", what, ctx->desc.backend->name);
 }
 
 static void *apti_alloc_bytes(apt_ctx *ctx, int64_t count, int64_t size, bool zero, apt_backend *backend)
@@ -7416,8 +7431,8 @@ static void apti_scatter_run(apt_ctx *ctx, float *x, int64_t ldx, const float *f
     apti_parallel_for(ctx, apti_ceil_div(d, APTI_OPS_COLUMNS), apti_scatter_task, &job);
 }
 
-/* dtable(targets, d)[index[i]] += dx[i], for words, positions and types; NULL: not wanted; index NULL: all 0. Parallel over columns,
-   rows in order. */
+/* dtable(targets, d)[index[i]] += dx[i], for words, positions and types; NULL: not wanted; index NULL: all 0. Parallel over
+   columns, rows in order. */
 static void apti_embed_backward(apt_ctx *ctx, float *dtable, int64_t targets, const float *dx, int64_t lddx, const int32_t *index,
                                 int64_t rows, int64_t d)
 {
@@ -13156,6 +13171,7 @@ static apt_result apti_config_check(apt_ctx *ctx, const apt_config *c)
     if (c->quant != APT_QUANT_NONE && apt_quant_kind_name(c->quant) == NULL)
         return apti_fail(ctx, APT_E_UNSUPPORTED, "config: quantisation %d is not known; expected 0, int8 (%d) or int4 (%d)",
                          (int)c->quant, APT_QUANT_INT8, APT_QUANT_INT4);
+    if (c->quant != APT_QUANT_NONE && apti_cpu_only(ctx, "config: quantised weights") != APT_OK) return APT_E_UNSUPPORTED;
     apt_result r = decoder ? apti_config_check_decoder(ctx, c) : APT_OK;
     if (!decoder && (c->gated || c->decoder_layers || c->qkv_bias || c->untied))
         r = apti_fail(ctx, APT_E_ARGUMENT, "config: an encoder with fields of T5 or LLaMA");
@@ -13676,6 +13692,7 @@ APT_API apt_result apt_model_compress(apt_model *model, double least, apt_sparsi
     if (model == NULL) return APT_E_ARGUMENT;
     if (!apti_finite_f64(least) || least < 0 || least >= 1)
         return apti_fail(model->ctx, APT_E_RANGE, "apt_model_compress: least %g; expected 0 <= least < 1", least);
+    if (apti_cpu_only(model->ctx, "apt_model_compress") != APT_OK) return APT_E_UNSUPPORTED;
     if (apti_quant_refuse(model, "apt_model_compress") != APT_OK) return APT_E_STATE;
     if (model->trainer != NULL || apti_adapter_total(model) > 0)
         return apti_fail(model->ctx, APT_E_STATE, "apt_model_compress: the model has %s",
@@ -14742,8 +14759,10 @@ static void apti_embed_task(int64_t index, int32_t thread, void *arg)
             if (job->table[k].type == APT_BF16)
                 for (int64_t j = 0; j < d; j++) x[j] = apti_bf16_to_f32(((const uint16_t *)job->table[k].data)[at + j * nr]);
             else
-                for (int64_t j = 0; j < d; j++)
-                    x[j] = (k > 0 ? x[j] : 0.0f) + ((const float *)job->table[k].data)[at + (columns != NULL ? columns[j] : j) * nr];
+                for (int64_t j = 0; j < d; j++) {
+                    const int64_t column = columns != NULL ? columns[j] : j;
+                    x[j] = (k > 0 ? x[j] : 0.0f) + ((const float *)job->table[k].data)[at + column * nr];
+                }
         }
     }
 }
@@ -14791,7 +14810,8 @@ static void apti_embed(apti_pass *p, const apti_stack *stack)
         apti_parallel_for(m->ctx, apti_ceil_div(stack->rows, 64), apti_embed_task, &job);
     else
         apti_embed_forward(m->ctx, job.x, ld, e[APTI_WORD]->value, e[APTI_POSITION] != NULL ? e[APTI_POSITION]->value : NULL,
-                           e[APTI_TYPE] != NULL ? e[APTI_TYPE]->value : NULL, stack->tokens, stack->positions, p->types, stack->rows, d);
+                           e[APTI_TYPE] != NULL ? e[APTI_TYPE]->value : NULL, stack->tokens, stack->positions, p->types,
+                           stack->rows, d);
     if (!m->block->pre_norm) apti_norm(p, first, p->embed_stats, job.x, e[APTI_EMBED_NORM_W], e[APTI_EMBED_NORM_B], stack->rows);
     else apti_mask_hidden(p, first, stack->rows);
 }
@@ -14863,7 +14883,8 @@ static void apti_stack_forward(apti_pass *pass, int32_t which)
         apti_attention_sublayer(pass, l);
         if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * l + 1), a->y1, ld, a->rows_q, d);
         if (apti_has_ffn(&m->config, l)) apti_ffn_sublayer(pass, l);
-        if (pass->capture != NULL && pass->capture[l] != NULL) apti_copy_rows(m->ctx, pass->capture[l], d, a->y2, ld, a->rows_q, d);
+        if (pass->capture != NULL && pass->capture[l] != NULL)
+            apti_copy_rows(m->ctx, pass->capture[l], d, a->y2, ld, a->rows_q, d);
     }
     const apti_acts *last = &pass->acts[stack->end - 1];
     if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * pass->layers), last->y2, ld, last->rows_q, d);
@@ -15220,7 +15241,8 @@ static void apti_backward(apti_pass *p)
 
 /* ------------------------------------------------------------------------------------------------ inference */
 
-/* logits(n, vocab) of h(n, hidden) into memory of the caller's, which a device cannot write to: chunk by chunk through our own. */
+/* logits(n, vocab) of h(n, hidden) into memory of the caller's, which a device cannot write to: chunk by chunk through our
+   own. */
 static void apti_output_rows(apti_pass *p, const apti_lm_op *op, float *logits, const float *h, int64_t n)
 {
     apt_ctx *ctx = p->model->ctx;
@@ -16258,6 +16280,7 @@ static apt_result apti_quantize_check(const apt_model *model, const apt_quantize
     if (d->start_canary != 0 || d->end_canary != 0)
         return apti_fail(ctx, APT_E_ARGUMENT, "apt_quantize_desc is not initialised: use apt_quantize_desc desc = APT_ZERO");
     if (apti_quant_kind_check(ctx, "apt_model_quantize", d->kind) != APT_OK) return APT_E_UNSUPPORTED;
+    if (apti_cpu_only(ctx, "apt_model_quantize") != APT_OK) return APT_E_UNSUPPORTED;
     if (d->batch_count < 0 || (d->batch_count > 0) != (d->batches != NULL))
         return apti_fail(ctx, APT_E_ARGUMENT, "apt_model_quantize: %d batches at %s", (int)d->batch_count,
                          d->batches != NULL ? "an address" : "NULL");
@@ -16620,7 +16643,8 @@ static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_
 static apt_result apti_desc_check(apt_ctx *ctx, const apt_train_desc *d, const apt_config *c)
 {
     apti_field field[APTI_FIELDS];
-    if (d->quantize != APT_QUANT_NONE && apti_quant_kind_check(ctx, "apt_train_desc.quantize", d->quantize) != APT_OK)
+    if (d->quantize != APT_QUANT_NONE && (apti_quant_kind_check(ctx, "apt_train_desc.quantize", d->quantize) != APT_OK ||
+                                          apti_cpu_only(ctx, "apt_train_desc.quantize") != APT_OK))
         return APT_E_UNSUPPORTED;
     apti_desc_fields(d, c, field);
     for (int32_t i = 0; i < APTI_FIELDS; i++)
@@ -22076,6 +22100,14 @@ static apt_result apti_load_check(apt_ctx *ctx, const apt_load_desc *desc)
     return APT_OK;
 }
 
+/* Names the folder, which is why apti_config_check comes too late. */
+static apt_result apti_loader_quantised(apti_loader *l, const char *dir)
+{
+    char what[700];
+    (void)snprintf(what, sizeof what, "'%.600s': quantised weights", dir);
+    return apti_cpu_only(l->ctx, what);
+}
+
 APT_API apt_result apt_model_load(apt_ctx *ctx, const char *dir, const apt_load_desc *desc, apt_model **model)
 {
     const apt_load_desc none = APT_ZERO;
@@ -22087,6 +22119,7 @@ APT_API apt_result apt_model_load(apt_ctx *ctx, const char *dir, const apt_load_
     l.desc = desc != NULL ? desc : &none;
     apt_result result = apti_load_check(ctx, l.desc);
     if (result == APT_OK) result = apti_loader_config(&l, dir);
+    if (result == APT_OK && l.file.config.quant != APT_QUANT_NONE) result = apti_loader_quantised(&l, dir);
     if (result == APT_OK) result = apti_tensors_open(ctx, dir, &l.set);
     if (result == APT_OK && l.file.either && (apti_tensors_find(l.set, "lm_head.weight") != NULL ||
                                               apti_tensors_find(l.set, "lm_head.weight" APTI_SPARSE_SUFFIX) != NULL))

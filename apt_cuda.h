@@ -11,13 +11,14 @@
        desc.backend = apt_cuda_open(NULL, message, sizeof message);      // NULL: no device; the message says why
        apt_ctx *ctx = apt_create(&desc);
 
-       // gpu.cu:  nvcc -O2 -c gpu.cu;  cc my_program.o gpu.o -lcublasLt -lcudart
+       // gpu.cu:  nvcc -O2 -c gpu.cu;  cc my_program.o gpu.o -lcublasLt -lcudart -lstdc++ -lm -lpthread
        #define APT_CUDA_IMPLEMENTATION
        #include "apt_cuda.h"
 
-   Models, trainers, files, decisions and results stay what they are. Weights, gradients and activations lie in managed memory, which
-   the device and the CPU both address; operations go into one stream, in order, and the CPU waits before it looks. What this
-   file has no kernel for, the CPU computes. No result hangs on the order in which threads run: there are no atomic sums.
+   Models, trainers, files, decisions and results stay what they are. Weights, gradients and activations lie in managed memory,
+   which the device and the CPU both address; operations go into one stream, in order, and the CPU waits before it looks. What
+   this file has no kernel for, the CPU computes. No result hangs on the order in which threads run: there are no atomic sums.
+   Refused, because the CPU's kernels alone can do it, are quantised models and apt_model_compress.
 
    HOW THE KERNELS ARE WRITTEN
    A kernel's body is a row of phases, each of which every thread of the block runs (APTC_THREADS), with barriers between them, so
@@ -238,8 +239,8 @@ static void aptc_fail(aptc_device *d, apt_result result, const char *format, ...
     va_end(args);
 }
 
-/* Room for what one operation needs aside, 256-byte aligned; NULL when it is more than the workspace. The next operation may write
-   over it: the stream keeps the order. */
+/* Room for what one operation needs aside, 256-byte aligned; NULL when it is more than the workspace. The next operation may
+   write over it: the stream keeps the order. */
 static void *aptc_take(aptc_device *d, int64_t bytes)
 {
     const size_t size = ((size_t)bytes + 255) / 256 * 256;
@@ -250,7 +251,8 @@ static void *aptc_take(aptc_device *d, int64_t bytes)
 }
 
 #ifdef APT_CUDA_EMULATE
-static void aptc_push(aptc_device *d, void (*run)(const void *, int64_t, int64_t), const void *job, size_t bytes, int64_t bx, int64_t by)
+static void aptc_push(aptc_device *d, void (*body)(const void *, int64_t, int64_t), const void *job, size_t bytes, int64_t bx,
+                      int64_t by)
 {
     if (d->queued == d->capacity) {
         const int32_t capacity = d->capacity > 0 ? 2 * d->capacity : 256;
@@ -263,7 +265,7 @@ static void aptc_push(aptc_device *d, void (*run)(const void *, int64_t, int64_t
         d->capacity = capacity;
     }
     aptc_launch *l = &d->queue[d->queued++];
-    l->run = run;
+    l->run = body;
     l->bx = bx;
     l->by = by;
     memcpy(l->job.bytes, job, bytes);
@@ -523,7 +525,8 @@ APTC_KERNEL(aptc_column_kernel, aptc_column)
     APTC_THREADS(t) {
         const int64_t j = APTC_BX * APTC_FOLD_COLUMNS + t;
         float total = 0;
-        for (int32_t lane = 0; t < APTC_FOLD_COLUMNS && lane < APTC_FOLD_LANES; lane++) total += sum[lane * APTC_FOLD_COLUMNS + t];
+        for (int32_t lane = 0; t < APTC_FOLD_COLUMNS && lane < APTC_FOLD_LANES; lane++)
+            total += sum[lane * APTC_FOLD_COLUMNS + t];
         if (t < APTC_FOLD_COLUMNS && j < job.n) job.partial[APTC_BY * job.n + j] = total;
     }
 }
@@ -750,7 +753,8 @@ APTC_LAUNCHER(aptc_rotary_table_kernel, aptc_rotary)
 APTC_KERNEL(aptc_rotary_kernel, aptc_rotary)
 {
     APTC_EACH(job.rows, job.n) {
-        const int64_t head = j / job.half, k = j % job.half, step = job.interleaved ? 2 : 1, partner = job.interleaved ? 1 : job.half;
+        const int64_t head = j / job.half, k = j % job.half;
+        const int64_t step = job.interleaved ? 2 : 1, partner = job.interleaved ? 1 : job.half;
         float *x = job.x + i * job.ldx + head * 2 * job.half + k * step;
         const float co = job.angles[2 * i * job.half + k], si = job.direction * job.angles[(2 * i + 1) * job.half + k];
         const float a = x[0], b = x[partner];
@@ -863,8 +867,8 @@ static bool aptc_gather_op(aptc_device *d, const apti_rows_job *op)
     return true;
 }
 
-/* Row APTC_BY of x takes the rows of `from` that name it, in their order: no two blocks write to the same place. The list of names
-   is read piece by piece; index NULL: all are for row 0. */
+/* Row APTC_BY of x takes the rows of `from` that name it, in their order: no two blocks write to the same place. The list of
+   names is read piece by piece; index NULL: all are for row 0. */
 typedef struct aptc_scatter {
     float *x;
     const float *from;
@@ -1085,8 +1089,8 @@ APTC_LAUNCHER(aptc_layer_loss_kernel, apti_layer_loss)
    Attention
 
    A block holds a tile of APTC_TILE queries by APTC_TILE keys and walks over the other side, as the CPU does, with a running
-   maximum and sum; nothing is ever T x T. The backward has a kernel for dq, which walks over the keys, one for dk and dv, which walks
-   over the queries of all heads of a group, and one for the gradient of the bias, summed by sequence and then over them.
+   maximum and sum; nothing is ever T x T. The backward has a kernel for dq, which walks over the keys, one for dk and dv, which
+   walks over the queries of all heads of a group, and one for the gradient of the bias, summed by sequence and then over them.
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum {
@@ -1159,7 +1163,8 @@ APTC_DEVICE float aptc_logit(const aptc_attention *a, const aptc_place *p, int64
     return s;
 }
 
-/* Block: BX = tile of queries, BY = (sequence, head). Thread t has row t / APTC_SPAN of the tile and every APTC_SPAN-th column. */
+/* Block: BX = tile of queries, BY = (sequence, head). Thread t has row t / APTC_SPAN of the tile and every APTC_SPAN-th
+   column. */
 APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
 {
     APTC_DYNAMIC(float, room, APTC_ATTENTION_ROOM(APTC_HEAD_MAX));
@@ -1185,9 +1190,11 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
         APTC_THREADS(t) {
             const int32_t r = t / APTC_SPAN;
             const int64_t limit = q0 + r < p.queries ? aptc_limit(&job, &p, q0 + r) : 0;
-            for (int32_t c = t % APTC_SPAN; c < APTC_TILE; c += APTC_SPAN)
-                s[r * (APTC_TILE + 1) + c] =
-                    k0 + c < limit ? aptc_logit(&job, &p, q0 + r, k0 + c, aptc_dot(q + r * job.dim, kv + c * job.dim, job.dim)) : -INFINITY;
+            for (int32_t c = t % APTC_SPAN; c < APTC_TILE; c += APTC_SPAN) {
+                const bool sees = k0 + c < limit;
+                const float product = sees ? aptc_dot(q + r * job.dim, kv + c * job.dim, job.dim) : 0.0f;
+                s[r * (APTC_TILE + 1) + c] = sees ? aptc_logit(&job, &p, q0 + r, k0 + c, product) : -INFINITY;
+            }
         }
         APTC_BARRIER;
         APTC_THREADS(t) if (t < APTC_TILE) {
@@ -1251,14 +1258,15 @@ APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
         const bool inside = q0 + r < (p).queries;                                                                       \
         const int64_t limit = inside ? aptc_limit(&job, &(p), q0 + r) : 0;                                              \
         const float lse = inside ? job.lse[((p).q_row + q0 + r) * job.heads + (p).head] : 0.0f;                         \
-        const float dot = inside && job.dot != NULL ? job.dot[((p).q_row + q0 + r) * job.heads + (p).head] : 0.0f;      \
+        const float mean = inside && job.dot != NULL ? job.dot[((p).q_row + q0 + r) * job.heads + (p).head] : 0.0f;     \
         for (int32_t c = t % APTC_SPAN; c < APTC_TILE; c += APTC_SPAN) {                                                \
             const bool sees = k0 + c < limit;                                                                           \
-            const float logit = sees ? aptc_logit(&job, &(p), q0 + r, k0 + c, aptc_dot(q + r * job.dim, k + c * job.dim, job.dim)) : 0; \
+            const float product = sees ? aptc_dot(q + r * job.dim, k + c * job.dim, job.dim) : 0.0f;                    \
+            const float logit = sees ? aptc_logit(&job, &(p), q0 + r, k0 + c, product) : 0.0f;                          \
             const float pr = sees ? expf(logit - lse) : 0.0f;                                                           \
             const float dp = sees ? aptc_dot(d_o + r * job.dim, v + c * job.dim, job.dim) : 0.0f;                       \
             (prob)[r * (APTC_TILE + 1) + c] = pr;                                                                       \
-            (ds)[r * (APTC_TILE + 1) + c] = pr * (dp - dot);                                                            \
+            (ds)[r * (APTC_TILE + 1) + c] = pr * (dp - mean);                                                           \
         }                                                                                                               \
     }
 
@@ -1267,8 +1275,9 @@ APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
     float *q = room, *k = q + APTC_TILE * job.dim, *v = k + APTC_TILE * job.dim, *d_o = v + APTC_TILE * job.dim;        \
     float *prob = d_o + APTC_TILE * job.dim, *ds = prob + APTC_TILE * (APTC_TILE + 1)
 
-/* dot by a sweep over the keys, dot_i = sum over j of P(i, j) dP(i, j) / sum over j of P(i, j). With it the rows of dS sum to 0 up to the
-   rounding of dS; d_o . o leaves the rounding of its own terms, which hides small gradients where values are nearly alike.
+/* dot by a sweep over the keys, dot_i = sum over j of P(i, j) dP(i, j) / sum over j of P(i, j). With it the rows of dS sum to 0
+   up to the rounding of dS; d_o . o leaves the rounding of its own terms, which hides small gradients where values are nearly
+   alike.
    Block: BX = tile of queries, BY = (sequence, head) */
 APTC_KERNEL(aptc_attention_sweep_kernel, aptc_attention)
 {
@@ -1468,8 +1477,8 @@ static void aptc_attention_dots(aptc_device *d, const apti_attention_job *op, co
     a.o = dot;
     a.dot = NULL;
     if (op->o == NULL || d->math == APT_CUDA_FP32) {
-        APTC_LAUNCH_DYNAMIC(d, aptc_attention_sweep_kernel, a, aptc_ceil(op->longest_q, APTC_TILE), (int64_t)a.sequences * a.heads,
-                            APTC_ATTENTION_ROOM(a.dim) * 4);
+        APTC_LAUNCH_DYNAMIC(d, aptc_attention_sweep_kernel, a, aptc_ceil(op->longest_q, APTC_TILE),
+                            (int64_t)a.sequences * a.heads, APTC_ATTENTION_ROOM(a.dim) * 4);
         return;
     }
     a.q = op->o;                      /* this kernel's two matrices are d_o and o */
@@ -1582,7 +1591,8 @@ static void aptc_blas_make(aptc_device *d, aptc_blas *x, const aptc_product *p)
 {
     const cublasComputeType_t compute = d->math == APT_CUDA_TF32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     const cudaDataType_t type = p->a.type == APT_BF16 ? CUDA_R_16BF : CUDA_R_32F;
-    const cublasOperation_t first = p->b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, second = p->a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasOperation_t first = p->b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasOperation_t second = p->a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     const cublasLtEpilogue_t bias = CUBLASLT_EPILOGUE_BIAS;
     const cudaDataType_t bias_type = CUDA_R_32F;
     const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;    /* no atomics */
@@ -1603,7 +1613,8 @@ static void aptc_blas_make(aptc_device *d, aptc_blas *x, const aptc_product *p)
     aptc_blas_check(d, cublasLtMatrixLayoutCreate(&x->c, CUDA_R_32F, (uint64_t)p->n, (uint64_t)p->m, p->ldc), "layout of C");
     aptc_blas_check(d, cublasLtMatmulPreferenceCreate(&x->preference), "cublasLtMatmulPreferenceCreate");
     if (x->preference == NULL) return;
-    cublasLtMatmulPreferenceSetAttribute(x->preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &d->blas_bytes, sizeof d->blas_bytes);
+    cublasLtMatmulPreferenceSetAttribute(x->preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &d->blas_bytes,
+                                         sizeof d->blas_bytes);
     cublasLtMatmulPreferenceSetAttribute(x->preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes);
     cublasLtMatmulPreferenceSetAttribute(x->preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align_a, sizeof align_a);
     cublasLtMatmulPreferenceSetAttribute(x->preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align_b, sizeof align_b);
@@ -1622,7 +1633,8 @@ static const cublasLtMatmulAlgo_t *aptc_blas_algorithm(aptc_device *d, const apt
     key.lda = p->a.ld;
     key.ldb = p->b.ld;
     key.ldc = p->ldc;
-    key.form = 1 | p->a.transposed << 1 | p->b.transposed << 2 | (p->bias != NULL) << 3 | p->accumulate << 4 | (p->a.type == APT_BF16) << 5 |
+    key.form = 1 | p->a.transposed << 1 | p->b.transposed << 2 | (p->bias != NULL) << 3 | p->accumulate << 4 |
+               (p->a.type == APT_BF16) << 5 |
                (int32_t)(aptc_alignment(p->a.data) << 8 | aptc_alignment(p->b.data) << 16 | aptc_alignment(p->c) << 24);
     uint64_t hash = 1469598103934665603u;
     for (size_t i = 0; i < offsetof(aptc_algorithm, algorithm); i++) hash = (hash ^ ((const uint8_t *)&key)[i]) * 1099511628211u;
@@ -1638,7 +1650,8 @@ static const cublasLtMatmulAlgo_t *aptc_blas_algorithm(aptc_device *d, const apt
     aptc_blas_check(d, cublasLtMatmulAlgoGetHeuristic(d->blas, x->desc, x->a, x->b, x->c, x->c, x->preference, 1, &best, &found),
                     "cublasLtMatmulAlgoGetHeuristic");
     if (found == 0) {
-        aptc_fail(d, APT_E_UNSUPPORTED, "cuBLASLt has no algorithm for a product %lld x %lld x %lld", (long long)p->m, (long long)p->n, (long long)p->k);
+        aptc_fail(d, APT_E_UNSUPPORTED, "cuBLASLt has no algorithm for a product %lld x %lld x %lld", (long long)p->m,
+                  (long long)p->n, (long long)p->k);
         return NULL;
     }
     *slot = key;
@@ -1654,14 +1667,14 @@ static void aptc_product_run(aptc_device *d, const aptc_product *p)
     aptc_blas_make(d, &x, p);
     const cublasLtMatmulAlgo_t *algorithm = d->result == APT_OK ? aptc_blas_algorithm(d, &x, p) : NULL;
     if (algorithm != NULL)
-        aptc_blas_check(d, cublasLtMatmul(d->blas, x.desc, &one, p->b.data, x.a, p->a.data, x.b, &beta, p->c, x.c, p->c, x.c, algorithm,
-                                          d->blas_work, d->blas_bytes, d->stream), "cublasLtMatmul");
+        aptc_blas_check(d, cublasLtMatmul(d->blas, x.desc, &one, p->b.data, x.a, p->a.data, x.b, &beta, p->c, x.c, p->c, x.c,
+                                          algorithm, d->blas_work, d->blas_bytes, d->stream), "cublasLtMatmul");
     aptc_blas_free(&x);
 }
 #endif
 
-/* An operand (rows, cols in memory) in the type that the product computes in: as it is, or converted into the workspace. NULL data:
-   no room. */
+/* An operand (rows, cols in memory) in the type that the product computes in: as it is, or converted into the workspace. NULL
+   data: no room. */
 static aptc_operand aptc_convert(aptc_device *d, aptc_operand x, int64_t rows, int64_t cols, apt_dtype type)
 {
     if (x.type == type) return x;
@@ -1688,8 +1701,8 @@ static aptc_operand aptc_left(const apti_gemm_part *part)
 static aptc_operand aptc_right(const apti_gemm_part *part)
 {
     const bool packed = part->kind == APTI_B_PACKED || part->kind == APTI_B_PACKED_T;
-    aptc_operand x = {packed ? part->packed->data : part->b, packed ? part->packed->type : APT_F32, packed ? part->packed->k : part->ldb,
-                      part->kind == APTI_B_PACKED || part->kind == APTI_B_PLAIN_T};
+    aptc_operand x = {packed ? part->packed->data : part->b, packed ? part->packed->type : APT_F32,
+                      packed ? part->packed->k : part->ldb, part->kind == APTI_B_PACKED || part->kind == APTI_B_PLAIN_T};
     return x;
 }
 
@@ -1704,8 +1717,10 @@ static bool aptc_part_run(aptc_device *d, const apti_gemm *g, const apti_gemm_pa
     const int64_t room = (int64_t)(d->work_bytes - d->used) / 2;
     int64_t step_k = part->k, step_m = g->m;
     if (b.type != type || a.type != type) {
-        while (step_k > 64 && aptc_bytes(b.transposed ? g->n : step_k, b.transposed ? step_k : g->n) > room) step_k = (step_k + 1) / 2;
-        while (step_m > 64 && aptc_bytes(a.transposed ? step_k : step_m, a.transposed ? step_m : step_k) > room) step_m = (step_m + 1) / 2;
+        while (step_k > 64 && aptc_bytes(b.transposed ? g->n : step_k, b.transposed ? step_k : g->n) > room)
+            step_k = (step_k + 1) / 2;
+        while (step_m > 64 && aptc_bytes(a.transposed ? step_k : step_m, a.transposed ? step_m : step_k) > room)
+            step_m = (step_m + 1) / 2;
     }
     const size_t used = d->used;
     for (int64_t p0 = 0; p0 < part->k; p0 += step_k) {
@@ -1720,7 +1735,8 @@ static bool aptc_part_run(aptc_device *d, const apti_gemm *g, const apti_gemm_pa
             left.data = (const float *)a.data + (a.transposed ? p0 * a.ld + i0 : i0 * a.ld + p0);
             left = aptc_convert(d, left, a.transposed ? k : m, a.transposed ? m : k, type);
             if (left.data == NULL || right.data == NULL) return false;
-            const aptc_product product = {left, right, c + i0 * ldc, p0 == 0 ? bias : NULL, m, g->n, k, ldc, accumulate || p0 > 0};
+            const aptc_product product = {left, right, c + i0 * ldc, p0 == 0 ? bias : NULL, m, g->n, k, ldc,
+                                          accumulate || p0 > 0};
             aptc_product_run(d, &product);
             d->used = beside;
         }
@@ -1737,8 +1753,8 @@ static void aptc_start(aptc_device *d, const apti_gemm *g, float *z, int64_t ldz
     APTC_LAUNCH_EACH(d, aptc_copy_kernel, job);
 }
 
-/* The sums grow where z is wanted: in pre, else in c; where c still holds the residual, which is added without an activation before it,
-   they grow on top of that. */
+/* The sums grow where z is wanted: in pre, else in c; where c still holds the residual, which is added without an activation
+   before it, they grow on top of that. */
 static bool aptc_gemm_op(aptc_device *d, const apti_gemm *g)
 {
     const bool onto = g->residual != NULL && g->residual == g->c && g->pre == NULL;
@@ -1753,8 +1769,8 @@ static bool aptc_gemm_op(aptc_device *d, const apti_gemm *g)
     for (int32_t q = 0; q < 2; q++) {
         if (g->part[q].k == 0) continue;
         if (!aptc_part_run(d, g, &g->part[q], z, ldz, more, biased ? NULL : g->bias)) {
-            aptc_fail(d, APT_E_MEMORY, "a product %lld x %lld x %lld does not fit the workspace", (long long)g->m, (long long)g->n,
-                      (long long)g->part[q].k);
+            aptc_fail(d, APT_E_MEMORY, "a product %lld x %lld x %lld does not fit the workspace", (long long)g->m,
+                      (long long)g->n, (long long)g->part[q].k);
             return true;
         }
         more = biased = true;
@@ -1791,7 +1807,9 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     case APTI_OP_GEMM: return aptc_gemm_op(d, (const apti_gemm *)job);
     case APTI_OP_PACK: return aptc_pack_op(d, (const apti_pack_job *)job);
     case APTI_OP_COPY: APTC_LAUNCH_EACH(d, aptc_copy_kernel, *(const apti_copy_job *)job); return true;
-    case APTI_OP_SCALE: APTC_LAUNCH_VECTOR(d, aptc_scale_kernel, *(const apti_scale_job *)job, ((const apti_scale_job *)job)->n); return true;
+    case APTI_OP_SCALE:
+        APTC_LAUNCH_VECTOR(d, aptc_scale_kernel, *(const apti_scale_job *)job, ((const apti_scale_job *)job)->n);
+        return true;
     case APTI_OP_COLUMN: return aptc_column_op(d, (const apti_column_job *)job);
     case APTI_OP_NORM_FORWARD: return aptc_norm_forward_op(d, (const apti_norm_job *)job);
     case APTI_OP_NORM_BACKWARD: return aptc_norm_backward_op(d, (const apti_norm_job *)job);
@@ -1816,7 +1834,9 @@ static bool aptc_run(void *self, apti_op op, const void *job)
         APTC_LAUNCH(d, aptc_layer_loss_kernel, *(const apti_layer_loss *)job, ((const apti_layer_loss *)job)->rows, 1);
         return true;
     case APTI_OP_SQUARES: return aptc_squares_op(d, (const apti_squares_job *)job);
-    case APTI_OP_ADAM: APTC_LAUNCH_VECTOR(d, aptc_adam_kernel, *(const apti_adam_job *)job, ((const apti_adam_job *)job)->n); return true;
+    case APTI_OP_ADAM:
+        APTC_LAUNCH_VECTOR(d, aptc_adam_kernel, *(const apti_adam_job *)job, ((const apti_adam_job *)job)->n);
+        return true;
     case APTI_OP_COUNT: default: return false;
     }
 }
@@ -1906,12 +1926,12 @@ static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
     d->blas_bytes = d->work_bytes / 4 / 256 * 256;
     d->work_bytes -= d->blas_bytes;
     d->blas_work = d->work + d->work_bytes;
-    const int most = APTC_ATTENTION_ROOM(APTC_HEAD_MAX) * (int)sizeof(float);
-    aptc_check(d, cudaFuncSetAttribute(aptc_attention_forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "attention");
-    aptc_check(d, cudaFuncSetAttribute(aptc_attention_dq_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "attention");
-    aptc_check(d, cudaFuncSetAttribute(aptc_attention_sweep_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "attention");
-    aptc_check(d, cudaFuncSetAttribute(aptc_attention_dkv_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "attention");
-    aptc_check(d, cudaFuncSetAttribute(aptc_attention_dbias_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "attention");
+    void (*const attention[])(aptc_attention) = {aptc_attention_forward_kernel, aptc_attention_dq_kernel,
+                                                 aptc_attention_sweep_kernel, aptc_attention_dkv_kernel,
+                                                 aptc_attention_dbias_kernel};
+    for (size_t i = 0; i < sizeof attention / sizeof *attention; i++)
+        aptc_check(d, cudaFuncSetAttribute(attention[i], cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           APTC_ATTENTION_ROOM(APTC_HEAD_MAX) * (int)sizeof(float)), "attention");
 }
 #endif
 
@@ -1929,10 +1949,13 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *given, char *message, size_t cap
     if (desc.start_canary != 0 || desc.end_canary != 0)
         return aptc_refuse(message, capacity, "apt_cuda_desc was not initialised: start with apt_cuda_desc desc = APT_ZERO");
     if (desc.math != APT_CUDA_FP32 && desc.math != APT_CUDA_TF32 && desc.math != APT_CUDA_BF16)
-        return aptc_refuse(message, capacity, "apt_cuda_desc.math is not known; supported: APT_CUDA_FP32, APT_CUDA_TF32, APT_CUDA_BF16");
-    if ((desc.alloc == NULL) != (desc.release == NULL)) return aptc_refuse(message, capacity, "apt_cuda_desc.alloc and .release: both or none");
+        return aptc_refuse(message, capacity,
+                           "apt_cuda_desc.math is not known; supported: APT_CUDA_FP32, APT_CUDA_TF32, APT_CUDA_BF16");
+    if ((desc.alloc == NULL) != (desc.release == NULL))
+        return aptc_refuse(message, capacity, "apt_cuda_desc.alloc and .release: both or none");
     if (desc.workspace_bytes == 0) desc.workspace_bytes = (size_t)128 << 20;
-    if (desc.workspace_bytes < (size_t)8 << 20) return aptc_refuse(message, capacity, "apt_cuda_desc.workspace_bytes is below 8 MiB");
+    if (desc.workspace_bytes < (size_t)8 << 20)
+        return aptc_refuse(message, capacity, "apt_cuda_desc.workspace_bytes is below 8 MiB");
     aptc_device *d = (aptc_device *)calloc(1, sizeof(aptc_device));
     if (d == NULL) return aptc_refuse(message, capacity, "no memory");
     d->desc = desc;

@@ -80,7 +80,7 @@ static bool read_files(app *a)
     t->kind = load.task = APT_TASK_CLASSIFY;
     train->path = a->train;
     watched->path = test->path = a->dev;
-    a->p.ctx = ex_run_context(a->d.threads, NULL, &a->p.error);
+    a->p.ctx = ex_run_context(&a->d.machine, &a->p.error);
     if (a->p.ctx == NULL || !ex_task_read_labels(t, a->p.model) || !ex_task_read_train(t, train, a->limit)) return false;
     a->plan.load.labels = load.labels = ex_labels_count(t->labels);
     if (!ex_program_load(&a->p, load, &t->config)) return false;
@@ -174,7 +174,7 @@ static bool measure_sparse(app *a, const char *dir, row *r)
     ex_scores scores;
     ex_score_info info;
     memset(&outcome, 0, sizeof(outcome));
-    bool fine = ex_saved_open(&saved, &outcome, dir, d->threads, NULL, &d->error);
+    bool fine = ex_saved_open(&saved, &outcome, dir, &d->machine, &d->error);
     if (fine && apt_model_compress(saved.model, 0, &r->used) != APT_OK) fine = ex_fail(&d->error, "%s", apt_error(saved.ctx));
     fine = fine && d->plan->score(d, saved.ctx, saved.model, EX_DEMO_TEST, &scores, &info);
     if (fine && !(fabs(scores.loss - r->loss) <= 1e-4 * (1 + r->loss)))
@@ -518,7 +518,7 @@ int main(int argc, char **argv)
         EX_REAL("lr", "X", &a.lr, 0, 1, "learning rate of all weights; 0: 5e-4, with files 5e-5"),
         EX_REAL("apt-lr", "X", &a.apt_lr, 0, 1, "learning rate of APT's adapters; 0: 2e-3, with files 1e-3"),
         EX_INT("seed", "N", &a.d.seed, 0, 1e9, "another corpus and another start"),
-        EX_INT("threads", "N", &a.d.threads, 0, 64, "threads to use; 0: all cores"),
+        EX_INT("threads", "N", &a.d.machine.threads, 0, 64, "threads to use; 0: all cores"),
         EX_FLAG("measure", &a.d.measure, "trains nothing: measures what an earlier run with the same options has left in --out"),
         EX_FLAG("fast", &a.d.fast, "a few seconds, for tests: everything runs, nothing is learned well"),
         EX_ARGS_END};

@@ -64,9 +64,10 @@ gate: the slope | ops model | kernels->act_grad(du, du, u, job->n, job->act); | 
 rotary | ops model | apti_rotary_run(ctx, op, dx, lddx, rows, -1.0f); | (void)dx;
 relative position table | ops model | apti_relative_backward(m->ctx, &relative, table->grad, dbias); | (void)relative;
 tanh | ops model | job->dy[i] * (1.0f - job->x[i] * job->x[i]) | job->dy[i]
-word embedding | ops model | if (dword) apti_scatter_run | if (0) apti_scatter_run
-position embedding | ops model | if (dposition) apti_scatter_run | if (0) apti_scatter_run
-type embedding | ops model | if (dtype_) apti_scatter_run | if (0) apti_scatter_run
+embeddings | ops | if (dtable) apti_scatter_run | if (0) apti_scatter_run
+word embedding | model | if (e[k] != NULL) apti_embed_backward | if (e[k] != NULL && k != APTI_WORD) apti_embed_backward
+position embedding | model | if (e[k] != NULL) apti_embed_backward | if (e[k] != NULL && k != APTI_POSITION) apti_embed_backward
+type embedding | model | if (e[k] != NULL) apti_embed_backward | if (e[k] != NULL && k != APTI_TYPE) apti_embed_backward
 cross entropy at the label | ops model | dx[label] = (float)((double)dx[label] - weight); | (void)0;
 regression | ops model | (float)(2.0 * (double)grad_scale * difference / (double)n) | (float)(1.0 * (double)grad_scale * difference / (double)n)
 span | ops model | (i == label ? 1.0 : 0.0)) : nan) | 0.0) : nan)
@@ -77,7 +78,7 @@ probe of gradients | model | p->probe->grad + at, x, ld, rows, n); | p->probe->g
 core adapter dA | core | if (da != NULL) apti_axpy_plain | if (0) apti_axpy_plain
 core adapter dB | core | if (db != NULL) apti_axpy_plain | if (0) apti_axpy_plain
 core adapter dx | core | if (dx != NULL) apti_axpy_plain | if (0) apti_axpy_plain
-layer loss: its gradient | train | j->dy[r * j->ld + i] += m[j->tr->place[i]]; | (void)0;
+layer loss: its gradient | train | j->dy[r * j->ld + i] += m[j->place[i]]; | (void)0;
 layer loss: dB of Tr | train | apti_plain_product(ctx, tr->b.grad, k, true, dt, k, rows | if (0) apti_plain_product(ctx, tr->b.grad, k, true, dt, k, rows
 layer loss: dA of Tr | train | apti_plain_product(ctx, tr->a.grad, d, true, k, d, rows | if (0) apti_plain_product(ctx, tr->a.grad, d, true, k, d, rows
 layer loss: through Tr | train | apti_plain_product(ctx, dy, ld, true, rows, d, k | if (0) apti_plain_product(ctx, dy, ld, true, rows, d, k

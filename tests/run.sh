@@ -97,6 +97,7 @@ compiler() {
         clang) echo "$CLANG -O2 $STRICT" ;;
         asan) echo "$CC -O2 -g1 $TESTS -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow" \
                   "-fno-sanitize-recover=all" ;;
+        emulated) echo "$(compiler asan) -DAPT_TEST_CUDA" ;;      # contexts on the emulated device of apt_cuda.h
         tsan) echo "$CC -O1 -g1 -std=c11 -w -fsanitize=thread" ;;
         ofast) echo "$CC -Ofast -std=c11 -w" ;;
         nosimd) echo "$CC -O2 $TESTS -DAPT_NO_SIMD" ;;
@@ -113,6 +114,7 @@ builds() {
     case $1 in
         cc | asan | ofast) echo "*" ;;
         clang | nosimd) echo "kernels ops core sparsify learned learned_modules quantize quantize_train model train" ;;
+        emulated) echo "ops model generate train" ;;
         tsan) echo "platform kernels ops sparsify learned learned_modules quantize quantize_train model train" ;;
         nothreads) echo "platform model" ;;
         plainc) echo "platform files" ;;
@@ -154,6 +156,9 @@ shares() {                                       # BUILD SOURCE: does this progr
     grep -q '^#define APT_IMPLEMENTATION' "$2"
 }
 
+# The implementation that a build's programs link to.
+shared_object() { case $1 in emulated) echo "$SPLIT/asan.o" ;; *) echo "$SPLIT/$1.o" ;; esac; }
+
 split() {
     awk -v part=object -f tests/split.awk apt.h > "$SPLIT/object.c" && awk -v part=view -f tests/split.awk apt.h > "$SPLIT/view.h"
 }
@@ -164,11 +169,12 @@ implementation() {                               # BUILD
 }
 
 compile() {                                      # BUILD SOURCE PROGRAM LIBRARIES...
-    local build=$1 source=$2 exe=$3 parts=()
+    local build=$1 source=$2 exe=$3 parts=() object
     shift 3
     if shares "$build" "$source"; then
-        parts=(-include "$SPLIT/view.h" "$SPLIT/$build.o")
-        [ -f "$SPLIT/$build.o" ] || { echo "$build/object is missing"; return 1; }
+        object=$(shared_object "$build")
+        parts=(-include "$SPLIT/view.h" "$object")
+        [ -f "$object" ] || { echo "${object##*/} is missing"; return 1; }
     fi
     build $(compiler "$build") "$source" "${parts[@]}" -o "$exe" "$@"
 }
@@ -274,7 +280,7 @@ contents() {
 }
 
 # At most 120 lines in a function, 130 characters in a line, no tabs, no blanks at the end.
-shape() {
+shape() {                                        # FILE
     awk 'length > 130 { print "line " NR " has " length " characters"; bad = 1 }
          /\t/ { print "line " NR " has a tab"; bad = 1 }
          /[ \t]$/ { print "line " NR " ends in a blank"; bad = 1 }
@@ -283,7 +289,7 @@ shape() {
                           if (n > 120) { print "the function before line " NR " has " n " lines"; bad = 1 } }
          END { for (i = 2; i <= count; i++) { v = all[i]; for (k = i - 1; k > 0 && all[k] > v; k--) all[k + 1] = all[k]; all[k + 1] = v }
                print count " functions; lines: median " all[int((count + 1) / 2)] ", p90 " all[int(count * 0.9)] ", longest " all[count]
-               exit bad }' apt.h
+               exit bad }' "$1"
 }
 
 # Code (comments removed) that must not appear: it ends the program, prints, or is folded away by -Ofast.
@@ -359,6 +365,47 @@ doc_code() {                                     # FILE
     [ $n -gt 0 ] && return $bad
 }
 
+# --------------------------------------------------------------------------------------------------------- the device
+
+nvcc_path() { command -v nvcc || ls "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" 2> /dev/null || skip "no nvcc"; }
+cuda_device() { nvidia-smi -L 2> /dev/null | grep '^GPU ' || skip "no NVIDIA device"; }
+
+cuda_unit() {                                    # OUTPUT ARCHITECTURE: what a user's unit for nvcc is, with no remark of its own
+    local nvcc
+    nvcc=$(nvcc_path) || { echo "$nvcc"; return 77; }
+    printf '#define APT_CUDA_IMPLEMENTATION\n#include "apt_cuda.h"\n' > "$1.cu"
+    build "$nvcc" -O2 "-arch=$2" -Werror all-warnings -Xcompiler -Wall,-Wextra -I. -c "$1.cu" -o "$1"
+}
+
+cuda_build() { cuda_unit "$OUT/cuda.o" sm_90; }
+
+# The tests of the build "emulated", and those of whole runs, on the device itself.
+cuda_run() {
+    local nvcc lib name bad=0 unit=$OUT/cuda-native.o
+    nvcc=$(nvcc_path) || { echo "$nvcc"; return 77; }
+    cuda_device || return
+    cuda_unit "$unit" native || return 1
+    lib=$(dirname "$(dirname "$(readlink -f "$nvcc")")")/lib64
+    for name in $(builds emulated) cuda; do
+        build $(compiler cc) -DAPT_TEST_CUDA -DAPT_TEST_DEVICE -include "$SPLIT/view.h" "tests/test_$name.c" "$SPLIT/cc.o" "$unit" \
+            -o "$BIN/test_$name-device" $LIBS -L"$lib" -Wl,-rpath,"$lib" -lcublasLt -lcudart -lstdc++ &&
+            timeout $LIMIT "$BIN/test_$name-device" && echo "ok $name" || { echo "FAILED $name"; bad=1; }
+    done
+    return $bad
+}
+
+# The emulated device compiles with every warning in both languages.
+cuda_emulation() {                               # c-gcc, c-clang or c++
+    local unit='#define APT_CUDA_IMPLEMENTATION
+#define APT_CUDA_EMULATE
+#include "apt_cuda.h"'
+    case $1 in
+        c-gcc) compiles c "$unit" "$CC" -std=c11 -fsyntax-only ;;
+        c-clang) compiles c "$unit" "$CLANG" -std=c11 -fsyntax-only ;;
+        c++) compiles c++ "$unit" "$CXX" -std=c++17 -fsyntax-only && compiles c++ "$unit" "$CLANGXX" -std=c++17 -fsyntax-only ;;
+    esac
+}
+
 # ---------------------------------------------------------------------------------------------------- examples, fuzzing
 
 # The command in the first comment, with the name of the output replaced: this program is what tests/test_*.sh use.
@@ -416,11 +463,13 @@ plan_implementations() {
         for f in tests/test_*.c; do
             name=${f#tests/test_}
             runs_in $build "$f" && shares $build "$f" && [[ $build/${name%.c} =~ $FILTER ]] && wanted=1
+            [ $build = asan ] && runs_in emulated "$f" && [[ emulated/${name%.c} =~ $FILTER ]] && wanted=1
         done
         for f in tests/fuzz_*.c; do
             name=${f#tests/fuzz_}
             [ $build = "$(fuzz_build)" ] && shares $build "$f" && [[ fuzz/${name%.c} =~ $FILTER ]] && wanted=1
         done
+        [ $build = cc ] && [[ cuda/run =~ $FILTER ]] && cuda_device > /dev/null && wanted=1
         [ -n "$wanted" ] && FILTER=. job check "$build/object" implementation $build
     done
     wait
@@ -429,7 +478,7 @@ plan_implementations() {
 plan() {
     local f build name std option
     plan_implementations
-    for build in tsan asan cc ofast clang nosimd nothreads plainc onlycore neon; do
+    for build in tsan asan emulated cc ofast clang nosimd nothreads plainc onlycore neon; do
         for f in tests/test_*.c; do
             name=${f#tests/test_}
             runs_in $build "$f" && job cmocka "$build/${name%.c}" program $build "$f"
@@ -468,7 +517,11 @@ plan() {
     job check "symbols/$CLANG" symbols "$CLANG"
     job check reserved/c reserved "$CLANG" c -std=c11
     job check reserved/c++ reserved "$CLANGXX" c++ -std=c++17
-    for f in contents shape words version private_names pairs mutations; do job check "text/$f" $f; done
+    job check cuda/build cuda_build
+    job script cuda/run cuda_run
+    for f in c-gcc c-clang c++; do job check "cuda/emulation-$f" cuda_emulation $f; done
+    for f in apt.h apt_cuda.h; do job check "text/shape-$f" shape $f; done
+    for f in contents words version private_names pairs mutations; do job check "text/$f" $f; done
     for f in apt.h README.md; do job check "doc/$f" doc_code $f; done
     wait                                         # the scripts use the examples
     for f in tests/test_*.sh; do

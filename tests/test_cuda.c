@@ -1,6 +1,6 @@
-/* apt_cuda.h on its emulated device: whole runs beside those of the CPU, resumption from one on the other, products in bfloat16 with a
-   small workspace, and what apt_cuda_open refuses. Single operations and the golden models run on the same emulation in the build
-   "emulated" of tests/run.sh.
+/* apt_cuda.h on its emulated device: whole runs beside those of the CPU, resumption from one on the other, products in bfloat16
+   with a small workspace, what a context with a device refuses, and what apt_cuda_open refuses. Single operations and the golden
+   models run on the same emulation in the build "emulated" of tests/run.sh.
    build: cc -std=c11 -O2 tests/test_cuda.c -o test_cuda -lcmocka -lpthread -lm */
 #define APT_IMPLEMENTATION
 #include "../apt.h"
@@ -46,7 +46,8 @@ static void assert_close_traces(const trace *a, const trace *b, int64_t from, in
     for (int64_t i = from; i < to; i++) {
         if (fabs(a->loss[i] - b->loss[i]) > 1e-3 * (1 + fabs(a->loss[i])))
             fail_msg("%s: micro-batch %d has loss %.9g on the device, %.9g on the CPU", what, (int)i, b->loss[i], a->loss[i]);
-        if (a->events[i] != b->events[i]) fail_msg("%s: micro-batch %d has events %x, %x on the CPU", what, (int)i, b->events[i], a->events[i]);
+        if (a->events[i] != b->events[i])
+            fail_msg("%s: micro-batch %d has events %x, %x on the CPU", what, (int)i, b->events[i], a->events[i]);
     }
 }
 
@@ -70,8 +71,8 @@ static plan plan_at(int32_t which)
     return p;
 }
 
-/* The same decisions, losses within a thousandth: pruning, growth, teachers, accumulation, compaction and all. Twice on the device:
-   the same bits. */
+/* The same decisions, losses within a thousandth: pruning, growth, teachers, accumulation, compaction and all. Twice on the
+   device: the same bits. */
 static void test_same_run(void **state)
 {
     (void)state;
@@ -127,8 +128,9 @@ static void test_across(void **state)
     test_remove(dir);
 }
 
-/* Each element of a product whose operands are rounded to bfloat16 is off by at most 2^-8 of the sum of its terms' sizes (two factors
-   with a relative error of 2^-9 each) and what the sums lose. The operands do not fit the workspace: rows and reduction are cut. */
+/* Each element of a product whose operands are rounded to bfloat16 is off by at most 2^-8 of the sum of its terms' sizes (two
+   factors with a relative error of 2^-9 each) and what the sums lose. The operands do not fit the workspace: rows and reduction
+   are cut. */
 static void test_bf16_products(void **state)
 {
     (void)state;
@@ -167,6 +169,45 @@ static void test_bf16_products(void **state)
     apti_free(ctx, b);
     apti_free(ctx, c);
     apt_destroy(ctx);
+}
+
+static void expect_unsupported(apt_ctx *ctx, apt_result result, const char *what)
+{
+    assert_int_equal(result, APT_E_UNSUPPORTED);
+    if (strstr(apt_error(ctx), what) == NULL || strstr(apt_error(ctx), "cuda") == NULL)
+        fail_msg("expected '%s' and the device's name in '%s'", what, apt_error(ctx));
+}
+
+/* What has integer or sparse kernels on the CPU alone is refused with the device's name, and nothing is changed. */
+static void test_cpu_only(void **state)
+{
+    (void)state;
+    const plan p = plan_at(0);
+    char dir[512];
+    apt_ctx *cpu = (apt_create)(NULL), *ctx = device_context(NULL);
+    apt_model *model = test_model(ctx, &p.c, 1), *small = test_model(cpu, &p.c, 1), *none = NULL;
+    apt_quantize_desc quantize = APT_ZERO;
+    quantize.kind = APT_QUANT_INT8;
+    const uint64_t before = test_model_sum(model);
+    expect_unsupported(ctx, apt_model_quantize(model, &quantize), "apt_model_quantize");
+    expect_unsupported(ctx, apt_model_compress(model, 0, NULL), "apt_model_compress");
+    apt_config c = p.c;
+    c.quant = APT_QUANT_INT4;
+    expect_unsupported(ctx, apt_model_create(ctx, &c, 1, &none), "config");
+    apt_train_desc d = p.d;
+    d.quantize = APT_QUANT_INT8;
+    apt_trainer *trainer = NULL;
+    expect_unsupported(ctx, apt_trainer_create(model, &d, &trainer), "apt_train_desc.quantize");
+    assert_null(trainer);
+    test_dir(dir, sizeof dir);
+    assert_ok(cpu, apt_model_quantize(small, &quantize));
+    assert_ok(cpu, apt_model_save(small, dir));
+    expect_unsupported(ctx, apt_model_load(ctx, dir, NULL, &none), dir);
+    assert_null(none);
+    assert_true(test_model_sum(model) == before);
+    test_remove(dir);
+    apt_destroy(ctx);
+    apt_destroy(cpu);
 }
 
 static void expect_refused(const apt_cuda_desc *desc, const char *words)
@@ -214,6 +255,7 @@ int main(void)
         cmocka_unit_test(test_same_run),
         cmocka_unit_test(test_across),
         cmocka_unit_test(test_bf16_products),
+        cmocka_unit_test(test_cpu_only),
         cmocka_unit_test(test_open),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

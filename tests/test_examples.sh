@@ -244,6 +244,10 @@ check "nor quantised once more" 1 "$roberta" --model "$work/int8" --dev "$work/d
 says "which is said, too" "quantised (int8)"
 quantised "$roberta" "$work/lora" eval --dev "$work/demo/dev.tsv"
 check "an unknown kind" 2 r $data --quantize int5 --out "$work/x"
+check "a device that the program was not built for" 2 r $data --device cuda --out "$work/x"
+says "how to get it is named" "make cuda"
+check "products in bfloat16 on the CPU" 2 r $data --math bf16 --out "$work/x"
+says "they need a device" "go with --device cuda"
 check "trained with its integers" 0 r $data $short --quantize int4 --qat --quantize-begin 4 --out "$work/qat"
 accuracy=$(sed -n 's/^accuracy *//p' "$work/log")
 says_file "config.json says int4" "$work/qat/config.json" "\"quantization\": \"int4\""

@@ -1397,6 +1397,16 @@ int main(void)
         cmocka_unit_test(test_accumulation),      cmocka_unit_test(test_nonfinite),         cmocka_unit_test(test_nothing_labelled),
         cmocka_unit_test(test_learning),          cmocka_unit_test(test_importance),
     };
+#ifdef APT_TEST_CUDA                             /* what says something about a device */
+    const struct CMUnitTest device[] = {
+        cmocka_unit_test(test_resume_classify),   cmocka_unit_test(test_decoder_resume),    cmocka_unit_test(test_first_teacher),
+        cmocka_unit_test(test_distill_gradients), cmocka_unit_test(test_prune_now),         cmocka_unit_test(test_adam),
+        cmocka_unit_test(test_accumulation),      cmocka_unit_test(test_nonfinite),
+    };
+    (void)several;
+    (void)single;
+    return cmocka_run_group_tests_name("train, on a device", device, NULL, NULL);
+#else
     int failed = cmocka_run_group_tests_name("train, several threads", several, NULL, NULL);
 #ifndef __SANITIZE_THREAD__                      /* one thread cannot race */
     failed += cmocka_run_group_tests_name("train, one thread", single, NULL, NULL);
@@ -1404,4 +1414,5 @@ int main(void)
     (void)single;
 #endif
     return failed;
+#endif
 }

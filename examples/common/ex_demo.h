@@ -48,7 +48,8 @@ typedef struct ex_demo_plan {
 struct ex_demo {
     const ex_demo_plan *plan;
     void *user;
-    int64_t seed, threads;
+    int64_t seed;
+    ex_machine machine;
     const char *out;
     bool fast;
     bool measure;                     /* nothing is trained: what an earlier run has left in `out` is measured again */
@@ -124,7 +125,7 @@ EX_API bool exi_demo_pretrain(ex_demo *d)
     apt_config config = APT_ZERO;
     apt_model *model = NULL;
     ex_run run;
-    apt_ctx *ctx = ex_run_context(d->threads, NULL, &d->error);
+    apt_ctx *ctx = ex_run_context(&d->machine, &d->error);
     char *title = ex_format("%s: pretraining", plan->title);
     plan->shape(d, &config);
     bool fine = ctx != NULL && (apt_model_create(ctx, &config, (uint64_t)d->seed, &model) == APT_OK ||
@@ -201,7 +202,7 @@ EX_API bool exi_demo_measure(ex_demo *d, const char *dir, ex_scores *scores, ex_
 {
     ex_saved saved;
     ex_score_info info;
-    const bool fine = ex_saved_open(&saved, outcome, dir, d->threads, NULL, &d->error) &&
+    const bool fine = ex_saved_open(&saved, outcome, dir, &d->machine, &d->error) &&
                       d->plan->score(d, saved.ctx, saved.model, EX_DEMO_TEST, scores, &info) &&
                       ex_demo_speed(d, saved.ctx, saved.model, outcome);
     if (fine) d->plan->quality(scores, cells);
@@ -262,7 +263,7 @@ EX_API bool exi_demo_adapt(ex_demo *d, int32_t way, ex_cells *cells)
     apt_model *model = NULL;
     ex_run run;
     char *dir = ex_path(d->out, exi_demo_way_of(d, way)->folder);
-    apt_ctx *ctx = ex_run_context(d->threads, NULL, &d->error);
+    apt_ctx *ctx = ex_run_context(&d->machine, &d->error);
     cells->run = exi_demo_way_of(d, way)->name;
     exi_demo_stage(d, exi_demo_way_of(d, way)->stage);
     bool fine = ctx != NULL && ex_make_dirs(dir, &d->error) && exi_demo_load(d, way, ctx, &model);
@@ -357,7 +358,7 @@ EX_API int ex_demo_main(const ex_demo_plan *plan, void *user, int argc, char **a
     d.out = out;
     const ex_arg table[] = {
         EX_INT("seed", "N", &d.seed, 0, 1e9, "another corpus and another start"),
-        EX_INT("threads", "N", &d.threads, 0, 64, "threads to use; 0: all cores"),
+        EX_INT("threads", "N", &d.machine.threads, 0, 64, "threads to use; 0: all cores"),
         EX_TEXT("out", "DIR", &d.out, "folder for models, data and the report"),
         EX_FLAG("fast", &d.fast, "about ten seconds, for tests: everything runs, nothing is learned well"),
         EX_ARGS_END};

@@ -9,10 +9,11 @@ enum { EX_METHOD_APT, EX_METHOD_LORA, EX_METHOD_FULL, EX_METHOD_PRUNE_AFTER, EX_
 #define EX_METHODS "apt|lora|full|prune-after|prune-first"
 
 typedef struct ex_options {
-    const char *adapt, *prune, *kernels;
+    const char *adapt, *prune;
+    ex_machine machine;
     int32_t preset, lr_schedule, schedule, salience, weights, quantize;
     bool resume, overwrite, grow, kurtosis, reset_moments, distill, group_by_length, qat;
-    int64_t batch, accumulate, epochs, steps, warmup, rank, max_rank, seed, threads;
+    int64_t batch, accumulate, epochs, steps, warmup, rank, max_rank, seed;
     int64_t prune_begin, prune_end, distill_end, prune_every, round_heads, round_neurons, round_hidden, min_hidden, observe;
     int64_t eval_every, checkpoint_every, log_every, quantize_begin;
     double sparsity, start_sparsity, lr, weight_decay, clip, scale, growth, mask_step, momentum;
@@ -39,6 +40,23 @@ EX_API void ex_options_init(ex_options *o)
     o->temperature = 2.0 / 3;
     o->sparsity = 0.6;
     o->round_heads = o->round_neurons = o->round_hidden = 1;
+#ifdef EX_CUDA
+    o->machine.device = EX_DEVICE_CUDA;
+#endif
+}
+
+/* What the table cannot check, for every method. */
+EX_API bool ex_options_check_machine(const ex_options *o, ex_error *error)
+{
+    const bool cuda = o->machine.device == EX_DEVICE_CUDA;
+#ifndef EX_CUDA
+    if (cuda)
+        return ex_fail(error, "--device cuda: this program was built for the CPU alone; make cuda builds it for both (build/cuda/)");
+#endif
+    if (!cuda && o->machine.math != 0) return ex_fail(error, "--math tf32 and bf16 go with --device cuda");
+    if (cuda && o->quantize != APT_QUANT_NONE)
+        return ex_fail(error, "--quantize needs --device cpu: products of small integers are the CPU's");
+    return true;
 }
 
 EX_API bool ex_method_prunes(int32_t method)
@@ -104,8 +122,10 @@ EX_API bool ex_method_prunes(int32_t method)
               "OUT, calibrated on a batch; without training: those of --model, in memory, by their largest weights"),        \
     EX_FLAG("qat", &(o)->qat, "train with these small integers, too"),                                                      \
     EX_INT("quantize-begin", "N", &(o)->quantize_begin, 0, 1e12, "--qat: step from which on"),                              \
-    EX_INT("threads", "N", &(o)->threads, 0, 64, "0: all cores"),                                                           \
-    EX_TEXT("kernels", "NAME", &(o)->kernels, "ref, avx2, avx512, neon; default: the fastest here")
+    EX_INT("threads", "N", &(o)->machine.threads, 0, 64, "0: all cores"),                                                   \
+    EX_TEXT("kernels", "NAME", &(o)->machine.kernels, "ref, avx2, avx512, neon; default: the fastest here"),                \
+    EX_CHOICE("device", &(o)->machine.device, EX_DEVICES, "what computes; cuda, an NVIDIA GPU, is for programs of make cuda"), \
+    EX_CHOICE("math", &(o)->machine.math, EX_MATHS, "--device cuda: what products round their operands to")
 
 /* The option's list is that of apt_preset_kind, with "none" in place of 0. */
 static apt_preset_kind exi_preset(int32_t preset)
@@ -162,7 +182,7 @@ static int32_t exi_salience(int32_t choice)                               /* apt
     return norms[choice];
 }
 
-/* What the table cannot check: which options belong together. */
+/* ... and for those that train: which options belong together. */
 EX_API bool ex_options_check(const ex_options *o, ex_error *error)
 {
     if (o->prune_end > 0 && o->prune_begin >= o->prune_end)

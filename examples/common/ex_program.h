@@ -69,6 +69,7 @@ EX_API bool ex_program_trains(const ex_program *p)
 EX_API bool ex_program_check(ex_program *p, const char *train, const char *from)
 {
     const char *method = p->methods[p->method];
+    if (!ex_options_check_machine(&p->options, &p->error)) return false;
     if (!ex_program_trains(p))
         return !p->options.resume || ex_fail(&p->error, "--resume goes with a training method, not with %s", method);
     if (train == NULL || p->out == NULL)
@@ -95,7 +96,7 @@ EX_API int ex_program_main(ex_program *p, const ex_args_about *about, int argc, 
     if (parsed == EX_ARGS_OK) {
         ex_options_preset(&p->options, p->table);
         if (p->check(p->user)) {
-            p->ctx = ex_run_context(p->options.threads, p->options.kernels, &p->error);
+            p->ctx = ex_run_context(&p->options.machine, &p->error);
             status = p->ctx != NULL ? p->work(p->user) : 1;
         }
     }
@@ -169,15 +170,18 @@ EX_API const char *exi_family_name(const apt_config *config)
 /* Says on `file` what p->loaded is. path: where it comes from. */
 EX_API void ex_program_show_model(const ex_program *p, const apt_config *config, const char *path, FILE *file)
 {
+    static const char *const maths[] = {", on the GPU in fp32", ", on the GPU in tf32", ", on the GPU in bf16"};
+    const ex_machine *machine = &p->options.machine;
     const int32_t threads = apt_thread_count(p->ctx);
     const char *quant = apt_quant_kind_name(config->quant);
     apt_model_info info = APT_ZERO;
     char text[32];
     apt_model_query(p->loaded, &info);
-    fprintf(file, "  model    %s: %s, %d layers, d %d, %s parameters%s%s, %s kernels, %d thread%s\n", path,
+    fprintf(file, "  model    %s: %s, %d layers, d %d, %s parameters%s%s, %s kernels, %d thread%s%s\n", path,
             exi_family_name(config), (int)(config->layers - config->decoder_layers), (int)config->hidden,
             ex_count_text(text, sizeof(text), (double)info.parameters), quant != NULL ? ", " : "", quant != NULL ? quant : "",
-            apt_kernel_name(p->ctx), (int)threads, threads == 1 ? "" : "s");
+            apt_kernel_name(p->ctx), (int)threads, threads == 1 ? "" : "s",
+            machine->device == EX_DEVICE_CUDA ? maths[machine->math] : "");
 }
 
 /* ------------------------------------------------------------------------------------------------ a training */
@@ -265,7 +269,7 @@ EX_API bool exi_training_finish(const ex_training *t, ex_run *run)
     ex_outcome_of_run(&outcome, run);
     if (!ex_run_save(run, t->tokenizer) || (t->write != NULL && !t->write(p->user))) return false;
     apt_model_destroy(run->model);
-    bool fine = ex_saved_open(&saved, &outcome, p->out, p->options.threads, p->options.kernels, &p->error);
+    bool fine = ex_saved_open(&saved, &outcome, p->out, &p->options.machine, &p->error);
     if (fine && t->dev != NULL) {
         fine = t->evaluate(p->user, saved.ctx, saved.model, &scores, &info);
         if (fine) outcome.tokens_per_second = (double)info.tokens / info.seconds;

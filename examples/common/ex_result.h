@@ -53,13 +53,12 @@ EX_API void ex_outcome_of_run(ex_outcome *outcome, const ex_run *run)
 /* The folder that was just written, loaded again in a context of its own: what is measured with it is true of the files. */
 typedef struct ex_saved { apt_ctx *ctx; apt_model *model; } ex_saved;
 
-EX_API bool ex_saved_open(ex_saved *saved, ex_outcome *outcome, const char *dir, int64_t threads, const char *kernels,
-                          ex_error *error)
+EX_API bool ex_saved_open(ex_saved *saved, ex_outcome *outcome, const char *dir, const ex_machine *machine, ex_error *error)
 {
     char *file = ex_path(dir, "model.safetensors");
     apt_model_info info = APT_ZERO;
     saved->model = NULL;
-    saved->ctx = ex_run_context(threads, kernels, error);
+    saved->ctx = ex_run_context(machine, error);
     outcome->disk = ex_file_bytes(file);
     free(file);
     if (saved->ctx == NULL) return false;

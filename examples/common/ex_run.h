@@ -1,7 +1,8 @@
 /* ex_run.h - what a training program does around apt.h: scoring a data set, the training loop with progress, events,
    metrics.jsonl, checkpoints and Ctrl-C, saving the result.
 
-   Include after apt.h, ex_log.h, ex_args.h, ex_data.h and ex_progress.h. A program calls ex_run_init, fills in what is its own,
+   Include after apt.h, ex_log.h, ex_args.h, ex_data.h and ex_progress.h. With EX_CUDA it also knows an NVIDIA GPU and is linked
+   with the unit that apt_cuda.h describes (make cuda). A program calls ex_run_init, fills in what is its own,
    and calls ex_run_train once, ex_run_save, ex_run_close. Errors are in run->error. */
 #ifndef EX_RUN_H
 #define EX_RUN_H
@@ -9,6 +10,9 @@
 #include <math.h>
 #include <signal.h>
 #include <sys/statvfs.h>
+#ifdef EX_CUDA
+#include "../../apt_cuda.h"
+#endif
 
 /* ------------------------------------------------------------------------------------------------ Ctrl-C and context */
 
@@ -47,14 +51,34 @@ static void exi_on_log(const apt_log_item *item, void *user)
     else if (item->level == APT_LOG_ERROR && ((ex_error *)user)->text[0] == 0) ex_fail((ex_error *)user, "%s", item->message);
 }
 
+/* What computes. All zero: this machine's CPU. */
+enum { EX_DEVICE_CPU, EX_DEVICE_CUDA };
+#define EX_DEVICES "cpu|cuda"
+#define EX_MATHS "fp32|tf32|bf16"                 /* the order of apt_cuda_math */
+
+typedef struct ex_machine {
+    int64_t threads;                  /* 0: all cores */
+    const char *kernels;              /* NULL: the fastest */
+    int32_t device, math;
+} ex_machine;
+
 /* A context for a program: `error` receives the library's messages and must live as long as the context. */
-EX_API apt_ctx *ex_run_context(int64_t threads, const char *kernels, ex_error *error)
+EX_API apt_ctx *ex_run_context(const ex_machine *machine, ex_error *error)
 {
     apt_desc desc = APT_ZERO;
-    desc.threads = (int32_t)threads;
-    desc.kernels = kernels;
+    desc.threads = (int32_t)machine->threads;
+    desc.kernels = machine->kernels;
     desc.log = exi_on_log;
     desc.log_user = error;
+#ifdef EX_CUDA
+    char message[512] = "";
+    apt_cuda_desc cuda = APT_ZERO;
+    cuda.math = (apt_cuda_math)machine->math;
+    if (machine->device == EX_DEVICE_CUDA) {
+        desc.backend = apt_cuda_open(&cuda, message, sizeof(message));
+        if (desc.backend == NULL) return ex_fail(error, "--device cuda: %s", message), NULL;
+    }
+#endif
     return apt_create(&desc);
 }
 
