@@ -9,12 +9,13 @@ EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 BENCHES  = $(patsubst tests/bench/%.c,build/bench/%,$(wildcard tests/bench/*.c))
 PACKAGES = libstb-dev libcmocka-dev libutf8proc-dev
 
-.PHONY: help run run-t5 run-llama run-magnitude run-bk test mutations examples bench deps need-run need-test clean
+.PHONY: help run run-t5 run-llama run-magnitude run-pipeline run-bk test mutations examples bench deps need-run need-test clean
 
 help:
 	@echo "make run       build the demo and run it (about two minutes on two cores; no arguments, no downloads)"
 	@echo "make run-t5    the same with a tiny T5 that puts facts into words; make run-llama with a tiny LLaMA that tells stories"
 	@echo "make run-magnitude  single weights pruned by magnitude, at once, in a 2:4 pattern, step by step, against APT"
+	@echo "make run-pipeline   stages that make a model smaller: APT, magnitude, distillation, quantisation (1.5 minutes, resumable)"
 	@echo "make run-bk    a sequence model that learns which positions it can do without (some seconds)"
 	@echo "make test      the whole test suite; make test ARGS='-k platform' runs what matches, ARGS=-l lists the jobs"
 	@echo "make mutations breaks one gradient at a time and expects the tests to notice (some ten minutes)"
@@ -34,6 +35,9 @@ run-llama: need-run build/demo_llama
 
 run-magnitude: need-run build/magnitude
 	./build/magnitude
+
+run-pipeline: need-run build/pipeline
+	./build/pipeline
 
 run-bk: need-run build/sparse_bk
 	./build/sparse_bk
