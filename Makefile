@@ -14,12 +14,14 @@ CUDA_GPU = $(foreach sm,80 89 90,-gencode arch=compute_$(sm),code=sm_$(sm)) -gen
 CUDA_LIBS = -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcublasLt -lcudart -lstdc++
 PACKAGES = libstb-dev libcmocka-dev libutf8proc-dev
 
-.PHONY: help run run-t5 run-llama run-magnitude run-bk test mutations examples cuda bench deps need-run need-test need-nvcc clean
+.PHONY: help run run-t5 run-llama run-magnitude run-pipeline run-bk test mutations examples cuda bench deps need-run need-test \
+        need-nvcc clean
 
 help:
 	@echo "make run       build the demo and run it (about two minutes on two cores; no arguments, no downloads)"
 	@echo "make run-t5    the same with a tiny T5 that puts facts into words; make run-llama with a tiny LLaMA that tells stories"
 	@echo "make run-magnitude  single weights pruned by magnitude, at once, in a 2:4 pattern, step by step, against APT"
+	@echo "make run-pipeline   stages that make a model smaller: APT, magnitude, distillation, quantisation (1.5 minutes, resumable)"
 	@echo "make run-bk    a sequence model that learns which positions it can do without (some seconds)"
 	@echo "make test      the whole test suite; make test ARGS='-k platform' runs what matches, ARGS=-l lists the jobs"
 	@echo "make mutations breaks one gradient at a time and expects the tests to notice (some ten minutes)"
@@ -40,6 +42,9 @@ run-llama: need-run build/demo_llama
 
 run-magnitude: need-run build/magnitude
 	./build/magnitude
+
+run-pipeline: need-run build/pipeline
+	./build/pipeline
 
 run-bk: need-run build/sparse_bk
 	./build/sparse_bk

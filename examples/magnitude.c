@@ -30,8 +30,9 @@
 #include "common/ex_task.h"
 #include "common/ex_demo.h"
 #include "common/ex_demo_bert.h"
+#include "common/ex_demo_files.h"
 
-enum { DENSE, MAGNITUDE, PATTERN, ITERATIVE, APT, APT_INT8, WAYS, MOST_PATTERNS = 16, MOST_ITERATIONS = 32, WATCHED = 500 };
+enum { DENSE, MAGNITUDE, PATTERN, ITERATIVE, APT, APT_INT8, WAYS, MOST_PATTERNS = 16, MOST_ITERATIONS = 32 };
 
 /* What was measured of one way. */
 typedef struct row {
@@ -48,73 +49,23 @@ typedef struct row {
 } row;
 
 typedef struct app {
-    ex_bert bert;                     /* the demonstration task; the first member */
+    ex_demo_files files;              /* the task, of the demonstration or of files; the first member */
     ex_demo d;
     ex_demo_plan plan;
     ex_demo_way way[WAYS];
     char *name[WAYS], *stage[WAYS];
     /* the command line's */
-    const char *train, *dev, *patterns;
+    const char *patterns;
     double sparsity, begin, last, lr, apt_lr;
-    int64_t iterations, steps, batch, limit;
+    int64_t iterations, steps, batch;
     int32_t demo;                     /* 0: words, 1: classes */
     char *pattern_text;
     const char *pattern[MOST_PATTERNS];
     int32_t pattern_count;
     apt_magnitude_desc once;
     apt_iterative_desc plan_of_iterations;
-    /* files */
-    ex_program p;
-    ex_task task;
-    ex_task_file file[EX_DEMO_SETS];
     row row[WAYS];
 } app;
-
-/* ------------------------------------------------------------------------------------------------ files, not the grammar */
-
-static bool read_files(app *a)
-{
-    ex_task *t = &a->task;
-    apt_load_desc load = APT_ZERO;
-    ex_task_file *train = &a->file[EX_DEMO_TRAIN], *watched = &a->file[EX_DEMO_DEV], *test = &a->file[EX_DEMO_TEST];
-    t->kind = load.task = APT_TASK_CLASSIFY;
-    train->path = a->train;
-    watched->path = test->path = a->dev;
-    a->p.ctx = ex_run_context(&a->d.machine, &a->p.error);
-    if (a->p.ctx == NULL || !ex_task_read_labels(t, a->p.model) || !ex_task_read_train(t, train, a->limit)) return false;
-    a->plan.load.labels = load.labels = ex_labels_count(t->labels);
-    if (!ex_program_load(&a->p, load, &t->config)) return false;
-    t->tokenizer = a->d.tokenizer = ex_program_tokenizer(&a->p, &t->config, a->p.model);
-    if (t->tokenizer == NULL) return false;
-    ex_program_show_model(&a->p, &t->config, a->p.model, stdout);
-    return ex_task_check_labels(t, a->p.model) && ex_task_read(t, watched, true, WATCHED) && ex_task_read(t, test, true, 0) &&
-           ex_task_tokenise(t, train, "train") && ex_task_tokenise(t, watched, "watched") && ex_task_tokenise(t, test, "dev");
-}
-
-static bool files_data(ex_demo *d, ex_cells *baseline)
-{
-    app *a = (app *)d->user;
-    (void)baseline;
-    const bool fine = read_files(a);
-    if (!fine) d->error = a->p.error;
-    apt_destroy(a->p.ctx);
-    a->p.ctx = NULL;
-    return fine;
-}
-
-static ex_source files_rows(const ex_demo *d, ex_demo_set which)
-{
-    return ex_dataset_source(&((const app *)d->user)->file[which].set);
-}
-
-static bool files_score(ex_demo *d, apt_ctx *ctx, apt_model *model, ex_demo_set which, ex_scores *scores, ex_score_info *info)
-{
-    app *a = (app *)d->user;
-    apt_model_config(model, &a->task.config);
-    const bool fine = ex_task_evaluate(&a->task, ctx, model, &a->file[which], scores, info);
-    if (!fine) d->error = a->p.error;
-    return fine;
-}
 
 /* ------------------------------------------------------------------------------------------------ ways */
 
@@ -126,7 +77,7 @@ static void schedule(ex_demo *d, ex_run *run, int32_t way)
     apt_iterative_desc *plan = &a->plan_of_iterations;
     memset(once, 0, sizeof(*once));
     memset(plan, 0, sizeof(*plan));
-    if (a->bert.words) run->prepare = ex_bert_mask;
+    if (a->files.bert.words) run->prepare = ex_bert_mask;
     if (way == APT_INT8) return;      /* what APT has left, and no step more */
     if (way == APT) {
         ex_demo_apt(d, run);
@@ -186,20 +137,14 @@ static bool measure_sparse(app *a, const char *dir, row *r)
     return fine;
 }
 
-static bool write_labels(app *a, const char *dir)
-{
-    if (a->p.model == NULL || ex_task_write_labels(&a->task, dir)) return true;
-    a->d.error = a->p.error;
-    return false;
-}
-
 /* The compressed folder beside run->dir. */
 static bool compress(app *a, ex_run *run, row *r)
 {
     ex_demo *d = &a->d;
     char *dir = ex_format("%s-sparse", run->dir);
     bool fine = apt_model_save_sparse(run->model, dir, &r->stored) == APT_OK || ex_fail(&d->error, "%s", apt_error(run->ctx));
-    fine = fine && ex_copy_tokenizer(d->base, dir, &d->error) && write_labels(a, dir) && measure_sparse(a, dir, r);
+    fine = fine && ex_copy_tokenizer(d->base, dir, &d->error) && ex_demo_files_label(&a->files, dir, &d->error) &&
+           measure_sparse(a, dir, r);
     free(dir);
     return fine;
 }
@@ -228,7 +173,7 @@ static bool measured(ex_demo *d, ex_run *run, int32_t way, const ex_scores *scor
     app *a = (app *)d->user;
     row *r = &a->row[way];
     apt_model_info info = APT_ZERO;
-    if (!write_labels(a, run->dir)) return false;
+    if (!ex_demo_files_label(&a->files, run->dir, &d->error)) return false;
     r->target = way == DENSE ? 0 : way == PATTERN ? 0.5 : way == ITERATIVE ? a->last : a->sparsity;
     r->accuracy = scores->value[0];
     r->loss = scores->loss;
@@ -246,46 +191,35 @@ static bool measured(ex_demo *d, ex_run *run, int32_t way, const ex_scores *scor
     r->kept = outcome->kept = (double)r->prunable / (double)a->row[DENSE].prunable;
     if (way != APT_INT8 && !compress(a, run, r)) return false;
     if (d->measure) r->pruned = r->stored;                 /* the folder has the zeros and not the masks */
-    cells_of(r, way, a->bert.words, cells);
+    cells_of(r, way, a->files.bert.words, cells);
     if (r->pruned.matrices > 0 && a->pattern_count == 0) outcome->kept -= r->pruned.sparsity;      /* what is 0 is not left */
     return true;
 }
 
 /* ------------------------------------------------------------------------------------------------ results */
 
-static void put_number(ex_text *out, const char *name, double value)
-{
-    if (ex_finite(value)) ex_text_format(out, ", \"%s\": %.9g", name, value);
-    else ex_text_format(out, ", \"%s\": null", name);
-}
-
-static void put_count(ex_text *out, const char *name, int64_t value)
-{
-    ex_text_format(out, ", \"%s\": %lld", name, (long long)value);
-}
-
 static void put_sparsity(ex_text *out, const apt_sparsity *s)
 {
-    put_number(out, "sparsity", s->sparsity);
-    put_count(out, "matrices", s->matrices);
-    put_count(out, "weights", s->weights);
-    put_count(out, "zeros", s->zeros);
-    put_count(out, "active", s->weights - s->zeros);
-    put_count(out, "dense_bytes", s->dense_bytes);
-    put_count(out, "sparse_bytes", s->sparse_bytes);
-    put_number(out, "compression", s->compression);
+    ex_json_put_number(out, "sparsity", s->sparsity);
+    ex_json_put_count(out, "matrices", s->matrices);
+    ex_json_put_count(out, "weights", s->weights);
+    ex_json_put_count(out, "zeros", s->zeros);
+    ex_json_put_count(out, "active", s->weights - s->zeros);
+    ex_json_put_count(out, "dense_bytes", s->dense_bytes);
+    ex_json_put_count(out, "sparse_bytes", s->sparse_bytes);
+    ex_json_put_number(out, "compression", s->compression);
 }
 
 static void put_iteration(ex_text *out, const apt_iteration *h)
 {
     ex_text_format(out, "%s      {\"iteration\": %d", h->number > 1 ? ",\n" : "\n", (int)h->number);
-    put_count(out, "step", h->step);
-    put_number(out, "target", h->target);
+    ex_json_put_count(out, "step", h->step);
+    ex_json_put_number(out, "target", h->target);
     put_sparsity(out, &h->reached);
-    if ((h->measured & APT_MEASURED_BEFORE) != 0) put_number(out, "loss_before", h->before);
-    if ((h->measured & APT_MEASURED_AFTER) != 0) put_number(out, "loss_after", h->after);
-    if ((h->measured & APT_MEASURED_RETRAINED) != 0) put_number(out, "loss_retrained", h->retrained);
-    put_number(out, "degradation", h->degradation);
+    if ((h->measured & APT_MEASURED_BEFORE) != 0) ex_json_put_number(out, "loss_before", h->before);
+    if ((h->measured & APT_MEASURED_AFTER) != 0) ex_json_put_number(out, "loss_after", h->after);
+    if ((h->measured & APT_MEASURED_RETRAINED) != 0) ex_json_put_number(out, "loss_retrained", h->retrained);
+    ex_json_put_number(out, "degradation", h->degradation);
     ex_text_put(out, "}");
 }
 
@@ -296,33 +230,33 @@ static void put_way(const app *a, int32_t way, ex_text *out)
     ex_json_put(out, a->way[way].name, strlen(a->way[way].name));
     ex_text_put(out, ", \"folder\": ");
     ex_json_put(out, a->way[way].folder, strlen(a->way[way].folder));
-    put_number(out, "accuracy", r->accuracy);
-    put_number(out, "loss", r->loss);
-    put_number(out, "perplexity", exp(r->loss));
-    put_number(out, "degradation", r->degradation);
-    put_number(out, "perplexity_degradation", r->perplexity_degradation);
-    put_number(out, "target", r->target);
+    ex_json_put_number(out, "accuracy", r->accuracy);
+    ex_json_put_number(out, "loss", r->loss);
+    ex_json_put_number(out, "perplexity", exp(r->loss));
+    ex_json_put_number(out, "degradation", r->degradation);
+    ex_json_put_number(out, "perplexity_degradation", r->perplexity_degradation);
+    ex_json_put_number(out, "target", r->target);
     put_sparsity(out, &r->pruned);
-    put_count(out, "parameters", r->parameters);
-    put_count(out, "active_parameters", r->parameters - r->pruned.zeros);
-    put_count(out, "file_bytes", r->disk);
-    put_count(out, "sparse_file_bytes", r->sparse_disk);
-    put_number(out, "tokens_per_second", r->speed);
-    if (r->used.matrices > 0) put_number(out, "tokens_per_second_compressed", r->sparse_speed);
-    put_number(out, "milliseconds_first", r->first);
-    put_number(out, "milliseconds_last", r->last);
-    put_number(out, "training_seconds", r->seconds);
+    ex_json_put_count(out, "parameters", r->parameters);
+    ex_json_put_count(out, "active_parameters", r->parameters - r->pruned.zeros);
+    ex_json_put_count(out, "file_bytes", r->disk);
+    ex_json_put_count(out, "sparse_file_bytes", r->sparse_disk);
+    ex_json_put_number(out, "tokens_per_second", r->speed);
+    if (r->used.matrices > 0) ex_json_put_number(out, "tokens_per_second_compressed", r->sparse_speed);
+    ex_json_put_number(out, "milliseconds_first", r->first);
+    ex_json_put_number(out, "milliseconds_last", r->last);
+    ex_json_put_number(out, "training_seconds", r->seconds);
     if (r->iterations > 0) {
         const apt_iterative_summary *s = &r->summary;
         ex_text_format(out, ",\n     \"summary\": {\"iterations\": %d", (int)s->iterations);
-        put_count(out, "done", s->done);
-        put_count(out, "begin", s->begin);
-        put_count(out, "retrain", s->retrain);
-        put_number(out, "first", s->first);
-        put_number(out, "last", s->last);
-        put_number(out, "loss_before", s->before);
-        put_number(out, "loss_retrained", s->retrained);
-        put_number(out, "degradation", s->degradation);
+        ex_json_put_count(out, "done", s->done);
+        ex_json_put_count(out, "begin", s->begin);
+        ex_json_put_count(out, "retrain", s->retrain);
+        ex_json_put_number(out, "first", s->first);
+        ex_json_put_number(out, "last", s->last);
+        ex_json_put_number(out, "loss_before", s->before);
+        ex_json_put_number(out, "loss_retrained", s->retrained);
+        ex_json_put_number(out, "degradation", s->degradation);
         ex_text_put(out, "},\n     \"history\": [");
         for (int32_t i = 0; i < r->iterations; i++) put_iteration(out, &r->history[i]);
         ex_text_put(out, "]");
@@ -336,9 +270,9 @@ static bool write_results(app *a)
     ex_text out = {NULL, 0, 0};
     ex_text_put(&out, "{\"model\": ");
     ex_json_put(&out, a->d.base, strlen(a->d.base));
-    put_count(&out, "seed", a->d.seed);
-    put_count(&out, "steps", a->d.sizes.steps);
-    put_count(&out, "batch", a->plan.batch);
+    ex_json_put_count(&out, "seed", a->d.seed);
+    ex_json_put_count(&out, "steps", a->d.sizes.steps);
+    ex_json_put_count(&out, "batch", a->plan.batch);
     ex_text_put(&out, ",\n  \"ways\": [");
     for (int32_t way = 0; way < WAYS; way++) put_way(a, way, &out);
     ex_text_put(&out, "]}\n");
@@ -415,19 +349,14 @@ static bool split_patterns(app *a)
 
 static bool check_options(app *a)
 {
-    ex_options o;
-    ex_options_init(&o);
-    o.overwrite = true;
-    if ((a->p.model != NULL) != (a->train != NULL) || (a->p.model != NULL) != (a->dev != NULL))
-        return ex_fail(&a->d.error, "--model, --train and --dev belong together; without them the demonstration runs");
-    if (a->limit > 0 && a->p.model == NULL) return ex_fail(&a->d.error, "--limit goes with --train");
+    if (!ex_demo_files_check(&a->files, a->d.out, &a->d.error)) return false;
     if (a->begin > a->last)
         return ex_fail(&a->d.error, "--first %g is above --iterative %g, where the iterations end", a->begin, a->last);
     const int64_t steps = a->plan.sizes.steps;
     if (!a->d.fast && steps / 2 < a->iterations)
         return ex_fail(&a->d.error, "--iterations %lld do not fit --steps %lld: half of the steps are theirs",
                        (long long)a->iterations, (long long)steps);
-    return split_patterns(a) && (a->p.model == NULL || ex_options_check_out(&o, a->p.model, a->d.out, &a->d.error));
+    return split_patterns(a);
 }
 
 static const ex_demo_plan g_plan = {
@@ -446,28 +375,21 @@ static const ex_demo_plan g_plan = {
 static void choose_plan(app *a)
 {
     ex_demo_plan *plan = &a->plan;
-    const bool files = a->p.model != NULL;
+    const bool files = a->files.p.model != NULL;
     if (a->steps > 0) plan->sizes.steps = a->steps;
     else if (files) plan->sizes.steps = 1000;
     if (a->batch > 0) plan->batch = (int32_t)a->batch;
     if (!(a->lr > 0)) a->lr = files ? 5e-5 : 5e-4;
-    a->bert.words = !files && a->demo == 0;
-    if (a->bert.words) {
+    a->files.bert.words = !files && a->demo == 0;
+    if (a->files.bert.words) {
         plan->load = (apt_load_desc)APT_ZERO;
         plan->sizes.train = plan->sizes.steps * plan->batch;
     }
     if (a->apt_lr > 0) plan->rate = (float)a->apt_lr;
     else if (files) plan->rate = 1e-3f;
     if (!files) return;
-    plan->data = "Reading the rows";
-    plan->shape = NULL;               /* nothing is pretrained */
-    plan->make_data = files_data;
-    plan->rows = files_rows;
-    plan->score = files_score;
+    ex_demo_files_plan(&a->files, &a->d, plan);
     plan->fast.steps = plan->fast.steps < plan->sizes.steps ? plan->fast.steps : plan->sizes.steps;
-    a->d.base = ex_copy(a->p.model, strlen(a->p.model));
-    a->p.name = "roberta";            /* whose models these are, see ex_program_load */
-    a->task.error = &a->p.error;
 }
 
 static int work(app *a)
@@ -481,9 +403,7 @@ static int work(app *a)
         free(a->name[way]);
         free(a->stage[way]);
     }
-    for (int32_t i = 0; i < EX_DEMO_SETS; i++) ex_task_file_free(&a->file[i]);
-    ex_task_free(&a->task);
-    ex_bert_free(&a->bert);
+    ex_demo_files_free(&a->files);
     return status;
 }
 
@@ -499,10 +419,7 @@ int main(int argc, char **argv)
     a.iterations = 5;
     const ex_arg table[] = {
         EX_GROUP("Data (none: the demonstration task)"),
-        EX_TEXT("model", "DIR", &a.p.model, "BERT or RoBERTa checkpoint folder: config.json, safetensors, tokenizer"),
-        EX_TEXT("train", "FILE", &a.train, "training rows: .tsv or .jsonl, one or two sentences and a class"),
-        EX_TEXT("dev", "FILE", &a.dev, "rows to measure on; the first 500 are watched while training"),
-        EX_INT("limit", "N", &a.limit, 0, 1e12, "training rows to read; 0: all"),
+        EX_DEMO_FILES_ROWS(&a.files),
         EX_TEXT("out", "DIR", &a.d.out, "folder for models, results.json and report.html"),
         EX_CHOICE("demo", &a.demo, "words|classes", "the task of the demonstration: masked words, or whether it is good news"),
         EX_GROUP("Pruning"),

@@ -42,7 +42,7 @@ same() { if cmp -s "$2" "$3"; then pass "$1"; else fail "$1 ($2 and $3 differ)";
 says_file() { if grep -q -e "$3" "$2"; then pass "$1"; else fail "$1 (no \"$3\" in $2)"; fi; }
 has() { if [ -s "$2" ]; then pass "$1"; else fail "$1 ($2 is missing or empty)"; fi; }
 
-for program in demo demo_t5 demo_llama magnitude roberta llama t5 sparse_bk; do
+for program in demo demo_t5 demo_llama magnitude pipeline roberta llama t5 sparse_bk; do
     if [ ! -x "$build/$program" ]; then fail "$build/$program is not built"; exit 1; fi
 done
 
@@ -191,6 +191,70 @@ says "is named, and a matrix" "'nothing' in its name.*query"
 check "a folder of another family" 1 "$magnitude" --model "$work/demo-t5/apt" --train "$work/demo/train.tsv" --dev "$work/demo/dev.tsv" --out "$work/x"
 says "is for another program" "is a T5 model, which is not for this program; t5 is"
 check "rows without classes" 1 "$magnitude" --model "$base" --train "$work/demo/corpus.tsv" --dev "$work/demo/dev.tsv" --out "$work/x"
+
+# ---- pipeline: orders that make no sense, all stages in one run, runs that are killed in the middle, files
+pipeline=$build/pipeline
+check "pipeline --help" 0 "$pipeline" --help
+says "pipeline --help says where experts are" "apt_moe networks"
+refuses() {                                                           # NAME STAGES PATTERN
+    check "$1" 2 "$pipeline" --stages "$2" --out "$work/x"
+    says "and says why" "$3"
+}
+refuses "a stage that there is not" tune,prune '"prune" is no stage; there are tune, apt, magnitude, qat, distill, student, quantize'
+refuses "no stage at all" "" '"" is no stage'
+refuses "a stage behind quantize" tune,quantize,distill "distill: nothing can follow quantize"
+refuses "tuning behind pruning" apt,tune "tune: .* comes first"
+refuses "pruning behind qat" tune,qat,apt,quantize "apt: .*prune in front of it"
+refuses "qat without quantize" tune,qat,distill "qat: it learns for quantize"
+refuses "nothing to win back" tune,distill "distill: there is nothing to win back"
+refuses "a teacher that knows nothing" student "student: its teacher is a model that knows the task"
+refuses "magnitude twice" tune,magnitude,magnitude "only distill may come more than once"
+check "a student as deep as its teacher" 1 "$pipeline" --stages tune,student --student-layers 4 --fast --steps 4 --out "$work/x"
+says "both numbers are named" "student of 4 layers: the model has 4"
+check "nothing to go on with" 2 "$pipeline" --resume --out "$work/nothing"
+all="--fast --steps 16 --stages tune,student,apt,magnitude,distill,qat,quantize"
+check "pipeline runs" 0 "$pipeline" $all --threads 2 --out "$work/stages"
+for row in accuracy loss parameters "not 0" "on disk" smaller "of the target" inference time; do says "pipeline's table has: $row" "^$row "; done
+says "the target is reached" "is reached: 1[0-9]"
+says_file "results.json has the compression" "$work/stages/results.json" '"stage": "quantize".*"compression": 1[0-9]'
+says_file "the report draws its stages" "$work/stages/report.html" "7-quantize\|magnitude"
+zeros() { sed -n "s/.*\"stage\": \"$1\".*\"zeros\": \([0-9]*\).*/\1/p" "$work/stages/results.json"; }
+if [ "$(zeros magnitude)" -gt 50000 ] && [ "$(zeros qat)" = "$(zeros magnitude)" ]; then pass "zeros stay through distill and qat"; else fail "zeros stay through distill and qat"; fi
+for folder in 2-student 4-magnitude 7-quantize; do
+    check "roberta reads $folder" 0 "$roberta" --model "$work/stages/$folder" --dev "$work/stages/test.tsv" --method eval
+done
+breaks() {                                                            # FOLDER LINES SIGNAL STATUS OPTIONS...
+    folder=$1 least=$2 signal=$3 status=$4
+    shift 4
+    "$pipeline" $all --out "$work/broken" "$@" > "$work/log" 2>&1 &
+    pid=$! tries=0
+    while kill -0 "$pid" 2> /dev/null && [ "$tries" -lt 3000 ]; do
+        lines=$(grep -c '"event":"step"' "$work/broken/$folder/metrics.jsonl" 2> /dev/null)
+        [ "${lines:-0}" -ge "$least" ] && break
+        sleep 0.01
+        tries=$((tries + 1))
+    done
+    kill "-$signal" "$pid" 2> /dev/null
+    wait "$pid" 2> /dev/null
+    got=$?
+    if [ "$got" -eq "$status" ]; then pass "SIG$signal in $folder"; else fail "SIG$signal in $folder (exit status $got)"; fi
+}
+breaks tiny-bert 8 KILL 137 --threads 2
+breaks 3-apt 10 KILL 137 --threads 1 --resume
+breaks 5-distill 8 INT 130 --threads 2 --resume
+says "it says how to go on" "stopped in distill after step .* --resume goes on"
+check "other settings are refused" 1 "$pipeline" $all --lr 1e-4 --resume --out "$work/broken"
+says "both are shown" "then: .*now: \|written with other settings"
+check "the rest" 0 "$pipeline" $all --threads 1 --resume --out "$work/broken"
+for folder in tiny-bert 3-apt 5-distill 7-quantize; do
+    same "$folder is the same, killed or not" "$work/stages/$folder/model.safetensors" "$work/broken/$folder/model.safetensors"
+done
+check "pipeline on files" 0 "$pipeline" --model "$base" --train "$work/demo/train.tsv" --dev "$work/demo/dev.tsv" --limit 300 --steps 8 \
+    --batch 16 --stages tune,student,distill,quantize --bits int4 --student-layers 1 --out "$work/stages-files"
+has "the classes are named" "$work/stages-files/4-quantize/labels.txt"
+check "a folder that is tuned needs no tuning" 0 "$pipeline" --model "$work/stages-files/1-tune" --train "$work/demo/train.tsv" \
+    --dev "$work/demo/dev.tsv" --limit 300 --steps 6 --batch 16 --stages student,quantize --out "$work/stages-tuned"
+says "it is what the others are compared with" "^ *--model  "
 
 # ---- roberta: arguments
 r() { "$roberta" --model "$base" --threads 2 "$@"; }

@@ -321,6 +321,18 @@ EX_API void ex_json_put(ex_text *out, const char *text, size_t bytes)
     ex_text_add(out, "\"", 1);
 }
 
+/* Members behind others of an object: ,"name": value. What is not finite becomes null. */
+EX_API void ex_json_put_number(ex_text *out, const char *name, double value)
+{
+    if (ex_finite(value)) ex_text_format(out, ", \"%s\": %.9g", name, value);
+    else ex_text_format(out, ", \"%s\": null", name);
+}
+
+EX_API void ex_json_put_count(ex_text *out, const char *name, int64_t value)
+{
+    ex_text_format(out, ", \"%s\": %lld", name, (long long)value);
+}
+
 /* ------------------------------------------------------------------------------------------------ looking at nodes */
 
 EX_API const ex_json_node *ex_json_root(const ex_json *json)

@@ -195,6 +195,9 @@ struct ex_run {
     const apt_iterative_desc *iterative;      /* single weights step by step; NULL: none. Its metric is that of `evaluate`, with
                                                  the sign turned where it says that lower is better */
     int32_t observe;                  /* batches of salience before that */
+    apt_model *teacher;               /* another model to learn from ... */
+    const apt_distill_desc *distill;  /* ... and how; NULL: none */
+    bool sparse;                      /* ex_run_save compresses matrices that have zeros enough */
     int32_t quantize;                 /* APT_QUANT_*: what ex_run_save makes of the weights */
     bool keeps, resume;               /* keeps: a stop leaves a checkpoint, which resume begins with */
     const char *settings;             /* NULL: none */
@@ -445,6 +448,8 @@ static bool exi_run_begin(ex_run *run)
     run->desc.on_event = exi_on_event;
     if (run->iterative != NULL && apt_trainer_iterative(run->trainer, run->iterative) != APT_OK)
         return ex_fail(run->error, "%s", apt_error(run->ctx));
+    if (run->distill != NULL && apt_trainer_teacher(run->trainer, run->teacher, run->distill) != APT_OK)
+        return ex_fail(run->error, "%s", apt_error(run->ctx));
     if (run->resume && !exi_run_load(run)) return false;
     char *path = ex_path(run->dir, "metrics.jsonl");
     const bool opened = ex_log_open(&run->log, path, run->resume ? run->state.step : -1, run->error);
@@ -565,7 +570,7 @@ EX_API bool ex_run_save(ex_run *run, const char *tokenizer_dir)
     apt_trainer_destroy(run->trainer);
     run->trainer = NULL;
     if (apt_model_merge(run->model, NULL, NULL) != APT_OK || !exi_run_quantize(run) ||
-        apt_model_save(run->model, run->dir) != APT_OK)
+        (run->sparse ? apt_model_save_sparse(run->model, run->dir, NULL) : apt_model_save(run->model, run->dir)) != APT_OK)
         return ex_fail(run->error, "%s", apt_error(run->ctx));
     return tokenizer_dir == NULL || ex_copy_tokenizer(tokenizer_dir, run->dir, run->error);
 }
