@@ -37,11 +37,14 @@ STRICT="-std=c11 $WARN -Werror"
 TESTS="$STRICT -Wno-maybe-uninitialized"         # gcc does not know that cmocka's assertions do not return
 LIBS="-lcmocka -lutf8proc -lm -pthread"
 FUZZ_LIBS="-lutf8proc -lm -pthread"
-LIMIT=600                                        # seconds for one run of one program
+LIMIT=600 HANG=3600                              # processor seconds and seconds for one run of one program
 export ASAN_OPTIONS=allocator_may_return_null=1:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1
 
 # ---------------------------------------------------------------------------------------------------------------- jobs
+
+# Runs a program within the limits. Time on the clock says little where others use the processors too; it only ends what hangs.
+limited() { (ulimit -t $LIMIT; exec timeout $HANG "$@"); }
 
 have() { command -v "$1" > /dev/null 2>&1; }
 skip() { echo "    skip: $*"; return 77; }
@@ -62,29 +65,32 @@ count() {                                        # KIND STATUS LOG
 }
 
 # A command that builds something; the time it takes goes into the log, for the line that job() shows.
-build() { local TIMEFORMAT="    built in %U s"; time "$@"; }
+build() { local TIMEFORMAT="    built in %U %S s"; time "$@"; }
 
 # Runs a command in the background as soon as a place is free. KIND says how its log is counted. Shown: processor seconds, and
-# how many of them went into compiling.
-job() {                                          # KIND NAME COMMAND...
+# how many of them went into compiling. Long ones should come first.
+job() {                                          # KIND NAME COMMAND...; STARTED: its process, or empty
     local kind=$1 name=$2
+    STARTED=
     shift 2
     [[ $name =~ $FILTER ]] || return 0
     if [ -n "$LIST" ]; then echo "$name"; return 0; fi
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
     (
         log=$LOGS/${name//\//.}.log
-        TIMEFORMAT=%U
+        TIMEFORMAT='%U %S'
         seconds=$({ time { ("$@") > "$log" 2>&1; }; } 2>&1)
         status=$?
         read -r passed failed skipped <<< "$(count "$kind" $status "$log")"
-        built=$(awk '/^    built in / { s += $3 } END { if (s) printf ", %.1f of them to build", s }' "$log")
-        echo "$passed $failed $skipped $name" > "${log%.log}.count"
+        seconds=$(awk '{ printf "%.1f", $1 + $2 }' <<< "$seconds")
+        built=$(awk '/^    built in / { s += $3 + $4 } END { printf "%.1f", s }' "$log")
+        echo "$passed $failed $skipped $name $seconds $built" > "${log%.log}.count"
         if [ "$failed" -gt 0 ]; then printf 'FAILED   %-34s (exit status %s, %s s)\n%s\n' "$name" $status "$seconds" \
             "$(grep -vE '^\[( RUN|       OK)' "$log" | tail -n 15 | sed 's/^/         | /')"
         elif [ "$passed" -eq 0 ]; then printf 'skipped  %-34s %s\n' "$name" "$(sed -n 's/^ *skip: *//p' "$log" | head -n 1)"
-        else printf 'ok       %-34s %s passed, %s skipped (%s s%s)\n' "$name" "$passed" "$skipped" "$seconds" "$built"; fi
+        else printf 'ok       %-34s %s passed, %s skipped (%s s, %s of them to build)\n' "$name" "$passed" "$skipped" "$seconds" "$built"; fi
     ) &
+    STARTED=$!
 }
 
 # -------------------------------------------------------------------------------------------------------------- builds
@@ -100,24 +106,24 @@ compiler() {
         emulated) echo "$(compiler asan) -DAPT_TEST_CUDA" ;;      # contexts on the emulated device of apt_cuda.h
         tsan) echo "$CC -O1 -g1 -std=c11 -w -fsanitize=thread" ;;
         ofast) echo "$CC -Ofast -std=c11 -w" ;;
-        nosimd) echo "$CC -O2 $TESTS -DAPT_NO_SIMD" ;;
-        nothreads) echo "$CC -O1 $TESTS -DAPT_NO_THREADS" ;;
-        plainc) echo "$CC -O1 $TESTS -DAPT_NO_POSIX -DAPT_NO_MMAP" ;;
+        nothreads) echo "$CC -O1 $TESTS -DAPT_NO_THREADS -DAPT_NO_MMAP" ;;
+        plainc) echo "$CC -O1 $TESTS -DAPT_NO_POSIX -DAPT_NO_SIMD" ;;
         onlycore) echo "$CC -O1 $TESTS -DAPT_ONLY_CORE" ;;
         neon) echo "$CROSS -O2 $TESTS -static -Itests/cross" ;;
         fuzz) echo "$CLANG -O1 -g1 -std=c11 -w -DAPT_FUZZ -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all" ;;
     esac
 }
 
-# Which programs, by the part after test_, run in a build; "*": all of them.
+# Which programs, by the part after test_, run in a build; "*": all of them. What the kernels and ops do without SIMD is tested
+# in every build, which goes through all tables of kernels; plainc is for what is chosen around them.
 builds() {
     case $1 in
         cc | asan | ofast) echo "*" ;;
-        clang | nosimd) echo "kernels ops core sparsify learned learned_modules quantize quantize_train model train" ;;
+        clang) echo "kernels ops core sparsify learned learned_modules quantize model train" ;;
         emulated) echo "ops model generate train" ;;
         tsan) echo "platform kernels ops sparsify learned learned_modules quantize quantize_train model train" ;;
-        nothreads) echo "platform model" ;;
-        plainc) echo "platform files" ;;
+        nothreads) echo "platform files model" ;;
+        plainc) echo "platform files kernels learned_modules model train" ;;
         onlycore) echo "core sparsify learned quantize" ;;
         neon) echo "kernels numbers core sparsify learned quantize" ;;
     esac
@@ -188,7 +194,7 @@ program() {                                      # BUILD SOURCE: compiles and ru
         neon) prefix=$QEMU libs="-lm -pthread" ;;
     esac
     compile "$1" "$2" "$exe" $libs || return 1
-    timeout $LIMIT $prefix "$exe"
+    limited $prefix "$exe"
 }
 
 # ------------------------------------------------------------------------------------------------------ header compiles
@@ -236,27 +242,38 @@ object() {                                       # OUTPUT LANGUAGE TEXT COMPILER
 }
 
 # Two units, one of them with the implementation, in each mixture of languages.
-links() {                                        # LANGUAGE-OF-IMPLEMENTATION LANGUAGE-OF-USER
-    local o=$OUT/link-$1-$2 impl=$CC user=$CC
-    [ "$1" = c++ ] && impl=$CXX
-    [ "$2" = c++ ] && user=$CXX
-    have "$impl" && have "$user" || { skip "no $CXX"; return; }
-    object "$o.a.o" "$1" "$UNIT" "$impl" && object "$o.b.o" "$2" "$USER" "$user" &&
-        "$impl" "$o.a.o" "$o.b.o" -o "$o" -lm -pthread && "$o"
+links() {
+    local o=$OUT/link a b language compiler bad=0
+    have "$CXX" || { skip "no $CXX"; return; }
+    for language in c c++; do
+        compiler=$CC
+        [ $language = c++ ] && compiler=$CXX
+        object "$o-a-$language.o" $language "$UNIT" "$compiler" && object "$o-b-$language.o" $language "$USER" "$compiler" || return 1
+    done
+    for a in c c++; do
+        for b in c c++; do
+            compiler=$CC
+            [ $a = c++ ] && compiler=$CXX
+            if "$compiler" "$o-a-$a.o" "$o-b-$b.o" -o "$o-$a-$b" -lm -pthread && "$o-$a-$b"; then echo "ok $a implementation, $b user"
+            else echo "FAILED $a implementation, $b user"; bad=1; fi
+        done
+    done
+    return $bad
 }
 
-links_static() {                                 # APT_STATIC: an implementation in each of two units
+# APT_STATIC: an implementation in each of two units, so nothing of it may be seen from outside.
+links_static() {
     local o=$OUT/link-static
-    object "$o.a.o" c "$UNIT" "$CC" -DAPT_STATIC && object "$o.b.o" c "#define APT_IMPLEMENTATION
-$USER" "$CC" -DAPT_STATIC && "$CC" "$o.a.o" "$o.b.o" -o "$o" -lm -pthread && "$o" &&
-        ! nm -g --defined-only "$o.a.o" | grep .
+    object "$o.o" c "#define APT_IMPLEMENTATION
+$USER" "$CC" -DAPT_STATIC && "$CC" "$o.o" -o "$o" -lm -pthread && "$o" && [ "$(nm -g --defined-only "$o.o" | wc -l)" -eq 1 ]
 }
 
-# Only apt_ names leave the object, nothing in it can be written to, and it calls nothing that a library must not call.
+# Only apt_ names leave the object, nothing in it can be written to, and it calls nothing that a library must not call. Not
+# optimised: then every call in the text is there.
 symbols() {                                      # COMPILER
     local o=$OUT/symbols-$1.o bad=0
     have "$1" || { skip "no $1"; return; }
-    object "$o" c "$UNIT" "$1" -O2 || return 1
+    object "$o" c "$UNIT" "$1" || return 1
     nm -g --defined-only "$o" | awk '$3 !~ /^apt_/ { print "exported:", $3; bad = 1 } END { exit bad }' || bad=1
     size -A "$o" | awk '/^\.(data|bss|tdata|tbss)/ && $1 !~ /^\.data\.rel\.ro/ && $2 > 0 { print "writable:", $1, $2; bad = 1 }
                         END { exit bad }' || bad=1
@@ -413,26 +430,31 @@ documented() {                                   # SOURCE
     head -n 30 "$1" | grep -m 1 -oE '\bcc -O2 .*' || { echo "no 'cc -O2 ...' in the first lines of $1" >&2; return 1; }
 }
 
+# roberta is what a user builds. The header takes longer to compile than all the rest of an example, so for the others it is
+# parsed in its place, and then the same command links to what cc/object has made of it.
 example() {                                      # SOURCE
     local command
     command=$(documented "$1") || return 1
     command=$(sed -E "s,^cc ,$CC ,; s, -o [^ ]+, -o $BIN/$(basename "$1" .c)," <<< "$command")
+    case $1 in
+        */roberta.c | */custom_trainer.c) ;;     # custom_trainer takes the core alone
+        *) build eval "$command -fsyntax-only" && command="$command -DAPT_IMPLEMENTED $SPLIT/cc.o" || return 1 ;;
+    esac
     echo "$command"
-    eval "$command"
+    build eval "$command $WARN -Werror" && build $CC $STRICT -DAPT_IMPLEMENTED -fsyntax-only "$1"
 }
 
-# The same command for clang without its -O2: what clang makes of the header at -O2 is in clang/object and the programs there.
+# What clang makes of the header at -O2 is in clang/object and the programs there.
 example_clang() {                                # SOURCE
     local command
     have "$CLANG" || { skip "no $CLANG"; return; }
     command=$(documented "$1") || return 1
     command=$(sed -E "s,^cc -O2 ,$CLANG ,; s, -o [^ ]+, -o $OUT/example-clang-$(basename "$1" .c)," <<< "$command")
+    build eval "$command -fsyntax-only" || return 1
+    grep -q '^#define APT_ONLY_CORE' "$1" || command="$command -DAPT_IMPLEMENTED $SPLIT/cc.o"
     echo "$command"
-    eval "$command"
+    build eval "$command"
 }
-
-# With every warning, those that need -O2 too, but without the implementation, which cc/object compiles that way.
-example_strict() { $CC -O2 $STRICT -DAPT_IMPLEMENTED -c "$1" -o "$OUT/example-strict-$(basename "$1" .c).o"; }
 
 # Replays the corpus, then tries new inputs for a few seconds, always the same ones. Without clang's fuzzer only the replay.
 fuzz_build() { if can_build fuzz > /dev/null; then echo fuzz; else echo asan; fi; }
@@ -445,10 +467,10 @@ fuzz() {                                         # SOURCE
     compile $build "$1" "$exe" $FUZZ_LIBS || return 1
     if [ $build = fuzz ]; then
         mkdir -p "$OUT/fuzz_$name"
-        timeout $LIMIT "$exe" -seed=1 -runs=20000 -max_total_time=10 -timeout=20 -artifact_prefix="$OUT/" "$OUT/fuzz_$name" \
+        limited "$exe" -seed=1 -runs=20000 -max_total_time=10 -timeout=20 -artifact_prefix="$OUT/" "$OUT/fuzz_$name" \
             ${files[0]:+"tests/corpus/$name"} && echo "ok new inputs" || { echo "FAILED new inputs"; bad=1; }
     else echo "skipped fuzz/$name: $CLANG has no fuzzer library, only the corpus is replayed"; fi
-    timeout $LIMIT "$exe" --replay "${files[@]}" && echo "ok ${#files[@]} files" || { echo "FAILED on the corpus"; bad=1; }
+    limited "$exe" --replay "${files[@]}" && echo "ok ${#files[@]} files" || { echo "FAILED on the corpus"; bad=1; }
     return $bad
 }
 
@@ -458,7 +480,7 @@ fuzz() {                                         # SOURCE
 plan_implementations() {
     local build f name wanted
     [ -n "$LIST" ] || split || exit 1
-    for build in fuzz asan tsan ofast clang neon cc nosimd nothreads plainc; do
+    for build in asan fuzz ofast clang cc neon tsan nothreads plainc; do
         wanted=
         for f in tests/test_*.c; do
             name=${f#tests/test_}
@@ -470,25 +492,38 @@ plan_implementations() {
             [ $build = "$(fuzz_build)" ] && shares $build "$f" && [[ fuzz/${name%.c} =~ $FILTER ]] && wanted=1
         done
         [ $build = cc ] && [[ cuda/run =~ $FILTER ]] && cuda_device > /dev/null && wanted=1
+        for f in examples/*.c; do
+            name=$(basename "$f" .c)
+            [ $build = cc ] && { [[ example/$name =~ $FILTER ]] || [[ example/$name-clang =~ $FILTER ]]; } && wanted=1
+        done
         [ -n "$wanted" ] && FILTER=. job check "$build/object" implementation $build
     done
     wait
 }
 
+# The scripts take long and need all examples.
+plan_scripts() {
+    local f examples=()
+    for f in examples/*.c; do
+        job check "example/$(basename "$f" .c)" example "$f"
+        [ -z "$STARTED" ] || examples+=("$STARTED")
+    done
+    for f in examples/*.c; do job check "example/$(basename "$f" .c)-clang" example_clang "$f"; done
+    [ ${#examples[@]} -eq 0 ] || wait "${examples[@]}" 2> /dev/null
+    for f in tests/test_*.sh; do
+        [ -f "$f" ] && job script "script/$(basename "$f" .sh)" sh "$f" "$BIN"
+    done
+}
+
 plan() {
     local f build name std option
     plan_implementations
-    for build in tsan asan emulated cc ofast clang nosimd nothreads plainc onlycore neon; do
+    plan_scripts
+    for build in asan emulated tsan ofast cc clang neon plainc nothreads onlycore; do
         for f in tests/test_*.c; do
             name=${f#tests/test_}
             runs_in $build "$f" && job cmocka "$build/${name%.c}" program $build "$f"
         done
-    done
-    for f in examples/*.c; do
-        name=$(basename "$f" .c)
-        job check "example/$name" example "$f"
-        job check "example/$name-clang" example_clang "$f"
-        job check "example/$name-strict" example_strict "$f"
     done
     for f in tests/fuzz_*.c; do
         [ -f "$f" ] || continue
@@ -511,7 +546,7 @@ plan() {
         job check "header/$option-$CXX" compiles c++ "$UNIT" "$CXX" -std=c++17 -D$option -fsyntax-only
     done
     job check header/neon compiles c "$UNIT" $CROSS -std=c11 -fsyntax-only
-    for f in c-c c-c++ c++-c c++-c++; do job check "link/$f" links "${f%%-*}" "${f#*-}"; done
+    job script link/languages links
     job check link/static links_static
     job check "symbols/$CC" symbols "$CC"
     job check "symbols/$CLANG" symbols "$CLANG"
@@ -523,11 +558,22 @@ plan() {
     for f in apt.h apt_cuda.h; do job check "text/shape-$f" shape $f; done
     for f in contents words version private_names pairs mutations; do job check "text/$f" $f; done
     for f in apt.h README.md; do job check "doc/$f" doc_code $f; done
-    wait                                         # the scripts use the examples
-    for f in tests/test_*.sh; do
-        [ -f "$f" ] && job script "script/$(basename "$f" .sh)" sh "$f" "$BIN"
-    done
     wait
+}
+
+# Where the time went: processor seconds by groups of jobs, and how much of the processors stood idle.
+account() {
+    awk -v wall=$SECONDS -v jobs="$JOBS" '
+        { group = $4; sub(/\/.*/, "", group); run = $5 - $6
+          if ($4 ~ /\/object$/) { build["the header, once for each build"] += $5; next }
+          if (group ~ /^(header|link|symbols|reserved|text|doc)$/) group = "checks of the header and of texts"
+          if (group == "example") group = "examples"
+          build[group] += $6; ran[group] += run }
+        END { for (g in build) { all += build[g] + ran[g]
+                  printf "%-34s %5.0f s to build, %5.0f s to run\n", g, build[g], ran[g] | "sort" }
+              close("sort")
+              printf "%.0f processor seconds, %d s on the clock, %.0f %% of %d processors\n", all, wall, 100 * all / (wall * jobs), jobs }' \
+        "$LOGS"/*.count
 }
 
 plan
@@ -537,4 +583,5 @@ rm -rf "$APT_TEST_TMP"
 echo
 grep -hE '^ *(skip:|skipped ) *' "$LOGS"/*.log 2> /dev/null | sed -E 's/^ *(skip:|skipped ) */skipped: /' | sort | uniq -c | sort -rn
 awk '$2 > 0 { print "failed: " $4 }' "$LOGS"/*.count
+account
 awk '{ p += $1; f += $2; s += $3 } END { printf "%d passed, %d failed, %d skipped\n", p, f, s; exit f > 0 || p == 0 }' "$LOGS"/*.count

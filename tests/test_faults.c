@@ -1,16 +1,22 @@
 /* What goes wrong around the library: memory that runs out at every single allocation of every call that makes some, threads that
    do not start, disks that refuse. After each failure the call is repeated, and the run must go on as if nothing had happened,
    bit for bit.
-   build: cc -std=c11 -O2 tests/test_faults.c -o test_faults -lcmocka -lpthread -lm */
+   link: -Wl,--wrap=write,--wrap=close,--wrap=fsync,--wrap=rename,--wrap=pthread_create,--wrap=pthread_attr_init
+   link: -Wl,--wrap=pthread_mutex_init,--wrap=pthread_mutex_destroy,--wrap=pthread_cond_init,--wrap=pthread_cond_destroy
+   build: cc -std=c11 -O2 tests/test_faults.c -o test_faults -lcmocka -lpthread -lm $(sed -n 's/^ *link: //p' tests/test_faults.c) */
 #include <pthread.h>
 #include <stdio.h>
 #include <unistd.h>
 #include <errno.h>
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <sys/mman.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdbool.h>
+#include <sys/resource.h>
+#define APT_IMPLEMENTATION
+#include "../apt.h"
+#include "apt_test.h"
+#include "model_test.h"
+#include "train_test.h"
 
 /* ---- system calls that fail on demand: the call number fail_at of those that pass here ---- */
 
@@ -30,82 +36,48 @@ static void system_fail_at(int64_t n)
     g_system.failed = false;
 }
 
-static int faulty_thread(pthread_t *thread, const pthread_attr_t *attributes, void *(*main)(void *), void *arg)
-{
-    return system_fails() ? EAGAIN : pthread_create(thread, attributes, main, arg);
-}
+/* The linker (--wrap) puts the __wrap_ function in the place of every call in the program's own objects, and knows the system's
+   as __real_. */
+#define FAULTY(type, name, parameters, arguments, fault, success)                       \
+    type __real_##name parameters;                                                      \
+    type __wrap_##name parameters;                                                      \
+    type __wrap_##name parameters                                                       \
+    {                                                                                   \
+        if (system_fails()) fault;                                                      \
+        success;                                                                        \
+        return __real_##name arguments;                                                 \
+    }
 
-static int faulty_attributes(pthread_attr_t *attributes)
+static int fails_with(int code)
 {
-    return system_fails() ? ENOMEM : pthread_attr_init(attributes);
-}
-
-static int faulty_mutex(pthread_mutex_t *mutex)
-{
-    if (system_fails()) return ENOMEM;
-    g_system.mutexes++;
-    return pthread_mutex_init(mutex, NULL);
-}
-
-static int faulty_condition(pthread_cond_t *condition)
-{
-    if (system_fails()) return ENOMEM;
-    g_system.conditions++;
-    return pthread_cond_init(condition, NULL);
-}
-
-static ssize_t faulty_write(int file, const void *data, size_t bytes)
-{
-    if (!system_fails()) return write(file, data, bytes);
-    errno = ENOSPC;
+    errno = code;
     return -1;
 }
 
 /* A failed close has closed all the same. */
-static int faulty_close(int file)
-{
-    const int code = close(file);
-    if (!system_fails()) return code;
-    errno = EIO;
-    return -1;
-}
+FAULTY(int, close, (int file), (file), return (__real_close(file), fails_with(EIO)), (void)0)
+FAULTY(ssize_t, write, (int file, const void *data, size_t bytes), (file, data, bytes), return fails_with(ENOSPC), (void)0)
+FAULTY(int, fsync, (int file), (file), return fails_with(EIO), (void)0)
+FAULTY(int, rename, (const char *from, const char *to), (from, to), return fails_with(EACCES), (void)0)
+FAULTY(int, pthread_create, (pthread_t *thread, const pthread_attr_t *attributes, void *(*entry)(void *), void *arg),
+       (thread, attributes, entry, arg), return EAGAIN, (void)0)
+FAULTY(int, pthread_attr_init, (pthread_attr_t *attributes), (attributes), return ENOMEM, (void)0)
+FAULTY(int, pthread_mutex_init, (pthread_mutex_t *mutex, const pthread_mutexattr_t *attributes), (mutex, attributes),
+       return ENOMEM, g_system.mutexes++)
+FAULTY(int, pthread_cond_init, (pthread_cond_t *condition, const pthread_condattr_t *attributes), (condition, attributes),
+       return ENOMEM, g_system.conditions++)
 
-static int faulty_sync(int file)
-{
-    if (!system_fails()) return fsync(file);
-    errno = EIO;
-    return -1;
-}
+#define COUNTED(type, name, count)                                                      \
+    int __real_##name(type *object);                                                    \
+    int __wrap_##name(type *object);                                                    \
+    int __wrap_##name(type *object)                                                     \
+    {                                                                                   \
+        count--;                                                                        \
+        return __real_##name(object);                                                   \
+    }
 
-static int faulty_rename(const char *from, const char *to)
-{
-    if (!system_fails()) return rename(from, to);
-    errno = EACCES;
-    return -1;
-}
-
-#define pthread_create(thread, attributes, main, arg) faulty_thread(thread, attributes, main, arg)
-#define pthread_attr_init(attributes) faulty_attributes(attributes)
-#define pthread_mutex_init(mutex, attributes) faulty_mutex(mutex)
-#define pthread_cond_init(condition, attributes) faulty_condition(condition)
-#define pthread_mutex_destroy(mutex) (g_system.mutexes--, pthread_mutex_destroy(mutex))
-#define pthread_cond_destroy(condition) (g_system.conditions--, pthread_cond_destroy(condition))
-#define write(file, data, bytes) faulty_write(file, data, bytes)
-#define close(file) faulty_close(file)
-#define fsync(file) faulty_sync(file)
-#define rename(from, to) faulty_rename(from, to)
-#define APT_IMPLEMENTATION
-#include "../apt.h"
-#undef write
-#undef close
-#undef fsync
-#undef rename
-#include "apt_test.h"
-#include "model_test.h"
-#include "train_test.h"
-
-#include <signal.h>
-#include <sys/resource.h>
+COUNTED(pthread_mutex_t, pthread_mutex_destroy, g_system.mutexes)
+COUNTED(pthread_cond_t, pthread_cond_destroy, g_system.conditions)
 
 /* ---- one call under attack ------------------------------------------------------------------------------------------- */
 
