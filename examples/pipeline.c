@@ -227,8 +227,8 @@ static void name_stages(app *a)
     name_settings(a);
 }
 
-/* What of a stage differs from the others. Weights that are 0 stay 0 in all of them, and from qat on all compute with what quantize
-   will make of the weights. */
+/* What of a stage differs from the others. Weights that are 0 stay 0 in all of them, and from qat on all compute with what
+   quantize will make of the weights. */
 static void schedule(app *a, ex_run *run, int32_t i)
 {
     apt_train_desc *t = &run->desc;
