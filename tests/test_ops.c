@@ -232,6 +232,7 @@ static apt_ctx *new_context(int32_t threads, const char *kernels)
 enum { CONTEXTS = 4 };
 static const int32_t THREADS[CONTEXTS] = {1, 2, 3, 8};
 static apt_ctx *g_ctx[CONTEXTS];                  /* of the kernel table at hand */
+static bool g_differences;                        /* for one table: each is compared with the reference, which they prove */
 
 static float *copy_of(const float *p, int64_t n)
 {
@@ -274,7 +275,7 @@ static void check_case(op_case *c)
         if (!c->in[k].fixed) compare(c, "gradient of", &c->in[k], c->in[k].g, c->in[k].plus ? (double)PLUS_START : 0.0, c->tolerance);
     check_threads(c);
     run_case(c);
-    if (c->fd_tolerance > 0) check_differences(c);
+    if (c->fd_tolerance > 0 && g_differences) check_differences(c);
     for (int k = 0; k < c->ins; k++) {
         check_guard(c->in[k].name, c->in[k].v, c->in[k].rows, c->in[k].cols, c->in[k].ld);
         check_guard(c->in[k].name, c->in[k].g, c->in[k].rows, c->in[k].cols, c->in[k].ld);
@@ -313,6 +314,7 @@ static void each_table(void (*body)(void))
     for (int32_t k = 0; k < count; k++) {
         for (int i = 0; i < CONTEXTS; i++) g_ctx[i] = new_context(THREADS[i], list[k]->name);
         g_seed = 42;
+        g_differences = k == count - 1;
         body();
         for (int i = 0; i < CONTEXTS; i++) apt_destroy(g_ctx[i]);
     }

@@ -524,7 +524,6 @@ static void test_products(void **state)
     every_table(check_products);
 }
 
-/* A row of activations that is not finite makes its own row NaN, no other. */
 /* A block of narrowed rows, its scales and its strip of sums fit into a task's scratch, for matrices of any width and for every
    table that there can be: also those that this CPU does not run. */
 static void test_blocks_fit(void **state)
@@ -551,6 +550,7 @@ static void test_blocks_fit(void **state)
     free(scratch);
 }
 
+/* A row of activations that is not finite makes its own row NaN, no other. */
 static void test_not_finite(void **state)
 {
     (void)state;
@@ -1173,15 +1173,20 @@ static void test_no_memory(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+#ifndef APT_ONLY_CORE
+        cmocka_unit_test(test_contexts),    cmocka_unit_test(test_products),    cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_pruned),
+#endif
+#ifndef __SANITIZE_THREAD__                      /* nothing but more of the same, or on one thread, which cannot race */
         cmocka_unit_test(test_round_trip),  cmocka_unit_test(test_strides),     cmocka_unit_test(test_calibration),
         cmocka_unit_test(test_straight_through), cmocka_unit_test(test_names),  cmocka_unit_test(test_bad_input),
 #ifndef APT_ONLY_CORE
-        cmocka_unit_test(test_contexts),    cmocka_unit_test(test_tiles),       cmocka_unit_test(test_narrow),
-        cmocka_unit_test(test_products),    cmocka_unit_test(test_blocks_fit),  cmocka_unit_test(test_not_finite),  cmocka_unit_test(test_models),
-        cmocka_unit_test(test_golden),      cmocka_unit_test(test_threads),     cmocka_unit_test(test_pruned),
+        cmocka_unit_test(test_tiles),       cmocka_unit_test(test_narrow),      cmocka_unit_test(test_blocks_fit),
+        cmocka_unit_test(test_not_finite),  cmocka_unit_test(test_models),      cmocka_unit_test(test_golden),
         cmocka_unit_test(test_files),       cmocka_unit_test(test_hostile_files), cmocka_unit_test(test_hostile_config),
         cmocka_unit_test(test_compressed),  cmocka_unit_test(test_refusals),    cmocka_unit_test(test_memory_held),
         cmocka_unit_test(test_no_memory),
+#endif
 #endif
     };
     return cmocka_run_group_tests_name("quantize", tests, NULL, NULL);

@@ -1296,6 +1296,14 @@ static void test_memory_failures(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+#ifndef APT_ONLY_CORE
+        cmocka_unit_test(test_thread_invariance),
+        cmocka_unit_test(test_sparse_product),
+        cmocka_unit_test(test_compaction),
+        cmocka_unit_test(test_resume),
+        cmocka_unit_test(test_compressed),
+#endif
+#ifndef __SANITIZE_THREAD__                      /* one thread cannot race */
         cmocka_unit_test(test_selection),
         cmocka_unit_test(test_global),
         cmocka_unit_test(test_threshold),
@@ -1305,25 +1313,21 @@ int main(void)
         cmocka_unit_test(test_schedule),
         cmocka_unit_test(test_sparse),
 #ifndef APT_ONLY_CORE
-        cmocka_unit_test(test_thread_invariance),
-        cmocka_unit_test(test_sparse_product),
         cmocka_unit_test(test_sparse_files),
         cmocka_unit_test(test_model_masks),
-        cmocka_unit_test(test_compaction),
         cmocka_unit_test(test_training),
         cmocka_unit_test(test_patterns_of_names),
         cmocka_unit_test(test_bad_descs),
         cmocka_unit_test(test_iterative),
         cmocka_unit_test(test_summary),
-        cmocka_unit_test(test_resume),
         cmocka_unit_test(test_resume_once),
-        cmocka_unit_test(test_compressed),
         cmocka_unit_test(test_compressed_life),
         cmocka_unit_test(test_plans),
         cmocka_unit_test(test_hostile_checkpoints),
         cmocka_unit_test(test_folders),
         cmocka_unit_test(test_hostile_folders),
         cmocka_unit_test(test_memory_failures),
+#endif
 #endif
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
