@@ -406,7 +406,7 @@ cuda_run() {
     for name in $(builds emulated) cuda; do
         build $(compiler cc) -DAPT_TEST_CUDA -DAPT_TEST_DEVICE -include "$SPLIT/view.h" "tests/test_$name.c" "$SPLIT/cc.o" "$unit" \
             -o "$BIN/test_$name-device" $LIBS -L"$lib" -Wl,-rpath,"$lib" -lcublasLt -lcudart -lstdc++ &&
-            timeout $LIMIT "$BIN/test_$name-device" && echo "ok $name" || { echo "FAILED $name"; bad=1; }
+            limited "$BIN/test_$name-device" && echo "ok $name" || { echo "FAILED $name"; bad=1; }
     done
     return $bad
 }
