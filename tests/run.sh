@@ -155,10 +155,10 @@ can_build() {                                    # BUILD: or says why not
 
 # The header takes far longer to compile than any program that tests it, so a build compiles it once and its programs link to
 # that. They call private functions too: split.awk makes an implementation whose functions are not static, and a header that
-# declares them. What stays in one piece, as every user has it: test_faults, which puts its own system calls under the header,
-# the programs of onlycore, and the examples.
+# declares them. What stays in one piece, as every user has it: the programs of onlycore. A program that puts its own system
+# calls under the header says so to the linker, in a line "link: OPTIONS" of its first comment.
 shares() {                                       # BUILD SOURCE: does this program link to the build's implementation?
-    case $1/$2 in onlycore/* | */test_faults.c) return 1 ;; esac
+    [ "$1" != onlycore ] || return 1
     grep -q '^#define APT_IMPLEMENTATION' "$2"
 }
 
@@ -182,7 +182,7 @@ compile() {                                      # BUILD SOURCE PROGRAM LIBRARIE
         parts=(-include "$SPLIT/view.h" "$object")
         [ -f "$object" ] || { echo "${object##*/} is missing"; return 1; }
     fi
-    build $(compiler "$build") "$source" "${parts[@]}" -o "$exe" "$@"
+    build $(compiler "$build") "$source" "${parts[@]}" -o "$exe" "$@" $(head -n 20 "$source" | sed -n 's/^ *link: //p')
 }
 
 program() {                                      # BUILD SOURCE: compiles and runs one test program
