@@ -249,7 +249,7 @@ static void test_map_gradients(void **state)
                 apt_trainer *t = test_trainer(m, &d);
                 test_randomise(m, 7);
                 test_batch_at(&b, &c, 5, 0, 5);
-                assert_ok(ctx, apti_forward(t->pass, &b.b, apti_train_mode(t, false, false)));
+                assert_ok(ctx, apti_forward(t->pass, &b.b, APTI_PASS_KEEP | (full ? APTI_PASS_FULL : 0u)));
                 const apti_site site = apti_site_of(m, APTI_LINEARS + linear);
                 point p = {9, site.w->cols, site.w->rows, site.a->rows, m->scale, NULL, NULL, site.a->value, site.b->value, NULL,
                            NULL, NULL};
