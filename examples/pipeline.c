@@ -102,7 +102,6 @@ static const char *misplaced(const app *a, int32_t i)
         return "there is nothing to win back: apt, magnitude, student or qat must stand in front of it";
     if ((kind == QAT || kind == QUANTIZE) && !knows && !has_kind(a, APT, i) && !has_kind(a, MAGNITUDE, i))
         return "the model does not know the task yet: tune, apt or magnitude must stand in front of it";
-    if (kind == QAT && i + 1 == a->count) return "it learns for quantize, which must come at the end";
     return NULL;
 }
 
