@@ -54,6 +54,22 @@ static inline const char *test_shared(char *path, size_t capacity, const char *n
     return path;
 }
 
+/* ---- how much of a long test runs in which build ---- */
+
+/* Every n-th of many sizes where a sanitizer or an emulator makes the program many times slower; all of them elsewhere. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || defined(APT_TEST_SAMPLE)
+#define TEST_SAMPLE(n) (n)
+#else
+#define TEST_SAMPLE(n) 1
+#endif
+
+/* Where to begin in a list of kernel tables. To threads it does not matter which kernels run: for them the last ones do. */
+#ifdef __SANITIZE_THREAD__
+#define TEST_FIRST_TABLE(count) ((count) - 1)
+#else
+#define TEST_FIRST_TABLE(count) 0
+#endif
+
 #ifdef APT_TEST_CUDA
 /* ---- every context on the emulated device of apt_cuda.h (the build "emulated" of tests/run.sh) ---- */
 
@@ -286,6 +302,22 @@ static inline int32_t test_count_files(const char *path)
 }
 
 /* ---- numbers ---- */
+
+/* One number for many bytes, on top of what came before. Fast, where apti_checksum is what files hold. */
+static inline uint64_t test_hash(uint64_t sum, const void *data, size_t bytes)
+{
+    const char *p = (const char *)data;
+    for (size_t left = bytes; left > 0;) {
+        uint64_t word = 0;
+        const size_t n = left < sizeof word ? left : sizeof word;
+        memcpy(&word, p, n);
+        sum = (sum ^ word ^ bytes) * 0x9e3779b97f4a7c15u;
+        sum ^= sum >> 29;
+        p += n;
+        left -= n;
+    }
+    return sum;
+}
 
 /* By the bits, so that -Ofast cannot fold it. */
 static inline bool test_finite(float x)

@@ -175,16 +175,16 @@ static inline uint64_t test_model_sum(const apt_model *model)
         const int64_t n = p.rows * p.cols;
         float *v = (float *)test_memory_block((size_t)n * sizeof(float));
         assert_int_equal(apt_model_get(model, p.name, v, n), APT_OK);
-        sum = apti_checksum(sum, p.name, strlen(p.name));
-        sum = apti_checksum(sum, &p.rows, sizeof p.rows);
-        sum = apti_checksum(sum, v, (size_t)n * sizeof(float));
+        sum = test_hash(sum, p.name, strlen(p.name));
+        sum = test_hash(sum, &p.rows, sizeof p.rows);
+        sum = test_hash(sum, v, (size_t)n * sizeof(float));
         free(v);
     }
     apt_units u;
     apt_model_units(model, &u);
     float *masks = (float *)test_memory_block((size_t)u.total * sizeof(float));
     assert_int_equal(apt_model_get_masks(model, masks, u.total), APT_OK);
-    sum = apti_checksum(sum, masks, (size_t)u.total * sizeof(float));
+    sum = test_hash(sum, masks, (size_t)u.total * sizeof(float));
     free(masks);
     return sum;
 }

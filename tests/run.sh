@@ -95,13 +95,14 @@ job() {                                          # KIND NAME COMMAND...; STARTED
 
 # -------------------------------------------------------------------------------------------------------------- builds
 
-# BUILD: the command that compiles a test program. The sanitizers get -g1: lines for their reports, no variables; with -g the
-# header takes half as long again. asan has -O2: its programs run twice as fast as with -O1, and the header is compiled only once.
+# BUILD: the command that compiles the header. The sanitizers get -g1: lines for their reports, no variables; with -g the header
+# takes half as long again. asan has -O2: its programs run twice as fast as with -O1, and the header is compiled only once. What
+# is fuzzed are the readers of files, which are the same for all kernels.
 compiler() {
     case $1 in
         cc) echo "$CC -O2 $TESTS" ;;
         clang) echo "$CLANG -O2 $STRICT" ;;
-        asan) echo "$CC -O2 -g1 $TESTS -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow" \
+        asan) echo "$CC -O2 -g1 -std=c11 -w -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow" \
                   "-fno-sanitize-recover=all" ;;
         emulated) echo "$(compiler asan) -DAPT_TEST_CUDA" ;;      # contexts on the emulated device of apt_cuda.h
         tsan) echo "$CC -O1 -g1 -std=c11 -w -fsanitize=thread" ;;
@@ -109,16 +110,18 @@ compiler() {
         nothreads) echo "$CC -O1 $TESTS -DAPT_NO_THREADS -DAPT_NO_MMAP" ;;
         plainc) echo "$CC -O1 $TESTS -DAPT_NO_POSIX -DAPT_NO_SIMD" ;;
         onlycore) echo "$CC -O1 $TESTS -DAPT_ONLY_CORE" ;;
-        neon) echo "$CROSS -O2 $TESTS -static -Itests/cross" ;;
-        fuzz) echo "$CLANG -O1 -g1 -std=c11 -w -DAPT_FUZZ -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all" ;;
+        neon) echo "$CROSS -O2 $TESTS -static -Itests/cross -DAPT_TEST_SAMPLE" ;;
+        fuzz) echo "$CLANG -O1 -g1 -std=c11 -w -DAPT_FUZZ -DAPT_NO_SIMD -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all" ;;
     esac
 }
 
-# Which programs, by the part after test_, run in a build; "*": all of them. What the kernels and ops do without SIMD is tested
-# in every build, which goes through all tables of kernels; plainc is for what is chosen around them.
+# Which programs, by the part after test_, run in a build; "*": all of them, but not those behind "-". What the kernels and ops do
+# without SIMD is tested in every build, which goes through all tables of kernels; plainc is for what is chosen around them.
 builds() {
     case $1 in
-        cc | asan | ofast) echo "*" ;;
+        cc) echo "*" ;;
+        asan) echo "* -estimate" ;;              # it counts the bytes of runs like those of train
+        ofast) echo "* -estimate -faults -cuda -text" ;;
         clang) echo "kernels ops core sparsify learned learned_modules quantize model train" ;;
         emulated) echo "ops model generate train" ;;
         tsan) echo "platform kernels ops sparsify learned learned_modules quantize quantize_train model train" ;;
@@ -131,7 +134,8 @@ builds() {
 
 runs_in() {                                      # BUILD SOURCE
     local name=${2#tests/test_}
-    case " $(builds "$1") " in *" ${name%.c} "* | " * ") return 0 ;; esac
+    name=${name%.c}
+    case " $(builds "$1") " in *" -$name "*) return 1 ;; *" $name "* | " * "*) return 0 ;; esac
     return 1
 }
 
@@ -182,6 +186,7 @@ compile() {                                      # BUILD SOURCE PROGRAM LIBRARIE
         parts=(-include "$SPLIT/view.h" "$object")
         [ -f "$object" ] || { echo "${object##*/} is missing"; return 1; }
     fi
+    case $build in asan | emulated) parts+=(-O1) ;; esac              # the tests themselves need no more
     build $(compiler "$build") "$source" "${parts[@]}" -o "$exe" "$@" $(head -n 20 "$source" | sed -n 's/^ *link: //p')
 }
 

@@ -122,11 +122,11 @@ static uint64_t state_sum(const fixture *f)
 {
     uint64_t sum = f->l.model != NULL ? test_model_sum(f->l.model) : 0;
     const int32_t files = test_count_files(f->dir);
-    sum = apti_checksum(sum, f->l.tr.sum, sizeof f->l.tr.sum);
-    sum = apti_checksum(sum, f->l.tr.fired, sizeof f->l.tr.fired);
-    sum = apti_checksum(sum, f->l.tr.events, sizeof f->l.tr.events);
-    sum = apti_checksum(sum, &f->value, sizeof f->value);
-    return apti_checksum(sum, &files, sizeof files);
+    sum = test_hash(sum, f->l.tr.sum, sizeof f->l.tr.sum);
+    sum = test_hash(sum, f->l.tr.fired, sizeof f->l.tr.fired);
+    sum = test_hash(sum, f->l.tr.events, sizeof f->l.tr.events);
+    sum = test_hash(sum, &f->value, sizeof f->value);
+    return test_hash(sum, &files, sizeof files);
 }
 
 /* Some steps more: what cannot be seen (moments, salience, sums) shows in them. */
@@ -671,7 +671,7 @@ static apt_result call_forward(fixture *f)
     out.logits = logits;
     out.logits_capacity = 2048;
     const apt_result r = apt_model_forward(f->l.model, &b.b, &out);
-    if (r == APT_OK) f->value = apti_checksum(0, logits, (size_t)out.logits_count * sizeof(float));
+    if (r == APT_OK) f->value = test_hash(0, logits, (size_t)out.logits_count * sizeof(float));
     return r;
 }
 
@@ -699,7 +699,7 @@ static apt_result call_merge(fixture *f)
     const apt_result r = apt_model_merge(f->l.model, &b.b, &difference);
     if (r == APT_OK) {
         assert_true(difference > 0 && difference < 1e-3f);
-        f->value = apti_checksum(0, &difference, sizeof difference);
+        f->value = test_hash(0, &difference, sizeof difference);
     }
     return r;
 }
@@ -736,7 +736,7 @@ static void folder_value(fixture *f)
         size_t bytes = 0;
         char *text = test_read_file(test_join(path, sizeof path, f->dir, i == 0 ? "model.safetensors" : "config.json"), &bytes);
         assert_non_null(text);
-        f->value = apti_checksum(f->value, text, bytes);
+        f->value = test_hash(f->value, text, bytes);
         free(text);
     }
 }
@@ -761,7 +761,7 @@ static apt_result call_estimate(fixture *f)
 {
     apt_estimate_info info = APT_ZERO;
     const apt_result r = apt_estimate(f->l.ctx, &f->p.c, &f->p.d, 40, 4, &info);
-    if (r == APT_OK) f->value = apti_checksum(0, &info, sizeof info);
+    if (r == APT_OK) f->value = test_hash(0, &info, sizeof info);
     return r;
 }
 
@@ -776,7 +776,7 @@ static apt_result generate(fixture *f, int32_t beams)
     d.beams = beams;
     d.ignore_end = 1;
     const apt_result r = apt_generate(f->l.model, &b.b, &d, out, out + 6);
-    if (r == APT_OK) f->value = apti_checksum(0, out, sizeof out);
+    if (r == APT_OK) f->value = test_hash(0, out, sizeof out);
     return r;
 }
 

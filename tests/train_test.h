@@ -80,7 +80,7 @@ static inline apt_result run_one(apt_trainer *t, const plan *p, trace *tr, int64
     const apt_result r = apt_trainer_step(t, &b.b, &info);
     if (r != APT_OK) return r;
     const double values[4] = {info.loss, info.task_loss, info.distill_loss, info.gradient_norm};
-    tr->sum[i] = apti_checksum(0, values, sizeof values);
+    tr->sum[i] = test_hash(0, values, sizeof values);
     tr->loss[i] = info.loss;
     if (!test_finite((float)info.loss)) fail_msg("micro-batch %d: the loss is not finite", (int)i);
     return r;
