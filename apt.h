@@ -16881,6 +16881,14 @@ static bool apti_is_trained(const apti_param *p)
     return p->trainable && p->grad != NULL && apti_param_count(p) > 0;
 }
 
+/* On the backend: the sum goes on growing, array after array, until somebody reads it. */
+static bool apti_device_squares(apt_ctx *ctx, const float *x, int64_t n)
+{
+    if (ctx->desc.backend == NULL) return false;
+    const apti_squares_job job = {ctx->device_sums + APTI_DEVICE_SQUARES, x, n};
+    return apti_device_run(ctx, APTI_OP_SQUARES, &job);
+}
+
 /* Sum of squares over all gradients: blocks of fixed size in fixed order, so threads cannot change it. */
 static double apti_gradient_norm(apt_trainer *t)
 {
@@ -16889,8 +16897,7 @@ static double apti_gradient_norm(apt_trainer *t)
     apti_device_clear(t->ctx, APTI_DEVICE_SQUARES, 1);
     for (int32_t i = 0; (p = apti_trained(t, i)) != NULL; i++) {
         const int64_t n = apti_is_trained(p) ? apti_param_count(p) : 0;
-        const apti_squares_job job = {t->ctx->device_sums + APTI_DEVICE_SQUARES, p->grad, n};
-        if (n == 0 || apti_device_run(t->ctx, APTI_OP_SQUARES, &job)) continue;
+        if (n == 0 || apti_device_squares(t->ctx, p->grad, n)) continue;
         for (int64_t at = 0; at < n; at += 4096) {
             const float *g = p->grad + at;
             sum += (double)t->ctx->kernels->dot(g, g, apti_min_i64(4096, n - at));

@@ -106,6 +106,7 @@ typedef struct op_case {
     void (*reference)(struct op_case *c);        /* out[].ref and in[].ref in double */
     double (*loss)(struct op_case *c);           /* NULL: sum of out * out.g */
     double tolerance, fd_tolerance, fd_step;
+    double floor;                     /* of the errors of gradients: what rounding alone leaves where large terms cancel */
     void *op;                                    /* what the three functions need besides */
 } op_case;
 
@@ -177,7 +178,7 @@ static void compare(const op_case *c, const char *what, const tensor *t, const f
     for (int64_t i = 0; i < t->rows; i++)
         for (int64_t j = 0; j < t->cols; j++) {
             const double want = t->ref[i * t->cols + j], value = (double)got[i * t->ld + j] - start;
-            const double bound = tolerance * largest + (start != 0 ? 3e-8 : 0) + 1e-30;
+            const double bound = tolerance * largest + (t->g == got ? c->floor : 0) + (start != 0 ? 3e-8 : 0) + 1e-30;
             if (!apti_finite(got[i * t->ld + j]) || fabs(value - want) > bound)
                 fail_msg("%s [%s]: %s %s(%d,%d) = %.9g, expected %.9g, largest %.3g", c->name, apt_kernel_name(c->ctx), what, t->name,
                          (int)i, (int)j, value, want, largest);
@@ -911,6 +912,9 @@ static void attention_check(const attention_shape *s)
     if (s->loudness > 0) {
         c->fd_tolerance = 0;
         c->tolerance = 2e-3;          /* logits of about a thousand: their rounding is the error */
+        /* One key takes nearly all, so dS = P (dP - D) is the difference of two equal sums of head_dim terms, times keys of this
+           size: 2 roundings for each of the two, and |dP| * scale about 1. */
+        c->floor = 4 * 5.96e-8 * s->loudness;
     }
     check_case(c);
     free(a->lse);
