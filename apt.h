@@ -1853,6 +1853,9 @@ typedef struct apti_adam_job {
 #if defined(__GNUC__) && !defined(APT_NO_SIMD)
 #if defined(__x86_64__)
 #define APTI_X86
+#if defined(__linux__) && defined(__LP64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define APTI_AMX
+#endif
 #elif defined(__aarch64__)
 #define APTI_NEON
 #endif
@@ -2239,6 +2242,7 @@ typedef enum apti_cpu_feature {
     APTI_CPU_AVX512,                             /* F, BW, DQ and VL */
     APTI_CPU_AVX512_BF16,
     APTI_CPU_AVX512_VNNI,
+    APTI_CPU_AMX,                                /* AVX-512 and tiles of bf16, which Linux lets a process use on demand */
     APTI_CPU_NEON,
     APTI_CPU_DOTPROD                             /* NEON's products of four bytes */
 } apti_cpu_feature;
@@ -2253,11 +2257,24 @@ static apti_cpuid apti_cpuid_read(uint32_t leaf, uint32_t subleaf)
     return r;
 }
 
+/* The tiles are 8 KiB that every signal frame must have room for, so Linux wants to be asked, once per process. */
+static bool apti_amx_allowed(void)
+{
+#ifdef APTI_AMX
+    const long arch_prctl = 158, req_xcomp_perm = 0x1023, xtiledata = 18;
+    long result;
+    __asm__ volatile("syscall" : "=a"(result) : "a"(arch_prctl), "D"(req_xcomp_perm), "S"(xtiledata) : "rcx", "r11", "memory");
+    return result == 0;
+#else
+    return false;
+#endif
+}
+
 /* A feature counts when the CPU has it and the system saves its registers (XCR0); cheap enough not to be cached. */
 static bool apti_cpu_has(apti_cpu_feature feature)
 {
     const uint32_t fma = 1u << 12, osxsave = 1u << 27, f16c = 1u << 29;
-    const uint32_t avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+    const uint32_t avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, amx = 1u << 22 | 1u << 24;
     const apti_cpuid one = apti_cpuid_read(1, 0);
     if (apti_cpuid_read(0, 0).a < 7 || (one.c & osxsave) == 0) return false;
     uint32_t xcr0, high;
@@ -2270,6 +2287,7 @@ static bool apti_cpu_has(apti_cpu_feature feature)
         case APTI_CPU_AVX512: return has_avx512;
         case APTI_CPU_AVX512_BF16: return has_avx512 && seven.a >= 1 && (apti_cpuid_read(7, 1).a & 1u << 5) != 0;
         case APTI_CPU_AVX512_VNNI: return has_avx512 && (seven.c & 1u << 11) != 0;
+        case APTI_CPU_AMX: return has_avx512 && (seven.d & amx) == amx && (xcr0 & 0x60000) == 0x60000 && apti_amx_allowed();
         case APTI_CPU_NEON: case APTI_CPU_DOTPROD: break;
     }
     return false;
@@ -3259,7 +3277,7 @@ typedef struct apti_segment {
     int64_t a_row, a_col;
     const void *b;
     int64_t b_step, b_panel;
-    bool bf16;
+    bool bf16;                                   /* thin: B is bf16; split operands: its parts are all in the first plane */
 } apti_segment;
 
 typedef struct apti_tile {
@@ -3301,6 +3319,36 @@ typedef struct apti_sparse_tile {
 } apti_sparse_tile;
 #define APTI_SPARSE_VECTORS 8                    /* as many independent sums as two FMA pipes can have under way */
 
+/* ---- products of split floats ----
+
+   A tile unit that multiplies bf16 only, but 16 times as many as an FMA unit multiplies floats, is made to multiply floats. A
+   float is the sum of three bf16 numbers, a = a1 + a2 + a3, each the rounded rest of those before it: 24 bits are 8 + 8 + 8, so
+   nothing is lost. Of the nine partial products
+
+       a b = a1 b1 + (a1 b2 + a2 b1) + (a1 b3 + a2 b2 + a3 b1) + at most 2^-23 |a b|
+
+   six are computed. Each is exact in a float, and so is added once, as everywhere. bf16 weights are their own first part and
+   need three. An operand is split when it is packed: steps of 32 inputs, and in each plane of a step (one per part) two blocks
+   of 16 lines of 64 bytes. A line of A is a row, a line of B a pair of inputs, 16 columns wide; pairs are inputs q and q + 16
+   of the step. Infinities come out as NaN, and parts below 2^-126 as 0. */
+#define APTI_SPLIT_STEP 32                       /* inputs of a step; also the rows and columns of a tile */
+#define APTI_SPLIT_PLANES 3
+#define APTI_SPLIT_BLOCK 512                     /* bf16 numbers of a block: 1 KiB */
+
+typedef struct apti_split_job {
+    uint16_t *y;                                 /* [steps][planes][2][16][16][2] */
+    const float *x;                              /* lines(A: rows, B: inputs) of `across` floats (A: inputs, B: columns) */
+    int64_t ldx, lines, across;                  /* missing ones, up to whole steps and tiles, become zeros */
+    int32_t planes;                              /* 3; B of bf16 numbers: 1 */
+} apti_split_job;
+
+typedef struct apti_split_kernels {
+    void (*begin)(void);                         /* around the tiles of a thread */
+    void (*end)(void);
+    void (*a)(const apti_split_job *job);
+    void (*b)(const apti_split_job *job);
+} apti_split_kernels;
+
 /* Vectors of n floats, any alignment, n >= 0; y may be x or a. A NaN that goes in comes out, also under -Ofast. */
 typedef struct apti_kernels {
     const char *name;
@@ -3308,6 +3356,8 @@ typedef struct apti_kernels {
     int32_t slim;                                /* rows of the tallest tile that is one vector wide */
     int32_t lanes;                               /* floats in a vector; nr is a multiple */
     const struct apti_kernels *narrow;           /* or NULL: shorter vectors, for products of few columns */
+    const struct apti_kernels *split;            /* or NULL: a table for products of many rows, whose tiles take split operands, */
+    const apti_split_kernels *operands;          /* which these make; only in such a table */
     void (*tile)(const apti_tile *tile);
     void (*thin)(const apti_tile *tile);         /* 1..3 rows, two panels: to[] is rows x 2 nr. For one token at a time */
     void (*finish)(const apti_finish *f);
@@ -3372,7 +3422,7 @@ typedef struct apti_quant_kernels {
 
 #define APTI_QUANT_NR_MAX 16
 #define APTI_QUANT_MR_MAX 14
-#define APTI_MR_MAX 14                           /* over all tables */
+#define APTI_MR_MAX 32                           /* over all tables */
 #define APTI_NR_MAX 32
 #define APTI_THIN_ROWS 3
 /* rows of a plain B, columns of a transposed A copied before going sideways: few pages at a time */
@@ -3629,11 +3679,13 @@ static void apti_adam_ref(float *w, float *m, float *v, const float *g, int64_t 
 }
 
 /* Every table names its functions apti_NAME_isa. */
-#define APTI_TABLE(isa, mr, nr, slim, lanes, narrow) {                                                                  \
-    #isa, mr, nr, slim, lanes, narrow, apti_tile_##isa, apti_thin_##isa, apti_finish_##isa, apti_sparse_##isa,          \
+#define APTI_TABLE_OF(name, isa, mr, nr, slim, lanes, narrow, split, operands, tile) {                                  \
+    name, mr, nr, slim, lanes, narrow, split, operands, tile, apti_thin_##isa, apti_finish_##isa, apti_sparse_##isa,    \
     apti_transpose_##isa, apti_copy_##isa, apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa,    \
     apti_dot_##isa, apti_sq_dev_##isa, apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa,               \
     apti_abs_add_##isa, apti_act_##isa, apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa }
+#define APTI_TABLE(isa, mr, nr, slim, lanes, narrow) \
+    APTI_TABLE_OF(#isa, isa, mr, nr, slim, lanes, narrow, NULL, NULL, apti_tile_##isa)
 
 static const apti_kernels apti_kernels_ref = APTI_TABLE(ref, 4, 8, 4, 1, NULL);
 
@@ -3902,6 +3954,155 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #include APT_HEADER
 #if !defined(__clang__)
 #pragma GCC diagnostic pop
+#endif
+
+#ifdef APTI_AMX
+/* Tiles of split floats on AMX: 2 x 2 sums of 16 x 16 in tiles 0..3, two blocks of A in 4 and 5, two of B in 6 and 7. All else
+   is AVX-512's. The compilers' instructions for tiles do not say what memory they touch; hence the barriers. */
+#define APTI_AMX_TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")))
+#define APTI_BARRIER() __asm__ volatile("" ::: "memory")
+
+/* The parts of u[i] and v[i], side by side, into 32 numbers of each plane */
+APTI_AVX512 APTI_INLINE void apti_split_pair(uint16_t *y, __m512 u, __m512 v, int32_t planes)
+{
+    const __m512i half = _mm512_set1_epi32(0x8000), high = _mm512_set1_epi32((int32_t)0xffff0000u);
+    for (int32_t plane = 0; plane < planes; plane++, y += 2 * APTI_SPLIT_BLOCK) {
+        __m512i a = _mm512_castps_si512(u), b = _mm512_castps_si512(v);
+        if (plane + 1 < planes) {
+            a = _mm512_and_si512(_mm512_add_epi32(a, half), high);
+            b = _mm512_and_si512(_mm512_add_epi32(b, half), high);
+            u = _mm512_sub_ps(u, _mm512_castsi512_ps(a));
+            v = _mm512_sub_ps(v, _mm512_castsi512_ps(b));
+        }
+        _mm512_storeu_si512(y, _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a, 16), b));
+    }
+}
+
+/* 16 floats from p, of which k are there */
+APTI_AVX512 APTI_INLINE __m512 apti_split_load(const float *p, int64_t k)
+{
+    return k >= 16 ? _mm512_loadu_ps(p) : k > 0 ? _mm512_maskz_loadu_ps((__mmask16)((1u << k) - 1u), p) : _mm512_setzero_ps();
+}
+
+APTI_AVX512 static void apti_split_a_amx(const apti_split_job *job)
+{
+    uint16_t *y = job->y;
+    for (int64_t p = 0; p < job->across; p += APTI_SPLIT_STEP, y += 2 * APTI_SPLIT_PLANES * APTI_SPLIT_BLOCK) {
+        for (int64_t r = 0; r < APTI_SPLIT_STEP; r++) {
+            const float *x = job->x + r * job->ldx + p;
+            const int64_t left = r < job->lines ? job->across - p : 0;
+            apti_split_pair(y + r * 32, apti_split_load(x, left), apti_split_load(x + 16, left - 16), APTI_SPLIT_PLANES);
+        }
+    }
+}
+
+APTI_AVX512 static void apti_split_b_amx(const apti_split_job *job)
+{
+    uint16_t *y = job->y;
+    for (int64_t p = 0; p < job->lines; p += APTI_SPLIT_STEP, y += 2 * job->planes * APTI_SPLIT_BLOCK) {
+        for (int64_t q = 0; q < 16; q++) {
+            const float *x = job->x + (p + q) * job->ldx;
+            for (int64_t j = 0; j < 2; j++) {
+                const int64_t upper = p + q < job->lines ? job->across - 16 * j : 0;
+                const int64_t lower = p + q + 16 < job->lines ? job->across - 16 * j : 0;
+                apti_split_pair(y + j * APTI_SPLIT_BLOCK + q * 32, apti_split_load(x + 16 * j, upper),
+                                apti_split_load(x + 16 * job->ldx + 16 * j, lower), job->planes);
+            }
+        }
+    }
+}
+
+#define APTI_AMX_A(plane)                                                                                   \
+    _tile_loadd(4, a + 2 * (plane) * APTI_SPLIT_BLOCK, 64);                                                 \
+    _tile_loadd(5, a + (2 * (plane) + 1) * APTI_SPLIT_BLOCK, 64);
+#define APTI_AMX_B(plane)                                                                                   \
+    _tile_loadd(6, b + 2 * (plane) * APTI_SPLIT_BLOCK, 64);                                                 \
+    _tile_loadd(7, b + (2 * (plane) + 1) * APTI_SPLIT_BLOCK, 64);
+#define APTI_AMX_MULTIPLY                                                                                   \
+    _tile_dpbf16ps(0, 4, 6);                                                                                \
+    _tile_dpbf16ps(1, 4, 7);                                                                                \
+    _tile_dpbf16ps(2, 5, 6);                                                                                \
+    _tile_dpbf16ps(3, 5, 7);
+#define APTI_AMX_SUMS(op, p, ld)                                                                            \
+    op(0, p, (ld) * 4);                                                                                     \
+    op(1, (p) + 16, (ld) * 4);                                                                              \
+    op(2, (p) + 16 * (ld), (ld) * 4);                                                                       \
+    op(3, (p) + 16 * (ld) + 16, (ld) * 4);
+
+/* The small partial products first, in an order that loads few blocks twice. */
+APTI_AMX_TARGET APTI_INLINE void apti_amx_segment(const apti_segment *segment)
+{
+    const int64_t planes = segment->bf16 ? 1 : APTI_SPLIT_PLANES;
+    const uint16_t *a = (const uint16_t *)(const void *)segment->a, *b = (const uint16_t *)segment->b;
+    for (int64_t p = segment->k; p > 0; p -= APTI_SPLIT_STEP) {
+        if (planes == 1) {
+            APTI_AMX_B(0) APTI_AMX_A(2) APTI_AMX_MULTIPLY APTI_AMX_A(1) APTI_AMX_MULTIPLY APTI_AMX_A(0) APTI_AMX_MULTIPLY
+        } else {
+            APTI_AMX_A(1) APTI_AMX_B(1) APTI_AMX_MULTIPLY
+            APTI_AMX_B(0) APTI_AMX_MULTIPLY
+            APTI_AMX_A(2) APTI_AMX_MULTIPLY
+            APTI_AMX_A(0) APTI_AMX_MULTIPLY
+            APTI_AMX_B(1) APTI_AMX_MULTIPLY
+            APTI_AMX_B(2) APTI_AMX_MULTIPLY
+        }
+        a += 2 * APTI_SPLIT_PLANES * APTI_SPLIT_BLOCK;
+        b += 2 * planes * APTI_SPLIT_BLOCK;
+    }
+}
+
+APTI_AMX_TARGET static void apti_tile_amx(const apti_tile *t)
+{
+    APTI_ALIGN64 float edge[APTI_SPLIT_STEP * APTI_SPLIT_STEP];
+    const int64_t rows = t->rows, ld_to = rows < APTI_SPLIT_STEP ? APTI_SPLIT_STEP : t->ld_to;
+    float *to = rows < APTI_SPLIT_STEP ? edge : t->to;
+    const float *from = t->from;
+    int64_t ld_from = t->ld_from;
+    if (rows < APTI_SPLIT_STEP && from != NULL) {                /* what is below the last row is not ours to read */
+        for (int64_t r = 0; r < APTI_SPLIT_STEP; r++)
+            memcpy(edge + r * ld_to, from + apti_min_i64(r, rows - 1) * ld_from, APTI_SPLIT_STEP * sizeof(float));
+        from = edge;
+        ld_from = APTI_SPLIT_STEP;
+    }
+    APTI_BARRIER();
+    if (from == NULL) { _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); }
+    else { APTI_AMX_SUMS(_tile_loadd, from, ld_from) }
+    for (int64_t r = 0; r < rows; r++) {
+        __builtin_prefetch(t->next + r * t->ld_to, 1, 3);
+        __builtin_prefetch(t->next + r * t->ld_to + 16, 1, 3);
+    }
+    for (int32_t q = 0; q < 2; q++) apti_amx_segment(&t->segment[q]);
+    APTI_AMX_SUMS(_tile_stored, to, ld_to)
+    APTI_BARRIER();
+    if (rows < APTI_SPLIT_STEP)
+        for (int64_t r = 0; r < rows; r++) memcpy(t->to + r * t->ld_to, edge + r * ld_to, APTI_SPLIT_STEP * sizeof(float));
+}
+
+/* Tiles exist for a thread between these two: 16 rows of 64 bytes, all eight. */
+APTI_AMX_TARGET static void apti_amx_begin(void)
+{
+    uint8_t config[64] = {1};                    /* palette 1; bytes per row from [16], 16 bits each; rows from [48] */
+    for (int32_t tile = 0; tile < 8; tile++) {
+        config[16 + 2 * tile] = 64;
+        config[48 + tile] = 16;
+    }
+    APTI_BARRIER();
+    _tile_loadconfig(config);
+}
+
+APTI_AMX_TARGET static void apti_amx_end(void)
+{
+    _tile_release();
+}
+
+static const apti_split_kernels apti_amx_operands = {apti_amx_begin, apti_amx_end, apti_split_a_amx, apti_split_b_amx};
+static const apti_kernels apti_kernels_amx_split = APTI_TABLE_OF("amx", avx512, APTI_SPLIT_STEP, APTI_SPLIT_STEP, APTI_SPLIT_STEP,
+    16, NULL, NULL, &apti_amx_operands, apti_tile_amx);
+static const apti_kernels apti_kernels_amx = APTI_TABLE_OF("amx", avx512, 14, 32, 14, 16, &apti_kernels_avx2,
+    &apti_kernels_amx_split, NULL, apti_tile_avx512);
+#undef APTI_AMX_A
+#undef APTI_AMX_B
+#undef APTI_AMX_MULTIPLY
+#undef APTI_AMX_SUMS
 #endif
 
 /* Four and eight bytes, to be broadcast */
@@ -5117,6 +5318,9 @@ static int32_t apti_kernels_list(const apti_kernels **list, int32_t capacity)
 #ifdef APTI_X86
     if (n < capacity && apti_cpu_has(APTI_CPU_AVX2)) list[n++] = &apti_kernels_avx2;
     if (n < capacity && apti_cpu_has(APTI_CPU_AVX512)) list[n++] = &apti_kernels_avx512;
+#ifdef APTI_AMX
+    if (n < capacity && apti_cpu_has(APTI_CPU_AMX)) list[n++] = &apti_kernels_amx;
+#endif
 #endif
 #ifdef APTI_NEON
     if (n < capacity && apti_cpu_has(APTI_CPU_NEON)) list[n++] = &apti_kernels_neon;
@@ -5157,7 +5361,7 @@ static const apti_quant_kernels *apti_quant_kernels_find(const apti_kernels *bas
     const apti_quant_kernels *list[8], *best = &apti_quant_kernels_ref;
     const int32_t n = apti_quant_kernels_list(list, 8);
     for (int32_t i = 0; i < n; i++)
-        if (strcmp(list[i]->base, base->name) == 0) best = list[i];
+        if (strcmp(list[i]->base, base->split != NULL ? "avx512" : base->name) == 0) best = list[i];
     return best;
 }
 
@@ -5392,6 +5596,9 @@ static void apti_unpack(apt_ctx *ctx, float *w, int64_t ldw, const apti_packed *
 #define APTI_GEMM_COLS 256                       /* widest tile */
 #define APTI_GEMM_TALL 336                       /* tiles of a B that is packed on the way are 336 x 128 instead of 168 x 256 */
 #define APTI_GEMM_SLIM 128
+#define APTI_SPLIT_K 128                         /* split operands: a strip of A, 32 x 128 and 24 KiB, stays in the first-level */
+#define APTI_SPLIT_COLS 384                      /* cache while the panels of B pass by; these, 288 KiB, and the tile of C stay */
+#define APTI_SPLIT_ROWS 512                      /* in the second-level cache */
 #define APTI_GEMM_TASK 2e5                       /* fused multiply-adds that are worth a task: some 5 us */
 #define APTI_GEMM_SCRATCH (1 << 20)              /* bytes that let every product run at full speed; see apti_gemm_serial */
 
@@ -5415,8 +5622,15 @@ typedef struct apti_gemm_tile {
     const apti_gemm *g;
     int64_t i0, i1, j0, j1;
     float *pack_b[2], *pack_a, *sums;            /* sums: where partial sums of C rest when C must not be touched yet */
-    int64_t k_block;
+    float *panel;                                /* split operands: a panel of B on its way */
+    int64_t k_block, row_block;
 } apti_gemm_tile;
+
+/* Floats of room that k inputs take in a packed row or column. */
+static int64_t apti_gemm_room(const apti_kernels *kernels, int64_t k)
+{
+    return kernels->operands == NULL ? k : apti_round_up(k, APTI_SPLIT_STEP) * APTI_SPLIT_PLANES / 2;
+}
 
 /* Packs one panel (cols <= nr columns from j, rows p0 .. p0+k) of any kind of B, padded with zeros. */
 static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_gemm_part *part, int64_t p0, int64_t k,
@@ -5459,8 +5673,43 @@ static bool apti_in_place(const apti_gemm_tile *t, const apti_gemm_part *part)
     return part->kind == APTI_B_PLAIN && t->i1 - t->i0 <= 2 * t->kernels->mr;
 }
 
+static bool apti_is_bf16(const apti_gemm_part *part)
+{
+    return part->kind <= APTI_B_PACKED_T && part->packed->type == APT_BF16;
+}
+
+/* As apti_view_b, for tiles that take split operands. */
+static apti_b_view apti_view_b_split(const apti_gemm_tile *t, const apti_gemm_part *part, int64_t p0, int64_t k, float *scratch)
+{
+    const int64_t nr = t->kernels->nr;
+    apti_split_job job = APT_ZERO;
+    apti_b_view view = APT_ZERO;
+    view.data = scratch;
+    job.planes = apti_is_bf16(part) ? 1 : APTI_SPLIT_PLANES;
+    view.panel = apti_round_up(k, APTI_SPLIT_STEP) * nr * job.planes / 2;
+    job.lines = k;
+    for (int64_t j = t->j0; j < t->j1; j += nr) {
+        job.y = (uint16_t *)(void *)(scratch + (j - t->j0) / nr * view.panel);
+        job.across = apti_min_i64(nr, t->j1 - j);
+        if (part->kind == APTI_B_PLAIN) {
+            job.x = part->b + p0 * part->ldb + j;
+            job.ldx = part->ldb;
+        } else if (part->kind == APTI_B_PACKED && part->packed->type == APT_F32) {
+            job.x = (const float *)part->packed->data + (j / nr * part->packed->k + p0) * nr;
+            job.ldx = nr;
+        } else {
+            apti_pack_panel(t->kernels, t->panel, part, p0, k, j, job.across);
+            job.x = t->panel;
+            job.ldx = nr;
+        }
+        t->kernels->operands->b(&job);
+    }
+    return view;
+}
+
 static apti_b_view apti_view_b(const apti_gemm_tile *t, const apti_gemm_part *part, int64_t p0, int64_t k, float *scratch)
 {
+    if (t->kernels->operands != NULL) return apti_view_b_split(t, part, p0, k, scratch);
     const int64_t nr = t->kernels->nr;
     apti_b_view view = APT_ZERO;
     view.step = nr;
@@ -5485,10 +5734,32 @@ static apti_b_view apti_view_b(const apti_gemm_tile *t, const apti_gemm_part *pa
     return view;
 }
 
+/* Rows i0 .. i0+rows of A, one strip, as a tile of split operands reads them. */
+static void apti_pack_a_split(const apti_gemm_tile *t, float *y, const apti_gemm_part *part, int64_t i0, int64_t rows,
+    int64_t p0, int64_t k)
+{
+    apti_split_job job = APT_ZERO;
+    job.y = (uint16_t *)(void *)y;
+    job.x = part->a + i0 * part->a_row + p0 * part->a_col;
+    job.ldx = part->a_row;
+    job.lines = rows;
+    job.across = k;
+    if (part->a_col != 1) {
+        t->kernels->transpose(t->panel, k, job.x, part->a_col, k, rows);
+        job.x = t->panel;
+        job.ldx = k;
+    }
+    t->kernels->operands->a(&job);
+}
+
 /* Rows i0 .. i0+rows of A as strips. A transposed A (a_col != 1) is copied, because its columns are far apart. */
 static void apti_pack_a(const apti_gemm_tile *t, float *y, const apti_gemm_part *part, int64_t i0, int64_t rows,
     int64_t strips, int64_t p0, int64_t k)
 {
+    if (t->kernels->operands != NULL) {
+        apti_pack_a_split(t, y, part, i0, rows, p0, k);
+        return;
+    }
     for (int64_t p = 0; p < k; p += APTI_GEMM_PACK) {
         const float *a = part->a + i0 * part->a_row + (p0 + p) * part->a_col;
         for (int64_t s = 0, r0 = 0, r1; s < strips; s++, r0 = r1) {
@@ -5499,9 +5770,9 @@ static void apti_pack_a(const apti_gemm_tile *t, float *y, const apti_gemm_part 
     }
 }
 
-static bool apti_needs_pack_a(const apti_gemm_part *part)
+static bool apti_needs_pack_a(const apti_gemm_tile *t, const apti_gemm_part *part)
 {
-    return part->a_col > APTI_NR_MAX;
+    return part->a_col > APTI_NR_MAX || t->kernels->operands != NULL;
 }
 
 /* Where an epilogue at (i, j) of C reads and writes. */
@@ -5613,10 +5884,10 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
     const int64_t strips = apti_ceil_div(rows, mr);
     float *pack_a[2] = {NULL, NULL}, *free_a = t->pack_a;
     for (int32_t q = 0; q < 2; q++) {
-        if (step->part[q] == NULL || !apti_needs_pack_a(step->part[q])) continue;
+        if (step->part[q] == NULL || !apti_needs_pack_a(t, step->part[q])) continue;
         pack_a[q] = free_a;
         apti_pack_a(t, free_a, step->part[q], i0, rows, strips, step->p0[q], step->k[q]);
-        free_a += rows * step->k[q] + strips * APTI_STRIP_GAP;
+        free_a += t->row_block * apti_gemm_room(t->kernels, step->k[q]) + strips * APTI_STRIP_GAP;
     }
     apti_tile tile = APT_ZERO;
     for (int64_t j = t->j0; j < t->j1; j += nr) {
@@ -5624,6 +5895,7 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
         for (int32_t q = 0; q < 2 && step->part[q] != NULL; q++) {
             tile.segment[q].b = view[q].data + (j - t->j0) / nr * view[q].panel;
             tile.segment[q].b_step = view[q].step;
+            tile.segment[q].bf16 = apti_is_bf16(step->part[q]);
         }
         for (int64_t s = 0, r0 = 0, r1; s < strips; s++, r0 = r1) {
             r1 = rows * (s + 1) / strips;
@@ -5666,8 +5938,8 @@ static void apti_gemm_compute(const apti_gemm_tile *t)
             if (which == 1) break;
         }
         step.last = done >= total;
-        for (int64_t i = t->i0; i < t->i1; i += APTI_GEMM_ROWS)
-            apti_gemm_rows(t, &step, view, i, apti_min_i64(APTI_GEMM_ROWS, t->i1 - i));
+        for (int64_t i = t->i0; i < t->i1; i += t->row_block)
+            apti_gemm_rows(t, &step, view, i, apti_min_i64(t->row_block, t->i1 - i));
     } while (done < total);
 }
 
@@ -5728,17 +6000,23 @@ static void apti_gemm_region(const apti_kernels *kernels, const apti_gemm *g, in
     apti_gemm_tile t = APT_ZERO;
     t.kernels = kernels;
     t.g = g;
-    t.k_block = APTI_GEMM_K;
+    const bool split = kernels->operands != NULL;
+    t.k_block = split ? APTI_SPLIT_K : APTI_GEMM_K;
+    t.row_block = split ? APTI_SPLIT_STEP : APTI_GEMM_ROWS;
+    const int64_t room = apti_gemm_room(kernels, t.k_block), tail = apti_gemm_room(kernels, APTI_GEMM_TAIL);
+    const int64_t panel = split ? nr * t.k_block : 0, parked = split ? APTI_SPLIT_ROWS / 4 : APTI_GEMM_ROWS;
     /* a strip has 4 rows or more */
-    const int64_t a_floats = APTI_GEMM_ROWS * (t.k_block + APTI_GEMM_TAIL + 2 * APTI_STRIP_GAP / 4);
-    int64_t cols = apti_min_i64(APTI_GEMM_COLS, (floats - a_floats) / (t.k_block + APTI_GEMM_TAIL + (park ? APTI_GEMM_ROWS : 0)));
-    cols = apti_max_i64(nr, cols / nr * nr);
+    const int64_t a_floats = t.row_block * (room + tail + 2 * APTI_STRIP_GAP / 4);
+    int64_t cols = (floats - a_floats - panel) / (room + tail + (park ? parked : 0));
+    cols = apti_max_i64(nr, apti_min_i64(split ? APTI_SPLIT_COLS : APTI_GEMM_COLS, cols) / nr * nr);
     t.pack_a = (float *)scratch;
     t.pack_b[0] = t.pack_a + a_floats;
-    t.pack_b[1] = t.pack_b[0] + cols * t.k_block;
-    float *sums = t.pack_b[1] + cols * APTI_GEMM_TAIL;
+    t.pack_b[1] = t.pack_b[0] + cols * room;
+    float *sums = t.pack_b[1] + cols * tail;
     if (park) t.sums = sums;
-    const int64_t rows = park ? APTI_GEMM_ROWS : i1 - i0;
+    t.panel = sums + (park ? parked * cols : 0);
+    const int64_t rows = park ? parked : i1 - i0;
+    if (split) kernels->operands->begin();
     for (int64_t j = j0; j < j1; j += cols) {
         for (int64_t i = i0; i < i1; i += rows) {
             t.i0 = i;
@@ -5748,6 +6026,7 @@ static void apti_gemm_region(const apti_kernels *kernels, const apti_gemm *g, in
             apti_gemm_compute(&t);
         }
     }
+    if (split) kernels->operands->end();
 }
 
 static void apti_gemm_thin_region(const apti_kernels *kernels, const apti_gemm *g, int64_t j0, int64_t j1, void *scratch)
@@ -5779,12 +6058,15 @@ static bool apti_gemm_flip(const apti_kernels *kernels, apti_gemm *f, const apti
     return true;
 }
 
-/* Few columns and no matrix packed for the long vectors: the short ones waste less. The result is the same bit for bit. */
+/* Few columns and no matrix packed for the long vectors: the short ones waste less. The result is the same bit for bit.
+   Many rows and columns pay for splitting the operands. The choice depends on the product alone, not on its tiles. */
 static const apti_kernels *apti_gemm_kernels(const apti_kernels *kernels, const apti_gemm *g)
 {
     const bool free_of_panels = (g->part[0].k == 0 || g->part[0].kind >= APTI_B_PLAIN) &&
         (g->part[1].k == 0 || g->part[1].kind >= APTI_B_PLAIN);
-    return kernels->narrow != NULL && g->n <= kernels->narrow->lanes && free_of_panels ? kernels->narrow : kernels;
+    if (kernels->narrow != NULL && g->n <= kernels->narrow->lanes && free_of_panels) return kernels->narrow;
+    const bool many = g->m >= APTI_SPLIT_STEP && g->n >= APTI_SPLIT_STEP && g->part[0].k + g->part[1].k >= APTI_SPLIT_STEP;
+    return kernels->split != NULL && many ? kernels->split : kernels;
 }
 
 /* For use inside a task. scratch: 64-byte aligned, APTI_GEMM_SCRATCH bytes. */
@@ -5826,7 +6108,9 @@ static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
         return;
     }
     const bool tall = pack_b && !pack_a;
-    const int64_t rows = tall ? APTI_GEMM_TALL : 2 * APTI_GEMM_ROWS, cols = tall ? APTI_GEMM_SLIM : APTI_GEMM_COLS;
+    const bool split = job->kernels->operands != NULL;
+    const int64_t rows = split ? APTI_SPLIT_ROWS : tall ? APTI_GEMM_TALL : 2 * APTI_GEMM_ROWS;
+    const int64_t cols = split ? APTI_SPLIT_COLS : tall ? APTI_GEMM_SLIM : APTI_GEMM_COLS;
     job->tiles_m = apti_ceil_div(g->m, rows);
     job->tiles_n = apti_ceil_div(g->n, cols);
     while (job->tiles_m * job->tiles_n < wanted) {

@@ -84,7 +84,7 @@ static int32_t g_tables;
 static void test_tables(void **state)
 {
     (void)state;
-    static const char *const names[] = {"ref", "avx2", "avx512", "neon"};
+    static const char *const names[] = {"ref", "avx2", "avx512", "amx", "neon"};
     g_tables = apti_kernels_list(g_table, 8);
     assert_true(g_tables >= 1 && g_table[0] == apti_kernels_find("ref"));
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
@@ -548,7 +548,7 @@ static float product_chain(const product *p, int64_t i, int64_t j, double *exact
 static void product_check(const apti_kernels *kernels, const product *p, const char *what)
 {
     const apti_gemm *g = &p->g;
-    const bool chain = kernels->lanes > 1, late_bias = g->bias != NULL && g->accumulate, plain = !late_bias && g->act < 0 && g->residual == NULL && g->mask == NULL;
+    const bool chain = apti_gemm_kernels(kernels, g)->operands == NULL && kernels->lanes > 1, late_bias = g->bias != NULL && g->accumulate, plain = !late_bias && g->act < 0 && g->residual == NULL && g->mask == NULL;
     for (int64_t i = 0; i <= g->m; i++) {
         if (i % TEST_SAMPLE(7) != 0 && i < g->m - 1) continue;
         for (int64_t j = 0; j < g->ldc; j++) {
@@ -642,7 +642,8 @@ static void test_products_large(void **state)
     }
 }
 
-/* Bit for bit the same for any number of threads, any caller's order of tasks, and for a row alone as for the row in a batch. */
+/* Bit for bit the same for any number of threads, any caller's order of tasks, and for a row alone as for the row in a batch.
+   (A table that splits the operands of large products does not do it for few rows: there it is the row in any larger batch.) */
 static void test_products_identical(void **state)
 {
     (void)state;
@@ -665,7 +666,8 @@ static void test_products_identical(void **state)
                     memcpy(reference, p.c, (size_t)p.size_c * sizeof(float));
                 }
                 assert_true(same_bits(reference, p.c, p.size_c));
-                for (int64_t rows = 1; rows <= 17; rows += rows < 4 ? 1 : 6) {            /* from 1 row to more than a strip */
+                const int64_t least = ctx->kernels->split != NULL ? APTI_SPLIT_STEP : 1;
+                for (int64_t rows = least; rows <= least + 16; rows += rows < 4 ? 1 : 6) {            /* from 1 row to more than a strip */
                     const int64_t i = below(m - rows);
                     apti_gemm g = p.g;
                     g.m = rows;
@@ -685,12 +687,13 @@ static void test_products_identical(void **state)
     }
 }
 
-/* Sums and products of the SIMD tables agree bit for bit with each other. */
+/* Products of the SIMD tables agree bit for bit with each other, but for those of split operands. */
 static void test_products_agree(void **state)
 {
     (void)state;
     float *reference = NULL;
     for (int32_t t = 1; t < g_tables; t++) {
+        if (g_table[t]->split != NULL) continue;
         g_seed = 5;
         apt_ctx *ctx = context(g_table[t]->name, 1);
         product p;
@@ -707,6 +710,161 @@ static void test_products_agree(void **state)
         apt_destroy(ctx);
     }
     free(reference);
+}
+
+/* ---- products of split operands ---- */
+
+/* The parts of a float, in plain C */
+static void parts_of(uint16_t part[APTI_SPLIT_PLANES], float x, int32_t planes)
+{
+    for (int32_t plane = 0; plane < planes; plane++) {
+        const uint32_t bits = plane + 1 < planes ? (bits_of(x) + 0x8000u) & 0xffff0000u : bits_of(x);
+        part[plane] = (uint16_t)(bits >> 16);
+        x -= apti_bf16_to_f32(part[plane]);
+    }
+}
+
+/* Number `pair` (0, 1) of line `line` of a block: its place in a plane of a step */
+static int64_t split_at(int64_t step, int32_t planes, int32_t plane, int64_t line, int64_t at, int64_t pair)
+{
+    return ((step * planes + plane) * 2 + line / 16) * APTI_SPLIT_BLOCK + line % 16 * 32 + 2 * at + pair;
+}
+
+static void split_a_plain(const apti_split_job *job)
+{
+    for (int64_t p = 0; p < apti_round_up(job->across, APTI_SPLIT_STEP); p++) {
+        for (int64_t r = 0; r < APTI_SPLIT_STEP; r++) {
+            uint16_t part[APTI_SPLIT_PLANES];
+            parts_of(part, r < job->lines && p < job->across ? job->x[r * job->ldx + p] : 0.0f, APTI_SPLIT_PLANES);
+            for (int32_t plane = 0; plane < APTI_SPLIT_PLANES; plane++)
+                job->y[split_at(p / 32, APTI_SPLIT_PLANES, plane, r, p % 16, p % 32 / 16)] = part[plane];
+        }
+    }
+}
+
+static void split_b_plain(const apti_split_job *job)
+{
+    for (int64_t p = 0; p < apti_round_up(job->lines, APTI_SPLIT_STEP); p++) {
+        for (int64_t j = 0; j < APTI_SPLIT_STEP; j++) {
+            uint16_t part[APTI_SPLIT_PLANES];
+            parts_of(part, p < job->lines && j < job->across ? job->x[p * job->ldx + j] : 0.0f, job->planes);
+            for (int32_t plane = 0; plane < job->planes; plane++)
+                job->y[split_at(p / 32, job->planes, plane, j / 16 * 16 + p % 16, j % 16, p % 32 / 16)] = part[plane];
+        }
+    }
+}
+
+static void split_tile_plain(const apti_tile *t)
+{
+    float sum[APTI_SPLIT_STEP][APTI_SPLIT_STEP];
+    for (int64_t i = 0; i < t->rows; i++)
+        for (int64_t j = 0; j < APTI_SPLIT_STEP; j++) sum[i][j] = t->from != NULL ? t->from[i * t->ld_from + j] : 0.0f;
+    for (int32_t q = 0; q < 2; q++) {
+        const apti_segment *segment = &t->segment[q];
+        const uint16_t *a = (const uint16_t *)(const void *)segment->a, *b = (const uint16_t *)segment->b;
+        const int32_t planes = segment->bf16 ? 1 : APTI_SPLIT_PLANES;
+        for (int64_t p = 0; p < apti_round_up(segment->k, APTI_SPLIT_STEP); p++)
+            for (int64_t i = 0; i < t->rows; i++)
+                for (int64_t j = 0; j < APTI_SPLIT_STEP; j++)
+                    for (int32_t x = 0; x < APTI_SPLIT_PLANES; x++)
+                        for (int32_t y = 0; y < planes && x + y < APTI_SPLIT_PLANES; y++)
+                            sum[i][j] += apti_bf16_to_f32(a[split_at(p / 32, APTI_SPLIT_PLANES, x, i, p % 16, p % 32 / 16)]) *
+                                apti_bf16_to_f32(b[split_at(p / 32, planes, y, j / 16 * 16 + p % 16, j % 16, p % 32 / 16)]);
+    }
+    for (int64_t i = 0; i < t->rows; i++) memcpy(t->to + i * t->ld_to, sum[i], sizeof sum[i]);
+}
+
+static void split_nothing(void) { }
+
+/* The driver of split products on any CPU, with the operands and tiles above. */
+static void test_split_driver(void **state)
+{
+    (void)state;
+    static const apti_split_kernels operands = {split_nothing, split_nothing, split_a_plain, split_b_plain};
+    static const shape shapes[] = {{32, 32, 32, 0}, {33, 40, 31, 8}, {61, 75, 300, 65}, {70, 450, 129, 16}, {600, 33, 40, 0}};
+    apti_kernels table = *apti_kernels_find("ref"), split = table;
+    split.mr = split.nr = split.slim = APTI_SPLIT_STEP;
+    split.operands = &operands;
+    split.tile = split_tile_plain;
+    table.nr = APTI_SPLIT_STEP;                  /* the width of panels that both read */
+    table.split = &split;
+    apt_ctx *ctx = context("ref", 2);
+    ctx->kernels = &table;
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
+        for (int32_t kind = 0; kind < 4; kind++) {
+            const apti_b_kind first = (apti_b_kind)kind, second = (apti_b_kind)((kind + (int32_t)i) % 4);
+            run_product(ctx, shapes[i], first, second, kind % 2 == 0, APT_F32, WITH_BIAS | WITH_PRE | WITH_RESIDUAL, APT_GELU_ERF);
+            run_product(ctx, shapes[i], first, second, kind % 2 == 1, APT_BF16, WITH_ACCUMULATE | WITH_ALIAS | WITH_MASK, -1);
+        }
+    }
+    apt_destroy(ctx);
+}
+
+/* What a table makes of operands is what the plain functions make; its tiles are right to rounding. */
+static void test_split_operands(void **state)
+{
+    (void)state;
+    enum { SIDE = 70, ROOM_Y = 3 * 3 * 2 * APTI_SPLIT_BLOCK };
+    static float x[SIDE * (SIDE + 3)];
+    static uint16_t y[ROOM_Y], want[ROOM_Y];
+    for (int32_t t = 0; t < g_tables; t++) {
+        if (g_table[t]->split == NULL) continue;
+        const apti_split_kernels *operands = g_table[t]->split->operands;
+        for (int32_t i = 0; i < 400; i++) {
+            apti_split_job job = {y, x, SIDE + 3, 1 + below(i % 2 == 0 ? 32 : SIDE), 1 + below(i % 2 == 0 ? SIDE : 32), i % 3 == 0 && i % 2 != 0 ? 1 : 3}, plain;
+            for (int64_t r = 0; r < SIDE * (SIDE + 3); r++) {
+                x[r] = (float)uniform() * (float)(below(2) == 0 ? 1e-20 : 1e10);
+                if (job.planes == 1) x[r] = apti_bf16_to_f32(apti_f32_to_bf16(x[r]));
+            }
+            plain = job;
+            plain.y = want;
+            memset(y, 0x55, sizeof y);
+            memset(want, 0x55, sizeof want);
+            (i % 2 == 0 ? operands->a : operands->b)(&job);
+            (i % 2 == 0 ? split_a_plain : split_b_plain)(&plain);
+            assert_memory_equal(y, want, sizeof y);
+        }
+    }
+}
+
+/* Root mean square of the errors of a product of 64 x 64 with k inputs, against double */
+static double product_error(const char *table, int64_t k, bool wide)
+{
+    apt_ctx *ctx = context(table, 1);
+    product p;
+    double squares = 0;
+    g_seed = 11;
+    product_begin(&p, 64, 64, 0, -1);
+    product_part(ctx, &p, 0, k, APTI_B_PLAIN, false, APT_F32);
+    for (int64_t i = 0; wide && i < 64 * k; i++) p.a[0][i] *= exp2f((float)below(40) - 20.0f);
+    apti_gemm_run(ctx, &p.g);
+    for (int64_t i = 0; i < 64; i++) {
+        for (int64_t j = 0; j < 64; j++) {
+            double exact, size;
+            product_chain(&p, i, j, &exact, &size);
+            squares += pow(((double)p.c[i * p.g.ldc + j] - exact) / size, 2);
+        }
+    }
+    product_end(ctx, &p);
+    apt_destroy(ctx);
+    return sqrt(squares / 4096);
+}
+
+/* Splitting loses nothing that the sums of floats would keep: the errors are not above those of the chain. */
+static void test_split_accuracy(void **state)
+{
+    (void)state;
+    for (int32_t t = 0; t < g_tables; t++) {
+        if (g_table[t]->split == NULL) continue;
+        for (int64_t k = 32; k <= 2048; k *= 8) {
+            for (int32_t wide = 0; wide < 2; wide++) {
+                const double chain = product_error("avx512", k, wide != 0), split = product_error(g_table[t]->name, k, wide != 0);
+                printf("    %s, %d inputs%s: rms error %.2g of the size of the terms, of the chain %.2g\n", g_table[t]->name, (int)k,
+                       wide ? " of many sizes" : "", split, chain);
+                assert_true(split <= 1.1 * chain);
+            }
+        }
+    }
 }
 
 static void test_products_empty(void **state)
@@ -736,11 +894,13 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_tables),          cmocka_unit_test(test_products_small),
         cmocka_unit_test(test_products_large),  cmocka_unit_test(test_products_identical),
+        cmocka_unit_test(test_split_driver),
 #ifndef __SANITIZE_THREAD__                      /* one thread cannot race */
         cmocka_unit_test(test_vectors),         cmocka_unit_test(test_layout),
         cmocka_unit_test(test_accuracy),        cmocka_unit_test(test_position),
         cmocka_unit_test(test_extremes),        cmocka_unit_test(test_products_agree),
-        cmocka_unit_test(test_products_empty),
+        cmocka_unit_test(test_products_empty),  cmocka_unit_test(test_split_operands),
+        cmocka_unit_test(test_split_accuracy),
 #endif
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
