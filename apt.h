@@ -12,8 +12,8 @@
        #define APT_IMPLEMENTATION
        #include "apt.h"
 
-   and link with -lm -lpthread. No -march flag is needed: kernels for AVX-512, AVX2 and NEON are compiled in and chosen at
-   run time.
+   and link with -lm -lpthread. No -march flag is needed: kernels for AMX, AVX-512, AVX2 and NEON are compiled in and
+   chosen at run time.
 
    TABLE OF CONTENTS (each section is marked in the text: search for // >>name)
 
@@ -217,7 +217,8 @@
    ON THREADS AND DETERMINISM
    The same seed gives the same losses and weights, bit for bit, for any number of threads: sums run in a fixed order and no
    result depends on which thread computed it. A checkpoint goes on exactly where it was written, also in the middle of a
-   fading decision or of an accumulation. Different kernel tables (AVX2, AVX-512, ...) differ in the last bits.
+   fading decision or of an accumulation. Different kernel tables (AVX2, AVX-512, ...) differ in the last bits. With all but
+   "amx" a row of a product is also the same alone and in a batch; "amx" computes products of 32 rows or more another way.
 
    ------------------------------------------------------------------------------------------------------------------ */
 
@@ -323,7 +324,7 @@ typedef struct apt_desc {
        when all are done; two tasks that run at the same time must get different `thread` in [0, threads). */
     void (*parallel_for)(int64_t count, apt_task task, void *arg, void *user);
     void *parallel_user;
-    const char *kernels;                                          /* NULL: best; else "ref", "avx2", "avx512", "neon" */
+    const char *kernels;                                          /* NULL: best; else "ref", "avx2", "avx512", "amx", "neon" */
     /* NULL: this CPU computes; else a device, see apt_cuda.h. It belongs to the context, also when apt_create fails. */
     apt_backend *backend;
     uint32_t end_canary;
@@ -340,7 +341,7 @@ APT_API const char *apt_error(const apt_ctx *ctx);
 APT_API apt_memory apt_memory_info(const apt_ctx *ctx);
 /* Sets peak_bytes to the bytes held now. */
 APT_API void apt_memory_reset_peak(apt_ctx *ctx);
-/* "avx512", "avx2", "neon" or "ref"; and how many threads work. */
+/* "amx", "avx512", "avx2", "neon" or "ref"; and how many threads work. */
 APT_API const char *apt_kernel_name(const apt_ctx *ctx);
 APT_API int32_t apt_thread_count(const apt_ctx *ctx);
 
@@ -1061,8 +1062,8 @@ APT_API apt_result apt_sparse_pack(apt_sparse *sparse, int64_t capacity, const f
 /* w(rows, cols) = the matrix with its zeros. */
 APT_API apt_result apt_sparse_unpack(float *w, int64_t ld, const apt_sparse *sparse);
 /* y(n, rows) = x(n, cols) W^T, x and y not overlapping. With a context: the sums of a dense product without the terms that are
-   0, in the same order, so the same bits (the "ref" kernels apart); NULL: plain C. The view must be as apt_sparse_pack
-   leaves it: whether bits and starts agree is not looked at here. */
+   0, in the same order, so the same bits ("ref" kernels apart, and "amx" from 32 rows on); NULL: plain C. The view must be as
+   apt_sparse_pack leaves it: whether bits and starts agree is not looked at here. */
 APT_API apt_result apt_sparse_forward(apt_ctx *ctx, float *y, int64_t ldy, const apt_sparse *sparse, const float *x, int64_t ldx,
                                       int64_t n);
 
@@ -1105,7 +1106,7 @@ APT_API apt_result apt_model_save_sparse(apt_model *model, const char *dir, apt_
 
 /* Makes zeros pay in apt_model_forward and apt_generate too: compressed copies of those linear maps of the layers of which a
    share of `least` or more is 0 (0: APT_SPARSE_LEAST), used where a product has APT_SPARSE_ROWS rows or more (below, and for
-   maps with fewer zeros, the dense kernels are faster). The numbers stay the same, bit for bit (except with the "ref"
+   maps with fewer zeros, the dense kernels are faster). The numbers stay the same, bit for bit (except with the "ref" and "amx"
    kernels). For a model with neither trainer nor adapters; whatever changes a matrix drops its copy, and so does a new trainer.
    used (may be NULL): what has a copy; sparse_bytes is what stands in a file, memory holds a little more. With apt_desc.backend:
    APT_E_UNSUPPORTED, as for all that is quantised. */
@@ -3255,7 +3256,7 @@ static uint64_t apti_checksum(uint64_t state, const void *data, size_t n)
 /* ---------------------------------------------------------------------------------------------------------------------
    Kernels: matrix products and vector functions
 
-   apti_kernels is a table of functions; there is one table per instruction set (ref, avx2, avx512, neon) and the context
+   apti_kernels is a table of functions; there is one table per instruction set (ref, avx2, avx512, amx, neon) and the context
    picks one when it is made. Everything above this section is the same for all of them, and so is the driver at its
    end, which cuts a product into tiles, hands them to the threads and calls the table for one tile at a time.
 
@@ -3266,7 +3267,8 @@ static uint64_t apti_checksum(uint64_t state, const void *data, size_t n)
    Tiles, strips, panels and k blocks only decide when a link of that chain is computed (between two k blocks c rests
    in memory, which loses no bit), never the order of the links. So the value does not depend on the number of threads,
    on the tile, or on how many other rows there are; and avx2, avx512 and neon agree bit for bit. (ref keeps the links of one
-   k block in double.)
+   k block in double. amx has another rule for large products, see "products of split floats": there, too, the value depends on
+   neither tiles nor threads, but whether a product is large depends on its rows.)
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* What a tile kernel reads for one stretch of the reduction: row i of A at a + i*a_row, and a panel of B whose row p is
@@ -3356,7 +3358,7 @@ typedef struct apti_kernels {
     int32_t slim;                                /* rows of the tallest tile that is one vector wide */
     int32_t lanes;                               /* floats in a vector; nr is a multiple */
     const struct apti_kernels *narrow;           /* or NULL: shorter vectors, for products of few columns */
-    const struct apti_kernels *split;            /* or NULL: a table for products of many rows, whose tiles take split operands, */
+    const struct apti_kernels *split;            /* or NULL: a table for large products, whose tiles take split operands, */
     const apti_split_kernels *operands;          /* which these make; only in such a table */
     void (*tile)(const apti_tile *tile);
     void (*thin)(const apti_tile *tile);         /* 1..3 rows, two panels: to[] is rows x 2 nr. For one token at a time */

@@ -191,9 +191,9 @@ static void test_create_every_allocation(void **state)
 static void test_kernels_by_name(void **state)
 {
     (void)state;
-    const char *names[] = {"ref", "avx2", "avx512", "neon"};
+    const char *names[] = {"ref", "avx2", "avx512", "amx", "neon"};
     int made = 0;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) {
         test_log log;
         apt_desc desc = test_desc(NULL, &log);
         char name[16];
