@@ -2243,7 +2243,7 @@ typedef enum apti_cpu_feature {
     APTI_CPU_AVX512,                             /* F, BW, DQ and VL */
     APTI_CPU_AVX512_BF16,
     APTI_CPU_AVX512_VNNI,
-    APTI_CPU_AMX,                                /* AVX-512 and tiles of bf16, which Linux lets a process use on demand */
+    APTI_CPU_AMX,                                /* AVX-512 and tiles, which Linux lets a process use on demand */
     APTI_CPU_NEON,
     APTI_CPU_DOTPROD                             /* NEON's products of four bytes */
 } apti_cpu_feature;
@@ -2275,7 +2275,8 @@ static bool apti_amx_allowed(void)
 static bool apti_cpu_has(apti_cpu_feature feature)
 {
     const uint32_t fma = 1u << 12, osxsave = 1u << 27, f16c = 1u << 29;
-    const uint32_t avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, amx = 1u << 22 | 1u << 24;
+    const uint32_t avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+    const uint32_t amx = 1u << 22 | 1u << 24 | 1u << 25;         /* bf16, tiles, int8 */
     const apti_cpuid one = apti_cpuid_read(1, 0);
     if (apti_cpuid_read(0, 0).a < 7 || (one.c & osxsave) == 0) return false;
     uint32_t xcr0, high;
@@ -3415,6 +3416,7 @@ typedef struct apti_quant_kernels {
     const char *name, *base;                     /* base: name of the table it belongs to */
     int32_t mr, nr;                              /* largest tile; nr is also the width of a panel */
     bool wide;                                   /* int8 takes activations as 16 bits */
+    void (*begin)(void), (*end)(void);           /* around the tiles of a thread; or NULL */
     void (*int8)(const apti_quant_tile *t);
     void (*int4)(const apti_quant_tile *t);
     /* y = round(x / scale) filled up to whole groups, and its sums as in a tile (NULL: not wanted). Returns scale = max|x| / 127;
@@ -3423,7 +3425,7 @@ typedef struct apti_quant_kernels {
 } apti_quant_kernels;
 
 #define APTI_QUANT_NR_MAX 16
-#define APTI_QUANT_MR_MAX 14
+#define APTI_QUANT_MR_MAX 64
 #define APTI_MR_MAX 32                           /* over all tables */
 #define APTI_NR_MAX 32
 #define APTI_THIN_ROWS 3
@@ -3791,7 +3793,7 @@ static void apti_quant_int4_ref(const apti_quant_tile *t)
 }
 
 #define APTI_QUANT_TABLE(isa, base, mr, nr, wide) \
-    {#isa, base, mr, nr, wide, apti_quant_int8_##isa, apti_quant_int4_##isa, apti_quant_narrow_##isa}
+    {#isa, base, mr, nr, wide, NULL, NULL, apti_quant_int8_##isa, apti_quant_int4_##isa, apti_quant_narrow_##isa}
 
 static const apti_quant_kernels apti_quant_kernels_ref = APTI_QUANT_TABLE(ref, "ref", 4, 8, false);
 
@@ -3962,13 +3964,13 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 /* Tiles of split floats on AMX: 2 x 2 sums of 16 x 16 in tiles 0..3, two blocks of A in 4 and 5, two of B in 6 and 7. All else
    is AVX-512's. The compilers' instructions for tiles do not say what memory they touch; hence the barriers. */
 #define APTI_AMX_TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")))
-#define APTI_BARRIER() __asm__ volatile("" ::: "memory")
+#define APTI_BARRIER(p) __asm__ volatile("" : : "r"(p) : "memory")
 
 /* The parts of u[i] and v[i], side by side, into 32 numbers of each plane */
-APTI_AVX512 APTI_INLINE void apti_split_pair(uint16_t *y, __m512 u, __m512 v, int32_t planes)
+APTI_AVX512 __attribute__((always_inline)) APTI_INLINE void apti_split_pair(uint16_t *y, __m512 u, __m512 v, const int planes)
 {
     const __m512i half = _mm512_set1_epi32(0x8000), high = _mm512_set1_epi32((int32_t)0xffff0000u);
-    for (int32_t plane = 0; plane < planes; plane++, y += 2 * APTI_SPLIT_BLOCK) {
+    for (int plane = 0; plane < planes; plane++, y += 2 * APTI_SPLIT_BLOCK) {
         __m512i a = _mm512_castps_si512(u), b = _mm512_castps_si512(v);
         if (plane + 1 < planes) {
             a = _mm512_and_si512(_mm512_add_epi32(a, half), high);
@@ -3986,14 +3988,39 @@ APTI_AVX512 APTI_INLINE __m512 apti_split_load(const float *p, int64_t k)
     return k >= 16 ? _mm512_loadu_ps(p) : k > 0 ? _mm512_maskz_loadu_ps((__mmask16)((1u << k) - 1u), p) : _mm512_setzero_ps();
 }
 
+/* One step of A; `left` inputs of it are there. */
+APTI_AVX512 APTI_INLINE void apti_split_rows(uint16_t *y, const float *x, int64_t ldx, int64_t rows, int64_t left)
+{
+    for (int64_t r = 0; r < APTI_SPLIT_STEP; r++, x += ldx, y += 32) {
+        if (left >= APTI_SPLIT_STEP && r < rows) {
+            apti_split_pair(y, _mm512_loadu_ps(x), _mm512_loadu_ps(x + 16), APTI_SPLIT_PLANES);
+        } else {
+            const int64_t k = r < rows ? left : 0;
+            apti_split_pair(y, apti_split_load(x, k), apti_split_load(x + 16, k - 16), APTI_SPLIT_PLANES);
+        }
+    }
+}
+
 APTI_AVX512 static void apti_split_a_amx(const apti_split_job *job)
 {
     uint16_t *y = job->y;
-    for (int64_t p = 0; p < job->across; p += APTI_SPLIT_STEP, y += 2 * APTI_SPLIT_PLANES * APTI_SPLIT_BLOCK) {
-        for (int64_t r = 0; r < APTI_SPLIT_STEP; r++) {
-            const float *x = job->x + r * job->ldx + p;
-            const int64_t left = r < job->lines ? job->across - p : 0;
-            apti_split_pair(y + r * 32, apti_split_load(x, left), apti_split_load(x + 16, left - 16), APTI_SPLIT_PLANES);
+    for (int64_t p = 0; p < job->across; p += APTI_SPLIT_STEP, y += 2 * APTI_SPLIT_PLANES * APTI_SPLIT_BLOCK)
+        apti_split_rows(y, job->x + p, job->ldx, job->lines, job->across - p);
+}
+
+/* One step of B; `left` inputs of it are there. */
+APTI_AVX512 __attribute__((always_inline)) APTI_INLINE void apti_split_inputs(uint16_t *y, const float *x, int64_t ldx, int64_t cols,
+    int64_t left, const int planes)
+{
+    for (int64_t q = 0; q < 16; q++, x += ldx, y += 32) {
+        const float *z = x + 16 * ldx;
+        if (left >= APTI_SPLIT_STEP && cols >= APTI_SPLIT_STEP) {
+            apti_split_pair(y, _mm512_loadu_ps(x), _mm512_loadu_ps(z), planes);
+            apti_split_pair(y + APTI_SPLIT_BLOCK, _mm512_loadu_ps(x + 16), _mm512_loadu_ps(z + 16), planes);
+        } else {
+            const int64_t upper = q < left ? cols : 0, lower = q + 16 < left ? cols : 0;
+            apti_split_pair(y, apti_split_load(x, upper), apti_split_load(z, lower), planes);
+            apti_split_pair(y + APTI_SPLIT_BLOCK, apti_split_load(x + 16, upper - 16), apti_split_load(z + 16, lower - 16), planes);
         }
     }
 }
@@ -4002,15 +4029,9 @@ APTI_AVX512 static void apti_split_b_amx(const apti_split_job *job)
 {
     uint16_t *y = job->y;
     for (int64_t p = 0; p < job->lines; p += APTI_SPLIT_STEP, y += 2 * job->planes * APTI_SPLIT_BLOCK) {
-        for (int64_t q = 0; q < 16; q++) {
-            const float *x = job->x + (p + q) * job->ldx;
-            for (int64_t j = 0; j < 2; j++) {
-                const int64_t upper = p + q < job->lines ? job->across - 16 * j : 0;
-                const int64_t lower = p + q + 16 < job->lines ? job->across - 16 * j : 0;
-                apti_split_pair(y + j * APTI_SPLIT_BLOCK + q * 32, apti_split_load(x + 16 * j, upper),
-                                apti_split_load(x + 16 * job->ldx + 16 * j, lower), job->planes);
-            }
-        }
+        const float *x = job->x + p * job->ldx;
+        if (job->planes == 1) apti_split_inputs(y, x, job->ldx, job->across, job->lines - p, 1);
+        else apti_split_inputs(y, x, job->ldx, job->across, job->lines - p, APTI_SPLIT_PLANES);
     }
 }
 
@@ -4065,7 +4086,7 @@ APTI_AMX_TARGET static void apti_tile_amx(const apti_tile *t)
         from = edge;
         ld_from = APTI_SPLIT_STEP;
     }
-    APTI_BARRIER();
+    APTI_BARRIER(from);
     if (from == NULL) { _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); }
     else { APTI_AMX_SUMS(_tile_loadd, from, ld_from) }
     for (int64_t r = 0; r < rows; r++) {
@@ -4074,21 +4095,34 @@ APTI_AMX_TARGET static void apti_tile_amx(const apti_tile *t)
     }
     for (int32_t q = 0; q < 2; q++) apti_amx_segment(&t->segment[q]);
     APTI_AMX_SUMS(_tile_stored, to, ld_to)
-    APTI_BARRIER();
+    APTI_BARRIER(to);
     if (rows < APTI_SPLIT_STEP)
         for (int64_t r = 0; r < rows; r++) memcpy(t->to + r * t->ld_to, edge + r * ld_to, APTI_SPLIT_STEP * sizeof(float));
 }
 
-/* Tiles exist for a thread between these two: 16 rows of 64 bytes, all eight. */
+/* What the tiles of a thread are, between begin and end: the format that ldtilecfg reads. */
+typedef struct apti_amx_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} apti_amx_config;
+
+static apti_amx_config apti_amx_tiles(void)      /* all eight of 16 rows of 64 bytes */
+{
+    apti_amx_config config = APT_ZERO;
+    config.palette = 1;
+    for (int32_t tile = 0; tile < 8; tile++) {
+        config.row_bytes[tile] = 64;
+        config.rows[tile] = 16;
+    }
+    return config;
+}
+
 APTI_AMX_TARGET static void apti_amx_begin(void)
 {
-    uint8_t config[64] = {1};                    /* palette 1; bytes per row from [16], 16 bits each; rows from [48] */
-    for (int32_t tile = 0; tile < 8; tile++) {
-        config[16 + 2 * tile] = 64;
-        config[48 + tile] = 16;
-    }
-    APTI_BARRIER();
-    _tile_loadconfig(config);
+    const apti_amx_config config = apti_amx_tiles();
+    APTI_BARRIER(&config);
+    _tile_loadconfig(&config);
 }
 
 APTI_AMX_TARGET static void apti_amx_end(void)
@@ -4231,6 +4265,95 @@ APTI_AVX512 APTI_INLINE __m512i apti_fold_16(__m512i x, __m512i y)
 #if !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
+
+#ifdef APTI_AMX
+/* int8 on AMX: a panel's 64 inputs are a tile as they stand. Four blocks of 16 rows have their sums in tiles 0..3; a block of A is
+   tile 4, one of B tile 5; 6 and 7 are the same for the last 32 inputs of an odd number of groups. */
+#define APTI_AMX_INT8 __attribute__((target("amx-tile,amx-int8")))
+enum { APTI_AMX_ROWS = 16, APTI_AMX_BLOCKS = 4, APTI_AMX_REST = 14 };      /* rest: the tile of AVX-512 */
+
+APTI_AMX_INT8 static void apti_quant_begin_amx(void)
+{
+    apti_amx_config config = apti_amx_tiles();
+    config.row_bytes[6] = APT_QUANT_GROUP;
+    config.rows[7] = APT_QUANT_GROUP / 4;
+    APTI_BARRIER(&config);
+    _tile_loadconfig(&config);
+}
+
+#define APTI_AMX_BLOCK(sum, a_tile, b_tile)                                                                 \
+    if (blocks > sum) {                                                                                     \
+        _tile_loadd(a_tile, a[sum], t->a_row);                                                              \
+        _tile_dpbssd(sum, a_tile, b_tile);                                                                  \
+        a[sum] += 2 * APT_QUANT_GROUP;                                                                      \
+    }
+#define APTI_AMX_FOUR(a_tile, b_tile)                                                                       \
+    APTI_AMX_BLOCK(0, a_tile, b_tile) APTI_AMX_BLOCK(1, a_tile, b_tile)                                     \
+    APTI_AMX_BLOCK(2, a_tile, b_tile) APTI_AMX_BLOCK(3, a_tile, b_tile)
+
+/* first[]: where each block of rows begins */
+APTI_AMX_INT8 __attribute__((always_inline)) APTI_INLINE void apti_quant_int8_blocks(const apti_quant_tile *t, const int64_t *first,
+    const int blocks)
+{
+    const uint8_t *a[APTI_AMX_BLOCKS], *b = t->b;
+    for (int i = 0; i < blocks; i++) a[i] = t->a + first[i] * t->a_row;
+    APTI_BARRIER(t);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t g = t->groups / 2; g > 0; g--, b += 64 * 16) {
+        _tile_loadd(5, b, 64);
+        APTI_AMX_FOUR(4, 5)
+    }
+    if (t->groups % 2 != 0) {
+        _tile_loadd(7, b, 64);
+        APTI_AMX_FOUR(6, 7)
+    }
+    _tile_stored(0, t->sums + first[0] * t->ld, t->ld * 4);
+    if (blocks > 1) _tile_stored(1, t->sums + first[1] * t->ld, t->ld * 4);
+    if (blocks > 2) _tile_stored(2, t->sums + first[2] * t->ld, t->ld * 4);
+    if (blocks > 3) _tile_stored(3, t->sums + first[3] * t->ld, t->ld * 4);
+    APTI_BARRIER(t->sums);
+}
+
+/* Rows in pieces that the other kernels take */
+APTI_INLINE void apti_quant_pieces(const apti_quant_tile *t, void (*kernel)(const apti_quant_tile *), int32_t most)
+{
+    apti_quant_tile piece = *t;
+    for (int32_t r = 0; r < t->rows; r += most) {
+        piece.rows = t->rows - r < most ? t->rows - r : most;
+        piece.a = t->a + r * t->a_row;
+        piece.a_sums = t->a_sums + r * (t->groups + 1);
+        if (t->sums != NULL) piece.sums = t->sums + r * t->ld;
+        if (t->to != NULL) piece.to = t->to + r * t->ld;
+        kernel(&piece);
+    }
+}
+
+/* A last block that is not full begins earlier and gives some rows again, the same. */
+APTI_AMX_INT8 static void apti_quant_int8_amx(const apti_quant_tile *t)
+{
+    const int blocks = (t->rows + APTI_AMX_ROWS - 1) / APTI_AMX_ROWS;
+    int64_t first[APTI_AMX_BLOCKS] = {0};
+    for (int i = 0; i < blocks; i++) first[i] = apti_min_i64(i * APTI_AMX_ROWS, t->rows - APTI_AMX_ROWS);
+    if (t->rows < APTI_AMX_ROWS) apti_quant_pieces(t, apti_quant_int8_avx512vnni, APTI_AMX_REST);
+    else if (blocks == 4) apti_quant_int8_blocks(t, first, 4);
+    else if (blocks == 3) apti_quant_int8_blocks(t, first, 3);
+    else if (blocks == 2) apti_quant_int8_blocks(t, first, 2);
+    else apti_quant_int8_blocks(t, first, 1);
+}
+
+static void apti_quant_int4_amx(const apti_quant_tile *t)
+{
+    apti_quant_pieces(t, apti_quant_int4_avx512vnni, APTI_AMX_REST);
+}
+
+static const apti_quant_kernels apti_quant_kernels_amx = {"amx", "avx512", APTI_AMX_BLOCKS * APTI_AMX_ROWS, 16, false,
+    apti_quant_begin_amx, apti_amx_end, apti_quant_int8_amx, apti_quant_int4_amx, apti_quant_narrow_avx512vnni};
+#undef APTI_AMX_BLOCK
+#undef APTI_AMX_FOUR
+#endif /* APTI_AMX */
 #endif /* APTI_X86 */
 
 #ifdef APTI_NEON
@@ -5319,10 +5442,10 @@ static int32_t apti_kernels_list(const apti_kernels **list, int32_t capacity)
     if (n < capacity) list[n++] = &apti_kernels_ref;
 #ifdef APTI_X86
     if (n < capacity && apti_cpu_has(APTI_CPU_AVX2)) list[n++] = &apti_kernels_avx2;
-    if (n < capacity && apti_cpu_has(APTI_CPU_AVX512)) list[n++] = &apti_kernels_avx512;
 #ifdef APTI_AMX
-    if (n < capacity && apti_cpu_has(APTI_CPU_AMX)) list[n++] = &apti_kernels_amx;
+    if (n < capacity && apti_cpu_has(APTI_CPU_AMX)) list[n++] = &apti_kernels_amx;               /* only by its name: see apt_desc */
 #endif
+    if (n < capacity && apti_cpu_has(APTI_CPU_AVX512)) list[n++] = &apti_kernels_avx512;
 #endif
 #ifdef APTI_NEON
     if (n < capacity && apti_cpu_has(APTI_CPU_NEON)) list[n++] = &apti_kernels_neon;
@@ -5350,6 +5473,9 @@ static int32_t apti_quant_kernels_list(const apti_quant_kernels **list, int32_t 
     if (n < capacity && apti_cpu_has(APTI_CPU_AVX2)) list[n++] = &apti_quant_kernels_avx2;
     if (n < capacity && apti_cpu_has(APTI_CPU_AVX512)) list[n++] = &apti_quant_kernels_avx512;
     if (n < capacity && apti_cpu_has(APTI_CPU_AVX512_VNNI)) list[n++] = &apti_quant_kernels_avx512vnni;
+#ifdef APTI_AMX
+    if (n < capacity && apti_cpu_has(APTI_CPU_AMX) && apti_cpu_has(APTI_CPU_AVX512_VNNI)) list[n++] = &apti_quant_kernels_amx;
+#endif
 #endif
 #ifdef APTI_NEON
     if (n < capacity && apti_cpu_has(APTI_CPU_NEON)) list[n++] = &apti_quant_kernels_neon;
@@ -5598,7 +5724,7 @@ static void apti_unpack(apt_ctx *ctx, float *w, int64_t ldw, const apti_packed *
 #define APTI_GEMM_COLS 256                       /* widest tile */
 #define APTI_GEMM_TALL 336                       /* tiles of a B that is packed on the way are 336 x 128 instead of 168 x 256 */
 #define APTI_GEMM_SLIM 128
-#define APTI_SPLIT_K 128                         /* split operands: a strip of A, 32 x 128 and 24 KiB, stays in the first-level */
+#define APTI_SPLIT_K 256                         /* split operands: a strip of A, 32 x 256, */
 #define APTI_SPLIT_COLS 384                      /* cache while the panels of B pass by; these, 288 KiB, and the tile of C stay */
 #define APTI_SPLIT_ROWS 512                      /* in the second-level cache */
 #define APTI_GEMM_TASK 2e5                       /* fused multiply-adds that are worth a task: some 5 us */
@@ -6153,7 +6279,7 @@ static int64_t apti_quant_block_make(apti_quant_block *block, const apti_quant_k
     const int64_t fit = APTI_QUANT_A_BYTES / block->bytes, strips = fit / quant->mr * quant->mr;
     const int64_t rows = strips > 0 ? apti_min_i64(APTI_QUANT_ROWS, strips) : apti_max_i64(1, fit);
     block->scale = (float *)scratch;
-    block->tile = (int32_t *)(void *)(block->scale + APTI_QUANT_ROWS);
+    block->tile = (int32_t *)(void *)(block->scale + apti_round_up(APTI_QUANT_ROWS, 16));
     int32_t *next = block->tile + APTI_QUANT_MR_MAX * APTI_QUANT_COLS;
     block->sums = sums ? next : NULL;
     if (sums) next += apti_round_up(rows * (block->groups + 1), 16);
@@ -6205,6 +6331,7 @@ static void apti_quant_region(const apt_ctx *ctx, const apti_gemm *g, int64_t i0
     const int64_t most = apti_quant_block_make(&block, quant, part->packed, scratch);
     const int64_t fit = APTI_QUANT_B_BYTES / apti_quant_panel_bytes(quant->nr, part->k, part->packed->type) * quant->nr;
     const int64_t cols = apti_max_i64(4 * quant->nr, apti_min_i64(fit, APTI_QUANT_COLS));
+    if (quant->begin != NULL) quant->begin();
     for (int64_t i = i0, end; i < i1; i = end) {
         end = apti_min_i64(i1, i + most);
         for (int64_t r = 0; r < end - i; r++) {
@@ -6220,6 +6347,7 @@ static void apti_quant_region(const apt_ctx *ctx, const apti_gemm *g, int64_t i0
             }
         }
     }
+    if (quant->end != NULL) quant->end();
 }
 
 static void apti_quant_task(int64_t index, int32_t thread, void *arg)

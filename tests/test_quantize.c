@@ -322,8 +322,8 @@ static void every_table(void (*check)(const apti_quant_kernels *, apt_ctx *, int
         for (int32_t k = 0; k < 2; k++) check(list[i], ctx, k);
         apt_destroy(ctx);
     }
-    static const char *const all[] = {"avx2", "avx512", "avx512vnni", "neon", "dotprod"};
-    for (int32_t a = 0; a < 5; a++) {
+    static const char *const all[] = {"avx2", "avx512", "avx512vnni", "amx", "neon", "dotprod"};
+    for (int32_t a = 0; a < 6; a++) {
         bool there = false;
         for (int32_t i = 0; i < n; i++) there = there || strcmp(list[i]->name, all[a]) == 0;
         if (!there) print_message("    (no %s on this processor)\n", all[a]);
@@ -374,8 +374,10 @@ static void check_tile(const apti_quant_kernels *quant, apt_ctx *ctx, int32_t k,
     t.sums = out;
     t.to = (float *)(void *)out;
     t.ld = quant->nr;
+    if (quant->begin != NULL) quant->begin();
     if (k == 0) quant->int8(&t);
     else quant->int4(&t);
+    if (quant->end != NULL) quant->end();
     for (int32_t r = 0; r < rows; r++) {
         for (int32_t j = 0; j < quant->nr; j++) {
             int64_t sum = 0;

@@ -6,7 +6,8 @@
 
    usage: bench_train [SHAPE|all [BATCH [TOKENS [STEPS [THREADS]]]]]      default: all shapes, their own batches, 5 steps
 
-   Built with BENCH_CUDA and linked with a unit of apt_cuda.h (make cuda-bench) everything but the small integers runs on the device;
+   BENCH_KERNELS=avx2, say, chooses the kernels. Built with BENCH_CUDA and linked with a unit of apt_cuda.h (make cuda-bench)
+   everything but the small integers runs on the device;
    BENCH_MATH=fp32|tf32|bf16 says what products compute in, and with bf16 frozen weights are kept that way. */
 #define _DEFAULT_SOURCE
 #include <sys/resource.h>
@@ -60,6 +61,7 @@ static apt_ctx *make_context(int32_t threads)
 {
     apt_desc desc = APT_ZERO;
     desc.threads = threads;
+    desc.kernels = getenv("BENCH_KERNELS");      /* NULL: the best */
 #ifdef BENCH_CUDA
     char message[512];
     apt_cuda_desc device = APT_ZERO;
