@@ -12,8 +12,8 @@
        #define APT_IMPLEMENTATION
        #include "apt.h"
 
-   and link with -lm -lpthread. No -march flag is needed: kernels for AMX, AVX-512, AVX2 and NEON are compiled in and
-   chosen at run time.
+   and link with -lm -lpthread. No -march flag is needed: kernels for AVX-512, AVX2 and NEON (and for int8 AMX) are
+   compiled in and chosen at run time.
 
    TABLE OF CONTENTS (each section is marked in the text: search for // >>name)
 
@@ -324,7 +324,9 @@ typedef struct apt_desc {
        when all are done; two tasks that run at the same time must get different `thread` in [0, threads). */
     void (*parallel_for)(int64_t count, apt_task task, void *arg, void *user);
     void *parallel_user;
-    const char *kernels;                                          /* NULL: best; else "ref", "avx2", "avx512", "amx", "neon" */
+    /* NULL: the best of "ref", "avx2", "avx512", "neon"; or one of these; or "amx", as exact, but its speed depends on how much of
+       the tile units a shared machine lends, and it gives up that a row is the same alone and in a batch (see "On threads"). */
+    const char *kernels;
     /* NULL: this CPU computes; else a device, see apt_cuda.h. It belongs to the context, also when apt_create fails. */
     apt_backend *backend;
     uint32_t end_canary;
@@ -3962,7 +3964,7 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 
 #ifdef APTI_AMX
 /* Tiles of split floats on AMX: 2 x 2 sums of 16 x 16 in tiles 0..3, two blocks of A in 4 and 5, two of B in 6 and 7. All else
-   is AVX-512's. The compilers' instructions for tiles do not say what memory they touch; hence the barriers. */
+   is AVX-512's. The compilers' intrinsics for tiles do not say what memory they touch; hence the barriers. */
 #define APTI_AMX_TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")))
 #define APTI_BARRIER(p) __asm__ volatile("" : : "r"(p) : "memory")
 
@@ -5724,9 +5726,9 @@ static void apti_unpack(apt_ctx *ctx, float *w, int64_t ldw, const apti_packed *
 #define APTI_GEMM_COLS 256                       /* widest tile */
 #define APTI_GEMM_TALL 336                       /* tiles of a B that is packed on the way are 336 x 128 instead of 168 x 256 */
 #define APTI_GEMM_SLIM 128
-#define APTI_SPLIT_K 256                         /* split operands: a strip of A, 32 x 256, */
-#define APTI_SPLIT_COLS 384                      /* cache while the panels of B pass by; these, 288 KiB, and the tile of C stay */
-#define APTI_SPLIT_ROWS 512                      /* in the second-level cache */
+#define APTI_SPLIT_K 256                         /* split operands: a strip of A, 32 x 256 and 48 KiB, */
+#define APTI_SPLIT_COLS 384                      /* the panels of B that it passes by, 576 KiB, and the tile of C, 768 KiB, */
+#define APTI_SPLIT_ROWS 512                      /* share a second-level cache of 2 MiB, which every CPU with tiles has */
 #define APTI_GEMM_TASK 2e5                       /* fused multiply-adds that are worth a task: some 5 us */
 #define APTI_GEMM_SCRATCH (1 << 20)              /* bytes that let every product run at full speed; see apti_gemm_serial */
 
