@@ -334,7 +334,9 @@ typedef struct apt_desc {
 
 typedef struct apt_memory { int64_t bytes, peak_bytes, blocks; } apt_memory;
 
-/* NULL when desc is invalid, memory or threads are short (the reason goes to desc->log or stderr). desc may be NULL. */
+/* NULL when desc is invalid, memory or threads are short (the reason goes to desc->log or stderr). desc may be NULL.
+   Where Linux has AMX it is asked for the tile registers (arch_prctl), once for the process: from then on it refuses alternate
+   signal stacks below sysconf(_SC_MINSIGSTKSZ), some 11 KiB. A stack that is already smaller keeps AMX off instead. */
 APT_API apt_ctx *apt_create(const apt_desc *desc);
 /* Frees ctx and everything made from it. NULL is allowed. */
 APT_API void apt_destroy(apt_ctx *ctx);
