@@ -21,7 +21,7 @@ size() {
 }
 
 # Prints: step tokens/s, forward tokens/s, MB resident of one program.
-ours() { ./build/bench/bench_train "$1" $(size "$1") $STEPS | sed -nE \
+ours() { BENCH_FLOATS=1 ./build/bench/bench_train "$1" $(size "$1") $STEPS | sed -nE \
     -e 's/.* ([0-9]+) MB resident.*/\1/; t keep' -e '/ dense /s/.* ([0-9]+) tokens.s \(.* ([0-9]+) tokens.s.*/\1 \2/; t show' -e 'd' \
     -e ':keep; h; d' -e ':show; G; s/\n/ /; p'; }
 theirs() { "$PYTHON" "$PEER" "$1" fp32 $(size "$1") $STEPS 2> /dev/null |

@@ -6,8 +6,8 @@
 
    usage: bench_train [SHAPE|all [BATCH [TOKENS [STEPS [THREADS]]]]]      default: all shapes, their own batches, 5 steps
 
-   BENCH_KERNELS=avx2, say, chooses the kernels. Built with BENCH_CUDA and linked with a unit of apt_cuda.h (make cuda-bench)
-   everything but the small integers runs on the device;
+   BENCH_KERNELS=avx2, say, chooses the kernels; with BENCH_FLOATS=1 there are no small integers.
+   Built with BENCH_CUDA and linked with a unit of apt_cuda.h (make cuda-bench) everything but the small integers runs on the device;
    BENCH_MATH=fp32|tf32|bf16 says what products compute in, and with bf16 frozen weights are kept that way. */
 #define _DEFAULT_SOURCE
 #include <sys/resource.h>
@@ -278,6 +278,7 @@ int main(int argc, char **argv)
         const int32_t threads = argc > 5 ? atoi(argv[5]) : 0;
         bench(&s, steps, threads);
 #ifndef BENCH_CUDA
+        if (getenv("BENCH_FLOATS") != NULL) continue;
         bench_quantized(&s, steps, threads);
         bench_quantized_steps(&s, steps, threads);
 #endif
