@@ -8,9 +8,10 @@
    the balanced loss, accuracy + weight * sparsity loss, where a scheduler raises target and weight and eases both while the
    validation loss is too high. In its first two thirds masks are drawn with Gumbel noise, then the threshold decides, as it
    will after training. The sparse run also gives up half of its experts, one of each layer at a time, and learns between two
-   removals; what each has cost is shown. In the end its matrices become int8. What the table says is measured with the files
-   that a network needs to run, OUT/dense/weights and so on, loaded again. No other file is needed; a run that was cut goes on
-   with --resume, bit for bit: it writes a checkpoint at each of its twelve validations. */
+   removals; what each has cost is shown. In its last sixth it computes with weights rounded to int8, which its matrices become
+   in the end. What the table says is measured with the files that a network needs to run, OUT/dense/weights and so on, loaded
+   again. No other file is needed; a run that was cut goes on with --resume, bit for bit: it writes a checkpoint at each of its
+   twelve validations. */
 #define _POSIX_C_SOURCE 200809L
 #define STB_DS_IMPLEMENTATION
 #include "common/ex_base.h"
@@ -198,6 +199,79 @@ static void adam(matrix *p, float rate, int64_t step)
     }
 }
 
+/* ------------------------------------------------------------------------------------------------ weights as bytes */
+
+/* A file in memory, written or read by the same calls. */
+typedef struct archive { bool reading; ex_text text; size_t at; } archive;
+
+static bool field(archive *a, void *value, size_t bytes)
+{
+    if (!a->reading) ex_text_add(&a->text, (const char *)value, bytes);
+    else if (bytes > a->text.length - a->at) return false;
+    else memcpy(value, a->text.at + a->at, bytes);
+    a->at += bytes;
+    return true;
+}
+
+/* rows x cols weights that begin ld apart: floats, or (matrices) small integers and their scales. The latter are read as what
+   they stand for. */
+static bool map_field(run *r, archive *a, int32_t bits, float *w, int64_t ld, int64_t rows, int64_t cols)
+{
+    if (bits == APT_QUANT_NONE || rows == 1 || cols == 1) {
+        bool good = true;
+        for (int64_t i = 0; good && i < rows; i++) good = field(a, w + i * ld, (size_t)cols * sizeof *w);
+        return good;
+    }
+    const size_t bytes = (size_t)apt_quant_bytes(bits, rows, cols), scales = (size_t)apt_quant_scales(bits, rows, cols);
+    void *q = ex_alloc(bytes, 1);
+    float *scale = (float *)ex_alloc(scales, sizeof *scale);
+    bool good = a->reading || (fine(r, apt_quant_absmax(r->ctx, bits, scale, w, ld, rows, cols)) &&
+                               fine(r, apt_quantize(r->ctx, bits, q, scale, w, ld, rows, cols)));
+    good = good && field(a, scale, scales * sizeof *scale) && field(a, q, bytes);
+    good = good && (!a->reading || fine(r, apt_dequantize(r->ctx, bits, w, ld, q, scale, rows, cols)));
+    free(q);
+    free(scale);
+    return good;
+}
+
+static bool weights_fields(run *r, archive *a, int32_t bits)
+{
+    bool good = map_field(r, a, bits, r->embed.w, HIDDEN, SYMBOLS, HIDDEN) &&
+                map_field(r, a, bits, r->head.w, HIDDEN + 1, CLASSES, HIDDEN) &&
+                map_field(r, a, bits, r->head.w + HIDDEN, HIDDEN + 1, CLASSES, 1);
+    for (int32_t k = 0; k < LAYERS; k++)
+        for (int32_t i = 0; good && i < apt_module_tensors(r->layer[k]); i++) {
+            apt_module_tensor t;
+            good = fine(r, apt_module_get(r->layer[k], i, &t)) && map_field(r, a, bits, t.value, t.cols, t.rows, t.cols);
+        }
+    return good;
+}
+
+/* In the last sixth of the sparse run all passes compute with what the small integers will be (quantisation-aware training): put
+   in place of the weights, which *floats keeps until unround_weights. No weight is cut off, so gradients go straight through. */
+static bool round_weights(run *r, archive *floats)
+{
+    archive small = {false, {NULL, 0, 0}, 0};
+    memset(floats, 0, sizeof *floats);
+    if (!r->sparse || 6 * r->step < 5 * r->set->steps) return true;
+    bool good = weights_fields(r, floats, APT_QUANT_NONE) && weights_fields(r, &small, r->set->bits);
+    small.reading = true;
+    small.at = 0;
+    good = good && weights_fields(r, &small, r->set->bits);
+    ex_text_free(&small.text);
+    return good;
+}
+
+static bool unround_weights(run *r, archive *floats)
+{
+    const bool rounded = floats->at > 0;
+    floats->reading = true;
+    floats->at = 0;
+    const bool good = !rounded || weights_fields(r, floats, APT_QUANT_NONE);
+    ex_text_free(&floats->text);
+    return good;
+}
+
 /* ------------------------------------------------------------------------------------------------ training */
 
 /* The first two thirds draw their masks, then the threshold decides. */
@@ -206,7 +280,7 @@ static int32_t mode_of(const run *r, int64_t step)
     return 3 * step < 2 * r->set->steps ? APT_MASK_SAMPLE : APT_MASK_FIXED;
 }
 
-static bool validate(run *r, checked *c)
+static bool look(run *r, checked *c)
 {
     int64_t right = 0;
     memset(c, 0, sizeof *c);
@@ -224,11 +298,17 @@ static bool validate(run *r, checked *c)
     return true;
 }
 
-/* Forward, balanced loss, backward, Adam. *total is the balanced loss, *sparsity that of the step's masks. */
-static bool train_step(run *r, double *total, double *sparsity)
+static bool validate(run *r, checked *c)
+{
+    archive floats;
+    const bool good = round_weights(r, &floats) && look(r, c);
+    return unround_weights(r, &floats) && good;
+}
+
+/* Forward, balanced loss, backward. *total is the balanced loss, *sparsity that of the step's masks. */
+static bool passes(run *r, double *total, double *sparsity)
 {
     const double weight = r->sparse ? (double)r->pressure.weight : 0;
-    const float rate = (float)r->set->rate * (float)(r->set->steps - r->step) / (float)r->set->steps;
     int64_t right = 0;
     make_batch(r, 0, r->step);
     if (!forward(r, mode_of(r, r->step))) return false;
@@ -243,7 +323,15 @@ static bool train_step(run *r, double *total, double *sparsity)
         *total += b.sparsity_part;
         *sparsity += stats.sparsity / LAYERS;
     }
-    if (!backward(r)) return false;
+    return backward(r);
+}
+
+static bool train_step(run *r, double *total, double *sparsity)
+{
+    const float rate = (float)r->set->rate * (float)(r->set->steps - r->step) / (float)r->set->steps;
+    archive floats;
+    const bool good = round_weights(r, &floats) && passes(r, total, sparsity);
+    if (!unround_weights(r, &floats) || !good) return false;
     r->step++;
     adam(&r->embed, rate, r->step);
     adam(&r->head, rate, r->step);
@@ -301,18 +389,6 @@ static bool thin_out(run *r, ex_progress *bar)
 
 /* ------------------------------------------------------------------------------------------------ checkpoints */
 
-/* A file in memory, written or read by the same calls. */
-typedef struct archive { bool reading; ex_text text; size_t at; } archive;
-
-static bool field(archive *a, void *value, size_t bytes)
-{
-    if (!a->reading) ex_text_add(&a->text, (const char *)value, bytes);
-    else if (bytes > a->text.length - a->at) return false;
-    else memcpy(value, a->text.at + a->at, bytes);
-    a->at += bytes;
-    return true;
-}
-
 /* Gradients are 0 between two steps. */
 static bool matrix_fields(archive *a, matrix *p)
 {
@@ -354,8 +430,8 @@ static bool fields(run *r, archive *a)
 static char *settings_line(const settings *s)
 {
     return ex_format("sparse_bk 2: seed %lld, steps %lld, lr %g, target %g, weight %g, threshold %g, loss %d, schedule %d, "
-                     "experts %lld\n", (long long)s->seed, (long long)s->steps, s->rate, s->target, s->weight, s->threshold,
-                     (int)s->loss, (int)s->schedule, (long long)s->experts);
+                     "experts %lld, %s\n", (long long)s->seed, (long long)s->steps, s->rate, s->target, s->weight, s->threshold,
+                     (int)s->loss, (int)s->schedule, (long long)s->experts, apt_quant_kind_name(s->bits));
 }
 
 static bool save(run *r)
@@ -388,40 +464,6 @@ static bool load(run *r)
 }
 
 /* ------------------------------------------------------------------------------------------------ the weights alone */
-
-/* rows x cols weights that begin ld apart: floats, or (matrices) small integers and their scales. The latter are read as what
-   they stand for. */
-static bool map_field(run *r, archive *a, int32_t bits, float *w, int64_t ld, int64_t rows, int64_t cols)
-{
-    if (bits == APT_QUANT_NONE || rows == 1 || cols == 1) {
-        bool good = true;
-        for (int64_t i = 0; good && i < rows; i++) good = field(a, w + i * ld, (size_t)cols * sizeof *w);
-        return good;
-    }
-    const size_t bytes = (size_t)apt_quant_bytes(bits, rows, cols), scales = (size_t)apt_quant_scales(bits, rows, cols);
-    void *q = ex_alloc(bytes, 1);
-    float *scale = (float *)ex_alloc(scales, sizeof *scale);
-    bool good = a->reading || (fine(r, apt_quant_calibrate(r->ctx, bits, scale, w, ld, rows, cols, NULL)) &&
-                               fine(r, apt_quantize(r->ctx, bits, q, scale, w, ld, rows, cols)));
-    good = good && field(a, scale, scales * sizeof *scale) && field(a, q, bytes);
-    good = good && (!a->reading || fine(r, apt_dequantize(r->ctx, bits, w, ld, q, scale, rows, cols)));
-    free(q);
-    free(scale);
-    return good;
-}
-
-static bool weights_fields(run *r, archive *a, int32_t bits)
-{
-    bool good = map_field(r, a, bits, r->embed.w, HIDDEN, SYMBOLS, HIDDEN) &&
-                map_field(r, a, bits, r->head.w, HIDDEN + 1, CLASSES, HIDDEN) &&
-                map_field(r, a, bits, r->head.w + HIDDEN, HIDDEN + 1, CLASSES, 1);
-    for (int32_t k = 0; k < LAYERS; k++)
-        for (int32_t i = 0; good && i < apt_module_tensors(r->layer[k]); i++) {
-            apt_module_tensor t;
-            good = fine(r, apt_module_get(r->layer[k], i, &t)) && map_field(r, a, bits, t.value, t.cols, t.rows, t.cols);
-        }
-    return good;
-}
 
 /* What comes first in the file: how the weights are stored and how many experts the layers have. */
 static const char g_weights[] = "sparse_bk weights 1\n";
