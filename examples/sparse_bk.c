@@ -728,8 +728,9 @@ static bool conclude(const settings *set, const results *all, ex_error *error)
     if (good) {
         printf("\n");
         ex_cells_print(all->cells, COLUMNS, stdout);
-        printf("\nMeasured with the files of weights, loaded again, on %d sequences that no step has seen, masks by their threshold.\n"
-               "%s weights are multiplied as floats. Curves: %s\n", CHECKS * BATCH, all->cells[NARROW].run, path);
+        printf("\nMeasured with the files of weights, loaded again, on %d sequences that no step has seen, masks by their\n"
+               "threshold. The sparse run learned in the end for its %s weights, not for those as floats. Curves: %s\n",
+               CHECKS * BATCH, all->cells[NARROW].run, path);
     }
     ex_report_free(report);
     free(path);
