@@ -80,7 +80,7 @@ says "half of the experts are gone" "^experts *8 of 8 *4 of 8 *4 of 8"
 removal="which had [0-9.]* % and [0-9.]* % of the choices: [0-9.]*, pruned [0-9.]*, retrained [0-9]"
 says "the first removal is shown" "step 30: 4 -> 3, $removal"
 says "and the second" "step 39: 3 -> 2, $removal"
-says_file "the report has them" "$work/bk/report.html" "step 39</th>"
+says_file "the report has them" "$work/bk/report.html" "tep 39</th>"
 says_file "and the metrics" "$work/bk/sparse/metrics.jsonl" '"event":"experts","step":39,"before":3,"after":2,'
 for model in dense sparse int8; do has "the weights of $model" "$work/bk/$model/weights"; done
 if [ "$(($(wc -c < "$work/bk/int8/weights") * 2))" -lt "$(wc -c < "$work/bk/sparse/weights")" ]; then
