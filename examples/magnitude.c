@@ -363,7 +363,7 @@ static const ex_demo_plan g_plan = {
     EX_BERT_PLAN,
     .name = "magnitude",
     .title = "apt.h: single weights, pruned by magnitude",
-    .sizes = {.pretrain_steps = 800, .steps = 400, .corpus = 30000, .train = 4000, .dev = 500, .test = 2000},
+    .sizes = {.pretrain_steps = 800, .steps = 300, .corpus = 30000, .train = 4000, .dev = 500, .test = 2000},
     .fast = {.pretrain_steps = 40, .steps = 40, .corpus = 1500, .train = 1000, .dev = 100, .test = 200},
     .way_count = WAYS,
     .schedule = schedule,
@@ -429,7 +429,7 @@ int main(int argc, char **argv)
         EX_TEXT("patterns", "LIST", &a.patterns, "matrices whose names have one of these, * stands for anything; default: all "
                 "linear maps of the layers"),
         EX_GROUP("Training"),
-        EX_INT("steps", "N", &a.steps, 0, 1e9, "of each way; 0: 400, with files 1000"),
+        EX_INT("steps", "N", &a.steps, 0, 1e9, "of each way; 0: 300, with files 1000"),
         EX_INT("batch", "N", &a.batch, 0, 1e6, "rows; 0: 32"),
         EX_REAL("lr", "X", &a.lr, 0, 1, "learning rate of all weights; 0: 1e-3, with files 3e-4"),
         EX_REAL("apt-lr", "X", &a.apt_lr, 0, 1, "learning rate of APT's adapters; 0: 2e-3"),
