@@ -3407,7 +3407,7 @@ typedef struct apti_quant_tile {
     int64_t groups;
     const uint8_t *a;                            /* row i at a + i*a_row: int8 values (int16 where the table is wide) */
     int64_t a_row;
-    const int32_t *a_sums;                       /* row i at i*(groups + 1): its sum over each group, then over all */
+    const int32_t *a_sums;                       /* int8: the sum of each row; int4: [rows][groups], over each group */
     const uint8_t *b;                            /* a panel of weights */
     const float *scale;                          /* int4: [groups][nr] */
     int32_t *sums;                               /* int8: out, rows x ld */
@@ -3420,12 +3420,13 @@ typedef struct apti_quant_kernels {
     const char *name, *base;                     /* base: name of the table it belongs to */
     int32_t mr, nr;                              /* largest tile; nr is also the width of a panel */
     bool wide;                                   /* int8 takes activations as 16 bits */
+    bool sums8, sums4;                           /* int8, int4 read a_sums */
     void (*begin)(void), (*end)(void);           /* around the tiles of a thread; or NULL */
     void (*int8)(const apti_quant_tile *t);
     void (*int4)(const apti_quant_tile *t);
-    /* y = round(x / scale) filled up to whole groups, and its sums as in a tile (NULL: not wanted). Returns scale = max|x| / 127;
-       NaN (y is 0 then) where x is not finite, so that the product's row is NaN. */
-    float (*narrow)(void *y, int32_t *sums, const float *x, int64_t n, bool wide);
+    /* y = round(x / scale) filled up to whole groups, and its sums over every `stretch` inputs, a multiple of a group (sums NULL:
+       not wanted). Returns scale = max|x| / 127; NaN (y is 0 then) where x is not finite, so that the product's row is NaN. */
+    float (*narrow)(void *y, int32_t *sums, int64_t stretch, const float *x, int64_t n, bool wide);
 } apti_quant_kernels;
 
 #define APTI_QUANT_NR_MAX 16
@@ -3714,31 +3715,27 @@ APTI_INLINE bool apti_quant_range(uint32_t max_bits, float *scale, float *factor
 }
 
 /* Where the range is false. */
-static void apti_quant_zero(void *y, int32_t *sums, int64_t n, bool wide)
+static void apti_quant_zero(void *y, int32_t *sums, int64_t stretch, int64_t n, bool wide)
 {
-    const int64_t groups = apti_ceil_div(n, APT_QUANT_GROUP);
-    memset(y, 0, (size_t)(groups * APT_QUANT_GROUP * (wide ? 2 : 1)));
-    if (sums != NULL) memset(sums, 0, (size_t)(groups + 1) * sizeof(int32_t));
+    memset(y, 0, (size_t)(apti_round_up(n, APT_QUANT_GROUP) * (wide ? 2 : 1)));
+    if (sums != NULL) memset(sums, 0, (size_t)apti_ceil_div(n, stretch) * sizeof(int32_t));
 }
 
-static float apti_quant_narrow_ref(void *y, int32_t *sums, const float *x, int64_t n, bool wide)
+static float apti_quant_narrow_ref(void *y, int32_t *sums, int64_t stretch, const float *x, int64_t n, bool wide)
 {
-    const int64_t groups = apti_ceil_div(n, APT_QUANT_GROUP);
     uint32_t most = 0;
     float scale, factor;
     for (int64_t i = 0; i < n; i++) {
         const uint32_t bits = apti_bits(x[i]) & 0x7fffffffu;
         most = bits > most ? bits : most;
     }
-    apti_quant_zero(y, sums, n, wide);
+    apti_quant_zero(y, sums, stretch, n, wide);
     if (!apti_quant_range(most, &scale, &factor)) return scale;
     for (int64_t i = 0; i < n; i++) {
         const int32_t v = (int32_t)lrintf(x[i] * factor);
         if (wide) ((int16_t *)y)[i] = (int16_t)v;
         else ((int8_t *)y)[i] = (int8_t)v;
-        if (sums == NULL) continue;
-        sums[i / APT_QUANT_GROUP] += v;
-        sums[groups] += v;
+        if (sums != NULL) sums[i / stretch] += v;
     }
     return scale;
 }
@@ -3796,10 +3793,10 @@ static void apti_quant_int4_ref(const apti_quant_tile *t)
     apti_quant_int4_by(t, apti_quant_int8_ref);
 }
 
-#define APTI_QUANT_TABLE(isa, base, mr, nr, wide) \
-    {#isa, base, mr, nr, wide, NULL, NULL, apti_quant_int8_##isa, apti_quant_int4_##isa, apti_quant_narrow_##isa}
+#define APTI_QUANT_TABLE(isa, base, mr, nr, wide, sums8, sums4) \
+    {#isa, base, mr, nr, wide, sums8, sums4, NULL, NULL, apti_quant_int8_##isa, apti_quant_int4_##isa, apti_quant_narrow_##isa}
 
-static const apti_quant_kernels apti_quant_kernels_ref = APTI_QUANT_TABLE(ref, "ref", 4, 8, false);
+static const apti_quant_kernels apti_quant_kernels_ref = APTI_QUANT_TABLE(ref, "ref", 4, 8, false, false, false);
 
 /* ---------------------------------------------------------------------------------------------------------------------
    SIMD kernels
@@ -4194,12 +4191,19 @@ APTI_INLINE int64_t apti_load_8(const void *p)
 #define apti_qfma(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define apti_qbits(v) _mm256_castps_si256(v)
 #define apti_qround(v) _mm256_cvtps_epi32(v)
+#define apti_qtotal(v) apti_total_8(v)
 #define apti_qconvert(v) _mm256_cvtepi32_ps(v)
 #define apti_qput16(p, v) _mm_storeu_si128((__m128i *)(void *)(p), apti_pack_8(v))
 #define apti_qput8(p, v) _mm_storel_epi64((__m128i *)(void *)(p), _mm_packs_epi16(apti_pack_8(v), _mm_setzero_si128()))
 APTI_AVX2 APTI_INLINE __m128i apti_pack_8(__m256i v)
 {
     return _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+}
+APTI_AVX2 APTI_INLINE int32_t apti_total_8(__m256i v)
+{
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
 #include APT_HEADER
 
@@ -4237,6 +4241,7 @@ APTI_AVX2 APTI_INLINE __m128i apti_pack_8(__m256i v)
 #define apti_qfma(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define apti_qbits(v) _mm512_castps_si512(v)
 #define apti_qround(v) _mm512_cvtps_epi32(v)
+#define apti_qtotal(v) _mm512_reduce_add_epi32(v)
 #define apti_qconvert(v) _mm512_cvtepi32_ps(v)
 #define apti_qput16(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_cvtepi32_epi16(v))
 #define apti_qput8(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm512_cvtepi32_epi8(v))
@@ -4321,14 +4326,15 @@ APTI_AMX_INT8 __attribute__((always_inline)) APTI_INLINE void apti_quant_int8_bl
     APTI_BARRIER(t->sums);
 }
 
-/* Rows in pieces that the other kernels take */
-APTI_INLINE void apti_quant_pieces(const apti_quant_tile *t, void (*kernel)(const apti_quant_tile *), int32_t most)
+/* Rows in pieces that the other kernels take. row_sums: entries of a_sums for each row */
+APTI_INLINE void apti_quant_pieces(const apti_quant_tile *t, void (*kernel)(const apti_quant_tile *), int32_t most,
+    int64_t row_sums)
 {
     apti_quant_tile piece = *t;
     for (int32_t r = 0; r < t->rows; r += most) {
         piece.rows = t->rows - r < most ? t->rows - r : most;
         piece.a = t->a + r * t->a_row;
-        piece.a_sums = t->a_sums + r * (t->groups + 1);
+        piece.a_sums = t->a_sums + r * row_sums;
         if (t->sums != NULL) piece.sums = t->sums + r * t->ld;
         if (t->to != NULL) piece.to = t->to + r * t->ld;
         kernel(&piece);
@@ -4341,7 +4347,7 @@ APTI_AMX_INT8 static void apti_quant_int8_amx(const apti_quant_tile *t)
     const int blocks = (t->rows + APTI_AMX_ROWS - 1) / APTI_AMX_ROWS;
     int64_t first[APTI_AMX_BLOCKS] = {0};
     for (int i = 0; i < blocks; i++) first[i] = apti_min_i64(i * APTI_AMX_ROWS, t->rows - APTI_AMX_ROWS);
-    if (t->rows < APTI_AMX_ROWS) apti_quant_pieces(t, apti_quant_int8_avx512vnni, APTI_AMX_REST);
+    if (t->rows < APTI_AMX_ROWS) apti_quant_pieces(t, apti_quant_int8_avx512vnni, APTI_AMX_REST, 1);
     else if (blocks == 4) apti_quant_int8_blocks(t, first, 4);
     else if (blocks == 3) apti_quant_int8_blocks(t, first, 3);
     else if (blocks == 2) apti_quant_int8_blocks(t, first, 2);
@@ -4350,10 +4356,10 @@ APTI_AMX_INT8 static void apti_quant_int8_amx(const apti_quant_tile *t)
 
 static void apti_quant_int4_amx(const apti_quant_tile *t)
 {
-    apti_quant_pieces(t, apti_quant_int4_avx512vnni, APTI_AMX_REST);
+    apti_quant_pieces(t, apti_quant_int4_avx512vnni, APTI_AMX_REST, t->groups);
 }
 
-static const apti_quant_kernels apti_quant_kernels_amx = {"amx", "avx512", APTI_AMX_BLOCKS * APTI_AMX_ROWS, 16, false,
+static const apti_quant_kernels apti_quant_kernels_amx = {"amx", "avx512", APTI_AMX_BLOCKS * APTI_AMX_ROWS, 16, false, true, true,
     apti_quant_begin_amx, apti_amx_end, apti_quant_int8_amx, apti_quant_int4_amx, apti_quant_narrow_avx512vnni};
 #undef APTI_AMX_BLOCK
 #undef APTI_AMX_FOUR
@@ -4536,16 +4542,16 @@ static void apti_quant_int4_dotprod(const apti_quant_tile *t)
     apti_quant_int4_by(t, apti_quant_int8_dotprod);
 }
 
-static float apti_quant_narrow_neon(void *y, int32_t *sums, const float *x, int64_t n, bool wide)
+static float apti_quant_narrow_neon(void *y, int32_t *sums, int64_t stretch, const float *x, int64_t n, bool wide)
 {
     float scale, factor;
     int32x4_t most = vdupq_n_s32(0);
-    if (wide || sums != NULL) return apti_quant_narrow_ref(y, sums, x, n, wide);     /* no NEON kernel asks for them */
+    if (wide || sums != NULL) return apti_quant_narrow_ref(y, sums, stretch, x, n, wide);    /* no NEON kernel asks for them */
     for (int64_t i = 0; i < n; i += 4) {
         const float32x4_t v = i + 4 <= n ? vld1q_f32(x + i) : apti_load_first(x + i, n - i);
         most = vmaxq_s32(most, vandq_s32(vreinterpretq_s32_f32(v), vdupq_n_s32(0x7fffffff)));
     }
-    apti_quant_zero(y, NULL, n, false);
+    apti_quant_zero(y, NULL, 0, n, false);
     if (!apti_quant_range((uint32_t)vmaxvq_s32(most), &scale, &factor)) return scale;
     int8_t *to = (int8_t *)y;
     int64_t i = 0;
@@ -4559,8 +4565,8 @@ static float apti_quant_narrow_neon(void *y, int32_t *sums, const float *x, int6
 }
 #define apti_quant_narrow_dotprod apti_quant_narrow_neon
 
-static const apti_quant_kernels apti_quant_kernels_neon = APTI_QUANT_TABLE(neon, "neon", 4, 8, false);
-static const apti_quant_kernels apti_quant_kernels_dotprod = APTI_QUANT_TABLE(dotprod, "neon", 8, 8, false);
+static const apti_quant_kernels apti_quant_kernels_neon = APTI_QUANT_TABLE(neon, "neon", 4, 8, false, false, false);
+static const apti_quant_kernels apti_quant_kernels_dotprod = APTI_QUANT_TABLE(dotprod, "neon", 8, 8, false, false, false);
 #undef apti_quant_narrow_dotprod
 #endif /* APTI_NEON */
 
@@ -5250,7 +5256,7 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #define APTI_INT8_END(i, base, offset)                                                                      \
     if (rows > i)                                                                                           \
         apti_qstore(t->sums + i * t->ld,                                                                    \
-                    apti_qsub(apti_qadd(x##i, y##i), apti_qset(128 * t->a_sums[i * (t->groups + 1) + t->groups])));
+                    apti_qsub(apti_qadd(x##i, y##i), apti_qset(128 * t->a_sums[i])));
 #else
 #define APTI_INT8_STEP(i, base, offset)                                                                     \
     if (rows > i) {                                                                                         \
@@ -5291,7 +5297,7 @@ APTI_QUANT_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_QFN(int8_
     }
 #define APTI_INT4_SCALE(i, base, offset)                                                                    \
     if (rows > i) {                                                                                         \
-        const apti_qi eight = apti_qset(8 * t->a_sums[i * (t->groups + 1) + g]);                            \
+        const apti_qi eight = apti_qset(8 * t->a_sums[i * t->groups + g]);                                  \
         f##i = apti_qfma(scale, apti_qconvert(apti_qsub(apti_qmadd_sum(x##i), eight)), f##i);               \
     }
 #define APTI_INT4_END(i, base, offset) if (rows > i) apti_qfstore(t->to + i * t->ld, f##i);
@@ -5345,40 +5351,54 @@ APTI_QUANT_TARGET APTI_INLINE apti_qf APTI_QFN(get)(const float *p, int64_t k)
     return k >= APTI_QUANT_LANES ? apti_qfload(p) : k > 0 ? apti_qfload_part(p, k) : apti_qfset(0.0f);
 }
 
-APTI_QUANT_TARGET static float APTI_QFN(narrow)(void *y, int32_t *sums, const float *x, int64_t n, bool wide)
+/* `wide` is a constant where this is called. */
+APTI_QUANT_TARGET __attribute__((always_inline)) APTI_INLINE apti_qi APTI_QFN(narrow_step)(void *y, int64_t i, apti_qf x,
+    apti_qf f, const bool wide)
 {
-    const int64_t groups = apti_ceil_div(n, APT_QUANT_GROUP);
-    int32_t lane[APTI_QUANT_LANES], max = 0, all = 0;
+    const apti_qi v = apti_qround(apti_qfmul(x, f));
+    if (wide) apti_qput16((int16_t *)y + i, v);
+    else apti_qput8((int8_t *)y + i, v);
+    return v;
+}
+
+APTI_QUANT_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_QFN(narrow_body)(void *y, int32_t *sums, int64_t stretch,
+    const float *x, int64_t n, apti_qf f, const bool wide)
+{
+    const int64_t all = apti_round_up(n, APT_QUANT_GROUP);
+    for (int64_t i = 0, s = 0; i < all; s++) {
+        const int64_t end = sums != NULL ? apti_min_i64(all, i + stretch) : all;
+        const int64_t full = apti_min_i64(end, n - APTI_QUANT_LANES + 1);
+        apti_qi total = apti_qset(0);
+        for (; i < full; i += APTI_QUANT_LANES)
+            total = apti_qadd(total, APTI_QFN(narrow_step)(y, i, apti_qfload(x + i), f, wide));
+        for (; i < end; i += APTI_QUANT_LANES)
+            total = apti_qadd(total, APTI_QFN(narrow_step)(y, i, APTI_QFN(get)(x + i, n - i), f, wide));
+        if (sums != NULL) sums[s] = apti_qtotal(total);
+    }
+}
+
+APTI_QUANT_TARGET static float APTI_QFN(narrow)(void *y, int32_t *sums, int64_t stretch, const float *x, int64_t n, bool wide)
+{
+    int32_t lane[APTI_QUANT_LANES], max = 0;
     float scale, factor;
     apti_qi most = apti_qset(0);
-    for (int64_t i = 0; i < n; i += APTI_QUANT_LANES)
-        most = apti_qmax(most, apti_qand(apti_qbits(APTI_QFN(get)(x + i, n - i)), apti_qset(0x7fffffff)));
+    int64_t i = 0;
+    for (; i + APTI_QUANT_LANES <= n; i += APTI_QUANT_LANES)
+        most = apti_qmax(most, apti_qand(apti_qbits(apti_qfload(x + i)), apti_qset(0x7fffffff)));
+    if (i < n) most = apti_qmax(most, apti_qand(apti_qbits(APTI_QFN(get)(x + i, n - i)), apti_qset(0x7fffffff)));
     apti_qstore(lane, most);
     for (int32_t l = 0; l < APTI_QUANT_LANES; l++) max = lane[l] > max ? lane[l] : max;
     if (!apti_quant_range((uint32_t)max, &scale, &factor)) {
-        apti_quant_zero(y, sums, n, wide);
+        apti_quant_zero(y, sums, stretch, n, wide);
         return scale;
     }
-    const apti_qf f = apti_qfset(factor);
-    for (int64_t g = 0; g < groups; g++) {
-        apti_qi total = apti_qset(0);
-        for (int64_t i = g * APT_QUANT_GROUP; i < (g + 1) * APT_QUANT_GROUP; i += APTI_QUANT_LANES) {
-            const apti_qi v = apti_qround(apti_qfmul(APTI_QFN(get)(x + i, n - i), f));
-            if (wide) apti_qput16((int16_t *)y + i, v);
-            else apti_qput8((int8_t *)y + i, v);
-            total = apti_qadd(total, v);
-        }
-        if (sums == NULL) continue;
-        apti_qstore(lane, total);
-        sums[g] = 0;
-        for (int32_t l = 0; l < APTI_QUANT_LANES; l++) sums[g] += lane[l];
-        all += sums[g];
-    }
-    if (sums != NULL) sums[groups] = all;
+    if (wide) APTI_QFN(narrow_body)(y, sums, stretch, x, n, apti_qfset(factor), true);
+    else APTI_QFN(narrow_body)(y, sums, stretch, x, n, apti_qfset(factor), false);
     return scale;
 }
 
-#define APTI_QUANT_ISA_TABLE(isa) APTI_QUANT_TABLE(isa, APTI_QUANT_BASE, APTI_QUANT_MR, APTI_QUANT_LANES, APTI_QUANT_WIDE)
+#define APTI_QUANT_ISA_TABLE(isa) \
+    APTI_QUANT_TABLE(isa, APTI_QUANT_BASE, APTI_QUANT_MR, APTI_QUANT_LANES, APTI_QUANT_WIDE, !APTI_QUANT_WIDE, true)
 static const apti_quant_kernels APTI_QFN(kernels) = APTI_QUANT_ISA_TABLE(APTI_QUANT_ISA);
 
 #undef APTI_QFN
@@ -5431,6 +5451,7 @@ static const apti_quant_kernels APTI_QFN(kernels) = APTI_QUANT_ISA_TABLE(APTI_QU
 #undef apti_qfma
 #undef apti_qbits
 #undef apti_qround
+#undef apti_qtotal
 #undef apti_qconvert
 #undef apti_qput16
 #undef apti_qput8
@@ -6267,7 +6288,8 @@ typedef struct apti_quant_block {
     uint8_t *rows;
     int64_t bytes, groups;
     bool wide;                                   /* they are int16 */
-    int32_t *sums;                               /* NULL: this kernel does not read them */
+    int32_t *sums;                               /* as in a tile; NULL: this kernel does not read them */
+    int64_t row_sums, stretch;                   /* sums of a row, and the inputs of one */
     float *scale;
     int32_t *tile;                               /* [mr][APTI_QUANT_COLS] sums (int4: floats) of one strip */
 } apti_quant_block;
@@ -6276,9 +6298,11 @@ typedef struct apti_quant_block {
 static int64_t apti_quant_block_make(apti_quant_block *block, const apti_quant_kernels *quant, const apti_packed *w,
                                      void *scratch)
 {
-    const bool sums = w->type == APT_U8 || !quant->wide;
-    block->wide = quant->wide && w->type == APT_I8;
+    const bool int8 = w->type == APT_I8, sums = int8 ? quant->sums8 : quant->sums4;
+    block->wide = quant->wide && int8;
     block->groups = apti_ceil_div(w->k, APT_QUANT_GROUP);
+    block->row_sums = int8 ? 1 : block->groups;
+    block->stretch = APT_QUANT_GROUP * (int8 ? block->groups : 1);
     block->bytes = block->groups * APT_QUANT_GROUP * (block->wide ? 2 : 1);
     const int64_t fit = APTI_QUANT_A_BYTES / block->bytes, strips = fit / quant->mr * quant->mr;
     const int64_t rows = strips > 0 ? apti_min_i64(APTI_QUANT_ROWS, strips) : apti_max_i64(1, fit);
@@ -6286,7 +6310,7 @@ static int64_t apti_quant_block_make(apti_quant_block *block, const apti_quant_k
     block->tile = (int32_t *)(void *)(block->scale + apti_round_up(APTI_QUANT_ROWS, 16));
     int32_t *next = block->tile + APTI_QUANT_MR_MAX * APTI_QUANT_COLS;
     block->sums = sums ? next : NULL;
-    if (sums) next += apti_round_up(rows * (block->groups + 1), 16);
+    if (sums) next += apti_round_up(rows * block->row_sums, 16);
     block->rows = (uint8_t *)next;
     return rows;
 }
@@ -6303,7 +6327,7 @@ static void apti_quant_strip(const apt_ctx *ctx, const apti_gemm *g, const apti_
     t.groups = block->groups;
     t.a = block->rows + r0 * block->bytes;
     t.a_row = block->bytes;
-    t.a_sums = block->sums != NULL ? block->sums + r0 * (block->groups + 1) : NULL;
+    t.a_sums = block->sums != NULL ? block->sums + r0 * block->row_sums : NULL;
     t.ld = APTI_QUANT_COLS;
     for (int64_t j = j0; j < j1; j += quant->nr) {
         t.b = apti_quant_panel(w, j / quant->nr);
@@ -6339,9 +6363,9 @@ static void apti_quant_region(const apt_ctx *ctx, const apti_gemm *g, int64_t i0
     for (int64_t i = i0, end; i < i1; i = end) {
         end = apti_min_i64(i1, i + most);
         for (int64_t r = 0; r < end - i; r++) {
-            int32_t *sums = block.sums != NULL ? block.sums + r * (block.groups + 1) : NULL;
+            int32_t *sums = block.sums != NULL ? block.sums + r * block.row_sums : NULL;
             const float *a = part->a + (i + r) * part->a_row;
-            block.scale[r] = quant->narrow(block.rows + r * block.bytes, sums, a, part->k, block.wide);
+            block.scale[r] = quant->narrow(block.rows + r * block.bytes, sums, block.stretch, a, part->k, block.wide);
         }
         const int64_t strips = apti_ceil_div(end - i, quant->mr);
         for (int64_t j = j0; j < j1; j += cols) {
@@ -6749,7 +6773,7 @@ static void apti_narrow_task(int64_t index, int32_t thread, void *arg)
     const apti_narrow_job *job = (const apti_narrow_job *)arg;
     int8_t *q = (int8_t *)job->ctx->scratch[thread];
     for (int64_t r = index * APTI_NARROW_ROWS; r < apti_min_i64(job->rows, (index + 1) * APTI_NARROW_ROWS); r++) {
-        const float scale = job->ctx->quant->narrow(q, NULL, job->x + r * job->ldx, job->n, false);
+        const float scale = job->ctx->quant->narrow(q, NULL, 0, job->x + r * job->ldx, job->n, false);
         apti_widen_row(job->y + r * job->ldy, q, scale, job->n);
     }
 }

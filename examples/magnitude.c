@@ -363,7 +363,7 @@ static const ex_demo_plan g_plan = {
     EX_BERT_PLAN,
     .name = "magnitude",
     .title = "apt.h: single weights, pruned by magnitude",
-    .sizes = {.pretrain_steps = 800, .steps = 500, .corpus = 30000, .train = 4000, .dev = 500, .test = 4000},
+    .sizes = {.pretrain_steps = 800, .steps = 300, .corpus = 30000, .train = 4000, .dev = 500, .test = 2000},
     .fast = {.pretrain_steps = 40, .steps = 40, .corpus = 1500, .train = 1000, .dev = 100, .test = 200},
     .way_count = WAYS,
     .schedule = schedule,
@@ -379,14 +379,13 @@ static void choose_plan(app *a)
     if (a->steps > 0) plan->sizes.steps = a->steps;
     else if (files) plan->sizes.steps = 1000;
     if (a->batch > 0) plan->batch = (int32_t)a->batch;
-    if (!(a->lr > 0)) a->lr = files ? 5e-5 : 5e-4;
+    if (!(a->lr > 0)) a->lr = files ? 3e-4 : 1e-3;
     a->files.bert.words = !files && a->demo == 0;
     if (a->files.bert.words) {
         plan->load = (apt_load_desc)APT_ZERO;
         plan->sizes.train = plan->sizes.steps * plan->batch;
     }
     if (a->apt_lr > 0) plan->rate = (float)a->apt_lr;
-    else if (files) plan->rate = 1e-3f;
     if (!files) return;
     ex_demo_files_plan(&a->files, &a->d, plan);
     plan->fast.steps = plan->fast.steps < plan->sizes.steps ? plan->fast.steps : plan->sizes.steps;
@@ -430,10 +429,10 @@ int main(int argc, char **argv)
         EX_TEXT("patterns", "LIST", &a.patterns, "matrices whose names have one of these, * stands for anything; default: all "
                 "linear maps of the layers"),
         EX_GROUP("Training"),
-        EX_INT("steps", "N", &a.steps, 0, 1e9, "of each way; 0: 500, with files 1000"),
+        EX_INT("steps", "N", &a.steps, 0, 1e9, "of each way; 0: 300, with files 1000"),
         EX_INT("batch", "N", &a.batch, 0, 1e6, "rows; 0: 32"),
-        EX_REAL("lr", "X", &a.lr, 0, 1, "learning rate of all weights; 0: 5e-4, with files 5e-5"),
-        EX_REAL("apt-lr", "X", &a.apt_lr, 0, 1, "learning rate of APT's adapters; 0: 2e-3, with files 1e-3"),
+        EX_REAL("lr", "X", &a.lr, 0, 1, "learning rate of all weights; 0: 1e-3, with files 3e-4"),
+        EX_REAL("apt-lr", "X", &a.apt_lr, 0, 1, "learning rate of APT's adapters; 0: 2e-3"),
         EX_INT("seed", "N", &a.d.seed, 0, 1e9, "another corpus and another start"),
         EX_INT("threads", "N", &a.d.machine.threads, 0, 64, "threads to use; 0: all cores"),
         EX_FLAG("measure", &a.d.measure, "trains nothing: measures what an earlier run with the same options has left in --out"),

@@ -75,15 +75,31 @@ check "sparse_bk refuses a number that is none" 2 "$bk" --weight much
 check "sparse_bk refuses an unknown loss" 2 "$bk" --loss l3
 says "and lists the kinds" "l2.*l1.*kl.*huber"
 check "sparse_bk runs" 0 "$bk" --fast --threads 2 --out "$work/bk"
-for row in accuracy loss "positions masked" target experts parameters training inference; do says "sparse_bk's table has: $row" "^$row "; done
+for row in accuracy loss "positions masked" target experts parameters "on disk" training inference; do says "sparse_bk's table has: $row" "^$row "; done
+says "half of the experts are gone" "^experts *8 of 8 *4 of 8 *4 of 8"
+removal="which had [0-9.]* % and [0-9.]* % of the choices: [0-9.]*, pruned [0-9.]*, retrained [0-9]"
+says "the first removal is shown" "step 30: 4 -> 3, $removal"
+says "and the second" "step 39: 3 -> 2, $removal"
+says_file "the report has them" "$work/bk/report.html" "tep 39</th>"
+says_file "and the metrics" "$work/bk/sparse/metrics.jsonl" '"event":"experts","step":39,"before":3,"after":2,'
+for model in dense sparse int8; do has "the weights of $model" "$work/bk/$model/weights"; done
+if [ "$(($(wc -c < "$work/bk/int8/weights") * 2))" -lt "$(wc -c < "$work/bk/sparse/weights")" ]; then
+    pass "int8 has less than half of the bytes"; else fail "int8 has less than half of the bytes"; fi
 has "sparse_bk writes its report" "$work/bk/report.html"
 says_file "its metrics hold the scheduler's target" "$work/bk/sparse/metrics.jsonl" '"sparsity_target"'
 check "sparse_bk runs on one thread" 0 "$bk" --fast --threads 1 --out "$work/bk1"
 same "it is the same on one and two threads" "$work/bk/sparse/checkpoint" "$work/bk1/sparse/checkpoint"
+same "and so are its small integers" "$work/bk/int8/weights" "$work/bk1/int8/weights"
+check "sparse_bk with int4 and one expert" 0 "$bk" --fast --experts 1 --bits int4 --out "$work/bk4"
+says "six of eight are gone" "^experts *8 of 8 *2 of 8 *2 of 8"
+says "one by one" "3 -> 2, which had"
+has "int4 has weights of its own" "$work/bk4/int4/weights"
+check "sparse_bk refuses to have no expert" 2 "$bk" --experts 0
 check "sparse_bk stops where it is told to" 0 "$bk" --fast --stop 33 --out "$work/bk2"
 check "sparse_bk goes on" 0 "$bk" --fast --resume --out "$work/bk2"
 says "from its checkpoint" "goes on at step 30"
 same "and ends where the whole run ended" "$work/bk/sparse/checkpoint" "$work/bk2/sparse/checkpoint"
+same "with the same small integers" "$work/bk/int8/weights" "$work/bk2/int8/weights"
 check "sparse_bk refuses the checkpoint of other settings" 1 "$bk" --fast --resume --target 0.5 --out "$work/bk2"
 printf damage | dd of="$work/bk2/sparse/checkpoint" bs=1 seek=30000 conv=notrunc 2> /dev/null
 check "sparse_bk refuses a damaged checkpoint" 1 "$bk" --fast --resume --out "$work/bk2"

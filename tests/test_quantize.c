@@ -359,16 +359,18 @@ static void check_tile(const apti_quant_kernels *quant, apt_ctx *ctx, int32_t k,
     assert_result(apt_quantize(NULL, m.kind, m.q, m.scale, m.w, cols, m.rows, cols), APT_OK);
     apti_packed packed = packed_make(ctx, &m, types[k]);
     uint8_t *a = (uint8_t *)test_memory_block((size_t)(rows * bytes));
-    int32_t *sums = (int32_t *)test_memory_block((size_t)(rows * (groups + 1)) * sizeof(int32_t));
+    const int64_t row_sums = k == 0 ? 1 : groups, stretch = k == 0 ? 32 * groups : 32;
+    int32_t *sums = (int32_t *)test_memory_block((size_t)(rows * row_sums) * sizeof(int32_t));
     int32_t out[APTI_QUANT_MR_MAX * APTI_QUANT_NR_MAX];
     const bool wide = quant->wide && k == 0;
-    for (int32_t r = 0; r < rows; r++) (void)quant->narrow(a + r * bytes, sums + r * (groups + 1), x + r * cols, cols, wide);
+    for (int32_t r = 0; r < rows; r++)
+        (void)quant->narrow(a + r * bytes, sums + r * row_sums, stretch, x + r * cols, cols, wide);
     apti_quant_tile t = APT_ZERO;
     t.rows = rows;
     t.groups = groups;
     t.a = a;
     t.a_row = bytes;
-    t.a_sums = sums;
+    t.a_sums = (k == 0 ? quant->sums8 : quant->sums4) ? sums : NULL;
     t.b = apti_quant_panel(&packed, 0);
     t.scale = apti_quant_scales(&packed, 0);
     t.sums = out;
@@ -437,15 +439,20 @@ static void check_narrow(const apti_quant_kernels *quant, apt_ctx *ctx, int32_t 
                 if (what == 6 && i == n / 2) x[i] = apti_float(0xff800000u);
                 if (what == 7) x[i] = i == 0 ? -127.0f : (float)(i % 40) + 0.5f;
             }
+            for (int64_t stretch = 32; stretch <= 128; stretch *= 2) {
+                memset(mine, 0x77, sizeof mine);
+                memset(plain, 0x77, sizeof plain);
+                memset(sums, 0x77, sizeof sums);
+                memset(expected, 0x77, sizeof expected);
+                const float s = quant->narrow(mine, sums, stretch, x, n, k == 0);
+                const float e = apti_quant_narrow_ref(plain, expected, stretch, x, n, k == 0);
+                assert_memory_equal(mine, plain, sizeof mine);
+                assert_memory_equal(sums, expected, sizeof sums);
+                if (n > 0 && (what == 5 || what == 6)) assert_true(apti_is_nan(s) && apti_is_nan(e));
+                else assert_true(s == e && apti_finite(s));
+            }
             memset(mine, 0x77, sizeof mine);
-            memset(plain, 0x77, sizeof plain);
-            const float s = quant->narrow(mine, sums, x, n, k == 0), e = apti_quant_narrow_ref(plain, expected, x, n, k == 0);
-            assert_memory_equal(mine, plain, sizeof mine);
-            assert_memory_equal(sums, expected, (size_t)((n + 31) / 32 + 1) * sizeof(int32_t));
-            if (n > 0 && (what == 5 || what == 6)) assert_true(apti_is_nan(s) && apti_is_nan(e));
-            else assert_true(s == e && apti_finite(s));
-            memset(mine, 0x77, sizeof mine);
-            (void)quant->narrow(mine, NULL, x, n, k == 0);
+            (void)quant->narrow(mine, NULL, 0, x, n, k == 0);
             assert_memory_equal(mine, plain, sizeof mine);
             if (k == 0 && what == 7) assert_true(n < 3 || (plain[0] == -127 && plain[1] == 2 && plain[2] == 2));
             free(x);
@@ -488,7 +495,7 @@ static void check_product(apt_ctx *ctx, int32_t k, int64_t rows, int64_t out, in
     ctx->threads = was;
     int8_t *a = (int8_t *)test_memory_block((size_t)in + 32);
     for (int64_t i = 0; i < rows; i++) {
-        const double s = (double)apti_quant_narrow_ref(a, NULL, x + i * in, in, false);
+        const double s = (double)apti_quant_narrow_ref(a, NULL, 0, x + i * in, in, false);
         for (int64_t j = 0; j < out; j++) {
             double z = 0, size = fabs((double)bias[j]);
             for (int64_t c = 0; c < in; c++) {
@@ -537,6 +544,7 @@ static void test_blocks_fit(void **state)
         memset(&quant, 0, sizeof quant);
         quant.mr = 1 + table / 2;
         quant.wide = table % 2 != 0;
+        quant.sums8 = quant.sums4 = true;
         for (int64_t k = 1; k <= APT_QUANT_IN; k += 1 + k / 7) {
             for (int32_t t = 0; t < 2; t++) {
                 apti_packed w = APT_ZERO;

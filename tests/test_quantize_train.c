@@ -210,7 +210,7 @@ static void freeze_rounding(point *p, apt_ctx *ctx, int32_t kind)
     p->cw = (double *)test_memory_block((size_t)(p->out * p->in) * sizeof(double));
     for (int64_t i = 0; i < p->out * p->in; i++) p->cw[i] = (double)merged[i] - entry(p, i / p->in, i % p->in);
     for (int64_t r = 0; r < p->rows; r++) {
-        const double s = (double)apti_quant_narrow_ref(q, NULL, p->x + r * p->in, p->in, false);
+        const double s = (double)apti_quant_narrow_ref(q, NULL, 0, p->x + r * p->in, p->in, false);
         for (int64_t i = 0; i < p->in; i++) p->cx[r * p->in + i] = s * q[i] - (double)p->x[r * p->in + i];
     }
     free(merged);
