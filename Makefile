@@ -6,7 +6,7 @@ WARN     = -std=c11 -Wall -Wextra -Wconversion -Wshadow -pedantic -Werror
 LIBS     = -lutf8proc -lm -pthread
 COMMON   = apt.h $(wildcard examples/common/*.h)
 EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
-BENCHES  = $(patsubst tests/bench/%.c,build/bench/%,$(wildcard tests/bench/*.c))
+BENCHES  = $(patsubst tests/bench/%.c,build/bench/%,$(filter-out %_cuda.c,$(wildcard tests/bench/*.c)))
 CUDA_BIN = $(addsuffix /bin/nvcc,$(CUDA_HOME) /usr/local/cuda)
 NVCC    ?= $(firstword $(shell command -v nvcc 2> /dev/null) $(wildcard $(CUDA_BIN)))
 CUDA     = $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
@@ -14,8 +14,8 @@ CUDA_GPU = $(foreach sm,80 89 90,-gencode arch=compute_$(sm),code=sm_$(sm)) -gen
 CUDA_LIBS = -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcublasLt -lcudart -lstdc++
 PACKAGES = libstb-dev libcmocka-dev libutf8proc-dev
 
-.PHONY: help run run-t5 run-llama run-magnitude run-pipeline run-bk test mutations examples cuda bench deps need-run need-test \
-        need-nvcc clean
+.PHONY: help run run-t5 run-llama run-magnitude run-pipeline run-bk test mutations examples cuda cuda-bench bench deps need-run \
+        need-test need-nvcc clean
 
 help:
 	@echo "make run       build the demo and run it (about two minutes on two cores; no arguments, no downloads)"
@@ -27,6 +27,7 @@ help:
 	@echo "make mutations breaks one gradient at a time and expects the tests to notice (some ten minutes)"
 	@echo "make examples  build every program of examples/ into build/"
 	@echo "make cuda      roberta, t5 and llama for NVIDIA GPUs into build/cuda/ (needs nvcc and cuBLAS: the CUDA toolkit)"
+	@echo "make cuda-bench  a table of what the GPU at hand does, in under 8 minutes (needs nvcc and the GPU)"
 	@echo "make bench     build and run the benchmarks of tests/bench/"
 	@echo "make deps      install $(PACKAGES) (Debian, Ubuntu)"
 	@echo "make clean     remove build/"
@@ -58,6 +59,9 @@ mutations: need-test
 examples: need-run $(EXAMPLES)
 
 cuda: need-run build/cuda/roberta build/cuda/t5 build/cuda/llama
+
+cuda-bench: need-nvcc
+	@CC="$(CC)" NVCC="$(NVCC)" tests/bench/cuda.sh bench peer
 
 bench: need-run $(BENCHES)
 	@for b in $(BENCHES); do echo "== $$b"; ./$$b || exit 1; done

@@ -6,24 +6,15 @@
 
    usage: bench_train [SHAPE|all [BATCH [TOKENS [STEPS [THREADS]]]]]      default: all shapes, their own batches, 5 steps
 
-   BENCH_KERNELS=avx2, say, chooses the kernels; with BENCH_FLOATS=1 there are no small integers.
-   Built with BENCH_CUDA and linked with a unit of apt_cuda.h (make cuda-bench) everything but the small integers runs on the device;
-   BENCH_MATH=fp32|tf32|bf16 says what products compute in, and with bf16 frozen weights are kept that way. */
+   BENCH_KERNELS=avx2, say, chooses the kernels; with BENCH_FLOATS=1 there are no small integers. */
 #define _DEFAULT_SOURCE
 #include <sys/resource.h>
 
 #define APT_IMPLEMENTATION
 #include "../../apt.h"
 #include "bench.h"
-#ifdef BENCH_CUDA
-#include "../../apt_cuda.h"
-#endif
+#include "bench_model.h"
 
-typedef struct shape {
-    const char *name;
-    apt_family family;
-    int32_t hidden, head_dim, layers, heads, neurons, vocab, batch, tokens;
-} shape;
 static const shape shapes[] = {
     {"minilm", APT_ROBERTA, 384, 32, 6, 12, 1536, 30522, 32, 128},
     {"roberta-base", APT_ROBERTA, 768, 64, 12, 12, 3072, 50265, 16, 128},
@@ -31,9 +22,6 @@ static const shape shapes[] = {
     {"t5-base", APT_T5, 768, 64, 12, 12, 2048, 32128, 8, 128},
     {"llama-15m", APT_LLAMA, 288, 48, 6, 6, 768, 32000, 16, 128},
     {"llama-110m", APT_LLAMA, 768, 64, 12, 12, 2048, 32000, 8, 256},
-#ifdef BENCH_CUDA
-    {"llama-7b", APT_LLAMA, 4096, 128, 32, 32, 11008, 32000, 4, 512},
-#endif
 };
 
 typedef struct timing { double step, forward; } timing;
@@ -45,108 +33,14 @@ static long peak_rss(void)
     return use.ru_maxrss / 1024;
 }
 
-#ifdef BENCH_CUDA
-static apt_cuda_math bench_math(void)
-{
-    const char *name = getenv("BENCH_MATH");
-    if (name == NULL || strcmp(name, "fp32") == 0) return APT_CUDA_FP32;
-    if (strcmp(name, "tf32") == 0) return APT_CUDA_TF32;
-    if (strcmp(name, "bf16") == 0) return APT_CUDA_BF16;
-    fprintf(stderr, "BENCH_MATH is '%s'; expected fp32, tf32 or bf16\n", name);
-    exit(2);
-}
-#endif
-
 static apt_ctx *make_context(int32_t threads)
 {
     apt_desc desc = APT_ZERO;
     desc.threads = threads;
     desc.kernels = getenv("BENCH_KERNELS");      /* NULL: the best */
-#ifdef BENCH_CUDA
-    char message[512];
-    apt_cuda_desc device = APT_ZERO;
-    device.math = bench_math();
-    device.workspace_bytes = (size_t)512 << 20;
-    desc.backend = apt_cuda_open(&device, message, sizeof message);
-    if (desc.backend == NULL) {
-        fprintf(stderr, "%s\n", message);
-        exit(1);
-    }
-#endif
     apt_ctx *ctx = apt_create(&desc);
     if (ctx == NULL) exit(1);
     return ctx;
-}
-
-static apt_dtype frozen_type(void)
-{
-#ifdef BENCH_CUDA
-    if (bench_math() == APT_CUDA_BF16) return APT_BF16;
-#endif
-    return APT_F32;
-}
-
-static apt_config make_config(const shape *s)
-{
-    apt_config c = APT_ZERO;
-    c.family = s->family;
-    c.task = s->family == APT_ROBERTA ? APT_TASK_CLASSIFY : APT_TASK_LM;
-    c.vocab = s->vocab;
-    c.hidden = s->hidden;
-    c.head_dim = s->head_dim;
-    c.layers = s->family == APT_T5 ? 3 * s->layers : s->layers;       /* a T5 decoder layer counts as two */
-    c.decoder_layers = s->family == APT_T5 ? s->layers : 0;
-    c.heads = s->heads;
-    c.neurons = s->neurons;
-    c.positions = s->family == APT_ROBERTA ? 514 : 2048;
-    c.types = s->family == APT_ROBERTA;
-    c.labels = s->family == APT_ROBERTA ? 2 : 0;
-    c.pad_id = s->family == APT_ROBERTA;
-    c.gated = s->family == APT_T5;
-    c.untied = s->family == APT_LLAMA;
-    return c;
-}
-
-static int32_t *numbers(int64_t n)
-{
-    int32_t *p = (int32_t *)malloc((size_t)n * sizeof(int32_t));
-    if (p == NULL) exit(1);
-    return p;
-}
-
-/* `sequences` of `tokens` random ids each, with their offsets. */
-static int32_t *random_text(const shape *s, int32_t sequences, int32_t tokens, uint64_t seed, int32_t *offsets)
-{
-    int32_t *text = numbers((int64_t)sequences * tokens);
-    apt_rng rng = apt_rng_make(seed, 0);
-    for (int32_t i = 0; i <= sequences; i++) offsets[i] = i * tokens;
-    for (int32_t i = 0; i < sequences * tokens; i++) text[i] = 5 + (int32_t)apt_rng_below(&rng, (uint32_t)s->vocab - 5);
-    return text;
-}
-
-/* Labels: a class of each sequence (encoders), a text of a quarter of the tokens (T5), the tokens themselves (LLaMA). */
-static apt_batch make_batch(const shape *s)
-{
-    int32_t *offsets = numbers(s->batch + 1), *target_offsets = numbers(s->batch + 1), *labels = numbers(s->batch);
-    apt_rng rng = apt_rng_make(2, 0);
-    apt_batch b = APT_ZERO;
-    b.sequences = s->batch;
-    b.tokens = random_text(s, s->batch, s->tokens, 1, offsets);
-    b.offsets = offsets;
-    for (int32_t i = 0; i < s->batch; i++) labels[i] = (int32_t)apt_rng_below(&rng, 2);
-    b.labels = s->family == APT_ROBERTA ? labels : b.tokens;
-    if (s->family != APT_T5) return b;
-    b.labels = random_text(s, s->batch, s->tokens < 4 ? 1 : s->tokens / 4, 3, target_offsets);
-    b.target_offsets = target_offsets;
-    return b;
-}
-
-static double forward_ms(apt_ctx *ctx, apt_model *model, const apt_batch *batch)
-{
-    apt_output out = APT_ZERO;
-    const double start = apti_seconds();
-    if (apt_model_forward(model, batch, &out) != APT_OK) fail(ctx, "forward");
-    return 1e3 * (apti_seconds() - start);
 }
 
 static timing measure(apt_ctx *ctx, apt_trainer *t, const apt_batch *batch, int steps)
@@ -172,7 +66,6 @@ static void report(const shape *s, const char *what, timing t, timing dense)
     fflush(stdout);
 }
 
-#ifndef BENCH_CUDA
 /* The same dense model without adapters, its weights as float32, int8 and int4; the three take turns. */
 static void bench_quantized(const shape *s, int steps, int32_t threads)
 {
@@ -237,8 +130,6 @@ static void bench_quantized_steps(const shape *s, int steps, int32_t threads)
     apt_destroy(ctx);
 }
 
-#endif
-
 static void bench(const shape *s, int steps, int32_t threads)
 {
     apt_ctx *ctx = make_context(threads);
@@ -250,11 +141,10 @@ static void bench(const shape *s, int steps, int32_t threads)
     d.steps = 1000;
     d.learning_rate = 1e-4f;
     const apt_batch batch = make_batch(s);
-    if (apti_model_build(ctx, &c, 1, frozen_type(), &model) != APT_OK || apt_trainer_create(model, &d, &trainer) != APT_OK)
+    if (apt_model_create(ctx, &c, 1, &model) != APT_OK || apt_trainer_create(model, &d, &trainer) != APT_OK)
         fail(ctx, "create");
     const timing dense = measure(ctx, trainer, &batch, steps);
-    const apt_backend *device = ctx->desc.backend;
-    printf("%s, %d threads, %d x %d tokens, peak %.0f MB by apt.h, %ld MB resident\n", device != NULL ? device->name : apt_kernel_name(ctx),
+    printf("%s, %d threads, %d x %d tokens, peak %.0f MB by apt.h, %ld MB resident\n", apt_kernel_name(ctx),
            (int)apt_thread_count(ctx), (int)s->batch, (int)s->tokens, (double)apt_memory_info(ctx).peak_bytes / 1048576,
            peak_rss());
     report(s, "dense", dense, dense);
@@ -277,11 +167,9 @@ int main(int argc, char **argv)
         steps = steps < 1 ? 1 : steps > 64 ? 64 : steps;
         const int32_t threads = argc > 5 ? atoi(argv[5]) : 0;
         bench(&s, steps, threads);
-#ifndef BENCH_CUDA
         if (getenv("BENCH_FLOATS") != NULL) continue;
         bench_quantized(&s, steps, threads);
         bench_quantized_steps(&s, steps, threads);
-#endif
     }
     if (!known) fprintf(stderr, "unknown shape '%s'\n", argv[1]);
     return known ? 0 : 2;
