@@ -209,6 +209,10 @@
    ON A GPU
    With apt_desc.backend a context computes on a device. apt_cuda.h, beside this file, makes one of an NVIDIA GPU:
    desc.backend = apt_cuda_open(NULL, message, sizeof message). Its first comment says how to build that and what is refused.
+   Where products are float16, small gradients would become 0 and large ones infinite. So the loss is multiplied by a factor
+   before the backward, and gradients are divided by it before anything looks at them: salience, importance, clipping, Adam. A
+   gradient that is not finite skips the step and halves the factor, many good steps in a row double it (apt_train_desc.loss_scale,
+   apt_step_info.loss_scale and .skipped). It works on the CPU too, where nothing needs it; powers of two then change no result.
 
    ON ERRORS
    Functions return apt_result: APT_OK is 0, errors are negative. apt_error(ctx) is the text: which file, tensor, field or
@@ -545,6 +549,7 @@ typedef struct apt_step_info {
     int64_t tokens;                   /* real tokens in this step */
     double milliseconds, teacher_milliseconds, tokens_per_second;
     int64_t trainable, bytes, peak_bytes;
+    double loss_scale;                /* the loss was multiplied by this in the backward; 1: no loss scaling */
     int32_t skipped;                  /* 1: non-finite gradient, no update */
 } apt_step_info;
 
@@ -574,6 +579,9 @@ typedef struct apt_train_desc {
     float beta1, beta2, epsilon;      /* 0.9, 0.999, 1e-8 */
     float clip;                       /* 1.0; negative: none */
     int32_t accumulate;               /* micro-batches per optimizer step: 1 */
+    /* loss scaling, see ON A GPU */
+    float loss_scale;                 /* at first; 0: 65536 where products are float16, else none; negative: none */
+    int32_t loss_scale_steps;         /* it doubles after so many good steps: 2000 */
     /* adapters */
     int32_t rank;                     /* 8; at the start */
     int32_t max_rank;                 /* 64 */
@@ -1531,6 +1539,7 @@ typedef enum apti_op {
 /* Every function gets self. A failure inside the device is kept and returned by the next sync, with a message. */
 struct apt_backend {
     const char *name;                                                  /* "cuda", say */
+    float loss_scale;                                                  /* what trainers begin with (see there); 0: without */
     void *self;
     void *(*alloc)(void *self, size_t bytes);                          /* 256-byte aligned; NULL: no memory */
     void (*release)(void *self, void *memory);                         /* nothing in the queue uses it any more */
@@ -16897,6 +16906,13 @@ typedef struct apti_external {
     uint64_t checksum;
 } apti_external;
 
+/* The factor of the loss in the backward. */
+typedef struct apti_scaler {
+    double scale;                     /* 1: none */
+    int64_t good;                     /* steps since it last changed */
+} apti_scaler;
+#define APTI_LOSS_SCALE_MOST 16777216.0
+
 struct apt_trainer {
     apt_ctx *ctx;
     apt_model *model;
@@ -16906,6 +16922,7 @@ struct apt_trainer {
     int64_t step;                     /* optimizer steps done */
     int32_t micro;                    /* micro-batches inside the present step */
     int64_t adam_steps;               /* updates since the moments were last zero: bias correction */
+    apti_scaler scaler;
     apt_step_info info;
     /* salience and decisions */
     apti_probe probe;
@@ -16981,7 +16998,7 @@ static void apti_desc_prune_defaults(apt_train_desc *d, const apt_config *c)
     apti_default_i(&d->min_hidden, c->hidden < 16 ? c->hidden : 16);
 }
 
-static void apti_desc_resolve(apt_train_desc *d, const apt_config *c)
+static void apti_desc_resolve(apt_train_desc *d, const apt_config *c, const apt_backend *backend)
 {
     apti_default_f(&d->learning_rate, 2e-4f);
     apti_default_f(&d->beta1, 0.9f);
@@ -16989,6 +17006,8 @@ static void apti_desc_resolve(apt_train_desc *d, const apt_config *c)
     apti_default_f(&d->epsilon, 1e-8f);
     apti_default_f(&d->clip, 1.0f);
     apti_default_i(&d->accumulate, 1);
+    apti_default_f(&d->loss_scale, backend != NULL ? backend->loss_scale : 0.0f);
+    apti_default_i(&d->loss_scale_steps, 2000);
     apti_default_i(&d->rank, 8);
     apti_default_i(&d->max_rank, d->rank > 64 ? d->rank : 64);
     apti_default_f(&d->scale, 2.0f);
@@ -17093,6 +17112,11 @@ static apt_result apti_desc_check(apt_ctx *ctx, const apt_train_desc *d, const a
         if (!apti_finite_f64(field[i].value) || !(field[i].value >= field[i].low && field[i].value <= field[i].high))
             return apti_fail(ctx, APT_E_RANGE, "apt_train_desc.%s is %g; expected %g..%g", field[i].name, field[i].value,
                              field[i].low, field[i].high);
+    if (!apti_finite(d->loss_scale) || (d->loss_scale > 0 && d->loss_scale < 1) || (double)d->loss_scale > APTI_LOSS_SCALE_MOST)
+        return apti_fail(ctx, APT_E_RANGE, "apt_train_desc.loss_scale is %g; expected 1..%.0f, 0 (the default) or below (none)",
+                         (double)d->loss_scale, APTI_LOSS_SCALE_MOST);
+    if (d->loss_scale_steps < 1)
+        return apti_fail(ctx, APT_E_RANGE, "apt_train_desc.loss_scale_steps is %d; expected 1 or more", (int)d->loss_scale_steps);
     if ((d->adapt & ~apti_adaptable(c)) != 0)
         return apti_fail(ctx, APT_E_RANGE, "apt_train_desc.adapt is %d, but this FFN has no gate; expected a sum of bits of %d",
                          (int)d->adapt, (int)apti_adaptable(c));
@@ -17106,6 +17130,11 @@ static apt_result apti_desc_check(apt_ctx *ctx, const apt_train_desc *d, const a
 static bool apti_is_apt(const apt_trainer *t)
 {
     return t->desc.method == APT_METHOD_APT;
+}
+
+static bool apti_is_scaled(const apt_trainer *t)
+{
+    return t->desc.loss_scale > 0;
 }
 
 /* The probe runs while its result can still change a decision. */
@@ -17235,7 +17264,7 @@ APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *de
         return apti_fail(ctx, APT_E_STATE, "apt_trainer_create: the model has adapters; merge them first");
     if (apti_quant_refuse(model, "apt_trainer_create") != APT_OK) return APT_E_STATE;
     apt_train_desc resolved = *desc;
-    apti_desc_resolve(&resolved, &model->config);
+    apti_desc_resolve(&resolved, &model->config, ctx->desc.backend);
     apt_result r = apti_desc_check(ctx, &resolved, &model->config);
     if (r != APT_OK) return r;
     apt_trainer *t = (apt_trainer *)apti_calloc(ctx, 1, (int64_t)sizeof(apt_trainer));
@@ -17244,6 +17273,7 @@ APT_API apt_result apt_trainer_create(apt_model *model, const apt_train_desc *de
     t->ctx = ctx;
     t->model = model;
     t->desc = resolved;
+    t->scaler.scale = apti_is_scaled(t) ? (double)resolved.loss_scale : 1;
     model->trainer = t;
     r = apti_trainer_fill(t);
     if (r != APT_OK) {
@@ -17422,14 +17452,53 @@ static void apti_zero_moments(apt_trainer *t)
     }
 }
 
-/* Clip by the global norm, update, clear. A non-finite gradient skips the update. */
-static void apti_optimize(apt_trainer *t, double norm)
+/* ---- loss scaling ---- */
+
+/* All gradients times `factor`, and the sums of gradients that salience is made of. */
+static void apti_gradients_scale(apt_trainer *t, double factor)
+{
+    apti_param *p;
+    if (factor == 1) return;
+    for (int32_t i = 0; (p = apti_trained(t, i)) != NULL; i++)
+        if (apti_is_trained(p)) apti_scale_run(t->ctx, p->grad, apti_param_count(p), (float)factor);
+    apti_scale_run(t->ctx, t->probe.grad, apti_probe_count(t->model), (float)factor);
+}
+
+/* Whether the scaled gradient left its range at a place that no parameter's gradient shows. */
+static bool apti_probe_overflow(const apt_trainer *t)
+{
+    if (!apti_is_scaled(t)) return false;
+    apti_sync(t->ctx);
+    return !apti_finite_all(t->probe.grad, apti_probe_count(t->model));
+}
+
+static void apti_scaler_halve(apt_trainer *t)
+{
+    t->scaler.scale = t->scaler.scale > 2 ? t->scaler.scale / 2 : 1;
+    t->scaler.good = 0;
+    apti_log(t->ctx, APT_LOG_INFO, "step %lld: a gradient is not finite; the loss scale becomes %g", (long long)t->step,
+             t->scaler.scale);
+}
+
+static void apti_scaler_update(apt_trainer *t, bool finite)
+{
+    apti_scaler *s = &t->scaler;
+    if (!apti_is_scaled(t)) return;
+    if (!finite) apti_scaler_halve(t);
+    else if (++s->good >= t->desc.loss_scale_steps) {
+        s->scale = s->scale < APTI_LOSS_SCALE_MOST / 2 ? 2 * s->scale : APTI_LOSS_SCALE_MOST;
+        s->good = 0;
+    }
+}
+
+/* Clip by the global norm, update, clear. A gradient that is not finite skips the update. */
+static void apti_optimize(apt_trainer *t, double norm, bool finite)
 {
     const double clip = t->desc.clip;
     t->info.gradient_norm = norm;
     t->info.learning_rate = apti_learning_rate(&t->desc, t->step);
-    t->info.skipped = !apti_finite((float)norm);
-    if (!t->info.skipped) apti_adam_update(t, clip > 0 && norm > clip ? clip / norm : 1.0, t->info.learning_rate);
+    t->info.skipped = !finite;
+    if (finite) apti_adam_update(t, clip > 0 && norm > clip ? clip / norm : 1.0, t->info.learning_rate);
     apti_zero_gradients(t);
     apti_sync(t->ctx);                /* the CPU may look at everything again */
 }
@@ -17961,6 +18030,7 @@ static apt_result apti_salience_update(apt_trainer *t)
     apt_units u;
     apt_model_units(t->model, &u);
     float *now = t->salience + u.total;
+    apti_sync(t->ctx);
     apt_result r = apti_salience_now(t, now, now + u.total);
     if (r == APT_OK) r = apt_salience_ema(t->salience, now, u.total, t->desc.salience_momentum);
     if (r == APT_OK) t->observed = true;
@@ -18743,17 +18813,17 @@ static apt_result apti_micro_batch(apt_trainer *t, const apt_batch *batch, bool 
 {
     apti_pass *p = t->pass;
     const apti_mixture mix = apti_mixture_now(t);
-    const float mu = mix.mu, share = 1.0f / (float)t->desc.accumulate;
+    const float mu = mix.mu, share = 1.0f / (float)t->desc.accumulate, weight = share * (float)t->scaler.scale;
     apt_result r = mu > 0 ? apti_teacher_forward(t, batch, &mix) : APT_OK;
     p->probe = probe ? &t->probe : NULL;
     if (r == APT_OK) r = apti_forward(p, batch, apti_train_mode(t, probe, &mix));
     if (r != APT_OK) return r;
     t->probe.rows += probe ? p->rows : 0;
-    apti_task_loss(p, true, share * (1 - mu));
+    apti_task_loss(p, true, weight * (1 - mu));
     const double task = apti_mean_loss(p);
     t->distill_loss = 0;
-    t->layer_scale = mu * share * mix.layer;
-    if (mu > 0) t->distill_loss = mix.pred * apti_distill_pred(t, &mix, share);
+    t->layer_scale = mu * weight * mix.layer;
+    if (mu > 0) t->distill_loss = mix.pred * apti_distill_pred(t, &mix, weight);
     p->inject = mu > 0 && t->map.pairs > 0 ? apti_distill_inject : NULL;
     p->inject_user = t;
     apti_backward(p);
@@ -18802,12 +18872,14 @@ static apt_result apti_regular_events(apt_trainer *t)
 static apt_result apti_update(apt_trainer *t, bool probe)
 {
     apt_result r = APT_OK;
+    apti_gradients_scale(t, 1 / t->scaler.scale);
     apti_mask_gradients(t);
     const double norm = apti_gradient_norm(t);
-    const bool finite = apti_finite((float)norm);
+    const bool finite = apti_finite((float)norm) && !(probe && apti_probe_overflow(t));
     if (finite && probe) r = apti_salience_update(t);
     if (finite && r == APT_OK && apti_is_apt(t) && !t->desc.disable_growth) r = apti_importance_update(t);
-    apti_optimize(t, norm);
+    apti_optimize(t, norm, finite);
+    apti_scaler_update(t, finite);
     t->micro = 0;
     t->step++;
     apti_trainer_rounding(t);
@@ -18849,6 +18921,7 @@ static void apti_info_begin(apt_trainer *t)
     t->info.sparsity = t->sparsity;
     t->info.kept = (double)m.prunable / (double)m.prunable_dense;
     t->info.trainable = m.trainable;
+    t->info.loss_scale = t->scaler.scale;
 }
 
 APT_API apt_result apt_trainer_step(apt_trainer *trainer, const apt_batch *batch, apt_step_info *info)
@@ -18928,10 +19001,15 @@ APT_API apt_result apt_trainer_observe(apt_trainer *trainer, const apt_batch *ba
     r = apti_trainable_batch(t, batch);
     if (r != APT_OK) return r;
     const apt_step_info info = t->info;
-    apti_probe_clear(t);
-    r = apti_micro_batch(t, batch, true);
-    if (r == APT_OK) r = apti_salience_update(t);
-    apti_zero_gradients(t);
+    for (bool again = true; again;) {
+        apti_probe_clear(t);
+        r = apti_micro_batch(t, batch, true);
+        apti_gradients_scale(t, 1 / t->scaler.scale);
+        again = r == APT_OK && apti_probe_overflow(t) && t->scaler.scale > 1;
+        if (again) apti_scaler_halve(t);
+        else if (r == APT_OK) r = apti_salience_update(t);
+        apti_zero_gradients(t);
+    }
     t->info = info;
     return r;
 }
@@ -19380,7 +19458,7 @@ static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
     r->t.model = r->m;
     r->t.external.given = r->external != NULL;
     r->t.external.alpha = 1;
-    apti_desc_resolve(&r->t.desc, &r->m->config);
+    apti_desc_resolve(&r->t.desc, &r->m->config, r->ctx->desc.backend);
     const apt_result result = apti_desc_check(r->ctx, &r->t.desc, &r->m->config);
     if (result != APT_OK) return result;
     const bool prunes = r->t.desc.method == APT_METHOD_APT && r->t.desc.target_sparsity > 0;
@@ -23012,6 +23090,9 @@ static void apti_ckpt_put_trainer(apti_ckpt_writer *w, apt_trainer *t)
     (void)apti_ckpt_put(w, "state.keep", APT_U8, 1, nu, t->keep);
     apti_ckpt_put_floats(w, "state", "salience", t->salience, 1, u.total);
     apti_ckpt_put_floats(w, "state", "importance", t->importance, 1, apti_sites(t->model));
+    const double scaler[2] = {t->scaler.scale, (double)t->scaler.good};
+    const int64_t ns[1] = {2};
+    if (apti_is_scaled(t)) (void)apti_ckpt_put_copy(w, "state.scaler", APT_F64, 1, ns, scaler);
     if (t->micro > 0 || t->stage != APTI_STAGE_NONE)
         apti_ckpt_put_floats(w, "state", "probe", t->probe.act, 3, apti_probe_count(t->model));
 }
@@ -23385,6 +23466,7 @@ typedef struct apti_ckpt_load {
     int32_t iterations;
     int64_t ints[APTI_CKPT_INTS], probes;
     double reals[APTI_CKPT_REALS];
+    apti_scaler scaler;               /* scale 0: the run had none */
 } apti_ckpt_load;
 
 static void apti_ckpt_load_free(apt_ctx *ctx, apti_ckpt_load *c)
@@ -23420,6 +23502,24 @@ static apt_result apti_ckpt_check_counters(const apt_trainer *t, const char *pat
     return APT_OK;
 }
 
+/* One run may have a loss scale where it goes on and none where it began, on different devices. */
+static apt_result apti_ckpt_read_scaler(apt_trainer *t, apti_ckpt_reader *r, const char *path, apti_scaler *scaler)
+{
+    const void *data = NULL;
+    double x[2];
+    if (!apti_ckpt_has(r, "state.scaler")) return APT_OK;
+    const apt_result result = apti_ckpt_find(r, "state.scaler", APT_F64, 2, &data, NULL);
+    if (result != APT_OK) return result;
+    memcpy(x, data, sizeof x);
+    if (!apti_finite_f64(x[0]) || !(x[0] >= 1 && x[0] <= APTI_LOSS_SCALE_MOST) || !apti_finite_f64(x[1]) ||
+        !(x[1] >= 0 && x[1] <= 2147483647.0))
+        return apti_fail(t->ctx, APT_E_RANGE, "%s: loss scale %g after %g good steps; expected 1..%.0f", path, x[0], x[1],
+                         APTI_LOSS_SCALE_MOST);
+    scaler->scale = x[0];
+    scaler->good = (int64_t)x[1];
+    return APT_OK;
+}
+
 static apt_result apti_ckpt_read_state(apt_trainer *t, apti_ckpt_reader *r, const char *path, apti_ckpt_load *c)
 {
     const void *data = NULL;
@@ -23435,6 +23535,7 @@ static apt_result apti_ckpt_read_state(apt_trainer *t, apti_ckpt_reader *r, cons
     double desc[APTI_FIELDS];
     memcpy(desc, data, sizeof(desc));
     result = apti_ckpt_compare_desc(t, path, desc);
+    if (result == APT_OK) result = apti_ckpt_read_scaler(t, r, path, &c->scaler);
     return result == APT_OK ? apti_ckpt_check_counters(t, path, c) : result;
 }
 
@@ -23531,6 +23632,8 @@ static void apti_ckpt_adopt(apt_trainer *t, apti_ckpt_load *c)
     t->stage = (int32_t)c->ints[APTI_CKPT_STAGE];
     t->sparsity = c->reals[APTI_CKPT_SPARSITY];
     t->best_metric = c->reals[APTI_CKPT_BEST];
+    if (apti_is_scaled(t) && c->scaler.scale > 0) t->scaler = c->scaler;
+    if (t->micro > 0) apti_gradients_scale(t, t->scaler.scale / (c->scaler.scale > 0 ? c->scaler.scale : 1));
     apti_info_begin(t);
     t->info.tokens = c->ints[APTI_CKPT_TOKENS];
     t->probe.rows = c->ints[APTI_CKPT_PROBE_ROWS];

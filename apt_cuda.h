@@ -41,7 +41,8 @@ extern "C" {
 typedef enum apt_cuda_math {
     APT_CUDA_FP32 = 0,                /* float32: as on the CPU but for the order of sums */
     APT_CUDA_TF32,                    /* operands of products rounded to 10 bits behind the point */
-    APT_CUDA_BF16                     /* operands of products rounded to bfloat16 */
+    APT_CUDA_BF16,                    /* operands of products rounded to bfloat16 */
+    APT_CUDA_FP16                     /* operands of products rounded to float16; trainers scale the loss (see apt.h, ON A GPU) */
 } apt_cuda_math;
 
 /* Zero means the default. */
@@ -174,15 +175,44 @@ APTC_BOTH uint16_t aptc_f32_to_bf16(float value)
     return (uint16_t)((x.bits + 0x7fff + (x.bits >> 16 & 1)) >> 16);
 }
 
+APTC_BOTH float aptc_f16_to_f32(uint16_t half)
+{
+    union { uint32_t bits; float value; } x;
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
+    if (rest < 0x400) {                          /* 0 and numbers below 2^-14: multiples of 2^-24 */
+        x.value = (float)rest * 5.9604645e-8f;
+        x.bits |= sign;
+    } else x.bits = sign | ((rest << 13) + (rest < 0x7c00 ? 0x38000000u : 0x70000000u));
+    return x.value;
+}
+
+/* Round to nearest even; what is too large becomes infinite; a NaN stays one. */
+APTC_BOTH uint16_t aptc_f32_to_f16(float value)
+{
+    union { uint32_t bits; float value; } x;
+    x.value = value;
+    const uint32_t sign = x.bits >> 16 & 0x8000, size = x.bits & 0x7fffffff;
+    if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00);        /* from 65520 on */
+    if (size >= 0x38800000) return (uint16_t)(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
+    x.bits = size;
+    x.value += 0.5f;                             /* 0.5 has steps of 2^-24: the sum is rounded as the half must be */
+    return (uint16_t)(sign | (x.bits - 0x3f000000));
+}
+
+APTC_BOTH int64_t aptc_size(apt_dtype type) { return type == APT_F32 ? 4 : 2; }
+
 APTC_BOTH float aptc_load(const void *data, apt_dtype type, int64_t i)
 {
-    return type == APT_BF16 ? aptc_bf16_to_f32(((const uint16_t *)data)[i]) : ((const float *)data)[i];
+    if (type == APT_F32) return ((const float *)data)[i];
+    const uint16_t half = ((const uint16_t *)data)[i];
+    return type == APT_BF16 ? aptc_bf16_to_f32(half) : aptc_f16_to_f32(half);
 }
 
 APTC_BOTH void aptc_store(void *data, apt_dtype type, int64_t i, float value)
 {
-    if (type == APT_BF16) ((uint16_t *)data)[i] = aptc_f32_to_bf16(value);
-    else ((float *)data)[i] = value;
+    if (type == APT_F32) ((float *)data)[i] = value;
+    else ((uint16_t *)data)[i] = type == APT_BF16 ? aptc_f32_to_bf16(value) : aptc_f32_to_f16(value);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -1590,7 +1620,7 @@ static void aptc_blas_free(aptc_blas *x)
 static void aptc_blas_make(aptc_device *d, aptc_blas *x, const aptc_product *p)
 {
     const cublasComputeType_t compute = d->math == APT_CUDA_TF32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
-    const cudaDataType_t type = p->a.type == APT_BF16 ? CUDA_R_16BF : CUDA_R_32F;
+    const cudaDataType_t type = p->a.type == APT_BF16 ? CUDA_R_16BF : p->a.type == APT_F16 ? CUDA_R_16F : CUDA_R_32F;
     const cublasOperation_t first = p->b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     const cublasOperation_t second = p->a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     const cublasLtEpilogue_t bias = CUBLASLT_EPILOGUE_BIAS;
@@ -1634,7 +1664,7 @@ static const cublasLtMatmulAlgo_t *aptc_blas_algorithm(aptc_device *d, const apt
     key.ldb = p->b.ld;
     key.ldc = p->ldc;
     key.form = 1 | p->a.transposed << 1 | p->b.transposed << 2 | (p->bias != NULL) << 3 | p->accumulate << 4 |
-               (p->a.type == APT_BF16) << 5 |
+               (p->a.type == APT_BF16) << 5 | (p->a.type == APT_F16) << 6 |
                (int32_t)(aptc_alignment(p->a.data) << 8 | aptc_alignment(p->b.data) << 16 | aptc_alignment(p->c) << 24);
     uint64_t hash = 1469598103934665603u;
     for (size_t i = 0; i < offsetof(aptc_algorithm, algorithm); i++) hash = (hash ^ ((const uint8_t *)&key)[i]) * 1099511628211u;
@@ -1680,7 +1710,7 @@ static aptc_operand aptc_convert(aptc_device *d, aptc_operand x, int64_t rows, i
     if (x.type == type) return x;
     const int64_t ld = (cols + 7) / 8 * 8;
     aptc_cast job = {NULL, x.data, ld, x.ld, rows, cols, type, x.type};
-    job.to = aptc_take(d, rows * ld * (type == APT_BF16 ? 2 : 4));
+    job.to = aptc_take(d, rows * ld * aptc_size(type));
     if (job.to != NULL) APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
     x.data = job.to;
     x.type = type;
@@ -1712,7 +1742,7 @@ static int64_t aptc_bytes(int64_t rows, int64_t cols) { return (rows * ((cols + 
 static bool aptc_part_run(aptc_device *d, const apti_gemm *g, const apti_gemm_part *part, float *c, int64_t ldc, bool accumulate,
                           const float *bias)
 {
-    const apt_dtype type = d->math == APT_CUDA_BF16 ? APT_BF16 : APT_F32;
+    const apt_dtype type = d->math == APT_CUDA_BF16 ? APT_BF16 : d->math == APT_CUDA_FP16 ? APT_F16 : APT_F32;
     aptc_operand a = aptc_left(part), b = aptc_right(part);
     const int64_t room = (int64_t)(d->work_bytes - d->used) / 2;
     int64_t step_k = part->k, step_m = g->m;
@@ -1724,7 +1754,7 @@ static bool aptc_part_run(aptc_device *d, const apti_gemm *g, const apti_gemm_pa
     }
     const size_t used = d->used;
     for (int64_t p0 = 0; p0 < part->k; p0 += step_k) {
-        const int64_t k = aptc_min(step_k, part->k - p0), size = b.type == APT_BF16 ? 2 : 4;
+        const int64_t k = aptc_min(step_k, part->k - p0), size = aptc_size(b.type);
         aptc_operand right = b;
         right.data = (const char *)b.data + (b.transposed ? p0 : p0 * b.ld) * size;
         right = aptc_convert(d, right, b.transposed ? g->n : k, b.transposed ? k : g->n, type);
@@ -1948,9 +1978,9 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *given, char *message, size_t cap
     if (given != NULL) desc = *given;
     if (desc.start_canary != 0 || desc.end_canary != 0)
         return aptc_refuse(message, capacity, "apt_cuda_desc was not initialised: start with apt_cuda_desc desc = APT_ZERO");
-    if (desc.math != APT_CUDA_FP32 && desc.math != APT_CUDA_TF32 && desc.math != APT_CUDA_BF16)
-        return aptc_refuse(message, capacity,
-                           "apt_cuda_desc.math is not known; supported: APT_CUDA_FP32, APT_CUDA_TF32, APT_CUDA_BF16");
+    if (desc.math != APT_CUDA_FP32 && desc.math != APT_CUDA_TF32 && desc.math != APT_CUDA_BF16 && desc.math != APT_CUDA_FP16)
+        return aptc_refuse(message, capacity, "apt_cuda_desc.math is not known; supported: APT_CUDA_FP32, APT_CUDA_TF32, "
+                           "APT_CUDA_BF16, APT_CUDA_FP16");
     if ((desc.alloc == NULL) != (desc.release == NULL))
         return aptc_refuse(message, capacity, "apt_cuda_desc.alloc and .release: both or none");
     if (desc.workspace_bytes == 0) desc.workspace_bytes = (size_t)128 << 20;
@@ -1968,6 +1998,7 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *given, char *message, size_t cap
         return NULL;
     }
     d->backend.name = "cuda";
+    d->backend.loss_scale = d->math == APT_CUDA_FP16 ? 65536.0f : 0.0f;
     d->backend.self = d;
     d->backend.alloc = aptc_alloc;
     d->backend.release = aptc_release;

@@ -45,6 +45,10 @@ linear dW | ops model | if (grad->w) apti_weight_grad(ctx, grad->w, op->out | if
 linear dbias | ops model | if (grad->bias) apti_column_sum(ctx, grad->bias, dy | if (0) apti_column_sum(ctx, grad->bias, dy
 linear dB | ops model | if (adapter && grad->b) apti_weight_grad | if (0) apti_weight_grad
 linear dA | ops model | if (adapter && grad->a) apti_weight_grad | if (0) apti_weight_grad
+loss scale: halved | train | if (!finite) apti_scaler_halve(t); | if (!finite) {}
+loss scale: the sums of salience | train | apti_scale_run(t->ctx, t->probe.grad, apti_probe_count | if (0) apti_scale_run(t->ctx, t->probe.grad, apti_probe_count
+loss scale: in a checkpoint | train | if (apti_is_scaled(t)) (void)apti_ckpt_put_copy | if (0) (void)apti_ckpt_put_copy
+loss scale: inside an accumulation | train | if (t->micro > 0) apti_gradients_scale | if (0) apti_gradients_scale
 adapter scale | ops model | apti_scale_run(ctx, xa, rows * op->rank, op->scale); | (void)0;
 layernorm dgamma | ops model | if (dgamma) apti_fold_run | if (0) apti_fold_run
 layernorm dbeta | ops model | if (dbeta) apti_fold_run | if (0) apti_fold_run

@@ -947,6 +947,7 @@ static const bad_field g_bad[] = {
     {FIELD(steps), 'l', {0, -5, -9.2e18, 9.2e18}, 4}, {FIELD(learning_rate), 'f', {-1e-3, 1e4}, 2}, {FIELD(lr_schedule), 'i', {-1, 3}, 2},
     {FIELD(warmup_steps), 'l', {-1, -9.2e18}, 2}, {FIELD(weight_decay), 'f', {-0.1, 1e9}, 2}, {FIELD(beta1), 'f', {-0.1, 1, 1.5}, 3},
     {FIELD(beta2), 'f', {-0.1, 1, 2}, 3}, {FIELD(epsilon), 'f', {-1e-8, 2}, 2}, {FIELD(accumulate), 'i', {-1, 2e9}, 2},
+    {FIELD(loss_scale), 'f', {0.5, 33554432}, 2}, {FIELD(loss_scale_steps), 'i', {-1}, 1},
     {FIELD(rank), 'i', {-1, 5000}, 2}, {FIELD(max_rank), 'i', {-1, 3, 5000}, 3}, {FIELD(scale), 'f', {-1, 1e9}, 2},
     {FIELD(adapt), 'i', {-1, 64}, 2}, {FIELD(disable_growth), 'i', {-1, 2}, 2}, {FIELD(growth), 'f', {0.5, -1, 1e6}, 3},
     {FIELD(target_sparsity), 'f', {-0.1, 1, 1.5}, 3}, {FIELD(schedule), 'i', {-1, 3, 4}, 3}, {FIELD(start_sparsity), 'f', {-0.1, 0.7}, 2},
@@ -1044,6 +1045,7 @@ static void test_desc_defaults(void **state)
         apt_trainer *t = test_trainer(m, &d);
         apt_trainer_query(t, &q);
         assert_true(q.steps == 5000 && q.learning_rate == 2e-4f && q.beta1 == 0.9f && q.beta2 == 0.999f && q.epsilon == 1e-8f && q.clip == 1.0f);
+        assert_true(q.loss_scale == 0 && q.loss_scale_steps == 2000);
         assert_true(q.accumulate == 1 && q.rank == 8 && q.max_rank == 64 && q.scale == 2.0f && q.growth == 4.0f && q.weight_decay == 0);
         assert_int_equal(q.adapt, APT_ADAPT_QUERY | APT_ADAPT_VALUE | APT_ADAPT_UP);
         assert_true(q.prune_begin == 0 && q.prune_end == 3000 && q.update_frequency == 100 && q.mask_step == 0.01f);
@@ -1321,6 +1323,157 @@ static void test_nothing_labelled(void **state)
     }
 }
 
+/* ---- loss scaling --------------------------------------------------------------------------------------------------- */
+
+static plan scaled_plan(float scale, int32_t steps)
+{
+    plan p = apt_plan(APT_BERT, APT_TASK_CLASSIFY);
+    p.d.loss_scale = scale;
+    p.d.loss_scale_steps = steps;
+    return p;
+}
+
+/* A power of two changes no bit of any loss, gradient norm or weight, through pruning, growth, distillation and compaction, while
+   the factor changes with the steps. */
+static void test_scaled_same(void **state)
+{
+    (void)state;
+    const int32_t decoders[] = {0, 2};
+    for (int32_t k = 0; k < (EMULATED ? 1 : 4); k++) {
+        plan p = scaled_plan(0, 3);
+        if (k == 1) p.d.method = APT_METHOD_FULL;
+        if (k >= 2) {
+            p.c = test_decoder(decoders[k - 2]);
+            p.c.neurons = 20;
+            p.d.disable_distill = 0;
+        }
+        live plain, scaled;
+        const uint64_t sum = run_all(&plain, &p);
+        p.d.loss_scale = 1024;
+        const uint64_t same = run_all(&scaled, &p);
+        assert_same_trace(&plain.tr, &scaled.tr, 0, micro_batches(&p), "with a loss scale");
+        assert_true(sum == same);
+        assert_true(plain.trainer->scaler.scale == 1 && plain.trainer->info.loss_scale == 1);
+        assert_true(scaled.trainer->scaler.scale == 1024 * 256 && scaled.trainer->info.loss_scale == 1024 * 128);
+        stop(&plain);
+        stop(&scaled);
+    }
+}
+
+/* Micro-batch i; in front of the last one of a step an infinity gets into what there is of a gradient. */
+static apt_step_info run_spoilt(live *l, const plan *p, int64_t i, float *at)
+{
+    apt_step_info info;
+    test_batch b;
+    const uint32_t infinity = 0x7f800000u;
+    test_batch_at(&b, &p->c, p->data_seed, i, p->sequences);
+    l->tr.now = (int32_t)i;
+    if (at != NULL) memcpy(at, &infinity, sizeof infinity);
+    assert_ok(l->ctx, apt_trainer_step(l->trainer, &b.b, &info));
+    return info;
+}
+
+/* An infinity in a gradient, or in what salience is made of: the step is left out and said to be, the factor is halved. */
+static void test_scaled_overflow(void **state)
+{
+    (void)state;
+    for (int32_t k = 0; k < 2; k++) {
+        plan p = scaled_plan(1024, 2000);
+        if (k == 0) p.d.method = APT_METHOD_LORA;
+        live l;
+        start(&l, &p, 1);
+        run(l.trainer, &p, &l.tr, 0, 5);
+        const uint64_t before = test_model_sum(l.model);
+        const int64_t adam = l.trainer->adam_steps;
+        float salience[8];
+        memcpy(salience, l.trainer->salience, sizeof salience);
+        apti_sync(l.ctx);
+        const apt_step_info info = run_spoilt(&l, &p, 5, k == 0 ? l.model->head[APTI_HEAD_OUT_W]->grad : l.trainer->probe.grad);
+        assert_true(info.skipped == 1 && info.step == 3 && info.loss_scale == 1024 && l.trainer->scaler.scale == 512);
+        assert_true(l.trainer->adam_steps == adam && test_model_sum(l.model) == before);
+        assert_memory_equal(salience, l.trainer->salience, sizeof salience);
+        run(l.trainer, &p, &l.tr, 6, 8);                              /* and goes on */
+        assert_true(l.trainer->info.skipped == 0 && l.trainer->info.loss_scale == 512 && l.trainer->adam_steps == adam + 1);
+        run(l.trainer, &p, &l.tr, 8, micro_batches(&p));
+        assert_ok(l.ctx, apt_trainer_finish(l.trainer));
+        stop(&l);
+    }
+}
+
+/* Doubles after so many good steps in a row, never above its most; halves, never below 1. */
+static void test_scaled_growth(void **state)
+{
+    (void)state;
+    static const struct { float first; int32_t steps; const char *bad; double scale[8]; } cases[] = {
+        {8, 3, "..x...x.", {8, 8, 4, 4, 4, 8, 4, 4}},
+        {4, 2, "x.xxx...", {2, 2, 1, 1, 1, 1, 2, 2}},
+        {16777216, 1, "..x.....", {16777216, 16777216, 8388608, 16777216, 16777216, 16777216, 16777216, 16777216}},
+        {-1, 1, "..x.....", {1, 1, 1, 1, 1, 1, 1, 1}},
+    };
+    for (size_t k = 0; k < sizeof cases / sizeof cases[0]; k++) {
+        plan p = scaled_plan(cases[k].first, cases[k].steps);
+        p.d.method = APT_METHOD_LORA;
+        live l;
+        start(&l, &p, 1);
+        for (int64_t i = 0; i < 8; i++) {
+            run(l.trainer, &p, &l.tr, 2 * i, 2 * i + 1);
+            apti_sync(l.ctx);
+            const bool bad = cases[k].bad[i] == 'x';
+            const apt_step_info info = run_spoilt(&l, &p, 2 * i + 1, bad ? l.model->head[APTI_HEAD_OUT_W]->grad : NULL);
+            if (info.skipped != bad || l.trainer->scaler.scale != cases[k].scale[i])
+                fail_msg("case %d, step %d: scale %g, expected %g; skipped %d", (int)k, (int)i, l.trainer->scaler.scale,
+                         cases[k].scale[i], (int)info.skipped);
+        }
+        stop(&l);
+    }
+}
+
+/* Checkpoints hold the factor: with one that is no power of two every later bit hangs on it. */
+static void test_scaled_resume(void **state)
+{
+    (void)state;
+    static const int64_t cut[] = {1, 7, 8, 9, 14, 21, 33, 40};
+    resume_everywhere(scaled_plan(1000, 2), cut, EMULATED ? 3 : 8, 0);
+    saved_run s;
+    plan p = scaled_plan(1000, 4);
+    save_run(&s, &p, 13);                                             /* 6 steps and half of one */
+    assert_true(s.l.trainer->scaler.scale == 2000 && s.l.trainer->scaler.good == 2);
+    live l;
+    start(&l, &p, 1);
+    assert_ok(l.ctx, apt_checkpoint_load(l.trainer, s.path, NULL, NULL));
+    assert_true(l.trainer->scaler.scale == 2000 && l.trainer->scaler.good == 2 && l.trainer->info.loss_scale == 2000);
+    stop(&l);
+    static const double wrong[][2] = {{0.5, 0}, {3e7, 0}, {2, -1}, {2, 1e12}};
+    for (size_t k = 0; k < sizeof wrong / sizeof wrong[0]; k++) {
+        s.l.trainer->scaler.scale = wrong[k][0];
+        s.l.trainer->scaler.good = (int64_t)wrong[k][1];
+        assert_ok(s.l.ctx, apt_checkpoint_save(s.l.trainer, s.other, NULL, 0));
+        refuse(s.other, &p, APT_E_RANGE, "loss scale", NULL);
+    }
+    drop_run(&s);
+}
+
+/* A run that had a factor goes on without one, and the other way round, from inside an accumulation too: the same bits. */
+static void test_scaled_across(void **state)
+{
+    (void)state;
+    live whole, l;
+    plan p[2] = {scaled_plan(-1, 3), scaled_plan(64, 3)};
+    (void)run_all(&whole, &p[0]);
+    for (int32_t from = 0; from < 2; from++)
+        for (int64_t micro = 12; micro < 14; micro++) {
+            saved_run s;
+            save_run(&s, &p[from], micro);
+            start(&l, &p[1 - from], 1);
+            assert_ok(l.ctx, apt_checkpoint_load(l.trainer, s.path, NULL, NULL));
+            run(l.trainer, &p[1 - from], &l.tr, micro, micro_batches(&p[0]));
+            assert_same_trace(&whole.tr, &l.tr, micro, micro_batches(&p[0]), "with and without a loss scale");
+            stop(&l);
+            drop_run(&s);
+        }
+    stop(&whole);
+}
+
 /* ---- learning ------------------------------------------------------------------------------------------------------- */
 
 /* Is token `wanted` anywhere in the sequence? Half of them. */
@@ -1410,13 +1563,15 @@ int main(void)
         cmocka_unit_test(test_calls_from_events), cmocka_unit_test(test_states),            cmocka_unit_test(test_desc_ranges),
         cmocka_unit_test(test_desc_defaults),     cmocka_unit_test(test_learning_rates),    cmocka_unit_test(test_adam),
         cmocka_unit_test(test_accumulation),      cmocka_unit_test(test_nonfinite),         cmocka_unit_test(test_nothing_labelled),
-        cmocka_unit_test(test_learning),          cmocka_unit_test(test_importance),
+        cmocka_unit_test(test_learning),          cmocka_unit_test(test_importance),        cmocka_unit_test(test_scaled_same),
+        cmocka_unit_test(test_scaled_overflow),   cmocka_unit_test(test_scaled_growth),     cmocka_unit_test(test_scaled_resume),
+        cmocka_unit_test(test_scaled_across),
     };
 #ifdef APT_TEST_CUDA                             /* what says something about a device */
     const struct CMUnitTest device[] = {
         cmocka_unit_test(test_accumulation),      cmocka_unit_test(test_nonfinite),         cmocka_unit_test(test_adam),
         cmocka_unit_test(test_prune_now),         cmocka_unit_test(test_resume_classify),   cmocka_unit_test(test_decoder_resume),
-        cmocka_unit_test(test_distill_gradients),
+        cmocka_unit_test(test_distill_gradients), cmocka_unit_test(test_scaled_same),       cmocka_unit_test(test_scaled_overflow),
     };
     (void)several;
     (void)single;

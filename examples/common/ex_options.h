@@ -16,7 +16,7 @@ typedef struct ex_options {
     int64_t batch, accumulate, epochs, steps, warmup, rank, max_rank, seed;
     int64_t prune_begin, prune_end, distill_end, prune_every, round_heads, round_neurons, round_hidden, min_hidden, observe;
     int64_t eval_every, checkpoint_every, log_every, quantize_begin;
-    double sparsity, start_sparsity, lr, weight_decay, clip, scale, growth, mask_step, momentum;
+    double sparsity, start_sparsity, lr, weight_decay, clip, loss_scale, scale, growth, mask_step, momentum;
     double temperature, distill_pred, distill_layer;
 } ex_options;
 
@@ -53,7 +53,7 @@ EX_API bool ex_options_check_machine(const ex_options *o, ex_error *error)
     if (cuda)
         return ex_fail(error, "--device cuda: this program was built for the CPU alone; make cuda builds it for both (build/cuda/)");
 #endif
-    if (!cuda && o->machine.math != 0) return ex_fail(error, "--math tf32 and bf16 go with --device cuda");
+    if (!cuda && o->machine.math != 0) return ex_fail(error, "--math tf32, bf16 and fp16 go with --device cuda");
     if (cuda && o->quantize != APT_QUANT_NONE)
         return ex_fail(error, "--quantize needs --device cpu: products of small integers are the CPU's");
     return true;
@@ -79,6 +79,8 @@ EX_API bool ex_method_prunes(int32_t method)
     EX_INT("steps", "N", &(o)->steps, 0, 1e12, "optimizer steps in all; 0: from --epochs"),                                 \
     EX_REAL("weight-decay", "X", &(o)->weight_decay, 0, 10, "decoupled (AdamW)"),                                           \
     EX_REAL("clip", "X", &(o)->clip, -1, 1e6, "largest gradient norm; 0 or less: no limit"),                                \
+    EX_REAL("loss-scale", "X", &(o)->loss_scale, -1, 16777216, "first factor of the loss; 0: 65536 with --math fp16, else none; " \
+            "below 0: none"),                                                                                               \
     EX_FLAG("group-by-length", &(o)->group_by_length, "batches of rows of similar length"),                                 \
     EX_INT("seed", "N", &(o)->seed, 0, 1e15, "order of the rows and all random starts"),                                    \
     EX_GROUP("Adapters"),                                                                                                   \
@@ -279,6 +281,7 @@ EX_API bool ex_options_plan(const ex_options *o, int32_t method, ex_run *run)
     t->warmup_steps = o->warmup;
     t->weight_decay = (float)o->weight_decay;
     t->clip = o->clip > 0 ? (float)o->clip : -1.0f;
+    t->loss_scale = (float)o->loss_scale;
     t->accumulate = (int32_t)o->accumulate;
     t->rank = (int32_t)o->rank;
     t->max_rank = (int32_t)o->max_rank;

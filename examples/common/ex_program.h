@@ -170,7 +170,8 @@ EX_API const char *exi_family_name(const apt_config *config)
 /* Says on `file` what p->loaded is. path: where it comes from. */
 EX_API void ex_program_show_model(const ex_program *p, const apt_config *config, const char *path, FILE *file)
 {
-    static const char *const maths[] = {", on the GPU in fp32", ", on the GPU in tf32", ", on the GPU in bf16"};
+    static const char *const maths[] = {", on the GPU in fp32", ", on the GPU in tf32", ", on the GPU in bf16",
+                                        ", on the GPU in fp16"};
     const ex_machine *machine = &p->options.machine;
     const int32_t threads = apt_thread_count(p->ctx);
     const char *quant = apt_quant_kind_name(config->quant);

@@ -734,7 +734,7 @@ EX_API bool exi_rep_among(const char *const *list, const char *name)
 EX_API bool exi_rep_silent(const char *name)
 {
     static const char *const silent[] = {"tokens",        "mu",    "skipped", "teacher_milliseconds", "peak_bytes",
-                                         "gradient_norm", "epoch", "seconds", NULL};
+                                         "gradient_norm", "epoch", "seconds", "loss_scale", NULL};
     return exi_rep_among(silent, name);
 }
 

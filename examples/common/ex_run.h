@@ -54,7 +54,7 @@ static void exi_on_log(const apt_log_item *item, void *user)
 /* What computes. All zero: this machine's CPU. */
 enum { EX_DEVICE_CPU, EX_DEVICE_CUDA };
 #define EX_DEVICES "cpu|cuda"
-#define EX_MATHS "fp32|tf32|bf16"                 /* the order of apt_cuda_math */
+#define EX_MATHS "fp32|tf32|bf16|fp16"            /* the order of apt_cuda_math */
 
 typedef struct ex_machine {
     int64_t threads;                  /* 0: all cores */
@@ -340,6 +340,7 @@ static bool exi_event_step(ex_run *run, const apt_step_info *step)
     ex_log_real(&run->log, "tokens_per_second", step->tokens_per_second);
     ex_log_int(&run->log, "trainable", step->trainable);
     ex_log_int(&run->log, "bytes", step->bytes);
+    if (step->loss_scale != 1) ex_log_real(&run->log, "loss_scale", step->loss_scale);
     if (step->skipped) ex_log_bool(&run->log, "skipped", true);
     return exi_log_end(run);
 }

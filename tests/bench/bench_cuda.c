@@ -1,7 +1,7 @@
 /* What apt_cuda.h does on the device at hand, with random weights, as rows of a table (tests/bench/cuda.sh prints its head and
    calls this for each of them).
 
-   usage: bench_cuda lora|apt|llama fp32|tf32|bf16 SHAPE BATCH TOKENS STEPS [PEAK]
+   usage: bench_cuda lora|apt|llama fp32|tf32|bf16|fp16 SHAPE BATCH TOKENS STEPS [PEAK]
 
    lora    one row: LoRA (rank 8 on query, value and FFN up), dense
    apt     three rows: APT to 60 % sparsity, in front of its first decision, while it prunes with a teacher, and at its end;
@@ -50,10 +50,10 @@ static bool watch(void *self, apti_op op, const void *job)
 
 static apt_cuda_math math_of(const char *name)
 {
-    static const char *const names[] = {"fp32", "tf32", "bf16"};
-    for (int32_t i = 0; i < 3; i++)
+    static const char *const names[] = {"fp32", "tf32", "bf16", "fp16"};
+    for (int32_t i = 0; i < 4; i++)
         if (strcmp(name, names[i]) == 0) return (apt_cuda_math)i;
-    fprintf(stderr, "'%s' is no math; there are fp32, tf32, bf16\n", name);
+    fprintf(stderr, "'%s' is no math; there are fp32, tf32, bf16, fp16\n", name);
     exit(2);
 }
 
@@ -340,7 +340,7 @@ static void bench_llama(const bench *b)
 int main(int argc, char **argv)
 {
     if (argc < 7) {
-        fprintf(stderr, "usage: bench_cuda lora|apt|llama fp32|tf32|bf16 SHAPE BATCH TOKENS STEPS [PEAK]\n");
+        fprintf(stderr, "usage: bench_cuda lora|apt|llama fp32|tf32|bf16|fp16 SHAPE BATCH TOKENS STEPS [PEAK]\n");
         return 2;
     }
     const apt_cuda_math math = math_of(argv[2]);
