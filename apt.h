@@ -211,8 +211,9 @@
    desc.backend = apt_cuda_open(NULL, message, sizeof message). Its first comment says how to build that and what is refused.
    Where products are float16, small gradients would become 0 and large ones infinite. So the loss is multiplied by a factor
    before the backward, and gradients are divided by it before anything looks at them: salience, importance, clipping, Adam. A
-   gradient that is not finite skips the step and halves the factor, many good steps in a row double it (apt_train_desc.loss_scale,
-   apt_step_info.loss_scale and .skipped). It works on the CPU too, where nothing needs it; powers of two then change no result.
+   gradient that is not finite skips the step and halves the factor, many good steps in a row double it
+   (apt_train_desc.loss_scale, apt_step_info.loss_scale and .skipped). It works on the CPU too, where nothing needs it; powers
+   of two then change no result.
 
    ON ERRORS
    Functions return apt_result: APT_OK is 0, errors are negative. apt_error(ctx) is the text: which file, tensor, field or
@@ -1497,7 +1498,7 @@ APT_API apt_result apt_model_quantize(apt_model *model, const apt_quantize_desc 
    device and this CPU can both address. run() puts one operation, described by the struct named beside it, at the end of the
    device's queue and returns; the struct is gone when it returns, the arrays are not. When run() says false, the device has no
    such operation: then sync() waits for the queue and the CPU computes it. So a backend may begin with products alone; what is
-   rare (decisions, compaction, merging, files) needs no second version; and both sides see the same arrays always.
+   rare (decisions, merging, files) needs no second version; and both sides see the same arrays always.
 
    Matrices are row-major with a leading dimension in floats, unless a comment says otherwise. Outputs come first. What an
    operation computes stands above the CPU's function of that name in the section "ops".
@@ -1531,6 +1532,7 @@ typedef enum apti_op {
     APTI_OP_LAYER_LOSS,               /* apti_layer_loss */
     APTI_OP_SQUARES,                  /* apti_squares_job */
     APTI_OP_ADAM,                     /* apti_adam_job */
+    APTI_OP_CUT,                      /* apti_cut_job */
     APTI_OP_COUNT
 } apti_op;
 
@@ -1795,6 +1797,15 @@ typedef struct apti_adam_job {
     const struct apti_kernels *kernels;
     float grad_scale, beta1, beta2, step_size, eps, decay;
 } apti_adam_job;
+
+/* to(rows.kept * rows.width, cols.kept * cols.width) = those rows and columns of `from`, whose stride is ld_from; type: of both */
+typedef struct apti_cut_job {
+    void *to;
+    const void *from;
+    int64_t ld_from;
+    apt_dtype type;                   /* APT_F32 or APT_BF16 */
+    apt_axis rows, cols;              /* index: where the device can read it, or NULL */
+} apti_cut_job;
 #endif /* APTI_BACKEND_H */
 
 
@@ -16287,7 +16298,7 @@ static apt_result apti_survivors_make(const apt_model *model, apti_survivors *s)
     const int32_t layers = model->config.layers, dh = model->config.head_dim;
     *s = none;
     s->axes = (apt_axis *)apti_calloc(model->ctx, 3 * (int64_t)layers, (int64_t)sizeof(apt_axis));
-    s->index = (int32_t *)apti_alloc(model->ctx, u.total, (int64_t)sizeof(int32_t));
+    s->index = (int32_t *)apti_data(model->ctx, u.total, (int64_t)sizeof(int32_t));
     s->keep = (uint8_t *)apti_alloc(model->ctx, u.total, 1);
     if (s->axes == NULL || s->index == NULL || s->keep == NULL)
         return apti_fail(model->ctx, APT_E_MEMORY, "compaction: no memory for its plan");
@@ -16358,6 +16369,13 @@ static bool apti_is_embedding(const apt_model *model, const apti_param *p)
            (p == model->embed[APTI_WORD] || p == model->embed[APTI_POSITION] || p == model->embed[APTI_TYPE]);
 }
 
+/* What a backend cuts needs no buffer. False: the CPU must do it. */
+static bool apti_cut_run(apt_ctx *ctx, void *to, const void *from, apt_dtype type, int64_t ld_from, const apti_cut *cut)
+{
+    const apti_cut_job job = {to, from, ld_from, type, cut->rows, cut->cols};
+    return apti_device_run(ctx, APTI_OP_CUT, &job);
+}
+
 /* out = a copy of the shared, frozen `p` cut to the survivors. `whole` has room for the largest matrix. */
 static bool apti_param_cut(apt_model *model, apti_param *out, const apti_param *p, const apti_cut *cut, float *whole)
 {
@@ -16368,6 +16386,11 @@ static bool apti_param_cut(apt_model *model, apti_param *out, const apti_param *
     if (cut->r * cut->c == 0) return true;
     if (apti_is_embedding(model, p)) return apti_param_columns(model, out, p, cut);
     if (!apti_param_reserve(model, out)) return false;
+    if (apti_cut_run(model->ctx, p->linear ? out->packed.data : out->value, p->linear ? p->packed.data : p->value,
+                     p->linear ? p->packed.type : APT_F32, p->cols, cut)) {
+        model->stale = APTI_STALE_ALL;
+        return true;
+    }
     if (p->linear) apti_param_get(model, p, whole);
     float *to = p->linear ? whole : out->value;
     (void)apt_gather(to, cut->c, p->linear ? whole : p->value, p->cols, &cut->rows, &cut->cols);
@@ -16391,39 +16414,59 @@ static bool apti_cut_all(apt_model *model, apti_param *fresh, const apti_survivo
 static void *apti_trim(apt_ctx *ctx, void *block, int64_t bytes)
 {
     if (block == NULL || apti_block_bytes(block) <= bytes) return block;
-    void *small = apti_alloc(ctx, bytes, 1);
+    void *small = apti_alloc_bytes(ctx, bytes, 1, false, apti_block_of(block)->backend);
     if (small == NULL) return block;
     memcpy(small, block, (size_t)bytes);
     apti_free(ctx, block);
     return small;
 }
 
-/* Cuts a parameter that nobody shares inside its own buffers. */
+/* On a backend: a smaller block in the place of this one. NULL, and nothing was done: the CPU must do it. */
+static void *apti_block_cut(apt_ctx *ctx, void *block, apt_dtype type, int64_t ld, const apti_cut *cut)
+{
+    if (ctx->desc.backend == NULL || block == NULL) return NULL;
+    void *small = apti_data(ctx, cut->r * cut->c, type == APT_BF16 ? 2 : 4);
+    const bool done = small != NULL && apti_cut_run(ctx, small, block, type, ld, cut);
+    apti_free(ctx, done ? block : small);
+    return done ? small : NULL;
+}
+
+/* Cuts one of a parameter's plain arrays. */
+static float *apti_array_cut(apt_ctx *ctx, float *x, int64_t old_cols, const apti_cut *cut)
+{
+    float *small = (float *)apti_block_cut(ctx, x, APT_F32, old_cols, cut);
+    if (small != NULL || x == NULL) return small;
+    (void)apt_gather(x, cut->c, x, old_cols, &cut->rows, &cut->cols);
+    return (float *)apti_trim(ctx, x, cut->r * cut->c * (int64_t)sizeof(float));
+}
+
+/* Cuts a parameter that nobody shares: a backend from block to block, the CPU inside its own buffers. */
 static void apti_param_shrink(apt_model *model, apti_param *p, const apti_cut *cut, float *whole)
 {
     apt_ctx *ctx = model->ctx;
-    const int64_t old = p->cols, bytes = cut->r * cut->c * (int64_t)sizeof(float);
-    float *const kept[] = {p->value, p->grad, p->moment1, p->moment2};
-    if (bytes == 0) apti_param_release(ctx, p);
-    if (p->linear && p->value == NULL && bytes > 0) {
-        apti_param_get(model, p, whole);
-        (void)apt_gather(whole, cut->c, whole, old, &cut->rows, &cut->cols);
-    }
-    for (int32_t i = 0; i < 4 && bytes > 0; i++)
-        if (kept[i] != NULL) (void)apt_gather(kept[i], cut->c, kept[i], old, &cut->rows, &cut->cols);
+    const int64_t old = p->cols;
+    if (cut->r * cut->c == 0) apti_param_release(ctx, p);
     p->rows = cut->r;
     p->cols = cut->c;
-    if (bytes == 0) return;
-    if (p->linear) {
-        p->packed.n = cut->r;
-        p->packed.k = cut->c;
-        apti_pack(ctx, &p->packed, p->value != NULL ? p->value : whole, cut->c);
-        p->packed.data = apti_trim(ctx, p->packed.data, apti_packed_bytes(ctx, cut->r, cut->c, p->packed.type));
+    if (cut->r * cut->c == 0) return;
+    void *panels = p->linear ? apti_block_cut(ctx, p->packed.data, p->packed.type, old, cut) : NULL;
+    if (p->linear && panels == NULL && p->value == NULL) {
+        apti_unpack(ctx, whole, old, &p->packed);
+        (void)apt_gather(whole, cut->c, whole, old, &cut->rows, &cut->cols);
     }
-    p->value = (float *)apti_trim(ctx, p->value, bytes);
-    p->grad = (float *)apti_trim(ctx, p->grad, bytes);
-    p->moment1 = (float *)apti_trim(ctx, p->moment1, bytes);
-    p->moment2 = (float *)apti_trim(ctx, p->moment2, bytes);
+    p->value = apti_array_cut(ctx, p->value, old, cut);
+    p->grad = apti_array_cut(ctx, p->grad, old, cut);
+    p->moment1 = apti_array_cut(ctx, p->moment1, old, cut);
+    p->moment2 = apti_array_cut(ctx, p->moment2, old, cut);
+    if (!p->linear) return;
+    p->packed.n = cut->r;
+    p->packed.k = cut->c;
+    if (panels != NULL) {
+        p->packed.data = panels;
+        return;
+    }
+    apti_pack(ctx, &p->packed, p->value != NULL ? p->value : whole, cut->c);
+    p->packed.data = apti_trim(ctx, p->packed.data, apti_packed_bytes(ctx, cut->r, cut->c, p->packed.type));
 }
 
 /* Where entry i of a cut axis was before the cut. */
@@ -16502,7 +16545,8 @@ APT_API apt_result apt_model_compact(apt_model *model)
     apti_free(ctx, fresh);
     apti_free(ctx, whole);
     apti_survivors_free(ctx, &s);
-    return r;
+    const apt_result device = apti_device_check(ctx);
+    return r == APT_OK ? device : r;
 }
 
 /* ------------------------------------------------------------------------------------------------ adapters */

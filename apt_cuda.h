@@ -897,6 +897,34 @@ static bool aptc_gather_op(aptc_device *d, const apti_rows_job *op)
     return true;
 }
 
+/* The smaller matrix of a compaction: its rows and columns were others before. */
+typedef struct aptc_cut { apti_cut_job op; int64_t rows, n; } aptc_cut;
+
+APTC_DEVICE int64_t aptc_axis_source(const apt_axis *axis, int64_t i)
+{
+    const int64_t unit = i / axis->width;
+    return (axis->index != NULL ? axis->index[unit] : unit) * axis->width + i % axis->width;
+}
+
+APTC_KERNEL(aptc_cut_kernel, aptc_cut)
+{
+    APTC_EACH(job.rows, job.n) {
+        const int64_t to = i * job.n + j, row = aptc_axis_source(&job.op.rows, i);
+        const int64_t from = row * job.op.ld_from + aptc_axis_source(&job.op.cols, j);
+        if (job.op.type == APT_F32) ((float *)job.op.to)[to] = ((const float *)job.op.from)[from];
+        else ((uint16_t *)job.op.to)[to] = ((const uint16_t *)job.op.from)[from];
+    }
+}
+APTC_LAUNCHER(aptc_cut_kernel, aptc_cut)
+
+static bool aptc_cut_op(aptc_device *d, const apti_cut_job *op)
+{
+    const aptc_cut job = {*op, (int64_t)op->rows.kept * op->rows.width, (int64_t)op->cols.kept * op->cols.width};
+    if (op->type != APT_F32 && op->type != APT_BF16) return false;
+    if (job.rows > 0 && job.n > 0) APTC_LAUNCH_EACH(d, aptc_cut_kernel, job);
+    return true;
+}
+
 /* Row APTC_BY of x takes the rows of `from` that name it, in their order: no two blocks write to the same place. The list of
    names is read piece by piece; index NULL: all are for row 0. */
 typedef struct aptc_scatter {
@@ -1867,6 +1895,7 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     case APTI_OP_ADAM:
         APTC_LAUNCH_VECTOR(d, aptc_adam_kernel, *(const apti_adam_job *)job, ((const apti_adam_job *)job)->n);
         return true;
+    case APTI_OP_CUT: return aptc_cut_op(d, (const apti_cut_job *)job);
     case APTI_OP_COUNT: default: return false;
     }
 }

@@ -1,6 +1,6 @@
 /* apt_cuda.h on its emulated device: whole runs beside those of the CPU, resumption from one on the other, products in bfloat16
-   and float16 with a small workspace, runs with a loss scale, what a context with a device refuses, and what apt_cuda_open
-   refuses. Single operations and the golden models run on the same emulation in the build "emulated" of tests/run.sh.
+   and float16 with a small workspace, runs with a loss scale, compaction, what a context with a device refuses, and what
+   apt_cuda_open refuses. Single operations and the golden models run on the same emulation in the build "emulated" of tests/run.sh.
    build: cc -std=c11 -O2 tests/test_cuda.c -o test_cuda -lcmocka -lpthread -lm */
 #define APT_IMPLEMENTATION
 #include "../apt.h"
@@ -71,6 +71,18 @@ static plan plan_at(int32_t which)
     return p;
 }
 
+/* Everything that operations read or write lies where the device can reach it. */
+static void assert_on_device(const apt_model *m)
+{
+    for (int32_t i = 0; i < m->param_count; i++) {
+        const apti_param *p = &m->params[i];
+        const void *const blocks[] = {p->value, p->grad, p->moment1, p->moment2, p->packed.data, p->columns};
+        for (size_t k = 0; k < sizeof blocks / sizeof blocks[0]; k++)
+            if (blocks[k] != NULL && apti_block_of(blocks[k])->backend != m->ctx->desc.backend)
+                fail_msg("array %d of %s is the CPU's own", (int)k, p->name);
+    }
+}
+
 /* The same decisions, losses within a thousandth: pruning, growth, teachers, accumulation, compaction and all. Twice on the
    device: the same bits. */
 static void test_same_run(void **state)
@@ -91,12 +103,125 @@ static void test_same_run(void **state)
         assert_close_traces(&cpu.tr, &device.tr, 0, micro_batches(&p), "beside the CPU");
         assert_same_shapes(cpu.model, device.model);
         assert_true(cpu.model->shape[0].neurons < p.c.neurons);
+        assert_on_device(device.model);
+        assert_int_equal(device.ctx->fallbacks >> APTI_OP_CUT & 1, 0);
         assert_same_trace(&device.tr, &again.tr, 0, micro_batches(&p), "twice");
         assert_true(test_model_sum(device.model) == test_model_sum(again.model));
         apt_destroy(cpu.ctx);
         apt_destroy(device.ctx);
         apt_destroy(again.ctx);
     }
+}
+
+/* Half of all units go, but no layer loses its first head, nor the model its first dimension. */
+static void mask_half(apt_model *m, uint64_t seed)
+{
+    apt_units u;
+    float masks[512];
+    apt_rng rng = apt_rng_make(seed, 0);
+    apt_model_units(m, &u);
+    assert_true(u.total <= 512);
+    for (int32_t i = 0; i < u.total; i++) masks[i] = apt_rng_below(&rng, 2) != 0 ? 1.0f : 0.0f;
+    for (int32_t l = 0; l < m->config.layers; l++) masks[apti_unit_head(m, l)] = 1;
+    masks[apti_unit_hidden(m)] = 1;
+    assert_ok(m->ctx, apt_model_set_masks(m, masks, u.total));
+}
+
+/* Weights in float32 or bfloat16, trained (then with gradients and moments) or frozen. */
+static apt_model *cut_model(apt_ctx *ctx, const apt_config *c, apt_dtype weights, const apt_train_desc *d)
+{
+    apt_model *m = NULL;
+    apt_rng rng = apt_rng_make(8, 0);
+    assert_ok(ctx, apti_model_build(ctx, c, 5, weights, &m));
+    if (d != NULL) (void)test_trainer(m, d);
+    apti_sync(ctx);
+    for (int32_t i = 0; i < m->param_count; i++) {
+        float *const kept[] = {m->params[i].grad, m->params[i].moment1, m->params[i].moment2};
+        for (int32_t k = 0; k < 3 && kept[0] != NULL; k++)
+            for (int64_t j = 0; j < apti_param_count(&m->params[i]); j++) kept[k][j] = apt_rng_normal(&rng);
+    }
+    return m;
+}
+
+static void assert_same_arrays(const apt_model *a, const apt_model *b)
+{
+    assert_true(test_model_sum(a) == test_model_sum(b));
+    for (int32_t i = 0; i < a->param_count; i++) {
+        const apti_param *p = &a->params[i], *q = &b->params[i];
+        const size_t bytes = (size_t)apti_param_count(p) * sizeof(float);
+        assert_true((p->grad == NULL) == (q->grad == NULL));
+        if (p->grad == NULL || bytes == 0) continue;
+        if (memcmp(p->grad, q->grad, bytes) != 0 || memcmp(p->moment1, q->moment1, bytes) != 0 || memcmp(p->moment2, q->moment2, bytes) != 0)
+            fail_msg("%s: other gradients or moments", p->name);
+    }
+}
+
+/* Compaction on the device leaves the bits that the CPU leaves, in memory of its own. */
+static void test_compaction(void **state)
+{
+    (void)state;
+    for (int32_t which = 0; which < 2 * (2 + TEST_DECODERS); which++) {
+        const plan p = plan_at(which / 2);
+        apt_ctx *cpu = (apt_create)(NULL), *ctx = device_context(NULL);
+        apt_train_desc d = p.d;
+        d.method = which % 4 == 0 ? APT_METHOD_FULL : APT_METHOD_LORA;
+        const apt_train_desc *trained = which % 2 == 0 ? &d : NULL;
+        for (int32_t narrow = 0; narrow < 2; narrow++) {
+            apt_model *a = cut_model(cpu, &p.c, narrow ? APT_BF16 : APT_F32, trained);
+            apt_model *b = cut_model(ctx, &p.c, narrow ? APT_BF16 : APT_F32, trained);
+            mask_half(a, (uint64_t)which);
+            mask_half(b, (uint64_t)which);
+            const int64_t held = apt_memory_info(ctx).bytes;
+            assert_ok(cpu, apt_model_compact(a));
+            assert_ok(ctx, apt_model_compact(b));
+            assert_true(b->config.hidden < p.c.hidden && apt_memory_info(ctx).bytes < held);
+            assert_same_arrays(a, b);
+            assert_on_device(b);
+        }
+        assert_int_equal(ctx->fallbacks >> APTI_OP_CUT & 1, 0);
+        apt_destroy(cpu);
+        apt_destroy(ctx);
+    }
+}
+
+/* Where memory runs out in the middle of it, the CPU does the rest inside the old arrays. */
+static void test_compaction_memory(void **state)
+{
+    (void)state;
+#if !defined(APT_TEST_DEVICE)
+    const plan p = plan_at(0);
+    apt_train_desc d = p.d;
+    apt_ctx *cpu = (apt_create)(NULL);
+    d.method = APT_METHOD_FULL;
+    apt_model *whole = cut_model(cpu, &p.c, APT_F32, &d);
+    mask_half(whole, 1);
+    assert_ok(cpu, apt_model_compact(whole));
+    int32_t done = 0;
+    for (int32_t fail = 0; fail < 40; fail += 3) {
+        test_memory memory = {0, 0, -1, false, false};
+        apt_cuda_desc device = APT_ZERO;
+        device.workspace_bytes = (size_t)8 << 20;
+        device.alloc = test_alloc;
+        device.release = test_release;
+        device.alloc_user = &memory;
+        apt_ctx *ctx = device_context(&device);
+        apt_model *m = cut_model(ctx, &p.c, APT_F32, &d);
+        mask_half(m, 1);
+        const uint64_t before = test_model_sum(m);
+        memory.fail_at = memory.calls + fail;
+        const apt_result r = apt_model_compact(m);
+        if (r == APT_OK) assert_same_arrays(whole, m);
+        else assert_true(r == APT_E_MEMORY && test_model_sum(m) == before);
+        done += r == APT_OK && memory.failed;
+        assert_on_device(m);
+        apt_destroy(ctx);
+        assert_int_equal(memory.live, 0);
+    }
+    assert_true(done > 5);
+    apt_destroy(cpu);
+#else
+    test_skip("a device's memory does not run out on demand");
+#endif
 }
 
 /* A checkpoint of the one goes on on the other. */
@@ -337,6 +462,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_same_run),
+        cmocka_unit_test(test_compaction),
+        cmocka_unit_test(test_compaction_memory),
         cmocka_unit_test(test_across),
         cmocka_unit_test(test_float16),
         cmocka_unit_test(test_narrow_products),
