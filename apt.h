@@ -337,7 +337,7 @@ typedef struct apt_desc {
     uint32_t end_canary;
 } apt_desc;
 
-typedef struct apt_memory { int64_t bytes, peak_bytes, blocks; } apt_memory;
+typedef struct apt_memory { int64_t bytes, peak_bytes, blocks; } apt_memory;      /* bytes: with the workspace of a device */
 
 /* NULL when desc is invalid, memory or threads are short (the reason goes to desc->log or stderr). desc may be NULL.
    Where Linux has AMX it is asked for the tile registers (arch_prctl), once for the process: from then on it refuses alternate
@@ -683,6 +683,7 @@ APT_API apt_result apt_checkpoint_load(apt_trainer *trainer, const char *path, v
 typedef struct apt_estimate_info {
     int64_t weights, adapters, optimizer, activations, teacher, masks, scratch, total;
     int64_t shareable;                /* part of total: matrices that a run holds only once if its decisions leave them whole */
+    int64_t device;                   /* the most that is held of a device's memory, with its workspace (part of scratch); or 0 */
 } apt_estimate_info;
 /* Peak bytes of training (desc given) or inference (desc NULL) with at most `tokens` tokens in `sequences` sequences. Which units
    a run will prune cannot be known: it is taken that all layers lose the same share of heads and neurons, and that no matrix is
@@ -1542,6 +1543,7 @@ typedef enum apti_op {
 struct apt_backend {
     const char *name;                                                  /* "cuda", say */
     float loss_scale;                                                  /* what trainers begin with (see there); 0: without */
+    int64_t workspace;                                                 /* bytes of the device's memory that are the backend's */
     void *self;
     void *(*alloc)(void *self, size_t bytes);                          /* 256-byte aligned; NULL: no memory */
     void (*release)(void *self, void *memory);                         /* nothing in the queue uses it any more */
@@ -19101,6 +19103,7 @@ typedef struct apti_rehearsal {
     uint8_t *shared;                  /* [params] a buffer that the teacher holds as well */
     apt_trainer t;                    /* the resolved desc and what plans read */
     int64_t now[APTI_USES], most[APTI_USES];                 /* held; held at the peak */
+    int64_t host, teacher_host, device;          /* of what is held: never a device's, and the teacher's share; a device's at most */
     int64_t tokens, target_tokens, sequences, pass, teacher_pass, masks, adapter_budget, shareable;
     int64_t rounded;                             /* small integers of the layers, while they are there */
     apt_model *external;                         /* frame of another model that teaches, or NULL ... */
@@ -19125,13 +19128,21 @@ static void apti_note(apti_rehearsal *r, int32_t use, int64_t bytes)
         most += r->most[i];
     }
     if (now > most) memcpy(r->most, r->now, sizeof(r->now));
+    r->device = apti_max_i64(r->device, now - r->host);
 }
 
-/* A block that comes and goes. */
+/* What comes from apti_alloc: the CPU's memory on every context. */
+static void apti_note_host(apti_rehearsal *r, int32_t use, int64_t bytes)
+{
+    r->host += bytes;
+    apti_note(r, use, bytes);
+}
+
+/* A block of the CPU's that comes and goes. */
 static void apti_note_brief(apti_rehearsal *r, int32_t use, int64_t bytes)
 {
-    apti_note(r, use, bytes);
-    apti_note(r, use, -bytes);
+    apti_note_host(r, use, bytes);
+    apti_note_host(r, use, -bytes);
 }
 
 static int64_t apti_frame_cost(const apt_model *m)
@@ -19207,23 +19218,28 @@ static void apti_rehearse_rounding(apti_rehearsal *r, int64_t step, uint32_t mod
 static void apti_rehearse_model(apti_rehearsal *r)
 {
     const int64_t buffer = apti_cost(apti_largest_linear(r->m) * (int64_t)sizeof(float));
-    apti_note(r, APTI_USE_SCRATCH,
-              apti_cost((int64_t)sizeof(apt_ctx)) + r->ctx->threads * apti_cost((int64_t)r->ctx->scratch_bytes));
+    apti_note_host(r, APTI_USE_SCRATCH,
+                   apti_cost((int64_t)sizeof(apt_ctx)) + r->ctx->threads * apti_cost((int64_t)r->ctx->scratch_bytes));
+    if (r->ctx->desc.backend != NULL) apti_note(r, APTI_USE_SCRATCH, r->ctx->desc.backend->workspace);
 #ifdef APTI_THREADS
-    if (r->ctx->pool != NULL) apti_note(r, APTI_USE_SCRATCH, apti_cost((int64_t)sizeof(apti_pool)));
+    if (r->ctx->pool != NULL) apti_note_host(r, APTI_USE_SCRATCH, apti_cost((int64_t)sizeof(apti_pool)));
 #endif
-    apti_note(r, APTI_USE_WEIGHTS, apti_frame_cost(r->m));
-    apti_note(r, APTI_USE_SCRATCH, buffer);
+    apti_note_host(r, APTI_USE_WEIGHTS, apti_frame_cost(r->m));
+    apti_note_host(r, APTI_USE_SCRATCH, buffer);
     for (int32_t i = 0; i < r->m->param_count; i++) apti_note_param(r, &r->m->params[i], 1);
-    apti_note(r, APTI_USE_SCRATCH, -buffer);
+    apti_note_host(r, APTI_USE_SCRATCH, -buffer);
 }
 
-static int64_t apti_unit_arrays_cost(const apt_model *m)
+/* Salience and decisions of a trainer, the CPU's own, and its probe. */
+typedef struct apti_split { int64_t host, data; } apti_split;
+
+static apti_split apti_unit_arrays_cost(const apt_model *m)
 {
     const int64_t f = (int64_t)sizeof(float);
     apt_units u;
     apt_model_units(m, &u);
-    return apti_cost(3 * (int64_t)u.total * f) + apti_cost(u.total) + apti_cost(3 * apti_probe_count(m) * f);
+    const apti_split cost = {apti_cost(3 * (int64_t)u.total * f) + apti_cost(u.total), apti_cost(3 * apti_probe_count(m) * f)};
+    return cost;
 }
 
 /* Trainer, task head (for FULL everything) trainable, adapters at their first rank. */
@@ -19231,8 +19247,10 @@ static void apti_rehearse_attach(apti_rehearsal *r)
 {
     apt_model *m = r->m;
     const int64_t importance = apti_sites(m) * (int64_t)sizeof(float);
-    apti_note(r, APTI_USE_OPTIMIZER, apti_cost((int64_t)sizeof(apt_trainer)) + apti_cost(importance) + apti_unit_arrays_cost(m));
-    apti_note(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(m));
+    const apti_split arrays = apti_unit_arrays_cost(m);
+    apti_note_host(r, APTI_USE_OPTIMIZER, apti_cost((int64_t)sizeof(apt_trainer)) + apti_cost(importance) + arrays.host);
+    apti_note(r, APTI_USE_OPTIMIZER, arrays.data);
+    apti_note_host(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(m));
     for (int32_t i = 0; i < m->param_count; i++) {
         apti_param *p = &m->params[i], old = *p;
         if (apti_is_adapter(p) || !apti_trains(&r->t, p)) continue;
@@ -19266,8 +19284,9 @@ static void apti_rehearse_teacher(apti_rehearsal *r)
 {
     const apt_model *m = r->m;
     const int64_t d = m->config.hidden, f = (int64_t)sizeof(float), layers = m->config.layers;
-    int64_t bytes = apti_frame_cost(m) + apti_pass_frame_cost(m) + apti_cost(layers * (int64_t)sizeof(float *)) +
-                    apti_cost(d * f) + 8 * apti_cost(APTI_TRANSFORM_RANK * d * f);
+    int64_t bytes = apti_cost(d * f) + 8 * apti_cost(APTI_TRANSFORM_RANK * d * f);
+    r->teacher_host = apti_frame_cost(m) + apti_pass_frame_cost(m) + apti_cost(layers * (int64_t)sizeof(float *));
+    apti_note_host(r, APTI_USE_TEACHER, r->teacher_host);
     for (int32_t i = 0; i < m->param_count; i++) {
         apti_param copy = m->params[i];
         r->shared[i] = !copy.trainable;
@@ -19284,7 +19303,8 @@ static void apti_rehearse_external(apti_rehearsal *r)
 {
     const apt_model *m = r->external;
     if (m == NULL) return;
-    int64_t bytes = apti_frame_cost(m), most = 1;
+    int64_t bytes = 0, most = 1;
+    apti_note_host(r, APTI_USE_TEACHER, apti_frame_cost(m));
     for (int32_t i = 0; i < m->param_count; i++) bytes += apti_storage_cost(m, &m->params[i]);
     apti_note(r, APTI_USE_TEACHER, bytes);
     for (int32_t i = 0; i < m->param_count; i++)
@@ -19295,8 +19315,8 @@ static void apti_rehearse_external(apti_rehearsal *r)
 static void apti_rehearse_external_pass(apti_rehearsal *r)
 {
     if (r->external == NULL) return;
-    apti_note(r, APTI_USE_TEACHER, apti_pass_frame_cost(r->external) + apti_distill_cost(r, r->external, 0) +
-                                   apti_plan_cost(r, r->external, r->external_acts, 0));
+    apti_note_host(r, APTI_USE_TEACHER, apti_pass_frame_cost(r->external));
+    apti_note(r, APTI_USE_TEACHER, apti_distill_cost(r, r->external, 0) + apti_plan_cost(r, r->external, r->external_acts, 0));
 }
 
 /* The teacher goes at distill_end, in front of that step's cut; embeddings of which the student reads some columns get a table of
@@ -19304,6 +19324,8 @@ static void apti_rehearse_external_pass(apti_rehearsal *r)
 static void apti_rehearse_drop(apti_rehearsal *r)
 {
     apt_model *m = r->m;
+    r->host -= r->teacher_host;
+    r->teacher_host = 0;
     apti_note(r, APTI_USE_TEACHER, -r->now[APTI_USE_TEACHER]);
     r->teacher_pass = 0;
     for (int32_t i = 0; i < m->param_count; i++) {
@@ -19378,19 +19400,23 @@ static void apti_rehearse_params(apti_rehearsal *r, bool shared)
 static void apti_rehearse_cut(apti_rehearsal *r, double left)
 {
     const apt_model *m = r->m;
-    const int64_t arrays = apti_unit_arrays_cost(m);
+    const apti_split arrays = apti_unit_arrays_cost(m);
     const int64_t buffers = apti_cost(apti_largest_linear(m) * (int64_t)sizeof(float)) +
         apti_cost(m->param_count * (int64_t)sizeof(apti_param));
     apti_note(r, APTI_USE_ACTIVATIONS, -r->pass);
     apti_note(r, APTI_USE_WEIGHTS, -r->rounded);
     r->pass = r->rounded = 0;
     apti_rehearse_shapes(r, left);
-    apti_note(r, APTI_USE_SCRATCH, buffers + arrays);
+    apti_note_host(r, APTI_USE_SCRATCH, buffers + arrays.host);
+    apti_note(r, APTI_USE_SCRATCH, arrays.data);
     apti_rehearse_params(r, true);
     apti_rehearse_params(r, false);
-    apti_note(r, APTI_USE_SCRATCH, -buffers - arrays - r->masks);
+    apti_note_host(r, APTI_USE_SCRATCH, -buffers - arrays.host);
+    apti_note(r, APTI_USE_SCRATCH, -arrays.data - r->masks);
     r->masks = 0;
-    apti_note(r, APTI_USE_OPTIMIZER, apti_unit_arrays_cost(m) - arrays);
+    const apti_split fewer = apti_unit_arrays_cost(m);
+    apti_note_host(r, APTI_USE_OPTIMIZER, fewer.host - arrays.host);
+    apti_note(r, APTI_USE_OPTIMIZER, fewer.data - arrays.data);
 }
 
 /* The old adapters go when all new ones are there. */
@@ -19399,7 +19425,7 @@ static void apti_rehearse_growth(apti_rehearsal *r, int64_t step)
     apt_model *m = r->m;
     apti_growth *g = &r->growth;
     const int64_t plan = apti_cost(apti_block_bytes(g->block));
-    apti_note(r, APTI_USE_SCRATCH, plan);
+    apti_note_host(r, APTI_USE_SCRATCH, plan);
     apti_growth_list(m, g, NULL);
     if (apti_growth_ranks(g, &r->t.desc, step, r->adapter_budget) != APT_OK) g->count = 0;
     for (int32_t pass = 0; pass < 2; pass++)
@@ -19412,7 +19438,7 @@ static void apti_rehearse_growth(apti_rehearsal *r, int64_t step)
             apti_note_param(r, b, pass == 0 ? 1 : -1);
             a->rows = b->cols = g->next[i];
         }
-    apti_note(r, APTI_USE_SCRATCH, -plan);
+    apti_note_host(r, APTI_USE_SCRATCH, -plan);
 }
 
 /* One decision and the steps behind it. */
@@ -19480,11 +19506,15 @@ static void apti_rehearse_magnitude(apti_rehearsal *r)
             most = apti_max_i64(most, n);
         }
     }
-    apti_note(r, APTI_USE_MASKS, masks + apti_cost(m->param_count * (int64_t)sizeof(uint64_t *)));
+    apti_note_host(r, APTI_USE_MASKS, apti_cost(m->param_count * (int64_t)sizeof(uint64_t *)));
+    apti_note(r, APTI_USE_MASKS, masks);
     if (r->t.model == NULL) return;              /* nothing is trained, so nothing pruned */
+    const int64_t next = r->plan->iterations != 1 ? masks : 0;
+    apti_note(r, APTI_USE_SCRATCH, next);
     apti_note_brief(r, APTI_USE_SCRATCH, apti_cost(count * (int64_t)sizeof(apt_weights)) + apti_cost(m->param_count) +
-                    apti_cost(count * (int64_t)sizeof(apti_param *)) + (r->plan->iterations != 1 ? masks : 0) +
+                    apti_cost(count * (int64_t)sizeof(apti_param *)) +
                     apti_cost((r->plan->global ? sum : most) * (int64_t)sizeof(float)));
+    apti_note(r, APTI_USE_SCRATCH, -next);
 }
 
 static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
@@ -19492,7 +19522,7 @@ static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
     apti_rehearse_external(r);
     apti_rehearse_model(r);
     if (desc == NULL) {
-        apti_note(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(r->m));
+        apti_note_host(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(r->m));
         apti_note_pass(r, 0);
         apti_rehearse_magnitude(r);
         return APT_OK;
@@ -19532,6 +19562,7 @@ static void apti_estimate_report(const apti_rehearsal *r, apt_estimate_info *inf
     info->masks = r->most[APTI_USE_MASKS];
     info->scratch = r->most[APTI_USE_SCRATCH];
     info->shareable = r->shareable;
+    info->device = r->ctx->desc.backend != NULL ? r->device : 0;
     info->total = 0;
     for (int32_t i = 0; i < APTI_USES; i++) info->total += r->most[i];
 }
@@ -23753,6 +23784,8 @@ static apt_result apti_context_start(apt_ctx *ctx)
     if (ctx->desc.backend != NULL) {
         ctx->device_sums = (double *)apti_data_zero(ctx, APTI_DEVICE_SUMS, (int64_t)sizeof(double));
         if (ctx->device_sums == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory on %s", ctx->desc.backend->name);
+        ctx->bytes += ctx->desc.backend->workspace;
+        ctx->peak_bytes = apti_max_i64(ctx->peak_bytes, ctx->bytes);
     }
     ctx->desc.kernels = NULL;                    /* the caller's text may go */
     ctx->threads = ctx->desc.threads > 0 ? ctx->desc.threads : apti_cpu_count();

@@ -52,7 +52,7 @@ typedef struct apt_cuda_desc {
     apt_cuda_math math;
     size_t workspace_bytes;           /* for operands in other types, partial sums and cuBLASLt: 128 MiB; at least 8 MiB */
     void *(*alloc)(size_t bytes, void *user);      /* both or none: memory that the device and the CPU can both address, any */
-    void (*release)(void *memory, void *user);     /* alignment; none: cudaMallocManaged */
+    void (*release)(void *memory, void *user);     /* alignment; none: cudaMallocManaged, for the workspace cudaMalloc */
     void *alloc_user;
     uint32_t end_canary;
 } apt_cuda_desc;
@@ -242,6 +242,7 @@ typedef struct aptc_device {
     apt_cuda_desc desc;
     apt_cuda_math math;
     char *work;                       /* workspace_bytes: see aptc_take */
+    void *block;                      /* what it lies in */
     size_t work_bytes, used;
     apt_result result;                /* first failure since the last sync */
     char message[APTI_BACKEND_MESSAGE];
@@ -1943,16 +1944,45 @@ static void aptc_release(void *self, void *memory)
 #endif
 }
 
+/* The workspace: what the caller gives, or memory that only the device can address. */
+static void aptc_work_open(aptc_device *d)
+{
+    const size_t align = 256, bytes = d->work_bytes + align;
+    if (d->desc.alloc != NULL) d->block = d->desc.alloc(bytes, d->desc.alloc_user);
+#ifdef APT_CUDA_EMULATE
+    else d->block = malloc(bytes);
+#else
+    else aptc_check(d, cudaMalloc(&d->block, bytes), "cudaMalloc of the workspace");
+#endif
+    if (d->block == NULL) {
+        aptc_fail(d, APT_E_MEMORY, "no memory for the workspace");
+        return;
+    }
+    d->work = (char *)d->block + (align - (uintptr_t)d->block % align) % align;
+    d->backend.workspace = (int64_t)bytes;
+}
+
+static void aptc_work_close(aptc_device *d)
+{
+    if (d->block == NULL) return;
+    if (d->desc.release != NULL) d->desc.release(d->block, d->desc.alloc_user);
+#ifdef APT_CUDA_EMULATE
+    else free(d->block);
+#else
+    else (void)cudaFree(d->block);
+#endif
+}
+
 static void aptc_close(void *self)
 {
     aptc_device *d = (aptc_device *)self;
 #ifdef APT_CUDA_EMULATE
     free(d->queue);
-    free(d->work);
+    aptc_work_close(d);
 #else
     if (d->stream != NULL) (void)cudaStreamSynchronize(d->stream);
     if (d->blas != NULL) (void)cublasLtDestroy(d->blas);
-    (void)cudaFree(d->work);
+    aptc_work_close(d);
     if (d->stream != NULL) (void)cudaStreamDestroy(d->stream);
     free(d->algorithms);
 #endif
@@ -1963,8 +1993,7 @@ static void aptc_close(void *self)
 static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
 {
     (void)desc;
-    d->work = (char *)malloc(d->work_bytes);
-    if (d->work == NULL) aptc_fail(d, APT_E_MEMORY, "no memory for the workspace");
+    aptc_work_open(d);
 }
 #else
 static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
@@ -1978,7 +2007,7 @@ static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
         aptc_fail(d, APT_E_UNSUPPORTED, "device %d: the CPU cannot read managed memory while it computes", (int)d->device);
     if (d->result != APT_OK) return;
     aptc_check(d, cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "cudaStreamCreate");
-    aptc_check(d, cudaMalloc((void **)&d->work, d->work_bytes), "cudaMalloc of the workspace");
+    aptc_work_open(d);
     aptc_blas_check(d, cublasLtCreate(&d->blas), "cublasLtCreate");
     d->algorithms = (aptc_algorithm *)calloc(APTC_ALGORITHMS, sizeof(aptc_algorithm));
     if (d->algorithms == NULL) aptc_fail(d, APT_E_MEMORY, "no memory");

@@ -1,6 +1,7 @@
 /* apt_cuda.h on its emulated device: whole runs beside those of the CPU, resumption from one on the other, products in bfloat16
-   and float16 with a small workspace, runs with a loss scale, compaction, what a context with a device refuses, and what
-   apt_cuda_open refuses. Single operations and the golden models run on the same emulation in the build "emulated" of tests/run.sh.
+   and float16 with a small workspace, runs with a loss scale, compaction, estimates of memory, what a context with a device
+   refuses, and what apt_cuda_open refuses. Single operations and the golden models run on the same emulation in the build
+   "emulated" of tests/run.sh.
    build: cc -std=c11 -O2 tests/test_cuda.c -o test_cuda -lcmocka -lpthread -lm */
 #define APT_IMPLEMENTATION
 #include "../apt.h"
@@ -419,6 +420,100 @@ static void test_cpu_only(void **state)
     apt_destroy(cpu);
 }
 
+/* ---- memory ---- */
+
+/* What the device's allocator has handed out. */
+typedef struct handed { int64_t now, most; } handed;
+
+static void *hand_out(size_t bytes, void *user)
+{
+    handed *h = (handed *)user;
+    int64_t *block = (int64_t *)malloc(bytes + 16);
+    if (block == NULL) return NULL;
+    block[0] = (int64_t)bytes;
+    h->now += (int64_t)bytes;
+    if (h->now > h->most) h->most = h->now;
+    return block + 2;
+}
+
+static void take_back(void *block, void *user)
+{
+    int64_t *whole = (int64_t *)block - 2;
+    ((handed *)user)->now -= whole[0];
+    free(whole);
+}
+
+static apt_ctx *counted_context(handed *h)
+{
+    apt_cuda_desc device = APT_ZERO;
+    memset(h, 0, sizeof *h);
+    device.workspace_bytes = (size_t)8 << 20;
+    device.alloc = hand_out;
+    device.release = take_back;
+    device.alloc_user = h;
+    return device_context(&device);
+}
+
+/* The estimate of a device's memory beside what its allocator hands out, within 5 %, the workspace left out of both; with it the
+   sum is what apt_memory_info says, which counts the CPU's share too. */
+static void test_estimate(void **state)
+{
+    (void)state;
+#if !defined(APT_TEST_DEVICE)
+    static const char *const names[] = {"inference", "LoRA", "full", "APT", "APT without distillation"};
+    for (int32_t k = 0; k < 10; k++) {
+        const int32_t method = k % 5;
+        handed h;
+        apt_estimate_info info;
+        apt_config c = k < 5 ? test_config(APT_BERT, APT_TASK_CLASSIFY) : test_decoder(2);
+        c.vocab = 300;
+        c.positions = 40;
+        c.hidden = 64;
+        c.heads = 4;
+        c.kv_heads = 0;
+        c.head_dim = 16;
+        c.neurons = 160;
+        apt_train_desc d = APT_ZERO;
+        d.method = method == 1 ? APT_METHOD_LORA : method == 2 ? APT_METHOD_FULL : APT_METHOD_APT;
+        d.steps = method < 3 ? 1 : 8;
+        if (method >= 3) {
+            d.target_sparsity = 0.6f;
+            d.prune_begin = 1;
+            d.prune_end = 7;
+            d.update_frequency = 2;
+            d.disable_distill = method == 4;
+        }
+        apt_ctx *ctx = counted_context(&h);
+        const int64_t workspace = h.now - apti_block_of(ctx->device_sums)->total;
+        assert_ok(ctx, apt_estimate(ctx, &c, method == 0 ? NULL : &d, 4 * 12, 4, &info));
+        assert_true(workspace >= 8 << 20 && workspace == ctx->desc.backend->workspace);
+        apt_model *m = test_model(ctx, &c, 1);
+        test_batch b;
+        apt_rng rng = apt_rng_make(3, 0);
+        test_batch_fill(&b, &c, &rng, 4, 12, 12);
+        if (method == 0) {
+            apt_output out = APT_ZERO;
+            assert_ok(ctx, apt_model_forward(m, &b.b, &out));
+        } else {
+            apt_trainer *t = test_trainer(m, &d);
+            for (int64_t i = 0; i < d.steps; i++) assert_ok(ctx, apt_trainer_step(t, &b.b, NULL));
+            assert_ok(ctx, apt_trainer_finish(t));
+        }
+        const double taken = (double)(h.most - workspace), off = ((double)(info.device - workspace) - taken) / taken;
+        if (fabs(off) > 0.05)
+            fail_msg("%s, family %d: %lld bytes of the device estimated, %lld handed out", names[method], (int)c.family,
+                     (long long)info.device, (long long)h.most);
+        const double all = (double)apt_memory_info(ctx).peak_bytes;
+        assert_true(fabs((double)info.total - all) <= 0.05 * (all - (double)workspace) && info.total > info.device);
+        assert_true(info.scratch >= workspace);
+        apt_destroy(ctx);
+        assert_true(h.now == 0);
+    }
+#else
+    test_skip("on a device this would only take longer");
+#endif
+}
+
 static void expect_refused(const apt_cuda_desc *desc, const char *words)
 {
     char message[APTI_BACKEND_MESSAGE] = "";
@@ -469,6 +564,7 @@ int main(void)
         cmocka_unit_test(test_narrow_products),
         cmocka_unit_test(test_fp16_run),
         cmocka_unit_test(test_cpu_only),
+        cmocka_unit_test(test_estimate),
         cmocka_unit_test(test_open),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -194,7 +194,7 @@ static void show(const bench *b, const char *what, double ms, double first, doub
                  double first_forward)
 {
     const double tokens = (double)b->s.batch * b->s.tokens, rate = 1e3 * flops / ms;
-    const double mb = (double)apt_memory_info(b->ctx).peak_bytes / 1048576 + WORKSPACE_MB;
+    const double mb = (double)apt_memory_info(b->ctx).peak_bytes / 1048576;
     printf("| %s %s, %d x %d | %s | %.1f (%.2fx) | %.0f |", b->s.name, what, (int)b->s.batch, (int)b->s.tokens, b->math, ms,
            first / ms, 1e3 * tokens / ms);
     if (flops > 0) printf(" %.1f | %.0f %% |", rate / 1e12, 100 * rate / b->peak);
