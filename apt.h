@@ -1800,7 +1800,7 @@ typedef struct apti_adam_job {
     float grad_scale, beta1, beta2, step_size, eps, decay;
 } apti_adam_job;
 
-/* to(rows.kept * rows.width, cols.kept * cols.width) = those rows and columns of `from`, whose stride is ld_from; type: of both */
+/* to(rows.kept * rows.width, cols.kept * cols.width) = those rows and columns of `from`; type: of both */
 typedef struct apti_cut_job {
     void *to;
     const void *from;
@@ -11287,6 +11287,7 @@ static apt_result apti_moe_new(apt_ctx *ctx, const apt_moe_desc *desc, apt_modul
 APT_API apt_result apt_moe_create(apt_ctx *ctx, const apt_moe_desc *desc, apt_module **module)
 {
     if (ctx == NULL || desc == NULL || module == NULL) return APT_E_ARGUMENT;
+    if (apti_cpu_only(ctx, "apt_moe_create") != APT_OK) return APT_E_UNSUPPORTED;
     return apti_moe_new(ctx, desc, NULL, module);
 }
 
@@ -11730,6 +11731,7 @@ static apt_result apti_bk_core_new(apt_ctx *ctx, const apt_bk_core_desc *desc, a
 APT_API apt_result apt_bk_core_create(apt_ctx *ctx, const apt_bk_core_desc *desc, apt_module **module)
 {
     if (ctx == NULL || desc == NULL || module == NULL) return APT_E_ARGUMENT;
+    if (apti_cpu_only(ctx, "apt_bk_core_create") != APT_OK) return APT_E_UNSUPPORTED;
     return apti_bk_core_new(ctx, desc, NULL, module);
 }
 
@@ -12016,6 +12018,7 @@ static apt_result apti_bk_layer_fill(apti_bk_layer *l, const apt_bk_layer_desc *
 APT_API apt_result apt_bk_layer_create(apt_ctx *ctx, const apt_bk_layer_desc *desc, apt_module **module)
 {
     if (ctx == NULL || desc == NULL || module == NULL) return APT_E_ARGUMENT;
+    if (apti_cpu_only(ctx, "apt_bk_layer_create") != APT_OK) return APT_E_UNSUPPORTED;
     if (!apti_finite(desc->scale)) return apti_fail(ctx, APT_E_NONFINITE, "BK layer: the scale is NaN or infinite");
     apt_module *m = apti_module_make(ctx, APTI_MODULE_LAYER, (int64_t)sizeof(apti_bk_layer), APTI_LAYER_TENSORS, NULL);
     if (m == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory for a BK layer");
@@ -19103,7 +19106,8 @@ typedef struct apti_rehearsal {
     uint8_t *shared;                  /* [params] a buffer that the teacher holds as well */
     apt_trainer t;                    /* the resolved desc and what plans read */
     int64_t now[APTI_USES], most[APTI_USES];                 /* held; held at the peak */
-    int64_t host, teacher_host, device;          /* of what is held: never a device's, and the teacher's share; a device's at most */
+    int64_t host, teacher_host;                  /* of what is held: never in a device's memory; the snapshot's share of that */
+    int64_t device;                              /* the most that was held of the rest */
     int64_t tokens, target_tokens, sequences, pass, teacher_pass, masks, adapter_budget, shareable;
     int64_t rounded;                             /* small integers of the layers, while they are there */
     apt_model *external;                         /* frame of another model that teaches, or NULL ... */

@@ -18,7 +18,8 @@
    Models, trainers, files, decisions and results stay what they are. Weights, gradients and activations lie in managed memory,
    which the device and the CPU both address; operations go into one stream, in order, and the CPU waits before it looks. What
    this file has no kernel for, the CPU computes. No result hangs on the order in which threads run: there are no atomic sums.
-   Refused, because the CPU's kernels alone can do it, are quantised models and apt_model_compress.
+   Refused, because the CPU's kernels alone can do it, are quantised models, apt_model_compress and modules (apt_moe_create,
+   apt_bk_core_create, apt_bk_layer_create), whose arrays are the caller's.
 
    HOW THE KERNELS ARE WRITTEN
    A kernel's body is a row of phases, each of which every thread of the block runs (APTC_THREADS), with barriers between them, so
@@ -226,6 +227,7 @@ enum { APTC_JOB_BYTES = 512, APTC_ALGORITHMS = 512 };
 typedef struct aptc_launch {
     void (*run)(const void *job, int64_t bx, int64_t by);
     int64_t bx, by;
+    size_t bytes;                     /* of the job */
     union { double align; char bytes[APTC_JOB_BYTES]; } job;
 } aptc_launch;
 #else
@@ -258,6 +260,16 @@ typedef struct aptc_device {
     aptc_algorithm *algorithms;       /* [APTC_ALGORITHMS], open addressing */
 #endif
 } aptc_device;
+
+/* Which device a call means is a matter of the thread that makes it, and a program may have several of both. */
+static void aptc_enter(const aptc_device *d)
+{
+#ifdef APT_CUDA_EMULATE
+    (void)d;
+#else
+    (void)cudaSetDevice(d->device);
+#endif
+}
 
 /* Keeps the first failure. */
 static void aptc_fail(aptc_device *d, apt_result result, const char *format, ...)
@@ -299,6 +311,7 @@ static void aptc_push(aptc_device *d, void (*body)(const void *, int64_t, int64_
     l->run = body;
     l->bx = bx;
     l->by = by;
+    l->bytes = bytes;
     memcpy(l->job.bytes, job, bytes);
 }
 
@@ -1623,11 +1636,11 @@ static void aptc_blas_check(aptc_device *d, cublasStatus_t status, const char *w
     if (status != CUBLAS_STATUS_SUCCESS) aptc_fail(d, APT_E_DEVICE, "%s: %s", what, cublasLtGetStatusString(status));
 }
 
-/* Largest power of two up to 16 that divides an address. */
+/* Largest power of two up to 16 that divides an address; what is cut from a matrix of halves may begin at an odd one. */
 static uint32_t aptc_alignment(const void *p)
 {
     const uintptr_t a = (uintptr_t)p;
-    return a % 16 == 0 ? 16 : a % 8 == 0 ? 8 : 4;
+    return a % 16 == 0 ? 16 : a % 8 == 0 ? 8 : a % 4 == 0 ? 4 : 2;
 }
 
 /* What cuBLASLt is told about one product. It has columns where we have rows: C^T = B^T A^T. */
@@ -1862,6 +1875,7 @@ static bool aptc_run(void *self, apti_op op, const void *job)
 {
     aptc_device *d = (aptc_device *)self;
     d->used = 0;
+    aptc_enter(d);
     switch (op) {
     case APTI_OP_GEMM: return aptc_gemm_op(d, (const apti_gemm *)job);
     case APTI_OP_PACK: return aptc_pack_op(d, (const apti_pack_job *)job);
@@ -1904,6 +1918,7 @@ static bool aptc_run(void *self, apti_op op, const void *job)
 static apt_result aptc_sync(void *self, char message[APTI_BACKEND_MESSAGE])
 {
     aptc_device *d = (aptc_device *)self;
+    aptc_enter(d);
 #ifdef APT_CUDA_EMULATE
     for (int32_t i = 0; i < d->queued; i++) d->queue[i].run(d->queue[i].job.bytes, d->queue[i].bx, d->queue[i].by);
     d->queued = 0;
@@ -1920,6 +1935,7 @@ static void *aptc_alloc(void *self, size_t bytes)
 {
     const apt_cuda_desc *desc = &((aptc_device *)self)->desc;
     if (desc->alloc != NULL) return desc->alloc(bytes, desc->alloc_user);
+    aptc_enter((const aptc_device *)self);
 #ifdef APT_CUDA_EMULATE
     return malloc(bytes);
 #else
@@ -1976,6 +1992,7 @@ static void aptc_work_close(aptc_device *d)
 static void aptc_close(void *self)
 {
     aptc_device *d = (aptc_device *)self;
+    aptc_enter(d);
 #ifdef APT_CUDA_EMULATE
     free(d->queue);
     aptc_work_close(d);

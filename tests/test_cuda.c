@@ -415,6 +415,15 @@ static void test_cpu_only(void **state)
     expect_unsupported(ctx, apt_model_load(ctx, dir, NULL, &none), dir);
     assert_null(none);
     assert_true(test_model_sum(model) == before);
+    apt_module *module = NULL;
+    apt_moe_desc moe = APT_ZERO;
+    apt_bk_core_desc core = APT_ZERO;
+    apt_bk_layer_desc layer = APT_ZERO;
+    core.hidden = moe.hidden = layer.moe.hidden = 8;
+    expect_unsupported(ctx, apt_moe_create(ctx, &moe, &module), "apt_moe_create");
+    expect_unsupported(ctx, apt_bk_core_create(ctx, &core, &module), "apt_bk_core_create");
+    expect_unsupported(ctx, apt_bk_layer_create(ctx, &layer, &module), "apt_bk_layer_create");
+    assert_null(module);
     test_remove(dir);
     apt_destroy(ctx);
     apt_destroy(cpu);
@@ -423,24 +432,31 @@ static void test_cpu_only(void **state)
 /* ---- memory ---- */
 
 /* What the device's allocator has handed out. */
-typedef struct handed { int64_t now, most; } handed;
+typedef struct handed_block { struct handed_block *next, *last; size_t bytes; double align; } handed_block;
+typedef struct handed { int64_t now, most; handed_block all; } handed;
 
 static void *hand_out(size_t bytes, void *user)
 {
     handed *h = (handed *)user;
-    int64_t *block = (int64_t *)malloc(bytes + 16);
-    if (block == NULL) return NULL;
-    block[0] = (int64_t)bytes;
+    handed_block *b = (handed_block *)malloc(sizeof(handed_block) + bytes);
+    if (b == NULL) return NULL;
+    b->bytes = bytes;
+    b->last = &h->all;
+    b->next = h->all.next;
+    if (b->next != NULL) b->next->last = b;
+    h->all.next = b;
     h->now += (int64_t)bytes;
     if (h->now > h->most) h->most = h->now;
-    return block + 2;
+    return b + 1;
 }
 
 static void take_back(void *block, void *user)
 {
-    int64_t *whole = (int64_t *)block - 2;
-    ((handed *)user)->now -= whole[0];
-    free(whole);
+    handed_block *b = (handed_block *)block - 1;
+    ((handed *)user)->now -= (int64_t)b->bytes;
+    b->last->next = b->next;
+    if (b->next != NULL) b->next->last = b->last;
+    free(b);
 }
 
 static apt_ctx *counted_context(handed *h)
@@ -453,6 +469,105 @@ static apt_ctx *counted_context(handed *h)
     device.alloc_user = h;
     return device_context(&device);
 }
+
+#if !defined(APT_TEST_DEVICE) && defined(__x86_64__) && defined(__linux__)
+/* What launches get: the context and its kernel table apart, which jobs carry for the CPU, every address must lie in what the
+   allocator has handed out. A word counts as an address when it looks like one of this system's, and not like a small number or
+   a bool in front of bytes that nobody has written. */
+static struct { handed h; apt_ctx *ctx; apt_result (*sync)(void *, char[APTI_BACKEND_MESSAGE]); int64_t addresses; } reach;
+
+static bool within_reach(uintptr_t address)
+{
+    for (const handed_block *b = reach.h.all.next; b != NULL; b = b->next)
+        if (address - (uintptr_t)(b + 1) <= b->bytes) return true;
+    return reach.ctx == NULL || address == (uintptr_t)reach.ctx || address == (uintptr_t)reach.ctx->kernels;
+}
+
+static apt_result sync_within_reach(void *self, char message[APTI_BACKEND_MESSAGE])
+{
+    const aptc_device *d = (const aptc_device *)self;
+    for (int32_t i = 0; i < d->queued; i++)
+        for (size_t at = 0; at + sizeof(uintptr_t) <= d->queue[i].bytes; at += sizeof(uintptr_t)) {
+            uintptr_t word;
+            memcpy(&word, d->queue[i].job.bytes + at, sizeof word);
+            if (word >> 32 < 0x5000 || word >> 32 > 0x7fff || (word & 0xffffffff) < 65536 || (word & 255) <= 1) continue;
+            reach.addresses++;
+            if (!within_reach(word)) fail_msg("launch %d: its job has the CPU's %p at byte %d", (int)i, (void *)word, (int)at);
+        }
+    return reach.sync(self, message);
+}
+
+static void reach_begin(live *l, const plan *p)
+{
+    memset(&reach.h, 0, sizeof reach.h);
+    memset(l, 0, sizeof *l);
+    reach.ctx = NULL;
+    l->ctx = reach.ctx = counted_context(&reach.h);
+    reach.sync = l->ctx->desc.backend->sync;
+    l->ctx->desc.backend->sync = sync_within_reach;
+    l->model = test_model(l->ctx, &p->c, 1);
+    apt_train_desc d = p->d;
+    d.on_event = on_event;
+    d.user = &l->tr;
+    l->trainer = test_trainer(l->model, &d);
+}
+
+/* Whole runs with all that belongs to them: training, checkpoints, observing, pruning at once, merging, forwards, generation. */
+static void test_reach(void **state)
+{
+    (void)state;
+    char dir[512], path[600];
+    test_dir(dir, sizeof dir);
+    test_join(path, sizeof path, dir, "run.apt");
+    for (int32_t which = 0; which < 2 + TEST_DECODERS + 2; which++) {
+        plan p = plan_at(which < 2 + TEST_DECODERS ? which : 0);
+        if (which >= 2 + TEST_DECODERS) p.c = test_config(APT_BERT, which % 2 == 0 ? APT_TASK_MLM : APT_TASK_REGRESS);
+        if (which >= 2 && which < 2 + TEST_DECODERS) p.d.adapt = 63 | APT_ADAPT_HEAD;
+        live l;
+        apt_output out = APT_ZERO;
+        test_batch b;
+        reach_begin(&l, &p);
+        run(l.trainer, &p, &l.tr, 0, 21);
+        assert_ok(l.ctx, apt_checkpoint_save(l.trainer, path, NULL, 0));
+        apt_destroy(l.ctx);
+        reach_begin(&l, &p);
+        assert_ok(l.ctx, apt_checkpoint_load(l.trainer, path, NULL, NULL));
+        run(l.trainer, &p, &l.tr, 21, micro_batches(&p));
+        test_batch_at(&b, &p.c, p.data_seed, 0, p.sequences);
+        assert_ok(l.ctx, apt_trainer_observe(l.trainer, &b.b));
+        assert_ok(l.ctx, apt_trainer_prune_now(l.trainer, 0.7f));
+        assert_ok(l.ctx, apt_model_forward(l.model, &b.b, &out));
+        const int64_t hidden = (int64_t)(p.c.decoder_layers > 0 ? b.b.target_offsets : b.offsets)[b.b.sequences] * l.model->config.hidden;
+        out.logits = (float *)test_memory_block((size_t)out.logits_count * sizeof(float));
+        out.logits_capacity = out.logits_count;
+        out.hidden = (float *)test_memory_block((size_t)hidden * sizeof(float));
+        out.hidden_capacity = hidden;
+        assert_ok(l.ctx, apt_model_forward(l.model, &b.b, &out));
+        free(out.logits);
+        free(out.hidden);
+        apt_trainer_destroy(l.trainer);
+        float difference;
+        assert_ok(l.ctx, apt_model_merge(l.model, &b.b, &difference));
+        for (int32_t beams = 1; beams < 3 && p.c.task == APT_TASK_LM; beams++) {
+            apt_generate_desc d = APT_ZERO;
+            int32_t tokens[64], lengths[16];
+            d.max_tokens = 4;
+            d.beams = beams;
+            assert_true(b.b.sequences * 4 <= 64);
+            assert_ok(l.ctx, apt_generate(l.model, &b.b, &d, tokens, lengths));
+        }
+        apt_destroy(l.ctx);
+    }
+    assert_true(reach.addresses > 10000);
+    test_remove(dir);
+}
+#else
+static void test_reach(void **state)
+{
+    (void)state;
+    test_skip("only where addresses can be told from numbers, and launches wait in a queue");
+}
+#endif
 
 /* The estimate of a device's memory beside what its allocator hands out, within 5 %, the workspace left out of both; with it the
    sum is what apt_memory_info says, which counts the CPU's share too. */
@@ -565,6 +680,7 @@ int main(void)
         cmocka_unit_test(test_fp16_run),
         cmocka_unit_test(test_cpu_only),
         cmocka_unit_test(test_estimate),
+        cmocka_unit_test(test_reach),
         cmocka_unit_test(test_open),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

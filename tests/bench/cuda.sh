@@ -83,6 +83,7 @@ bench() {
         for row in "roberta-base 32 128" "roberta-base 128 128" "llama-110m 8 256"; do within 60 "$run" lora $math $row $STEPS; done
         within 90 "$run" apt $math roberta-base 128 128 $STEPS
     done
+    within 60 "$run" lora fp16 roberta-base 128 128 $STEPS
     within 180 "$run" llama bf16 llama-7b 4 512 5
 }
 
