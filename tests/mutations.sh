@@ -38,7 +38,7 @@ quantised training: its memory | estimate | apti_note(r, APTI_USE_WEIGHTS, r->ro
 fake quantisation: what was cut off | quantize | if (fabsf(w[i]) > most) job->out | if (0) job->out
 int4: the half of a byte | quantize | inside >= half ? 4 : 0; | inside >= half ? 0 : 4;
 compressed map: the bias | sparsify | apti_sparse_run(m->ctx, sparse, op.bias, y | apti_sparse_run(m->ctx, sparse, NULL, y
-estimate of masks | estimate | apti_note(r, APTI_USE_MASKS, masks + | apti_note(r, APTI_USE_MASKS, 0 * masks +
+estimate of masks | estimate | apti_note(r, APTI_USE_MASKS, masks); | apti_note(r, APTI_USE_MASKS, 0 * masks);
 linear dx | ops model | apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->w); | apti_gemm_packed(&g.part[0], APTI_B_PACKED_T, op->w); g.part[0].k = 0;
 linear dx of the adapter | ops model | apti_gemm_left(&g.part[1], dya, op->rank, op->rank); | apti_gemm_left(&g.part[1], dya, op->rank, 0);
 linear dW | ops model | if (grad->w) apti_weight_grad(ctx, grad->w, op->out | if (0) apti_weight_grad(ctx, grad->w, op->out
