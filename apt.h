@@ -337,7 +337,7 @@ typedef struct apt_desc {
     uint32_t end_canary;
 } apt_desc;
 
-typedef struct apt_memory { int64_t bytes, peak_bytes, blocks; } apt_memory;      /* bytes: with the workspace of a device */
+typedef struct apt_memory { int64_t bytes, peak_bytes, blocks; } apt_memory;    /* a device's workspace is in it */
 
 /* NULL when desc is invalid, memory or threads are short (the reason goes to desc->log or stderr). desc may be NULL.
    Where Linux has AMX it is asked for the tile registers (arch_prctl), once for the process: from then on it refuses alternate
