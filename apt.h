@@ -329,8 +329,8 @@ typedef struct apt_desc {
        when all are done; two tasks that run at the same time must get different `thread` in [0, threads). */
     void (*parallel_for)(int64_t count, apt_task task, void *arg, void *user);
     void *parallel_user;
-    /* NULL: the best of "ref", "avx2", "avx512", "neon"; or one of these; or "amx", as exact, but its speed depends on how much of
-       the tile units a shared machine lends, and it gives up that a row is the same alone and in a batch (see "On threads"). */
+    /* NULL: the best of "ref", "avx2", "avx512", "neon"; or one of these; or "amx", as exact, but its speed depends on how much
+       of the tile units a shared machine lends, and it gives up that a row is the same alone and in a batch (see "On threads"). */
     const char *kernels;
     /* NULL: this CPU computes; else a device, see apt_cuda.h. It belongs to the context, also when apt_create fails. */
     apt_backend *backend;
@@ -4032,8 +4032,8 @@ APTI_AVX512 static void apti_split_a_amx(const apti_split_job *job)
 }
 
 /* One step of B; `left` inputs of it are there. */
-APTI_AVX512 __attribute__((always_inline)) APTI_INLINE void apti_split_inputs(uint16_t *y, const float *x, int64_t ldx, int64_t cols,
-    int64_t left, const int planes)
+APTI_AVX512 __attribute__((always_inline)) APTI_INLINE void apti_split_inputs(uint16_t *y, const float *x, int64_t ldx,
+    int64_t cols, int64_t left, const int planes)
 {
     for (int64_t q = 0; q < 16; q++, x += ldx, y += 32) {
         const float *z = x + 16 * ldx;
@@ -4043,7 +4043,8 @@ APTI_AVX512 __attribute__((always_inline)) APTI_INLINE void apti_split_inputs(ui
         } else {
             const int64_t upper = q < left ? cols : 0, lower = q + 16 < left ? cols : 0;
             apti_split_pair(y, apti_split_load(x, upper), apti_split_load(z, lower), planes);
-            apti_split_pair(y + APTI_SPLIT_BLOCK, apti_split_load(x + 16, upper - 16), apti_split_load(z + 16, lower - 16), planes);
+            apti_split_pair(y + APTI_SPLIT_BLOCK, apti_split_load(x + 16, upper - 16), apti_split_load(z + 16, lower - 16),
+                planes);
         }
     }
 }
@@ -4298,8 +4299,8 @@ APTI_AVX512 APTI_INLINE __m512i apti_fold_16(__m512i x, __m512i y)
 #endif
 
 #ifdef APTI_AMX
-/* int8 on AMX: a panel's 64 inputs are a tile as they stand. Four blocks of 16 rows have their sums in tiles 0..3; a block of A is
-   tile 4, one of B tile 5; 6 and 7 are the same for the last 32 inputs of an odd number of groups. */
+/* int8 on AMX: a panel's 64 inputs are a tile as they stand. Four blocks of 16 rows have their sums in tiles 0..3; a block of A
+   is tile 4, one of B tile 5; 6 and 7 are the same for the last 32 inputs of an odd number of groups. */
 #define APTI_AMX_INT8 __attribute__((target("amx-tile,amx-int8")))
 enum { APTI_AMX_ROWS = 16, APTI_AMX_BLOCKS = 4, APTI_AMX_REST = 14 };      /* rest: the tile of AVX-512 */
 
@@ -4323,8 +4324,8 @@ APTI_AMX_INT8 static void apti_quant_begin_amx(void)
     APTI_AMX_BLOCK(2, a_tile, b_tile) APTI_AMX_BLOCK(3, a_tile, b_tile)
 
 /* first[]: where each block of rows begins */
-APTI_AMX_INT8 __attribute__((always_inline)) APTI_INLINE void apti_quant_int8_blocks(const apti_quant_tile *t, const int64_t *first,
-    const int blocks)
+APTI_AMX_INT8 __attribute__((always_inline)) APTI_INLINE void apti_quant_int8_blocks(const apti_quant_tile *t,
+    const int64_t *first, const int blocks)
 {
     const uint8_t *a[APTI_AMX_BLOCKS], *b = t->b;
     for (int i = 0; i < blocks; i++) a[i] = t->a + first[i] * t->a_row;
@@ -5490,7 +5491,7 @@ static int32_t apti_kernels_list(const apti_kernels **list, int32_t capacity)
 #ifdef APTI_X86
     if (n < capacity && apti_cpu_has(APTI_CPU_AVX2)) list[n++] = &apti_kernels_avx2;
 #ifdef APTI_AMX
-    if (n < capacity && apti_cpu_has(APTI_CPU_AMX)) list[n++] = &apti_kernels_amx;               /* only by its name: see apt_desc */
+    if (n < capacity && apti_cpu_has(APTI_CPU_AMX)) list[n++] = &apti_kernels_amx;          /* only by its name: see apt_desc */
 #endif
     if (n < capacity && apti_cpu_has(APTI_CPU_AVX512)) list[n++] = &apti_kernels_avx512;
 #endif
