@@ -330,7 +330,7 @@ typedef struct apt_desc {
     void (*parallel_for)(int64_t count, apt_task task, void *arg, void *user);
     void *parallel_user;
     /* NULL: the best of "ref", "avx2", "avx512", "neon"; or one of these; or "amx", as exact, but its speed depends on how much
-       of the tile units a shared machine lends, and it gives up that a row is the same alone and in a batch (see "On threads"). */
+       of the tile units a shared machine lends, and a row is no longer the same alone and in a batch (see "On threads"). */
     const char *kernels;
     /* NULL: this CPU computes; else a device, see apt_cuda.h. It belongs to the context, also when apt_create fails. */
     apt_backend *backend;
