@@ -41,7 +41,11 @@ static plan plan_of(int32_t which)
 static void test_threads(void **state)
 {
     (void)state;
-    static const int32_t threads[3] = {2, 3, 8};
+#ifdef __SANITIZE_THREAD__                       /* a race is one for any number of threads */
+    static const int32_t threads[] = {3};
+#else
+    static const int32_t threads[] = {2, 3, 8};
+#endif
     for (int32_t w = 0; w < 8; w++) {
         plan p = plan_of(w);
         live a, b;
@@ -50,7 +54,7 @@ static void test_threads(void **state)
             const uint32_t expected = 1u << APT_EVENT_PRUNE | 1u << APT_EVENT_COMPACT | 1u << APT_EVENT_GROW | 1u << APT_EVENT_TEACHER;
             assert_int_equal(all_events(&a.tr) & expected, expected);
         }
-        for (int32_t i = 0; i < 3; i++) {
+        for (size_t i = 0; i < sizeof threads / sizeof threads[0]; i++) {
             p.threads = threads[i];
             const uint64_t other = run_all(&b, &p);
 #ifdef APTI_THREADS
