@@ -1555,8 +1555,10 @@ int main(void)
 {
     const struct CMUnitTest several[] = {                            /* on several threads */
         cmocka_unit_test(test_threads),           cmocka_unit_test(test_own_threads),       cmocka_unit_test(test_decoder_threads),
-        cmocka_unit_test(test_resume_classify),   cmocka_unit_test(test_resume_span),       cmocka_unit_test(test_resume_others),
-        cmocka_unit_test(test_decoder_resume),
+        cmocka_unit_test(test_resume_classify),
+#ifndef __SANITIZE_THREAD__                      /* nothing but more of the same */
+        cmocka_unit_test(test_resume_span),       cmocka_unit_test(test_resume_others),     cmocka_unit_test(test_decoder_resume),
+#endif
     };
     const struct CMUnitTest single[] = {
         cmocka_unit_test(test_seeds),             cmocka_unit_test(test_checkpoint_refused),
