@@ -3380,7 +3380,7 @@ typedef struct apti_split_kernels {
 
 /* Vectors of n floats, any alignment, n >= 0; y may be x or a. A NaN that goes in comes out, also under -Ofast. */
 typedef struct apti_kernels {
-    const char *name;
+    const char *name, *isa;                      /* isa: the table whose vectors it has, mostly its own name */
     int32_t mr, nr;                              /* largest tile; nr is also the width of a panel */
     int32_t slim;                                /* rows of the tallest tile that is one vector wide */
     int32_t lanes;                               /* floats in a vector; nr is a multiple */
@@ -3439,7 +3439,7 @@ typedef struct apti_quant_tile {
 
 /* Chosen beside the table above: an instruction set may have more than one way to do this. */
 typedef struct apti_quant_kernels {
-    const char *name, *base;                     /* base: name of the table it belongs to */
+    const char *name, *base;                     /* base: isa of the tables it belongs to */
     int32_t mr, nr;                              /* largest tile; nr is also the width of a panel */
     bool wide;                                   /* int8 takes activations as 16 bits */
     bool sums8, sums4;                           /* int8, int4 read a_sums */
@@ -3711,10 +3711,11 @@ static void apti_adam_ref(float *w, float *m, float *v, const float *g, int64_t 
 
 /* Every table names its functions apti_NAME_isa. */
 #define APTI_TABLE_OF(name, isa, mr, nr, slim, lanes, narrow, split, operands, tile) {                                  \
-    name, mr, nr, slim, lanes, narrow, split, operands, tile, apti_thin_##isa, apti_finish_##isa, apti_sparse_##isa,    \
-    apti_transpose_##isa, apti_copy_##isa, apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, apti_sum_##isa,    \
-    apti_dot_##isa, apti_sq_dev_##isa, apti_scale_##isa, apti_add_##isa, apti_mul_##isa, apti_axpy_##isa,               \
-    apti_abs_add_##isa, apti_act_##isa, apti_act_grad_##isa, apti_tanh_##isa, apti_norm_##isa, apti_adam_##isa }
+    name, #isa, mr, nr, slim, lanes, narrow, split, operands, tile, apti_thin_##isa, apti_finish_##isa,                 \
+    apti_sparse_##isa, apti_transpose_##isa, apti_copy_##isa, apti_expand_##isa, apti_exp_scaled_##isa, apti_max_##isa, \
+    apti_sum_##isa, apti_dot_##isa, apti_sq_dev_##isa, apti_scale_##isa, apti_add_##isa, apti_mul_##isa,                \
+    apti_axpy_##isa, apti_abs_add_##isa, apti_act_##isa, apti_act_grad_##isa, apti_tanh_##isa,                          \
+    apti_norm_##isa, apti_adam_##isa }
 #define APTI_TABLE(isa, mr, nr, slim, lanes, narrow) \
     APTI_TABLE_OF(#isa, isa, mr, nr, slim, lanes, narrow, NULL, NULL, apti_tile_##isa)
 
@@ -5537,7 +5538,7 @@ static const apti_quant_kernels *apti_quant_kernels_find(const apti_kernels *bas
     const apti_quant_kernels *list[8], *best = &apti_quant_kernels_ref;
     const int32_t n = apti_quant_kernels_list(list, 8);
     for (int32_t i = 0; i < n; i++)
-        if (strcmp(list[i]->base, base->split != NULL ? "avx512" : base->name) == 0) best = list[i];
+        if (strcmp(list[i]->base, base->isa) == 0) best = list[i];
     return best;
 }
 
@@ -6014,7 +6015,7 @@ static void apti_gemm_strip(const apti_gemm_tile *t, const apti_k_step *step, ap
     APTI_ALIGN64 float edge[APTI_MR_MAX * APTI_NR_MAX];
     float *c = g->c + i * g->ldc + j, *z = g->pre != NULL ? g->pre + i * ldz + j : c;
     const bool parked = t->sums != NULL, own = cols < nr && !parked;
-    if (cols < nr) memset(edge, 0, sizeof edge);                 /* the lanes past the edge hold numbers, too */
+    if (cols < nr) memset(edge, 0, (size_t)(rows * nr) * sizeof(float));         /* the lanes past the edge hold numbers, too */
     tile->to = parked ? t->sums + (i - t->i0) * ld_sums + (j - t->j0) : own ? edge : z;
     tile->ld_to = parked ? ld_sums : own ? nr : ldz;
     tile->from = tile->to;
@@ -6044,7 +6045,7 @@ static void apti_gemm_strip_flipped(const apti_gemm_tile *t, const apti_k_step *
     const apti_gemm *g = t->g;
     APTI_ALIGN64 float edge[APTI_MR_MAX * APTI_NR_MAX];
     float *c = g->c + j * g->ldc + i;
-    memset(edge, 0, sizeof edge);
+    memset(edge, 0, (size_t)(tile->rows * t->kernels->nr) * sizeof(float));
     tile->to = edge;
     tile->from = step->first && !g->accumulate ? NULL : edge;
     tile->ld_to = tile->ld_from = t->kernels->nr;
@@ -19236,14 +19237,15 @@ static void apti_rehearse_model(apti_rehearsal *r)
 }
 
 /* Salience and decisions of a trainer, the CPU's own, and its probe. */
-typedef struct apti_split { int64_t host, data; } apti_split;
+typedef struct apti_arrays_cost { int64_t host, data; } apti_arrays_cost;
 
-static apti_split apti_unit_arrays_cost(const apt_model *m)
+static apti_arrays_cost apti_unit_arrays_cost(const apt_model *m)
 {
     const int64_t f = (int64_t)sizeof(float);
     apt_units u;
     apt_model_units(m, &u);
-    const apti_split cost = {apti_cost(3 * (int64_t)u.total * f) + apti_cost(u.total), apti_cost(3 * apti_probe_count(m) * f)};
+    const apti_arrays_cost cost = {apti_cost(3 * (int64_t)u.total * f) + apti_cost(u.total),
+                                   apti_cost(3 * apti_probe_count(m) * f)};
     return cost;
 }
 
@@ -19252,7 +19254,7 @@ static void apti_rehearse_attach(apti_rehearsal *r)
 {
     apt_model *m = r->m;
     const int64_t importance = apti_sites(m) * (int64_t)sizeof(float);
-    const apti_split arrays = apti_unit_arrays_cost(m);
+    const apti_arrays_cost arrays = apti_unit_arrays_cost(m);
     apti_note_host(r, APTI_USE_OPTIMIZER, apti_cost((int64_t)sizeof(apt_trainer)) + apti_cost(importance) + arrays.host);
     apti_note(r, APTI_USE_OPTIMIZER, arrays.data);
     apti_note_host(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(m));
@@ -19405,7 +19407,7 @@ static void apti_rehearse_params(apti_rehearsal *r, bool shared)
 static void apti_rehearse_cut(apti_rehearsal *r, double left)
 {
     const apt_model *m = r->m;
-    const apti_split arrays = apti_unit_arrays_cost(m);
+    const apti_arrays_cost arrays = apti_unit_arrays_cost(m);
     const int64_t buffers = apti_cost(apti_largest_linear(m) * (int64_t)sizeof(float)) +
         apti_cost(m->param_count * (int64_t)sizeof(apti_param));
     apti_note(r, APTI_USE_ACTIVATIONS, -r->pass);
@@ -19419,7 +19421,7 @@ static void apti_rehearse_cut(apti_rehearsal *r, double left)
     apti_note_host(r, APTI_USE_SCRATCH, -buffers - arrays.host);
     apti_note(r, APTI_USE_SCRATCH, -arrays.data - r->masks);
     r->masks = 0;
-    const apti_split fewer = apti_unit_arrays_cost(m);
+    const apti_arrays_cost fewer = apti_unit_arrays_cost(m);
     apti_note_host(r, APTI_USE_OPTIMIZER, fewer.host - arrays.host);
     apti_note(r, APTI_USE_OPTIMIZER, fewer.data - arrays.data);
 }

@@ -285,14 +285,14 @@ static bool expect_vanishing(const golden *g, const apti_param *p, double whole)
 static double gradient_bound(const golden *g, const apti_param *p)
 {
     bool known = strstr(g->dir, "t5-gated-untied") != NULL && strcmp(p->name, "lora_B.decoder.block.0.layer.0.SelfAttention.q") == 0;
-    double bound = 3e-5;
-#if defined(APT_TEST_CUDA) || defined(__FAST_MATH__)   /* sums in another order: others answer, too (2.2e-5, 2.8e-5 seen) */
-    known = known || strstr(g->dir, "t5-gated-untied") != NULL;
+#ifdef __FAST_MATH__                             /* the compiler reorders sums (with -fno-associative-math all is as below) */
+    return known ? 4e-5 : strstr(g->dir, "t5-gated-untied") != NULL ? 3e-5 : 2e-5;
 #endif
-#ifdef __FAST_MATH__                             /* which takes ref its sums in double, the kernels their fused order (3.34e-5 seen) */
-    bound = 4e-5;
+#ifdef APT_TEST_CUDA                             /* sums in another order: A's gradients answer, too: 2.2e-5 */
+    known = known || (strstr(g->dir, "t5-gated-untied") != NULL && strncmp(p->name, "lora_A.", 7) == 0 &&
+                      strstr(p->name, "SelfAttention.q") != NULL);
 #endif
-    return known ? bound : 2e-5;
+    return known ? 3e-5 : 2e-5;
 }
 
 static void check_gradients(const golden *g, const apt_model *model, bool adapters)
