@@ -41,11 +41,7 @@ static plan plan_of(int32_t which)
 static void test_threads(void **state)
 {
     (void)state;
-#ifdef __SANITIZE_THREAD__                       /* a race is one for any number of threads */
-    static const int32_t threads[] = {3};
-#else
     static const int32_t threads[] = {2, 3, 8};
-#endif
     for (int32_t w = 0; w < 8; w++) {
         plan p = plan_of(w);
         live a, b;
@@ -1555,10 +1551,8 @@ int main(void)
 {
     const struct CMUnitTest several[] = {                            /* on several threads */
         cmocka_unit_test(test_threads),           cmocka_unit_test(test_own_threads),       cmocka_unit_test(test_decoder_threads),
-        cmocka_unit_test(test_resume_classify),
-#ifndef __SANITIZE_THREAD__                      /* nothing but more of the same */
-        cmocka_unit_test(test_resume_span),       cmocka_unit_test(test_resume_others),     cmocka_unit_test(test_decoder_resume),
-#endif
+        cmocka_unit_test(test_resume_classify),   cmocka_unit_test(test_resume_span),       cmocka_unit_test(test_resume_others),
+        cmocka_unit_test(test_decoder_resume),
     };
     const struct CMUnitTest single[] = {
         cmocka_unit_test(test_seeds),             cmocka_unit_test(test_checkpoint_refused),
