@@ -205,6 +205,8 @@
    their work. In every case nothing is lost: call again with the same arguments (the same batch), and the call does what is
    still missing; the run goes on as if memory had never run out, bit for bit. A checkpoint can be saved in between. (Events of
    work that is begun again, a decision of apt_trainer_prune_now and an evaluation, come again.)
+   The larger part of what a step needs is usually activations that wait for the backward. apt_train_desc.recompute keeps one
+   matrix of each layer, its output, and computes the others again when their turn comes: the same bits for some of the time.
 
    ON A GPU
    With apt_desc.backend a context computes on a device. apt_cuda.h, beside this file, makes one of an NVIDIA GPU:
@@ -613,6 +615,8 @@ typedef struct apt_train_desc {
     int32_t quantize;                 /* APT_QUANT_*: train what apt_model_quantize will make of the model; 0: no */
     int64_t quantize_begin;           /* step from which on; 0: at once */
     /* running */
+    int32_t recompute;                /* 1: of each layer's activations only the output waits for the backward, which computes the
+                                         others again: less memory, a forward more, the same numbers */
     int64_t evaluate_every;           /* steps; 0: never. Fires APT_EVENT_EVALUATE */
     int64_t checkpoint_every;         /* steps; 0: never. Fires APT_EVENT_CHECKPOINT */
     uint64_t seed;
@@ -1775,7 +1779,8 @@ typedef struct apti_kl_job {
     int64_t rows;
 } apti_kl_job;
 
-/* mapped[place] += h; row_sum = sum of squares of e = mapped - teacher; mapped = coefficient e; dy += mapped[place] */
+/* mapped[place] += h; row_sum = u * sum of squares of e = mapped - teacher; mapped = coefficient u e; dy += mapped[place].
+   u: 1, or where the loss is relative, 1 / mean square of the teacher's row (0 for a row of zeros). */
 typedef struct apti_layer_loss {
     const int32_t *place;             /* [d] */
     float *mapped;                    /* (rows, dt) in: s B A h; out: d loss / d Tr(h) */
@@ -1784,7 +1789,14 @@ typedef struct apti_layer_loss {
     double *row_sum;
     int64_t ld, ld_mapped, d, dt, rows;
     float coefficient;                /* 2 * factor / (rows * teacher hidden) */
+    int32_t relative;
 } apti_layer_loss;
+
+/* u of a row; square: the sum of squares of the teacher's */
+static inline double apti_layer_unit(const apti_layer_loss *j, double square)
+{
+    return !j->relative ? 1.0 : square > 0 ? (double)j->dt / square : 0.0;
+}
 
 /* result[0] += sum of x(n)^2 */
 typedef struct apti_squares_job { double *result; const float *x; int64_t n; } apti_squares_job;
@@ -14249,10 +14261,12 @@ enum {
     APTI_PASS_KEEP = 1,               /* keep what a backward needs */
     APTI_PASS_FULL = 2,               /* gradients of all weights: keep the inputs of every product */
     APTI_PASS_ALL_ROWS = 4,           /* the last layer runs on all rows though the head reads only first tokens */
-    APTI_PASS_TAUGHT = 8              /* a teacher's logits join the loss: MLM and LM need room for its gradient */
+    APTI_PASS_TAUGHT = 8,             /* a teacher's logits join the loss: MLM and LM need room for its gradient */
+    APTI_PASS_RECOMPUTE = 16          /* with KEEP: of each layer only the output; the rest is computed again for its backward */
 };
 
-/* Activations of one layer. In inference all layers share the first one's buffers. rows_q: query rows (see apti_lean).
+/* Activations of one layer. In inference all layers share the first one's buffers; where a training pass recomputes, they share
+   everything but y2. rows_q: query rows (see apti_lean).
    Post-norm: z1 = x + Attention(x), y1 = norm(z1), z2 = y1 + FFN(y1), y2 = norm(z2), and in1 = xq, in2 = y1.
    Pre-norm: in1 = norm(x), y1 = z1 = x + Attention(in1), in2 = norm(y1), y2 = z2 = y1 + FFN(in2).
    Cross attention takes keys and values from `memory`, the output of the first stack. */
@@ -14311,7 +14325,7 @@ struct apti_pass {
     int32_t *first, *one_each, *mlm_index, *mlm_labels, *target_tokens;
     int32_t *copies;                  /* backends: the batch's arrays, where the device can read them, see apti_index_copy */
     const int32_t *types, *labels;    /* of the batch, or their copies */
-    bool lean;
+    bool lean, again;                 /* again: apti_layer_again is at work */
     /* embeddings and head */
     float *embed_z, *embed_stats;
     float *head_in, *head_pre, *head_out, *head_stats, *head_norm, *logits, *dlogits, *dhead, *dhead_in, *mlm_work, *kl_work;
@@ -14403,15 +14417,23 @@ static void apti_plan_memory(apti_pass *pass, int32_t l)
     a->memory = cross ? pass->stack[0].out : pass->model->block->pre_norm ? a->in1 : a->x;
 }
 
-/* Buffers of layer l for a training pass: everything that its backward reads. */
-static void apti_plan_kept_layer(apti_bump *b, apti_pass *pass, int32_t l, int64_t rows_q, bool full)
+/* What layer l of a training pass hands to the next one. */
+static void apti_plan_output(apti_bump *b, apti_pass *pass, int32_t l, int64_t sequences)
+{
+    apti_acts *a = &pass->acts[l];
+    a->rows_q = pass->lean && l == pass->layers - 1 ? sequences : pass->stack[a->stack].rows;
+    a->y2 = apti_bump_matrix(b, a->rows_q, pass->model->config.hidden);
+    if (l + 1 < pass->stack[a->stack].end) pass->acts[l + 1].x = a->y2;
+}
+
+/* All else that the backward of layer l reads. */
+static void apti_plan_kept_layer(apti_bump *b, apti_pass *pass, int32_t l, bool full)
 {
     const apt_model *m = pass->model;
     const int64_t d = m->config.hidden, f = m->shape[l].neurons, hq = apti_query_width(m, l), hk = apti_kv_width(m, l);
     const bool pre = m->block->pre_norm, ffn = apti_has_ffn(&m->config, l);
     apti_acts *a = &pass->acts[l];
-    const int64_t rows = pass->stack[a->stack].rows;
-    a->rows_q = rows_q;
+    const int64_t rows = pass->stack[a->stack].rows, rows_q = a->rows_q;
     a->xq = rows_q == rows ? a->x : apti_bump_matrix(b, rows_q, d);
     a->in1 = pre ? apti_bump_matrix(b, rows, d) : a->xq;
     apti_plan_memory(pass, l);
@@ -14420,20 +14442,33 @@ static void apti_plan_kept_layer(apti_bump *b, apti_pass *pass, int32_t l, int64
     a->v = apti_bump_matrix(b, a->rows_k, hk);
     a->lse = (float *)apti_bump_take(b, rows_q * m->shape[l].heads, (int64_t)sizeof(float));
     a->ctx = full || apti_rank(m, l, APTI_OUTPUT) > 0 ? apti_bump_matrix(b, rows_q, hq) : NULL;
-    a->z1 = apti_bump_matrix(b, rows_q, d);
+    a->z1 = pre && !ffn ? a->y2 : apti_bump_matrix(b, rows_q, d);
     a->stats1 = (float *)apti_bump_take(b, rows_q * 2, (int64_t)sizeof(float));
     a->y1 = pre ? a->z1 : apti_bump_matrix(b, rows_q, d);
     a->in2 = pre && ffn ? apti_bump_matrix(b, rows_q, d) : a->y1;
     a->pre = apti_bump_matrix(b, rows_q, f);
     a->other = m->config.gated ? apti_bump_matrix(b, rows_q, f) : NULL;
     a->act = full || apti_rank(m, l, APTI_DOWN) > 0 ? apti_bump_matrix(b, rows_q, f) : NULL;
-    a->z2 = ffn ? apti_bump_matrix(b, rows_q, d) : a->y1;
+    a->z2 = pre ? a->y2 : apti_bump_matrix(b, rows_q, d);
     a->stats2 = (float *)apti_bump_take(b, rows_q * 2, (int64_t)sizeof(float));
-    a->y2 = pre ? a->z2 : apti_bump_matrix(b, rows_q, d);
     for (int32_t i = 0; i < APTI_LINEARS; i++)
         a->xa[i] = (float *)apti_bump_take(b, (i == APTI_KEY || i == APTI_VALUE ? a->rows_k : rows_q) * apti_rank(m, l, i),
                                            (int64_t)sizeof(float));
-    if (l + 1 < pass->stack[a->stack].end) pass->acts[l + 1].x = a->y2;
+}
+
+/* Training: buffers of all layers. */
+static void apti_plan_kept_layers(apti_bump *b, apti_pass *pass, int64_t sequences, bool full)
+{
+    for (int32_t l = 0; l < pass->layers; l++) apti_plan_output(b, pass, l, sequences);
+    const bool shared = (pass->mode & APTI_PASS_RECOMPUTE) != 0;
+    const int64_t start = b->used;
+    int64_t end = start;
+    for (int32_t l = 0; l < pass->layers; l++) {
+        if (shared) b->used = start;
+        apti_plan_kept_layer(b, pass, l, full);
+        end = apti_max_i64(end, b->used);
+    }
+    b->used = end;
 }
 
 /* Inference: one set of buffers; a layer's output takes the place of its input. */
@@ -14577,10 +14612,8 @@ static int64_t apti_plan(apti_pass *pass, char *block, int64_t rows, int64_t tar
     pass->bias = (float *)apti_bump_take(&b, bias, f);
     pass->dbias = (float *)apti_bump_take(&b, full ? bias : 0, f);
     apti_plan_stack_buffers(&b, pass, full);
-    for (int32_t l = 0; l < pass->layers && kept; l++)
-        apti_plan_kept_layer(&b, pass, l, pass->lean && l == pass->layers - 1 ? sequences : pass->stack[pass->acts[l].stack].rows,
-                             full);
-    if (!kept) apti_plan_shared_layers(&b, pass, sequences, &w);
+    if (kept) apti_plan_kept_layers(&b, pass, sequences, full);
+    else apti_plan_shared_layers(&b, pass, sequences, &w);
     apti_plan_head(&b, pass, last_rows, sequences, kept);
     pass->ctx = apti_bump_matrix(&b, pass->most_rows, w.query);
     pass->act = apti_bump_matrix(&b, pass->most_rows, w.neurons);
@@ -15092,6 +15125,7 @@ static void apti_ffn_sublayer(apti_pass *p, int32_t l)
         apti_gate_forward(ctx, act, ldf, act, ldf, a->other, ldf, mask.neuron, a->rows_q, f);
     }
     apti_probe_act(p, apti_probe_neuron(m, l), act, ldf, a->rows_q, f);
+    if (p->again && m->block->pre_norm && apti_rank(m, l, APTI_DOWN) == 0) return;      /* y2 is there, and nothing else is wanted */
     apti_residual_write(p, l, APTI_DOWN, a->z2, a->y1, act, ldf, 2 * l + 1);
     if (!m->block->pre_norm) apti_norm(p, a->y2, a->stats2, a->z2, slot[APTI_NORM2_W], slot[APTI_NORM2_B], a->rows_q);
 }
@@ -15338,6 +15372,19 @@ static void apti_lm_forward(apti_pass *p)
     apti_head_scale(p, p->head_in, p->labelled);
 }
 
+/* x -> y2 */
+static void apti_layer_forward(apti_pass *pass, int32_t l)
+{
+    const apt_model *m = pass->model;
+    const apti_acts *a = &pass->acts[l];
+    const int64_t d = m->config.hidden, ld = apti_ld(d);
+    const bool post = !m->block->pre_norm;
+    if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * l), a->x, ld, pass->stack[a->stack].rows, d);
+    apti_attention_sublayer(pass, l);
+    if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * l + 1), a->y1, ld, a->rows_q, d);
+    if (apti_has_ffn(&m->config, l)) apti_ffn_sublayer(pass, l);
+}
+
 /* One stack from its embeddings to its last norm. */
 static void apti_stack_forward(apti_pass *pass, int32_t which)
 {
@@ -15348,10 +15395,7 @@ static void apti_stack_forward(apti_pass *pass, int32_t which)
     apti_embed(pass, stack);
     for (int32_t l = stack->first; l < stack->end; l++) {
         const apti_acts *a = &pass->acts[l];
-        if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * l), a->x, ld, stack->rows, d);
-        apti_attention_sublayer(pass, l);
-        if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * l + 1), a->y1, ld, a->rows_q, d);
-        if (apti_has_ffn(&m->config, l)) apti_ffn_sublayer(pass, l);
+        apti_layer_forward(pass, l);
         if (pass->capture != NULL && pass->capture[l] != NULL)
             apti_copy_rows(m->ctx, pass->capture[l], d, a->y2, ld, a->rows_q, d);
     }
@@ -15666,6 +15710,19 @@ static void apti_embed_backward_pass(apti_pass *p, const apti_stack *stack)
         if (e[k] != NULL) apti_embed_backward(m->ctx, e[k]->grad, e[k]->rows, dx, ld, index[k], stack->rows, d);
 }
 
+/* Fills the buffers that layer l shares with the others once more: the same numbers from the same input. The last layer's are still
+   there. Nobody looks this time. */
+static void apti_layer_again(apti_pass *p, int32_t l)
+{
+    apti_probe *probe = p->probe;
+    if ((p->mode & APTI_PASS_RECOMPUTE) == 0 || l == p->layers - 1) return;
+    p->probe = NULL;
+    p->again = true;
+    apti_layer_forward(p, l);
+    p->again = false;
+    p->probe = probe;
+}
+
 /* One stack, from g, the gradient of its output, down to `lowest` (-1: through the embeddings). */
 static void apti_stack_backward(apti_pass *p, int32_t which, int32_t lowest)
 {
@@ -15679,6 +15736,7 @@ static void apti_stack_backward(apti_pass *p, int32_t which, int32_t lowest)
     for (int32_t l = stack->end - 1; l >= stack->first && l >= lowest; l--) {
         const apti_acts *a = &p->acts[l];
         const bool bottom = l == (lowest > stack->first ? lowest : stack->first);
+        apti_layer_again(p, l);
         if (p->inject != NULL) p->inject(p->inject_user, l, p->g, ld);
         if (post && l == p->layers - 1) apti_probe_grad(p, apti_probe_hidden(m, 2 * p->layers), p->g, ld, a->rows_q, d);
         if (apti_has_ffn(&m->config, l)) apti_ffn_backward(p, l);
@@ -17077,7 +17135,7 @@ static void apti_desc_resolve(apt_train_desc *d, const apt_config *c, const apt_
 
 /* One number of a resolved desc with its legal range. The list serves the check and the checkpoint. */
 typedef struct apti_field { const char *name; double value, low, high; } apti_field;
-#define APTI_FIELDS 52
+#define APTI_FIELDS 53
 #define APTI_FIELDS_COMPARED 50              /* the rest may differ when a run goes on */
 
 static void apti_field_put(apti_field **at, const char *name, double value, double low, double high)
@@ -17150,6 +17208,7 @@ static void apti_desc_fields(const apt_train_desc *d, const apt_config *c, apti_
     apti_field_put(&f, "rope original positions", rope->original_positions, 0, most);
     apti_field_put(&f, "evaluate_every", (double)d->evaluate_every, 0, most);
     apti_field_put(&f, "checkpoint_every", (double)d->checkpoint_every, 0, most);
+    apti_field_put(&f, "recompute", d->recompute, 0, 1);
 }
 
 static apt_result apti_desc_check(apt_ctx *ctx, const apt_train_desc *d, const apt_config *c)
@@ -17866,7 +17925,10 @@ static double apti_distill_pred(apt_trainer *t, const apti_mixture *mix, float s
     }
 }
 
-/* ---- layer loss: MSE(Tr(h_student), h_teacher) of each drawn pair, injected where the backward reaches that layer ---- */
+/* ---- layer loss: MSE(Tr(h_student), h_teacher) of each drawn pair, injected where the backward reaches that layer ----
+
+   Where a block does not norm what it hands on (pre-norm: T5, LLaMA), hidden states grow from layer to layer and some rows are many
+   times as long as others. There a row's error counts relative to the teacher's row, or the loss would see nothing else. */
 
 #define APTI_LAYER_LOSS_ROWS 32
 static void apti_layer_loss_task(int64_t index, int32_t thread, void *arg)
@@ -17877,15 +17939,18 @@ static void apti_layer_loss_task(int64_t index, int32_t thread, void *arg)
     for (int64_t r = first; r < end; r++) {
         float *m = j->mapped + r * j->ld_mapped;
         const float *h = j->h + r * j->ld, *target = j->teacher + r * j->dt;
-        double sum = 0;
+        double sum = 0, square = 0;
         for (int64_t i = 0; i < j->d; i++) m[j->place[i]] += h[i];
+        for (int64_t i = 0; i < j->dt; i++) square += (double)target[i] * target[i];
+        const double unit = apti_layer_unit(j, square);
+        const float scale = (float)(j->coefficient * unit);
         for (int64_t i = 0; i < j->dt; i++) {
             const float e = m[i] - target[i];
             sum += (double)e * e;
-            m[i] = e * j->coefficient;
+            m[i] = e * scale;
         }
         for (int64_t i = 0; i < j->d; i++) j->dy[r * j->ld + i] += m[j->place[i]];
-        j->row_sum[r] = sum;
+        j->row_sum[r] = unit * sum;
     }
 }
 
@@ -17926,7 +17991,8 @@ static void apti_distill_inject(void *user, int32_t layer, float *dy, int64_t ld
         apti_plain_product(ctx, b.u, k, false, rows, k, d, h, ld, 1, tr->a.value, d, APTI_B_PLAIN_T);
         apti_scale_run(ctx, b.u, rows * k, t->model->scale);
         apti_plain_product(ctx, b.mapped, ldm, false, rows, dt, k, b.u, k, 1, tr->b.value, k, APTI_B_PLAIN_T);
-        apti_layer_loss job = {tr->place, b.mapped, h, b.hidden[i], dy, b.row_sum, ld, ldm, d, dt, rows, 0};
+        apti_layer_loss job = {tr->place, b.mapped, h, b.hidden[i], dy, b.row_sum, ld, ldm, d, dt, rows, 0,
+                               t->model->block->pre_norm};
         job.coefficient = (float)(2.0 * t->layer_scale / ((double)rows * (double)dt));
         if (!apti_device_run(ctx, APTI_OP_LAYER_LOSS, &job))
             apti_parallel_for(ctx, apti_ceil_div(rows, APTI_LAYER_LOSS_ROWS), apti_layer_loss_task, &job);
@@ -18855,6 +18921,7 @@ static uint32_t apti_train_mode(const apt_trainer *t, bool probe, const apti_mix
     if (t->desc.method == APT_METHOD_FULL) mode |= APTI_PASS_FULL;
     if (probe || (mix->mu > 0 && mix->layer > 0)) mode |= APTI_PASS_ALL_ROWS;
     if (mix->mu > 0 && mix->pred > 0) mode |= APTI_PASS_TAUGHT;
+    if (t->desc.recompute) mode |= APTI_PASS_RECOMPUTE;
     return mode;
 }
 

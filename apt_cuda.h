@@ -1134,17 +1134,29 @@ APTC_KERNEL(aptc_layer_loss_kernel, apti_layer_loss)
 {
     APTC_UNUSED_BY;
     APTC_SHARED(double, term, APTC_BLOCK);
+    APTC_SHARED(double, square, APTC_BLOCK);
     const int64_t row = APTC_BX;
     float *m = job.mapped + row * job.ld_mapped, *dy = job.dy + row * job.ld;
     const float *h = job.h + row * job.ld, *y = job.teacher + row * job.dt;
-    APTC_THREADS(t) for (int64_t i = t; i < job.d; i += APTC_BLOCK) m[job.place[i]] += h[i];      /* no two i have one place */
+    APTC_THREADS(t) {
+        for (int64_t i = t; i < job.d; i += APTC_BLOCK) m[job.place[i]] += h[i];                  /* no two i have one place */
+        square[t] = 0;
+        for (int64_t i = t; i < job.dt; i += APTC_BLOCK) square[t] += (double)y[i] * (double)y[i];
+    }
     APTC_BARRIER;
     APTC_THREADS(t) {
+        double total = 0;
+        for (int32_t k = 0; t == 0 && k < APTC_BLOCK; k++) total += square[k];
+        if (t == 0) square[0] = job.relative ? total > 0 ? (double)job.dt / total : 0.0 : 1.0;    /* apti_layer_unit */
+    }
+    APTC_BARRIER;
+    APTC_THREADS(t) {
+        const float scale = (float)((double)job.coefficient * square[0]);
         term[t] = 0;
         for (int64_t i = t; i < job.dt; i += APTC_BLOCK) {
             const float e = m[i] - y[i];
             term[t] += (double)e * (double)e;
-            m[i] = e * job.coefficient;
+            m[i] = e * scale;
         }
     }
     APTC_BARRIER;
@@ -1152,7 +1164,7 @@ APTC_KERNEL(aptc_layer_loss_kernel, apti_layer_loss)
         double total = 0;
         for (int64_t i = t; i < job.d; i += APTC_BLOCK) dy[i] += m[job.place[i]];
         for (int32_t k = 0; t == 0 && k < APTC_BLOCK; k++) total += term[k];
-        if (t == 0) job.row_sum[row] = total;
+        if (t == 0) job.row_sum[row] = square[0] * total;
     }
 }
 APTC_LAUNCHER(aptc_layer_loss_kernel, apti_layer_loss)

@@ -254,6 +254,23 @@ static void test_decoders(void **state)
     assert_true(g_whole > 0);
 }
 
+/* Where activations are computed again: encoders, T5, LLaMA. */
+static void test_recomputed(void **state)
+{
+    (void)state;
+    static const batch_shape shapes[2] = {{4, 32, 0}, {16, 8, 0}};
+    g_worst = 0;
+    for (int32_t method = 1; method < METHODS; method++)
+        for (int32_t k = 0; k < 4; k++) {
+            if (method > 3 && k != method % 4) continue;
+            const apt_config c = k == 0 ? wide_config(APT_TASK_MLM) : k == 1 ? deep_config(APT_TASK_CLASSIFY) : decoder_config(k - 2);
+            apt_train_desc d = method_desc(method);
+            d.recompute = 1;
+            compare_desc(&c, method, shapes[(method + k) % 2], 1 + k % 2, d);
+        }
+    print_message("    off by %.1f %% at most\n", 100 * g_worst);
+}
+
 /* With quantised weights from the first step on, from the middle of pruning, from near the end. */
 static void test_quantised(void **state)
 {
@@ -372,6 +389,7 @@ static void test_teachers(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_wide), cmocka_unit_test(test_deep), cmocka_unit_test(test_decoders),
-                                       cmocka_unit_test(test_masks), cmocka_unit_test(test_quantised), cmocka_unit_test(test_teachers)};
+                                       cmocka_unit_test(test_masks), cmocka_unit_test(test_quantised), cmocka_unit_test(test_teachers),
+                                       cmocka_unit_test(test_recomputed)};
     return cmocka_run_group_tests_name("estimate", tests, NULL, NULL);
 }

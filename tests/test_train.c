@@ -957,7 +957,7 @@ static const bad_field g_bad[] = {
     {FIELD(round_heads), 'i', {-1, 1e6}, 2}, {FIELD(round_neurons), 'i', {-1, 2e9}, 2}, {FIELD(round_hidden), 'i', {-1, 1e6}, 2},
     {FIELD(min_hidden), 'i', {-1, 17}, 2}, {FIELD(reset_moments), 'i', {-1, 2}, 2}, {FIELD(disable_distill), 'i', {-1, 2}, 2},
     {FIELD(distill_temperature), 'f', {-1, 1e-6, 1e6}, 3}, {FIELD(distill_pred), 'f', {-0.1, 1e9}, 2}, {FIELD(distill_layer), 'f', {-0.1, 1e9}, 2},
-    {FIELD(evaluate_every), 'l', {-1}, 1}, {FIELD(checkpoint_every), 'l', {-1}, 1},
+    {FIELD(recompute), 'i', {-1, 2}, 2}, {FIELD(evaluate_every), 'l', {-1}, 1}, {FIELD(checkpoint_every), 'l', {-1}, 1},
 };
 
 static void put_field(apt_train_desc *d, const bad_field *f, double value)
@@ -1360,6 +1360,39 @@ static void test_scaled_same(void **state)
     }
 }
 
+/* ---- recomputation -------------------------------------------------------------------------------------------------- */
+
+/* Activations that are computed again change no bit either, and wait for the backward in less memory: all families, tasks that look
+   at some rows and at all, methods, adapters on every map, a teacher, cuts and growth. */
+static void test_recompute(void **state)
+{
+    (void)state;
+    for (int32_t k = 0; k < (EMULATED ? 2 : 8); k++) {
+        plan p = apt_plan(k == 1 ? APT_ROBERTA : APT_BERT, k == 1 ? APT_TASK_SPAN : k == 2 ? APT_TASK_MLM : APT_TASK_CLASSIFY);
+        if (k == 2 || k == 7) p.d.method = APT_METHOD_FULL;
+        if (k == 3) p.d.method = APT_METHOD_LORA;
+        if (k == 3 || k == 5) p.d.adapt = APT_ADAPT_QUERY | APT_ADAPT_KEY | APT_ADAPT_VALUE | APT_ADAPT_OUTPUT | APT_ADAPT_UP |
+                                          APT_ADAPT_DOWN;
+        if (k >= 4) {
+            p.c = test_decoder(k < 6 ? 0 : 2);
+            p.c.neurons = 20;
+            p.d.disable_distill = 0;
+        }
+        if (k == 6) p.d.quantize = APT_QUANT_INT8;
+        live kept, again;
+        const uint64_t sum = run_all(&kept, &p);
+        p.d.recompute = 1;
+        const uint64_t same = run_all(&again, &p);
+        assert_same_trace(&kept.tr, &again.tr, 0, micro_batches(&p), "with recomputation");
+        assert_true(sum == same);
+        if (kept.trainer->pass->block_bytes <= again.trainer->pass->block_bytes)
+            fail_msg("case %d: %lld bytes with recomputation, %lld without", k, (long long)again.trainer->pass->block_bytes,
+                     (long long)kept.trainer->pass->block_bytes);
+        stop(&kept);
+        stop(&again);
+    }
+}
+
 /* Micro-batch i; in front of the last one of a step an infinity gets into what there is of a gradient. */
 static apt_step_info run_spoilt(live *l, const plan *p, int64_t i, float *at)
 {
@@ -1565,13 +1598,14 @@ int main(void)
         cmocka_unit_test(test_accumulation),      cmocka_unit_test(test_nonfinite),         cmocka_unit_test(test_nothing_labelled),
         cmocka_unit_test(test_learning),          cmocka_unit_test(test_importance),        cmocka_unit_test(test_scaled_same),
         cmocka_unit_test(test_scaled_overflow),   cmocka_unit_test(test_scaled_growth),     cmocka_unit_test(test_scaled_resume),
-        cmocka_unit_test(test_scaled_across),
+        cmocka_unit_test(test_scaled_across),     cmocka_unit_test(test_recompute),
     };
 #ifdef APT_TEST_CUDA                             /* what says something about a device */
     const struct CMUnitTest device[] = {
         cmocka_unit_test(test_accumulation),      cmocka_unit_test(test_nonfinite),         cmocka_unit_test(test_adam),
         cmocka_unit_test(test_prune_now),         cmocka_unit_test(test_resume_classify),   cmocka_unit_test(test_decoder_resume),
         cmocka_unit_test(test_distill_gradients), cmocka_unit_test(test_scaled_same),       cmocka_unit_test(test_scaled_overflow),
+        cmocka_unit_test(test_recompute),
     };
     (void)several;
     (void)single;

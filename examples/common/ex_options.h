@@ -12,7 +12,7 @@ typedef struct ex_options {
     const char *adapt, *prune;
     ex_machine machine;
     int32_t preset, lr_schedule, schedule, salience, weights, quantize;
-    bool resume, overwrite, grow, kurtosis, reset_moments, distill, group_by_length, qat;
+    bool resume, overwrite, grow, kurtosis, reset_moments, distill, group_by_length, qat, recompute;
     int64_t batch, accumulate, epochs, steps, warmup, rank, max_rank, seed;
     int64_t prune_begin, prune_end, distill_end, prune_every, round_heads, round_neurons, round_hidden, min_hidden, observe;
     int64_t eval_every, checkpoint_every, log_every, quantize_begin;
@@ -119,6 +119,7 @@ EX_API bool ex_method_prunes(int32_t method)
     EX_INT("eval-every", "N", &(o)->eval_every, 0, 1e12, "steps between evaluations; 0: ten in a run"),                     \
     EX_INT("checkpoint-every", "N", &(o)->checkpoint_every, 0, 1e12, "steps between checkpoints; 0: only on Ctrl-C"),       \
     EX_INT("log-every", "N", &(o)->log_every, 0, 1e12, "steps between lines of metrics.jsonl; 0: about 2000 lines"),        \
+    EX_FLAG("recompute", &(o)->recompute, "less memory, a quarter more time: activations are computed again for the backward"), \
     EX_CHOICE("weights", &(o)->weights, "f32|bf16", "how frozen matrices are kept in memory"),                              \
     EX_CHOICE("quantize", &(o)->quantize, "none|int8|int4", "the layers' matrices as small integers, for inference only: in " \
               "OUT, calibrated on a batch; without training: those of --model, in memory, by their largest weights"),        \
@@ -241,6 +242,7 @@ static void exi_options_pruning(const ex_options *o, int32_t method, ex_run *run
     t->disable_kurtosis = !o->kurtosis;
     t->salience_norm = exi_salience(o->salience);
     t->reset_moments = o->reset_moments;
+    t->recompute = o->recompute;
     if (method == EX_METHOD_PRUNE_AFTER || method == EX_METHOD_PRUNE_FIRST) {
         run->prune_at = method == EX_METHOD_PRUNE_FIRST ? 0 : exi_prune_end(o, t->steps);
         run->prune_sparsity = (float)o->sparsity;

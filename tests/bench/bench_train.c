@@ -6,7 +6,8 @@
 
    usage: bench_train [SHAPE|all [BATCH [TOKENS [STEPS [THREADS]]]]]      default: all shapes, their own batches, 5 steps
 
-   BENCH_KERNELS=avx2, say, chooses the kernels; with BENCH_FLOATS=1 there are no small integers. */
+   BENCH_KERNELS=avx2, say, chooses the kernels; with BENCH_FLOATS=1 there are no small integers; with BENCH_RECOMPUTE=1 the
+   steps compute activations again for their backward. */
 #define _DEFAULT_SOURCE
 #include <sys/resource.h>
 
@@ -140,6 +141,7 @@ static void bench(const shape *s, int steps, int32_t threads)
     d.method = APT_METHOD_LORA;
     d.steps = 1000;
     d.learning_rate = 1e-4f;
+    d.recompute = getenv("BENCH_RECOMPUTE") != NULL;
     const apt_batch batch = make_batch(s);
     if (apt_model_create(ctx, &c, 1, &model) != APT_OK || apt_trainer_create(model, &d, &trainer) != APT_OK)
         fail(ctx, "create");
