@@ -433,7 +433,7 @@ typedef struct apt_load_desc {
     uint32_t start_canary;
     apt_task_kind task;               /* NONE: as the file says */
     int32_t labels;                   /* CLASSIFY; 0: as the file says, else 2 */
-    apt_dtype weights;                /* storage of frozen matrices: APT_F32 (default) or APT_BF16 */
+    apt_dtype weights;                /* storage of frozen matrices: APT_F32 (default), APT_BF16 or APT_F16 */
     uint64_t seed;                    /* for heads that the file does not hold */
     uint32_t end_canary;
 } apt_load_desc;
@@ -1562,7 +1562,7 @@ struct apt_backend {
 typedef struct apti_packed {
     int64_t n, k;
     int32_t nr;
-    apt_dtype type;                              /* APT_F32, APT_BF16, APT_I8 or APT_U8 */
+    apt_dtype type;                              /* APT_F32, APT_BF16, APT_F16, APT_I8 or APT_U8 */
     void *data;                                  /* from apti_data; NULL: no matrix */
 } apti_packed;
 
@@ -1817,7 +1817,7 @@ typedef struct apti_cut_job {
     void *to;
     const void *from;
     int64_t ld_from;
-    apt_dtype type;                   /* APT_F32 or APT_BF16 */
+    apt_dtype type;                   /* APT_F32, APT_BF16 or APT_F16 */
     apt_axis rows, cols;              /* index: where the device can read it, or NULL */
 } apti_cut_job;
 #endif /* APTI_BACKEND_H */
@@ -3122,6 +3122,26 @@ APTI_INLINE float apti_f16_to_f32(uint16_t h)
     for (; (fraction & 0x400u) == 0; e--) fraction <<= 1;
     return apti_float(sign | e << 23 | (fraction & 0x3ffu) << 13);
 }
+
+#define APTI_F16_MAX 65504.0f
+
+APTI_INLINE bool apti_is_half(apt_dtype type)
+{
+    return type == APT_BF16 || type == APT_F16;
+}
+
+APTI_INLINE float apti_half_to_f32(uint16_t h, apt_dtype type)
+{
+    return type == APT_BF16 ? apti_bf16_to_f32(h) : apti_f16_to_f32(h);
+}
+
+/* A weight to be stored. Beyond float16's range (loading refuses that, merging may come there) it becomes the largest number. */
+APTI_INLINE uint16_t apti_f32_to_half(float x, apt_dtype type)
+{
+    if (type == APT_BF16) return apti_f32_to_bf16(x);
+    const uint16_t h = apti_f32_to_f16(x);
+    return (h & 0x7fffu) == 0x7c00u ? (uint16_t)(h - 1) : h;
+}
 #endif /* APT_ONLY_CORE */
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -3311,14 +3331,14 @@ static uint64_t apti_checksum(uint64_t state, const void *data, size_t n)
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* What a tile kernel reads for one stretch of the reduction: row i of A at a + i*a_row, and a panel of B whose row p is
-   at b + p*b_step. The thin kernel takes two panels, b and b + b_panel, and also bf16 ones. */
+   at b + p*b_step. The thin kernel takes two panels, b and b + b_panel, and also those of half precision. */
 typedef struct apti_segment {
     int64_t k;
     const float *a;
     int64_t a_row, a_col;
     const void *b;
     int64_t b_step, b_panel;
-    bool bf16;                                   /* thin: B is bf16; split operands: its parts are all in the first plane */
+    apt_dtype type;                              /* thin: of B. Split operands: APT_BF16 when its parts are all in the first plane */
 } apti_segment;
 
 typedef struct apti_tile {
@@ -3406,7 +3426,7 @@ typedef struct apti_kernels {
     void (*transpose)(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t cols);   /* y[c][r] = x[r][c] */
     /* y[r][0..cols) = x[r][0..cols). Writes whole vectors, the rest of them zeros, rows in order: later rows may overlap. */
     void (*copy)(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t cols);
-    void (*expand)(float *y, const uint16_t *x, int64_t n);                                  /* bf16 to float */
+    void (*expand)(float *y, const uint16_t *x, int64_t n, apt_dtype type);                  /* half precision to float */
     void (*exp_scaled)(float *x, int64_t n, float scale, float shift);                       /* x = exp(scale*x - shift) */
     float (*max)(const float *x, int64_t n);                                                 /* n = 0: -FLT_MAX */
     float (*sum)(const float *x, int64_t n);
@@ -3527,7 +3547,8 @@ static void apti_thin_ref(const apti_tile *t)
             for (int64_t p = 0; p < g->k; p++) {
                 for (int32_t j = 0; j < 16; j++) {
                     const int64_t at = p * g->b_step + j / 8 * g->b_panel + j % 8;
-                    row[j] = g->bf16 ? apti_bf16_to_f32(((const uint16_t *)g->b)[at]) : ((const float *)g->b)[at];
+                    row[j] = apti_is_half(g->type) ? apti_half_to_f32(((const uint16_t *)g->b)[at], g->type)
+                                                   : ((const float *)g->b)[at];
                 }
                 for (int32_t j = 0; j < 16; j++) c[j] += (double)g->a[i * g->a_row + p * g->a_col] * (double)row[j];
             }
@@ -3614,9 +3635,9 @@ static void apti_copy_ref(float *y, int64_t ldy, const float *x, int64_t ldx, in
         for (int64_t c = 0; c < cols; c++) y[r * ldy + c] = x[r * ldx + c];
 }
 
-static void apti_expand_ref(float *y, const uint16_t *x, int64_t n)
+static void apti_expand_ref(float *y, const uint16_t *x, int64_t n, apt_dtype type)
 {
-    for (int64_t i = 0; i < n; i++) y[i] = apti_bf16_to_f32(x[i]);
+    for (int64_t i = 0; i < n; i++) y[i] = apti_half_to_f32(x[i], type);
 }
 
 APTI_NOINLINE static float apti_exp_one(float x)
@@ -3870,8 +3891,8 @@ extern "C" {
 #endif
 
 #ifdef APTI_X86
-#define APTI_AVX2 __attribute__((target("avx2,fma")))
-#define APTI_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
+#define APTI_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define APTI_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
 
 /* y[c][r] = x[r][c] for 8 x 8. The first step of the exchange is done by loading half rows to where they belong. */
 APTI_AVX2 APTI_INLINE void apti_transpose_8x8(float *y, int64_t ldy, const float *x, int64_t ldx)
@@ -3913,6 +3934,7 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_vkeep(v, k) _mm256_and_ps(v, _mm256_castsi256_ps(apti_first_8(k)))
 #define apti_vload_bf16(p) \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define apti_vload_f16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define apti_vset(x) _mm256_set1_ps(x)
 #define apti_vadd(a, b) _mm256_add_ps(a, b)
 #define apti_vsub(a, b) _mm256_sub_ps(a, b)
@@ -3960,6 +3982,7 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_vkeep(v, k) _mm512_maskz_mov_ps(apti_vfirst(k), v)
 #define apti_vload_bf16(p) \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define apti_vload_f16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #define apti_vset(x) _mm512_set1_ps(x)
 #define apti_vadd(a, b) _mm512_add_ps(a, b)
 #define apti_vsub(a, b) _mm512_sub_ps(a, b)
@@ -3999,7 +4022,7 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #ifdef APTI_AMX
 /* Tiles of split floats on AMX: 2 x 2 sums of 16 x 16 in tiles 0..3, two blocks of A in 4 and 5, two of B in 6 and 7. All else
    is AVX-512's. The compilers' intrinsics for tiles do not say what memory they touch; hence the barriers. */
-#define APTI_AMX_TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")))
+#define APTI_AMX_TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")))
 #define APTI_BARRIER(p) __asm__ volatile("" : : "r"(p) : "memory")
 
 /* The parts of u[i] and v[i], side by side, into 32 numbers of each plane */
@@ -4092,7 +4115,7 @@ APTI_AVX512 static void apti_split_b_amx(const apti_split_job *job)
 /* The small partial products first, in an order that loads few blocks twice. */
 APTI_AMX_TARGET APTI_INLINE void apti_amx_segment(const apti_segment *segment)
 {
-    const int64_t planes = segment->bf16 ? 1 : APTI_SPLIT_PLANES;
+    const int64_t planes = segment->type == APT_BF16 ? 1 : APTI_SPLIT_PLANES;
     const uint16_t *a = (const uint16_t *)(const void *)segment->a, *b = (const uint16_t *)segment->b;
     for (int64_t p = segment->k; p > 0; p -= APTI_SPLIT_STEP) {
         if (planes == 1) {
@@ -4298,7 +4321,7 @@ APTI_AVX512 APTI_INLINE __m512i apti_fold_16(__m512i x, __m512i y)
 #undef apti_qmadd_sum
 #undef APTI_QUANT_AVX512
 #define APTI_QUANT_ISA avx512vnni
-#define APTI_QUANT_TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define APTI_QUANT_TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define APTI_QUANT_BASE "avx512"
 #define APTI_QUANT_LANES 16
 #define APTI_QUANT_MR 14
@@ -4451,6 +4474,7 @@ APTI_INLINE void apti_transpose_4x4(float *y, int64_t ldy, const float *x, int64
 #define apti_vstore_part(p, v, k) apti_store_first(p, v, k)
 #define apti_vkeep(v, k) apti_keep_first(v, k)
 #define apti_vload_bf16(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
+#define apti_vload_f16(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
 #define apti_vset(x) vdupq_n_f32(x)
 #define apti_vadd(a, b) vaddq_f32(a, b)
 #define apti_vsub(a, b) vsubq_f32(a, b)
@@ -4930,11 +4954,14 @@ APTI_ISA_TARGET static float APTI_FN(max)(const float *x, int64_t n)
     return t[0];
 }
 
-APTI_ISA_TARGET static void APTI_FN(expand)(float *y, const uint16_t *x, int64_t n)
+APTI_ISA_TARGET static void APTI_FN(expand)(float *y, const uint16_t *x, int64_t n, apt_dtype type)
 {
-    int64_t i = 0;
-    for (; i + APTI_LANES <= n; i += APTI_LANES) apti_vstore(y + i, apti_vload_bf16(x + i));
-    for (; i < n; i++) y[i] = apti_bf16_to_f32(x[i]);
+    const int64_t whole = n / APTI_LANES * APTI_LANES;
+    if (type == APT_BF16)
+        for (int64_t i = 0; i < whole; i += APTI_LANES) apti_vstore(y + i, apti_vload_bf16(x + i));
+    else
+        for (int64_t i = 0; i < whole; i += APTI_LANES) apti_vstore(y + i, apti_vload_f16(x + i));
+    for (int64_t i = whole; i < n; i++) y[i] = apti_half_to_f32(x[i], type);
 }
 
 APTI_ISA_TARGET static void APTI_FN(copy)(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t cols)
@@ -5103,7 +5130,8 @@ static void APTI_FN(tile)(const apti_tile *t)
 #define APTI_THIN_STEP(j)                                                                                   \
     {                                                                                                       \
         const int64_t at = j / APTI_NV * panel + j % APTI_NV * APTI_LANES;                                  \
-        const apti_v w = bf16 ? apti_vload_bf16(h + at) : apti_vload(b + at);                               \
+        const apti_v w = type == APT_BF16 ? apti_vload_bf16(h + at)                                         \
+                         : type == APT_F16 ? apti_vload_f16(h + at) : apti_vload(b + at);                   \
         x##j = apti_sfma(s0, w, x##j);                                                                      \
         if (rows > 1) y##j = apti_sfma(s1, w, y##j);                                                        \
         if (rows > 2) z##j = apti_sfma(s2, w, z##j);                                                        \
@@ -5113,10 +5141,10 @@ static void APTI_FN(tile)(const apti_tile *t)
     if (rows > 1) apti_vstore(t->to + t->ld_to + j * APTI_LANES, y##j);                                     \
     if (rows > 2) apti_vstore(t->to + 2 * t->ld_to + j * APTI_LANES, z##j);
 
-/* Half of a thin tile's inner loop: bf16 is a constant. */
-#define APTI_THIN_LOOP(BF16)                                                                                \
+/* A thin tile's inner loop: the type of B is a constant. */
+#define APTI_THIN_LOOP(TYPE)                                                                                \
     for (int64_t p = 0; p < g->k; p++, a += g->a_col) {                                                     \
-        const bool bf16 = BF16;                                                                             \
+        const apt_dtype type = TYPE;                                                                        \
         const float *b = (const float *)g->b + p * g->b_step;                                               \
         const uint16_t *h = (const uint16_t *)g->b + p * g->b_step;                                         \
         const apti_s s0 = apti_sload(a);                                                                    \
@@ -5133,10 +5161,12 @@ APTI_ISA_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_FN(thin_bod
         const apti_segment *g = &t->segment[q];
         const float *a = g->a;
         const int64_t panel = g->b_panel;
-        if (g->bf16) {
-            APTI_THIN_LOOP(true)
+        if (g->type == APT_BF16) {
+            APTI_THIN_LOOP(APT_BF16)
+        } else if (g->type == APT_F16) {
+            APTI_THIN_LOOP(APT_F16)
         } else {
-            APTI_THIN_LOOP(false)
+            APTI_THIN_LOOP(APT_F32)
         }
     }
     APTI_COLS(APTI_THIN_END)
@@ -5230,6 +5260,7 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #undef apti_vstore_part
 #undef apti_vkeep
 #undef apti_vload_bf16
+#undef apti_vload_f16
 #undef apti_vset
 #undef apti_vadd
 #undef apti_vsub
@@ -5710,10 +5741,10 @@ static int64_t apti_packed_bytes(const apt_ctx *ctx, int64_t n, int64_t k, apt_d
     const int64_t nr = apti_panel_width(ctx);
     int64_t bytes;
     if (n < 0 || n > INT64_MAX - nr || !apti_mul(apti_round_up(n, nr), k, &bytes)) return -1;
-    return apti_mul(bytes, type == APT_BF16 ? 2 : 4, &bytes) ? bytes : -1;
+    return apti_mul(bytes, apti_is_half(type) ? 2 : 4, &bytes) ? bytes : -1;
 }
 
-#define APTI_PACK_ROWS 256                       /* rows of a bf16 panel converted at a time */
+#define APTI_PACK_ROWS 256                       /* rows of a panel of half precision converted at a time */
 
 static void apti_pack_task(int64_t index, int32_t thread, void *arg)
 {
@@ -5729,7 +5760,7 @@ static void apti_pack_task(int64_t index, int32_t thread, void *arg)
         kernels->transpose(panel, nr, w + p, job->ldw, cols, rows);
         if (packed->type == APT_F32) continue;
         uint16_t *half = (uint16_t *)packed->data + at + p * nr;
-        for (int64_t i = 0; i < rows * nr; i++) half[i] = apti_f32_to_bf16(panel[i]);
+        for (int64_t i = 0; i < rows * nr; i++) half[i] = apti_f32_to_half(panel[i], packed->type);
     }
 }
 
@@ -5755,7 +5786,7 @@ static void apti_unpack_task(int64_t index, int32_t thread, void *arg)
         float *wide = (float *)job->ctx->scratch[thread];
         const float *panel = wide;
         if (packed->type == APT_F32) panel = (const float *)packed->data + at + p * nr;
-        else kernels->expand(wide, (const uint16_t *)packed->data + at + p * nr, rows * nr);
+        else kernels->expand(wide, (const uint16_t *)packed->data + at + p * nr, rows * nr, packed->type);
         kernels->transpose(job->out + index * nr * job->ldw + p, job->ldw, panel, nr, rows, cols);
     }
 }
@@ -5836,8 +5867,8 @@ static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_ge
         return;
     }
     const int64_t wide = part->packed->k;
-    if (part->kind == APTI_B_PACKED) {           /* only bf16 comes here */
-        kernels->expand(y, (const uint16_t *)part->packed->data + (j / nr * wide + p0) * nr, k * nr);
+    if (part->kind == APTI_B_PACKED) {           /* only half precision comes here */
+        kernels->expand(y, (const uint16_t *)part->packed->data + (j / nr * wide + p0) * nr, k * nr, part->packed->type);
         return;
     }
     if (apti_is_quant(part->packed->type)) {     /* transposed: rows of W are rows of B */
@@ -5850,7 +5881,7 @@ static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_ge
         float block[APTI_NR_MAX * APTI_NR_MAX];
         const float *x = block;
         if (part->packed->type == APT_F32) x = (const float *)part->packed->data + at;
-        else kernels->expand(block, (const uint16_t *)part->packed->data + at, cols * nr);
+        else kernels->expand(block, (const uint16_t *)part->packed->data + at, cols * nr, part->packed->type);
         kernels->transpose(y + p * nr, nr, x + inside, nr, cols, rows);
         p += rows;
     }
@@ -5862,9 +5893,10 @@ static bool apti_in_place(const apti_gemm_tile *t, const apti_gemm_part *part)
     return part->kind == APTI_B_PLAIN && t->i1 - t->i0 <= 2 * t->kernels->mr;
 }
 
-static bool apti_is_bf16(const apti_gemm_part *part)
+/* How B is stored; what is not packed is in floats. */
+static apt_dtype apti_part_type(const apti_gemm_part *part)
 {
-    return part->kind <= APTI_B_PACKED_T && part->packed->type == APT_BF16;
+    return part->kind <= APTI_B_PACKED_T ? part->packed->type : APT_F32;
 }
 
 /* As apti_view_b, for tiles that take split operands. */
@@ -5874,7 +5906,7 @@ static apti_b_view apti_view_b_split(const apti_gemm_tile *t, const apti_gemm_pa
     apti_split_job job = APT_ZERO;
     apti_b_view view = APT_ZERO;
     view.data = scratch;
-    job.planes = apti_is_bf16(part) ? 1 : APTI_SPLIT_PLANES;
+    job.planes = apti_part_type(part) == APT_BF16 ? 1 : APTI_SPLIT_PLANES;
     view.panel = apti_round_up(k, APTI_SPLIT_STEP) * nr * job.planes / 2;
     job.lines = k;
     for (int64_t j = t->j0; j < t->j1; j += nr) {
@@ -6084,7 +6116,7 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
         for (int32_t q = 0; q < 2 && step->part[q] != NULL; q++) {
             tile.segment[q].b = view[q].data + (j - t->j0) / nr * view[q].panel;
             tile.segment[q].b_step = view[q].step;
-            tile.segment[q].bf16 = apti_is_bf16(step->part[q]);
+            tile.segment[q].type = apti_part_type(step->part[q]);
         }
         for (int64_t s = 0, r0 = 0, r1; s < strips; s++, r0 = r1) {
             r1 = rows * (s + 1) / strips;
@@ -6158,8 +6190,8 @@ static void apti_gemm_thin(const apti_gemm_tile *t, int64_t j)
         s->b_step = nr;
         if (part->kind == APTI_B_PACKED) {
             const int64_t at = j / nr * part->k * nr;
-            s->bf16 = part->packed->type == APT_BF16;
-            s->b = s->bf16 ? (const void *)((const uint16_t *)part->packed->data + at)
+            s->type = part->packed->type;
+            s->b = apti_is_half(s->type) ? (const void *)((const uint16_t *)part->packed->data + at)
                 : (const void *)((const float *)part->packed->data + at);
             s->b_panel = cols > nr ? part->k * nr : 0;
         } else {
@@ -13520,7 +13552,16 @@ static bool apti_param_reserve(apt_model *model, apti_param *p)
     return p->value != NULL || (p->linear && !p->trainable);
 }
 
+/* The first of these values that its storage, float16, cannot hold; -1: there is none. */
+static int64_t apti_param_misfit(const apti_param *p, const float *values)
+{
+    for (int64_t i = 0; p->linear && p->packed.type == APT_F16 && i < apti_param_count(p); i++)
+        if (fabsf(values[i]) > APTI_F16_MAX) return i;
+    return -1;
+}
+
 /* Writes row-major values, packing them where products read panels. */
+
 static void apti_param_set(apt_model *model, apti_param *p, const float *values)
 {
     apt_sparse_free(model->ctx, &p->sparse);
@@ -13530,7 +13571,7 @@ static void apti_param_set(apt_model *model, apti_param *p, const float *values)
     else if (p->linear) apti_pack(model->ctx, &p->packed, values, p->cols);
 }
 
-/* Reads row-major values; panels in bf16 give what the products see. */
+/* Reads row-major values; panels of half precision give what the products see. */
 static void apti_param_get(const apt_model *model, const apti_param *p, float *values)
 {
     if (p->columns != NULL) {
@@ -13976,6 +14017,10 @@ APT_API apt_result apt_model_set(apt_model *model, const char *name, const float
     if (broken >= 0)
         return apti_fail(model->ctx, APT_E_STATE, "%s: weight %lld is masked and must stay 0; remove the mask with "
                          "apt_model_set_bitmask first", name, (long long)broken);
+    const int64_t misfit = apti_param_misfit(p, values);
+    if (misfit >= 0)
+        return apti_fail(model->ctx, APT_E_RANGE, "%s: value %lld is %g; weights kept as float16 reach to %g", name,
+                         (long long)misfit, (double)values[misfit], (double)APTI_F16_MAX);
     if (!apti_param_own(model, p))
         return apti_fail(model->ctx, APT_E_MEMORY, "no memory to set %s beside the teacher's copy", name);
     apti_param_set(model, p, values);
@@ -14804,15 +14849,15 @@ static void apti_merge_values(const apt_model *model, const apti_site *site, flo
         (void)apt_bitmask_apply(model->ctx, values, apti_bitmask_of(model, site->w), apti_param_count(site->w));
 }
 
-/* The integers of one map. What merging will store in bf16 is rounded to that first. */
+/* The integers of one map. What merging will store in half precision is rounded to that first. */
 static apt_result apti_round_site(apt_model *m, const apti_site *site)
 {
     apti_param *w = site->w;
     const float *values = w->value;
     if (values == NULL) {
         apti_merge_values(m, site, m->merged);
-        for (int64_t i = 0; w->packed.type == APT_BF16 && i < apti_param_count(w); i++)
-            m->merged[i] = apti_bf16_to_f32(apti_f32_to_bf16(m->merged[i]));
+        for (int64_t i = 0; apti_is_half(w->packed.type) && i < apti_param_count(w); i++)
+            m->merged[i] = apti_half_to_f32(apti_f32_to_half(m->merged[i], w->packed.type), w->packed.type);
         values = m->merged;
     }
     if (apti_quant_set(m->ctx, &w->rounded, values, NULL)) return APT_OK;
@@ -15259,8 +15304,9 @@ static void apti_embed_task(int64_t index, int32_t thread, void *arg)
             if (job->table[k].data == NULL) continue;
             const int64_t id = job->table[k].id != NULL ? job->table[k].id[i] : 0, nr = job->table[k].nr;
             const int64_t at = id / nr * job->table[k].stride * nr + id % nr;
-            if (job->table[k].type == APT_BF16)
-                for (int64_t j = 0; j < d; j++) x[j] = apti_bf16_to_f32(((const uint16_t *)job->table[k].data)[at + j * nr]);
+            if (apti_is_half(job->table[k].type))
+                for (int64_t j = 0; j < d; j++)
+                    x[j] = apti_half_to_f32(((const uint16_t *)job->table[k].data)[at + j * nr], job->table[k].type);
             else
                 for (int64_t j = 0; j < d; j++) {
                     const int64_t column = columns != NULL ? columns[j] : j;
@@ -16490,7 +16536,7 @@ static void *apti_trim(apt_ctx *ctx, void *block, int64_t bytes)
 static void *apti_block_cut(apt_ctx *ctx, void *block, apt_dtype type, int64_t ld, const apti_cut *cut)
 {
     if (ctx->desc.backend == NULL || block == NULL) return NULL;
-    void *small = apti_data(ctx, cut->r * cut->c, type == APT_BF16 ? 2 : 4);
+    void *small = apti_data(ctx, cut->r * cut->c, apti_is_half(type) ? 2 : 4);
     const bool done = small != NULL && apti_cut_run(ctx, small, block, type, ld, cut);
     apti_free(ctx, done ? block : small);
     return done ? small : NULL;
@@ -21082,12 +21128,12 @@ static void apti_convert_f64(float *out, const uint8_t *data, int64_t n)
     }
 }
 
-static void apti_convert_half(float *out, const uint8_t *data, int64_t n, bool bf16)
+static void apti_convert_half(float *out, const uint8_t *data, int64_t n, apt_dtype type)
 {
     for (int64_t i = 0; i < n; i++) {
         uint16_t x;
         memcpy(&x, data + 2 * i, 2);
-        out[i] = bf16 ? apti_bf16_to_f32(x) : apti_f16_to_f32(x);
+        out[i] = apti_half_to_f32(x, type);
     }
 }
 
@@ -21112,8 +21158,7 @@ static apt_result apti_tensor_to_f32(const apti_tensors *set, const apti_tensor_
         if (n > 0) memcpy(out, view->data, (size_t)view->bytes);
         break;
     case APT_F64: apti_convert_f64(out, view->data, n); break;
-    case APT_F16: apti_convert_half(out, view->data, n, false); break;
-    case APT_BF16: apti_convert_half(out, view->data, n, true); break;
+    case APT_F16: case APT_BF16: apti_convert_half(out, view->data, n, view->dtype); break;
     case APT_I64: case APT_I32: case APT_I16: case APT_I8: case APT_U8: case APT_BOOL: default:
         return apti_fail(set->ctx, APT_E_UNSUPPORTED, "'%.600s': tensor '%s' has dtype %s, expected F64, F32, F16 or BF16",
                          set->files[view->file].path, apti_show(view->name).text, apti_dtype_name(view->dtype));
@@ -22744,7 +22789,12 @@ static apt_result apti_loader_fill(apti_loader *l)
         float *target = p->linear ? l->values : p->value;
         if (l->found[i] != NULL) result = apti_loader_values(l, l->found[i], target);
         else apti_param_init(target, p, l->desc->seed, (uint64_t)i);
-        if (result == APT_OK) apti_param_set(l->model, p, target);
+        if (result != APT_OK) break;
+        const int64_t misfit = apti_param_misfit(p, target);
+        if (misfit >= 0)
+            return apti_fail(l->ctx, APT_E_RANGE, "'%.600s': %s: value %lld is %g; weights kept as float16 reach to %g",
+                             l->set->path, p->name, (long long)misfit, (double)target[misfit], (double)APTI_F16_MAX);
+        apti_param_set(l->model, p, target);
     }
     return result;
 }
@@ -22770,8 +22820,8 @@ static apt_result apti_load_check(apt_ctx *ctx, const apt_load_desc *desc)
         return apti_fail(ctx, APT_E_ARGUMENT, "apt_load_desc.task is %d", (int)desc->task);
     if (desc->labels < 0 || desc->labels > 65536)
         return apti_fail(ctx, APT_E_RANGE, "apt_load_desc.labels is %d, expected 0..65536", (int)desc->labels);
-    if (desc->weights != APT_F32 && desc->weights != APT_BF16)
-        return apti_fail(ctx, APT_E_UNSUPPORTED, "apt_load_desc.weights is %s, expected F32 or BF16",
+    if (desc->weights != APT_F32 && !apti_is_half(desc->weights))
+        return apti_fail(ctx, APT_E_UNSUPPORTED, "apt_load_desc.weights is %s, expected F32, BF16 or F16",
                          apti_dtype_name(desc->weights));
     return APT_OK;
 }

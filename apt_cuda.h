@@ -934,7 +934,7 @@ APTC_LAUNCHER(aptc_cut_kernel, aptc_cut)
 static bool aptc_cut_op(aptc_device *d, const apti_cut_job *op)
 {
     const aptc_cut job = {*op, (int64_t)op->rows.kept * op->rows.width, (int64_t)op->cols.kept * op->cols.width};
-    if (op->type != APT_F32 && op->type != APT_BF16) return false;
+    if (op->type != APT_F32 && op->type != APT_BF16 && op->type != APT_F16) return false;
     if (job.rows > 0 && job.n > 0) APTC_LAUNCH_EACH(d, aptc_cut_kernel, job);
     return true;
 }
@@ -1874,7 +1874,7 @@ static bool aptc_pack_op(aptc_device *d, const apti_pack_job *op)
 {
     const apti_packed *p = op->packed;
     const aptc_cast job = {p->data, op->w, p->k, op->ldw, p->n, p->k, p->type, APT_F32};
-    if (p->type != APT_F32 && p->type != APT_BF16) return false;
+    if (p->type != APT_F32 && p->type != APT_BF16 && p->type != APT_F16) return false;
     if (job.rows > 0 && job.n > 0) APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
     return true;
 }

@@ -108,8 +108,8 @@ static bool check_options(void *user)
     if (!check_start(a) || !ex_sampling_check(&a->t2t.how, &p->error)) return false;
     if ((a->t2t.source == NULL) != (a->t2t.target == NULL)) return ex_fail(&p->error, "--source and --target go together");
     if (p->method == METHOD_EVAL && a->dev.path == NULL) return ex_fail(&p->error, "--method eval needs --dev FILE");
-    if (a->init != 0 && p->options.weights == 1)
-        return ex_fail(&p->error, "--weights bf16 is for frozen matrices of a --model; --init has none");
+    if (a->init != 0 && p->options.weights != 0)
+        return ex_fail(&p->error, "--weights is for frozen matrices of a --model; --init has none");
     return ex_program_check(p, a->train.path, a->from);
 }
 

@@ -167,9 +167,10 @@ static void test_compaction(void **state)
         apt_train_desc d = p.d;
         d.method = which % 4 == 0 ? APT_METHOD_FULL : APT_METHOD_LORA;
         const apt_train_desc *trained = which % 2 == 0 ? &d : NULL;
-        for (int32_t narrow = 0; narrow < 2; narrow++) {
-            apt_model *a = cut_model(cpu, &p.c, narrow ? APT_BF16 : APT_F32, trained);
-            apt_model *b = cut_model(ctx, &p.c, narrow ? APT_BF16 : APT_F32, trained);
+        static const apt_dtype types[3] = {APT_F32, APT_BF16, APT_F16};
+        for (int32_t k = 0; k < 3; k++) {
+            apt_model *a = cut_model(cpu, &p.c, types[k], trained);
+            apt_model *b = cut_model(ctx, &p.c, types[k], trained);
             mask_half(a, (uint64_t)which);
             mask_half(b, (uint64_t)which);
             const int64_t held = apt_memory_info(ctx).bytes;

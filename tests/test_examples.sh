@@ -312,6 +312,7 @@ check "prune-after in a single step" 0 r $data --method prune-after --steps 1 --
 if grep -q "^prunable left *[34]" "$work/log"; then pass "prunes all the same"; else fail "prunes all the same"; fi
 check "a pruned model can be pruned further" 0 "$roberta" --model "$work/apt" $data $short --sparsity 0.5 --out "$work/apt2"
 check "bf16 weights" 0 r $data $short --method lora --weights bf16 --out "$work/bf16"
+check "f16 weights" 0 r $data $short --method lora --weights f16 --out "$work/f16"
 check "activations computed again" 0 r $data $short --method apt --recompute --out "$work/recompute"
 same "change no byte" "$work/recompute/model.safetensors" "$work/apt/model.safetensors"
 for kind in int8 int4; do

@@ -1403,6 +1403,30 @@ static void test_load_weights_and_seed(void **state)
     assert_ok(t->ctx, apt_model_get(narrow, name, b, 120));
     for (int i = 0; i < 120; i++) assert_true(b[i] == apti_bf16_to_f32(apti_f32_to_bf16(a[i])));
     apt_model_destroy(narrow);
+    desc.weights = APT_F16;
+    assert_ok(t->ctx, apt_model_load(t->ctx, t->dir, &desc, &narrow));
+    assert_ok(t->ctx, apt_model_get(narrow, name, b, 120));
+    for (int i = 0; i < 120; i++) assert_true(b[i] == apti_f16_to_f32(apti_f32_to_f16(a[i])));
+    /* What float16 cannot hold is refused, and the model stays as it was. */
+    float large[120];
+    memcpy(large, a, sizeof large);
+    large[7] = -65520.0f;
+    assert_result(apt_model_set(narrow, name, large, 120), APT_E_RANGE);
+    assert_non_null(strstr(apt_error(t->ctx), "value 7 is -65520; weights kept as float16 reach to 65504"));
+    assert_ok(t->ctx, apt_model_get(narrow, name, large, 120));
+    assert_memory_equal(large, b, sizeof large);
+    apt_model_destroy(narrow);
+    narrow = NULL;
+    memcpy(large, a, sizeof large);
+    large[119] = 7e4f;
+    assert_ok(t->ctx, apt_model_set(full, name, large, 120));
+    assert_ok(t->ctx, apt_model_save(full, t->dir));
+    assert_result(apt_model_load(t->ctx, t->dir, &desc, &narrow), APT_E_RANGE);
+    assert_non_null(strstr(apt_error(t->ctx), "model.safetensors': bert.encoder.layer.1.intermediate.dense.weight: value 119 is 70000"));
+    assert_null(narrow);
+    t->log.infos = 0;
+    assert_ok(t->ctx, apt_model_set(full, name, a, 120));
+    assert_ok(t->ctx, apt_model_save(full, t->dir));
     /* Another task: its head is not in the file and comes from the seed, as apt_model_create makes it. */
     desc.weights = APT_F32;
     desc.task = APT_TASK_SPAN;

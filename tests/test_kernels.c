@@ -282,9 +282,18 @@ static void test_layout(void **state)        /* transpose, copy, expand */
         for (int64_t n = 0; n <= LONGEST; n++) {
             for (int64_t i = 0; i < n; i++) h[i] = (uint16_t)below(65536);
             y[n] = 7.0f;
-            k->expand(y, h, n);
-            for (int64_t i = 0; i < n; i++) assert_true(bits_of(y[i]) == (uint32_t)h[i] << 16);
+            const apt_dtype type = n % 2 == 0 ? APT_BF16 : APT_F16;
+            k->expand(y, h, n, type);
+            for (int64_t i = 0; i < n; i++) assert_true(bits_of(y[i]) == bits_of(apti_half_to_f32(h[i], type)));
             assert_true(y[n] == 7.0f);
+        }
+        static uint16_t every[65536];
+        static float wide[65536];
+        for (int32_t i = 0; i < 65536; i++) every[i] = (uint16_t)i;
+        for (int32_t half = 0; half < 2; half++) {
+            const apt_dtype type = half ? APT_F16 : APT_BF16;
+            k->expand(wide, every, 65536, type);
+            for (int32_t i = 0; i < 65536; i++) assert_true(bits_of(wide[i]) == bits_of(apti_half_to_f32((uint16_t)i, type)));
         }
     }
 }
@@ -462,8 +471,8 @@ static void product_part(apt_ctx *ctx, product *p, int32_t q, int64_t k, apti_b_
     assert_non_null(packed->data);
     const int64_t ldw = packed->k + EXTRA;
     p->w[q] = floats((packed->n + 1) * ldw);
-    if (type == APT_BF16)
-        for (int64_t i = 0; i < packed->n * ldw; i++) p->w[q][i] = apti_bf16_to_f32(apti_f32_to_bf16(p->w[q][i]));
+    for (int64_t i = 0; apti_is_half(type) && i < packed->n * ldw; i++)
+        p->w[q][i] = apti_half_to_f32(apti_f32_to_half(p->w[q][i], type), type);
     apti_pack(ctx, packed, p->w[q], ldw);
     float *back = floats((packed->n + 1) * ldw);
     memcpy(back, p->w[q], (size_t)((packed->n + 1) * ldw) * sizeof(float));
@@ -607,7 +616,7 @@ static void test_products_small(void **state)
                 for (int64_t k = 0; k <= 9; k += m <= 4 ? 1 : 3) {
                     for (int32_t kind = 0; kind < 4; kind++) {
                         const shape s = {m, n, k, k % 3 == 0 ? 0 : 3};
-                        run_product(ctx, s, (apti_b_kind)kind, (apti_b_kind)((kind + with) % 4), with % 2 == 1, with % 5 == 0 ? APT_BF16 : APT_F32, with % 64 & (with % 3 == 0 ? 0x10 : 0x3f), with % 4 - 1);
+                        run_product(ctx, s, (apti_b_kind)kind, (apti_b_kind)((kind + with) % 4), with % 2 == 1, with % 5 == 0 ? APT_BF16 : with % 5 == 2 ? APT_F16 : APT_F32, with % 64 & (with % 3 == 0 ? 0x10 : 0x3f), with % 4 - 1);
                         with++;
                     }
                 }
@@ -630,13 +639,14 @@ static void test_products_large(void **state)
                 const apti_b_kind first = (apti_b_kind)kind, second = (apti_b_kind)((kind + (int32_t)i) % 4);
                 run_product(ctx, shapes[i], first, second, false, APT_F32, 0, -1);
                 run_product(ctx, shapes[i], first, second, true, i % 2 == 0 ? APT_BF16 : APT_F32, WITH_ACCUMULATE, -1);
+                run_product(ctx, shapes[i], first, second, kind == 1, APT_F16, WITH_ACCUMULATE | WITH_MASK, kind - 1);
                 run_product(ctx, shapes[i], first, second, false, APT_BF16, WITH_BIAS | WITH_PRE | WITH_RESIDUAL | WITH_MASK, APT_GELU_ERF);
                 run_product(ctx, shapes[i], first, second, kind % 2 == 0, APT_F32, WITH_BIAS | WITH_ALIAS | WITH_PRE, kind - 1);
             }
         }
         for (int32_t i = 0; i < 60; i++) {
             const shape s = {1 + below(70), 1 + below(150), below(300), below(20)};
-            run_product(ctx, s, (apti_b_kind)below(4), (apti_b_kind)below(4), below(2) == 1, below(2) == 1 ? APT_BF16 : APT_F32, (int32_t)below(64), (int32_t)below(4) - 1);
+            run_product(ctx, s, (apti_b_kind)below(4), (apti_b_kind)below(4), below(2) == 1, below(2) == 1 ? below(2) == 1 ? APT_BF16 : APT_F16 : APT_F32, (int32_t)below(64), (int32_t)below(4) - 1);
         }
         apt_destroy(ctx);
     }
@@ -658,7 +668,7 @@ static void test_products_identical(void **state)
                 apt_ctx *ctx = context(g_table[t]->name, threads[c]);
                 product p;
                 product_begin(&p, m, n, WITH_BIAS | WITH_PRE | WITH_RESIDUAL | WITH_MASK, APT_GELU_ERF);
-                product_part(ctx, &p, 0, 300, (apti_b_kind)kind, transposed, kind == 0 ? APT_BF16 : APT_F32);
+                product_part(ctx, &p, 0, 300, (apti_b_kind)kind, transposed, kind == 0 ? APT_BF16 : kind == 1 ? APT_F16 : APT_F32);
                 product_part(ctx, &p, 1, 8, APTI_B_PLAIN_T, false, APT_F32);
                 apti_gemm_run(ctx, &p.g);
                 if (reference == NULL) {
@@ -762,7 +772,7 @@ static void split_tile_plain(const apti_tile *t)
     for (int32_t q = 0; q < 2; q++) {
         const apti_segment *segment = &t->segment[q];
         const uint16_t *a = (const uint16_t *)(const void *)segment->a, *b = (const uint16_t *)segment->b;
-        const int32_t planes = segment->bf16 ? 1 : APTI_SPLIT_PLANES;
+        const int32_t planes = segment->type == APT_BF16 ? 1 : APTI_SPLIT_PLANES;
         for (int64_t p = 0; p < apti_round_up(segment->k, APTI_SPLIT_STEP); p++)
             for (int64_t i = 0; i < t->rows; i++)
                 for (int64_t j = 0; j < APTI_SPLIT_STEP; j++)
@@ -795,6 +805,7 @@ static void test_split_driver(void **state)
             const apti_b_kind first = (apti_b_kind)kind, second = (apti_b_kind)((kind + (int32_t)i) % 4);
             run_product(ctx, shapes[i], first, second, kind % 2 == 0, APT_F32, WITH_BIAS | WITH_PRE | WITH_RESIDUAL, APT_GELU_ERF);
             run_product(ctx, shapes[i], first, second, kind % 2 == 1, APT_BF16, WITH_ACCUMULATE | WITH_ALIAS | WITH_MASK, -1);
+            run_product(ctx, shapes[i], first, second, kind % 2 == 1, APT_F16, WITH_ACCUMULATE, -1);
         }
     }
     apt_destroy(ctx);

@@ -74,8 +74,8 @@ EX_API bool ex_program_check(ex_program *p, const char *train, const char *from)
         return !p->options.resume || ex_fail(&p->error, "--resume goes with a training method, not with %s", method);
     if (train == NULL || p->out == NULL)
         return ex_fail(&p->error, "--method %s needs --train FILE and --out DIR", method);
-    if (p->method == EX_METHOD_FULL && p->options.weights == 1)
-        return ex_fail(&p->error, "--weights bf16 is for frozen matrices; --method full has none");
+    if (p->method == EX_METHOD_FULL && p->options.weights != 0)
+        return ex_fail(&p->error, "--weights is for frozen matrices; --method full has none");
     return ex_options_check(&p->options, &p->error) && ex_options_check_out(&p->options, from, p->out, &p->error);
 }
 
@@ -140,7 +140,8 @@ EX_API bool exi_program_fits(ex_program *p)
    only the program knows. */
 EX_API bool ex_program_load(ex_program *p, apt_load_desc load, apt_config *config)
 {
-    load.weights = p->options.weights == 1 ? APT_BF16 : APT_F32;
+    static const apt_dtype weights[] = {APT_F32, APT_BF16, APT_F16};
+    load.weights = weights[p->options.weights];
     load.seed = (uint64_t)p->options.seed;
     if (!exi_program_fits(p)) return false;
     if (apt_model_load(p->ctx, p->model, &load, &p->loaded) != APT_OK ||

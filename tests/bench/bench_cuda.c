@@ -10,7 +10,7 @@
            one more token for each of them (decoding): dense, and with 30 % of the prunable parameters gone, which is made that way
            because random weights have nothing to choose from
 
-   Times are medians. Frozen weights are bfloat16 where products compute in less than float32. "of products": what the products
+   Times are medians. Frozen weights are kept in what products round their operands to. "of products": what the products
    of a step alone take, with the conversion of their operands, over the whole step. "of peak": the rate at which a step works
    through its products over the best that one product of PEAK (8192) rows, twice as many columns and PEAK terms reaches here.
 
@@ -58,7 +58,10 @@ static apt_cuda_math math_of(const char *name)
     exit(2);
 }
 
-static apt_dtype frozen_type(apt_cuda_math math) { return math == APT_CUDA_FP32 || math == APT_CUDA_TF32 ? APT_F32 : APT_BF16; }
+static apt_dtype frozen_type(apt_cuda_math math)
+{
+    return math == APT_CUDA_BF16 ? APT_BF16 : math == APT_CUDA_FP16 ? APT_F16 : APT_F32;
+}
 
 static apt_ctx *make_context(apt_cuda_math math)
 {

@@ -1,5 +1,5 @@
 /* Single-stream decoding of LLaMA models with random weights: the median time between two tokens, for weights in float32, in
-   bfloat16 and as small integers (the layers' maps; the LM head stays float32 or bfloat16), dense and after 60 % of the prunable
+   bfloat16 and float16 and as small integers (the layers' maps; the LM head stays float32 or bfloat16), dense and after 60 % of the prunable
    parameters are gone. Beside it the memory's own limit: every token reads every weight once, so tokens/s cannot pass (bytes
    read per second) / (bytes of the weights); the benchmark measures the former with plain loads over a buffer as large.
 
@@ -52,7 +52,7 @@ static double parameter_bytes(const apti_param *p)
     const int32_t kind = apti_quant_kind(type);
     if (apti_is_quant(type))
         return (double)apt_quant_bytes(kind, p->rows, p->cols) + 4.0 * (double)apt_quant_scales(kind, p->rows, p->cols);
-    return (double)p->rows * (double)p->cols * (type == APT_BF16 ? 2 : 4);
+    return (double)p->rows * (double)p->cols * (type == APT_BF16 || type == APT_F16 ? 2 : 4);
 }
 
 /* Bytes that one token reads: every matrix that is multiplied, not the rows that are looked up. */
@@ -101,10 +101,11 @@ static double token_seconds(apt_model *m, int32_t tokens)
 /* How a model's weights are kept: what is loaded, then what the layers' maps become. */
 typedef struct form { const char *name; apt_dtype weights; int32_t quant; } form;
 static const form forms[] = {{"float32", APT_F32, APT_QUANT_NONE},          {"bfloat16", APT_BF16, APT_QUANT_NONE},
+                             {"float16", APT_F16, APT_QUANT_NONE},
                              {"int8", APT_F32, APT_QUANT_INT8},             {"int4", APT_F32, APT_QUANT_INT4},
                              {"int8 + bfloat16", APT_BF16, APT_QUANT_INT8}, {"int4 + bfloat16", APT_BF16, APT_QUANT_INT4}};
 
-/* A model in that form: through a folder of its own, which bfloat16 needs. */
+/* A model in that form: through a folder of its own, which half precision needs. */
 static apt_model *in_form(apt_model *m, const form *f)
 {
     apt_load_desc d = APT_ZERO;
