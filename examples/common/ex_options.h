@@ -119,7 +119,7 @@ EX_API bool ex_method_prunes(int32_t method)
     EX_INT("eval-every", "N", &(o)->eval_every, 0, 1e12, "steps between evaluations; 0: ten in a run"),                     \
     EX_INT("checkpoint-every", "N", &(o)->checkpoint_every, 0, 1e12, "steps between checkpoints; 0: only on Ctrl-C"),       \
     EX_INT("log-every", "N", &(o)->log_every, 0, 1e12, "steps between lines of metrics.jsonl; 0: about 2000 lines"),        \
-    EX_FLAG("recompute", &(o)->recompute, "less memory, a quarter more time: activations are computed again for the backward"), \
+    EX_FLAG("recompute", &(o)->recompute, "less memory, up to a half more time: computes activations again"), \
     EX_CHOICE("weights", &(o)->weights, "f32|bf16|f16", "how frozen matrices are kept in memory"),                              \
     EX_CHOICE("quantize", &(o)->quantize, "none|int8|int4", "the layers' matrices as small integers, for inference only: in " \
               "OUT, calibrated on a batch; without training: those of --model, in memory, by their largest weights"),        \
