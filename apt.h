@@ -131,7 +131,8 @@
    ON DISTILLATION
    When the first decision begins to fade units, the student's tuned parameters are snapshot: this teacher shares all frozen
    weights. The loss moves from the task to the teacher's predictions and hidden states while pruning goes on; behind
-   distill_end (default: prune_end) the task loss stands alone and the teacher is freed.
+   distill_end (default: prune_end) the task loss stands alone and the teacher is freed. Hidden states are compared by their mean
+   squared error; in T5 and LLaMA, which do not norm them between layers, by each row's error relative to the teacher's row.
    Any other model with the same task, labels and vocabulary can teach as well, in a run of any method and from its first step to
    its last: apt_trainer_teacher. Then there are no snapshots, and the loss is a fixed mixture of the teacher's predictions and
    the task. The student may have fewer layers, be narrower, be pruned meanwhile:
@@ -610,7 +611,7 @@ typedef struct apt_train_desc {
     int32_t disable_distill;
     int64_t distill_end;              /* step from which the task loss stands alone and the teacher is gone; 0: prune_end */
     float distill_temperature;        /* 2/3 */
-    float distill_pred, distill_layer;/* both 0: the task's default (1.0/0.9 classification, 0.1/0.9 span and T5; LLaMA: none) */
+    float distill_pred, distill_layer;/* both 0: the task's default (1.0/0.9 classification, 0.1/0.9 span, 0.3/0.1 T5; LLaMA: none) */
     /* quantisation, see ON QUANTISATION */
     int32_t quantize;                 /* APT_QUANT_*: train what apt_model_quantize will make of the model; 0: no */
     int64_t quantize_begin;           /* step from which on; 0: at once */
@@ -17170,8 +17171,9 @@ static void apti_desc_resolve(apt_train_desc *d, const apt_config *c, const apt_
     apti_default_f(&d->growth, 4.0f);
     apti_default_f(&d->distill_temperature, 2.0f / 3.0f);
     if (apti_finite(d->distill_pred) && d->distill_pred == 0 && apti_finite(d->distill_layer) && d->distill_layer == 0) {
-        d->distill_pred = c->task == APT_TASK_SPAN || c->task == APT_TASK_LM ? 0.1f : c->task == APT_TASK_MLM ? 0.0f : 1.0f;
-        d->distill_layer = 0.9f;
+        static const float pred[] = {1.0f, 1.0f, 1.0f, 0.1f, 0.0f, 0.3f};        /* by apt_task_kind */
+        d->distill_pred = pred[c->task];
+        d->distill_layer = c->task == APT_TASK_LM ? 0.1f : 0.9f;
         if (c->task == APT_TASK_LM && c->decoder_layers == 0) d->disable_distill = 1;
     }
     apti_desc_prune_defaults(d, c);

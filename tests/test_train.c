@@ -1065,6 +1065,15 @@ static void test_desc_defaults(void **state)
         assert_true(q.disable_distill == (i < 2) && q.disable_growth == (i < 2));
         apt_model_destroy(m);
     }
+    for (int32_t decoder = 0; decoder < TEST_DECODERS; decoder++) {
+        const apt_config c = test_decoder(decoder);
+        const bool pair = c.decoder_layers > 0;
+        apt_train_desc d = APT_ZERO, q;
+        d.steps = 5000;
+        d.target_sparsity = 0.6f;
+        apt_trainer_query(test_trainer(test_model(ctx, &c, 1), &d), &q);
+        assert_true(q.disable_distill == !pair && q.distill_pred == 0.3f && q.distill_layer == 0.1f);
+    }
     apt_destroy(ctx);
 }
 
