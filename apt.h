@@ -611,7 +611,7 @@ typedef struct apt_train_desc {
     int32_t disable_distill;
     int64_t distill_end;              /* step from which the task loss stands alone and the teacher is gone; 0: prune_end */
     float distill_temperature;        /* 2/3 */
-    float distill_pred, distill_layer;/* both 0: the task's default (1.0/0.9 classification, 0.1/0.9 span, 0.3/0.1 T5; LLaMA: none) */
+    float distill_pred, distill_layer;/* both 0: the task's default: classes 1.0/0.9, spans 0.1/0.9, T5 0.3/0.1, LLaMA none */
     /* quantisation, see ON QUANTISATION */
     int32_t quantize;                 /* APT_QUANT_*: train what apt_model_quantize will make of the model; 0: no */
     int64_t quantize_begin;           /* step from which on; 0: at once */
@@ -3339,7 +3339,7 @@ typedef struct apti_segment {
     int64_t a_row, a_col;
     const void *b;
     int64_t b_step, b_panel;
-    apt_dtype type;                              /* thin: of B. Split operands: APT_BF16 when its parts are all in the first plane */
+    apt_dtype type;                              /* thin: of B. Split operands: BF16 when B's parts are all in the first plane */
 } apti_segment;
 
 typedef struct apti_tile {
@@ -15171,7 +15171,7 @@ static void apti_ffn_sublayer(apti_pass *p, int32_t l)
         apti_gate_forward(ctx, act, ldf, act, ldf, a->other, ldf, mask.neuron, a->rows_q, f);
     }
     apti_probe_act(p, apti_probe_neuron(m, l), act, ldf, a->rows_q, f);
-    if (p->again && m->block->pre_norm && apti_rank(m, l, APTI_DOWN) == 0) return;      /* y2 is there, and nothing else is wanted */
+    if (p->again && m->block->pre_norm && apti_rank(m, l, APTI_DOWN) == 0) return;      /* y2 is there, and that is all */
     apti_residual_write(p, l, APTI_DOWN, a->z2, a->y1, act, ldf, 2 * l + 1);
     if (!m->block->pre_norm) apti_norm(p, a->y2, a->stats2, a->z2, slot[APTI_NORM2_W], slot[APTI_NORM2_B], a->rows_q);
 }
@@ -15757,8 +15757,8 @@ static void apti_embed_backward_pass(apti_pass *p, const apti_stack *stack)
         if (e[k] != NULL) apti_embed_backward(m->ctx, e[k]->grad, e[k]->rows, dx, ld, index[k], stack->rows, d);
 }
 
-/* Fills the buffers that layer l shares with the others once more: the same numbers from the same input. The last layer's are still
-   there. Nobody looks this time. */
+/* Fills the buffers that layer l shares with the others once more: the same numbers from the same input. The last layer's are
+   still there. Nobody looks this time. */
 static void apti_layer_again(apti_pass *p, int32_t l)
 {
     apti_probe *probe = p->probe;
@@ -17975,8 +17975,8 @@ static double apti_distill_pred(apt_trainer *t, const apti_mixture *mix, float s
 
 /* ---- layer loss: MSE(Tr(h_student), h_teacher) of each drawn pair, injected where the backward reaches that layer ----
 
-   Where a block does not norm what it hands on (pre-norm: T5, LLaMA), hidden states grow from layer to layer and some rows are many
-   times as long as others. There a row's error counts relative to the teacher's row, or the loss would see nothing else. */
+   Where a block does not norm what it hands on (pre-norm: T5, LLaMA), hidden states grow from layer to layer and some rows are
+   many times as long as others. There a row's error counts relative to the teacher's row, or the loss would see nothing else. */
 
 #define APTI_LAYER_LOSS_ROWS 32
 static void apti_layer_loss_task(int64_t index, int32_t thread, void *arg)

@@ -1495,12 +1495,14 @@ static void test_scaled_resume(void **state)
     drop_run(&s);
 }
 
-/* A run that had a factor goes on without one, and the other way round, from inside an accumulation too: the same bits. */
+/* A run that had a factor, or recomputed, goes on without, and the other way round, from inside an accumulation too: the same
+   bits. */
 static void test_scaled_across(void **state)
 {
     (void)state;
     live whole, l;
     plan p[2] = {scaled_plan(-1, 3), scaled_plan(64, 3)};
+    p[1].d.recompute = 1;
     (void)run_all(&whole, &p[0]);
     for (int32_t from = 0; from < 2; from++)
         for (int64_t micro = 12; micro < 14; micro++) {
