@@ -171,7 +171,7 @@ static const ex_demo_plan g_plan = {
     .data = "Sentences from a grammar, and facts that are to be told",
     .pretraining = "Pretraining a tiny T5 (2 + 2 blocks, d 128, 8 heads, 512 neurons): sentences in pieces, facts of sentences",
     .objective = "sentences and facts",
-    .sizes = {.pretrain_steps = 1200, .steps = 600, .corpus = 30000, .train = 4000, .dev = 128, .test = 512},
+    .sizes = {.pretrain_steps = 1200, .steps = 300, .corpus = 30000, .train = 4000, .dev = 128, .test = 512},
     .fast = {.pretrain_steps = 30, .steps = 40, .corpus = 1000, .train = 500, .dev = 32, .test = 64},
     .batch = 32,
     .pretrain_rate = 2e-3f,
