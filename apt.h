@@ -1793,12 +1793,6 @@ typedef struct apti_layer_loss {
     int32_t relative;
 } apti_layer_loss;
 
-/* u of a row; square: the sum of squares of the teacher's */
-static inline double apti_layer_unit(const apti_layer_loss *j, double square)
-{
-    return !j->relative ? 1.0 : square > 0 ? (double)j->dt / square : 0.0;
-}
-
 /* result[0] += sum of x(n)^2 */
 typedef struct apti_squares_job { double *result; const float *x; int64_t n; } apti_squares_job;
 
@@ -17990,7 +17984,7 @@ static void apti_layer_loss_task(int64_t index, int32_t thread, void *arg)
         double sum = 0, square = 0;
         for (int64_t i = 0; i < j->d; i++) m[j->place[i]] += h[i];
         for (int64_t i = 0; i < j->dt; i++) square += (double)target[i] * target[i];
-        const double unit = apti_layer_unit(j, square);
+        const double unit = !j->relative ? 1.0 : square > 0 ? (double)j->dt / square : 0.0;
         const float scale = (float)(j->coefficient * unit);
         for (int64_t i = 0; i < j->dt; i++) {
             const float e = m[i] - target[i];

@@ -1147,7 +1147,7 @@ APTC_KERNEL(aptc_layer_loss_kernel, apti_layer_loss)
     APTC_THREADS(t) {
         double total = 0;
         for (int32_t k = 0; t == 0 && k < APTC_BLOCK; k++) total += square[k];
-        if (t == 0) square[0] = job.relative ? total > 0 ? (double)job.dt / total : 0.0 : 1.0;    /* apti_layer_unit */
+        if (t == 0) square[0] = job.relative ? total > 0 ? (double)job.dt / total : 0.0 : 1.0;    /* u */
     }
     APTC_BARRIER;
     APTC_THREADS(t) {
