@@ -201,6 +201,9 @@ APTC_BOTH uint16_t aptc_f32_to_f16(float value)
     return (uint16_t)(sign | (x.bits - 0x3f000000));
 }
 
+/* What aptc_load and aptc_store know. */
+static bool aptc_has(apt_dtype type) { return type == APT_F32 || type == APT_BF16 || type == APT_F16; }
+
 APTC_BOTH int64_t aptc_size(apt_dtype type) { return type == APT_F32 ? 4 : 2; }
 
 APTC_BOTH float aptc_load(const void *data, apt_dtype type, int64_t i)
@@ -934,7 +937,7 @@ APTC_LAUNCHER(aptc_cut_kernel, aptc_cut)
 static bool aptc_cut_op(aptc_device *d, const apti_cut_job *op)
 {
     const aptc_cut job = {*op, (int64_t)op->rows.kept * op->rows.width, (int64_t)op->cols.kept * op->cols.width};
-    if (op->type != APT_F32 && op->type != APT_BF16 && op->type != APT_F16) return false;
+    if (!aptc_has(op->type)) return false;
     if (job.rows > 0 && job.n > 0) APTC_LAUNCH_EACH(d, aptc_cut_kernel, job);
     return true;
 }
@@ -1874,7 +1877,7 @@ static bool aptc_pack_op(aptc_device *d, const apti_pack_job *op)
 {
     const apti_packed *p = op->packed;
     const aptc_cast job = {p->data, op->w, p->k, op->ldw, p->n, p->k, p->type, APT_F32};
-    if (p->type != APT_F32 && p->type != APT_BF16 && p->type != APT_F16) return false;
+    if (!aptc_has(p->type)) return false;
     if (job.rows > 0 && job.n > 0) APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
     return true;
 }

@@ -119,8 +119,8 @@ EX_API bool ex_method_prunes(int32_t method)
     EX_INT("eval-every", "N", &(o)->eval_every, 0, 1e12, "steps between evaluations; 0: ten in a run"),                     \
     EX_INT("checkpoint-every", "N", &(o)->checkpoint_every, 0, 1e12, "steps between checkpoints; 0: only on Ctrl-C"),       \
     EX_INT("log-every", "N", &(o)->log_every, 0, 1e12, "steps between lines of metrics.jsonl; 0: about 2000 lines"),        \
-    EX_FLAG("recompute", &(o)->recompute, "less memory, up to a half more time: computes activations again"), \
-    EX_CHOICE("weights", &(o)->weights, "f32|bf16|f16", "how frozen matrices are kept in memory"),                              \
+    EX_FLAG("recompute", &(o)->recompute, "less memory, up to a half more time: computes activations again"),                 \
+    EX_CHOICE("weights", &(o)->weights, "f32|bf16|f16", "how frozen matrices are kept in memory"),                          \
     EX_CHOICE("quantize", &(o)->quantize, "none|int8|int4", "the layers' matrices as small integers, for inference only: in " \
               "OUT, calibrated on a batch; without training: those of --model, in memory, by their largest weights"),        \
     EX_FLAG("qat", &(o)->qat, "train with these small integers, too"),                                                      \
@@ -242,7 +242,6 @@ static void exi_options_pruning(const ex_options *o, int32_t method, ex_run *run
     t->disable_kurtosis = !o->kurtosis;
     t->salience_norm = exi_salience(o->salience);
     t->reset_moments = o->reset_moments;
-    t->recompute = o->recompute;
     if (method == EX_METHOD_PRUNE_AFTER || method == EX_METHOD_PRUNE_FIRST) {
         run->prune_at = method == EX_METHOD_PRUNE_FIRST ? 0 : exi_prune_end(o, t->steps);
         run->prune_sparsity = (float)o->sparsity;
@@ -291,6 +290,7 @@ EX_API bool ex_options_plan(const ex_options *o, int32_t method, ex_run *run)
     t->adapt = exi_adapt_bits(o, run->error);
     t->evaluate_every = run->evaluate == NULL ? 0 : o->eval_every > 0 ? o->eval_every : (t->steps + 9) / 10;
     t->checkpoint_every = o->checkpoint_every;
+    t->recompute = o->recompute;
     exi_options_pruning(o, method, run);
     run->resume = o->resume;
     run->log_every = o->log_every > 0 ? o->log_every : t->steps / 2000 + 1;

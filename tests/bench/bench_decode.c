@@ -1,6 +1,6 @@
 /* Single-stream decoding of LLaMA models with random weights: the median time between two tokens, for weights in float32, in
-   bfloat16 and float16 and as small integers (the layers' maps; the LM head stays float32 or bfloat16), dense and after 60 % of the prunable
-   parameters are gone. Beside it the memory's own limit: every token reads every weight once, so tokens/s cannot pass (bytes
+   bfloat16, in float16 and as small integers (the layers' maps; the LM head stays float32 or bfloat16), dense and after 60 % of
+   the prunable parameters are gone. Beside it the memory's own limit: every token reads every weight once, so tokens/s cannot pass (bytes
    read per second) / (bytes of the weights); the benchmark measures the former with plain loads over a buffer as large.
 
    usage: bench_decode [SHAPE|all [TOKENS [THREADS]]]                     default: all shapes, 64 new tokens */
