@@ -1935,6 +1935,16 @@ APTI_INLINE int64_t apti_ceil_div(int64_t n, int64_t d)
     return n / d + (n % d != 0);
 }
 
+/* Of positive numbers. */
+APTI_INLINE int64_t apti_gcd(int64_t a, int64_t b)
+{
+    for (int64_t rest; b != 0; b = rest) {
+        rest = a % b;
+        a = b;
+    }
+    return a;
+}
+
 APTI_INLINE int64_t apti_round_up(int64_t n, int64_t multiple)
 {
     return apti_ceil_div(n, multiple) * multiple;
@@ -5044,11 +5054,28 @@ APTI_ISA_TARGET static void APTI_FN(finish)(const apti_finish *f)
     }
 #define APTI_ROW_STEP(i, base, offset)                                                                      \
     if (rows > i) {                                                                                         \
-        const apti_s s = apti_sload(base + (offset));                                                       \
+        const apti_s s = apti_sload(base + (offset) + ahead);                                               \
         x##i = apti_sfma(s, b0, x##i);                                                                      \
         if (nv > 1) y##i = apti_sfma(s, b1, y##i);                                                          \
         APTI_THIRD(if (nv > 2) z##i = apti_sfma(s, b2, z##i);)                                              \
     }
+
+/* One input of the reduction, u after the next. */
+#define APTI_TILE_STEP(u)                                                                                   \
+    {                                                                                                       \
+        const int64_t ahead = u;                                                                            \
+        const float *bu = b + ahead * APTI_NV * APTI_LANES;                                                 \
+        const apti_v b0 = apti_vload(bu), b1 = nv > 1 ? apti_vload(bu + APTI_LANES) : zero;                 \
+        APTI_THIRD(const apti_v b2 = nv > 2 ? apti_vload(bu + 2 * APTI_LANES) : zero;)                      \
+        APTI_SLIM_ROWS(APTI_ROW_STEP)                                                                       \
+    }
+#define APTI_TILE_ADVANCE(by_b, by_a)                                                                       \
+    b += by_b;                                                                                              \
+    a0 += by_a;                                                                                             \
+    if (rows > 3) a3 += by_a;                                                                               \
+    if (rows > 6) a6 += by_a;                                                                               \
+    if (rows > 9) a9 += by_a;                                                                               \
+    if (rows > 12) a12 += by_a;
 #define APTI_ROW_END(i, base, offset)                                                                       \
     if (rows > i) {                                                                                         \
         apti_vstore(to + i * ld_to, x##i);                                                                  \
@@ -5072,16 +5099,19 @@ APTI_ISA_TARGET __attribute__((always_inline)) APTI_INLINE void APTI_FN(tile_bod
         const float *a3 = rows > 3 ? a0 + 3 * ar : a0, *a6 = rows > 6 ? a0 + 6 * ar : a0;
         const float *a9 = rows > 9 ? a0 + 9 * ar : a0, *a12 = rows > 12 ? a0 + 12 * ar : a0;
         (void)a6, (void)a9, (void)a12;
-        for (int64_t p = t->segment[q].k; p > 0; p--) {
-            const apti_v b0 = apti_vload(b), b1 = nv > 1 ? apti_vload(b + APTI_LANES) : zero;
-            APTI_THIRD(const apti_v b2 = nv > 2 ? apti_vload(b + 2 * APTI_LANES) : zero;)
-            APTI_SLIM_ROWS(APTI_ROW_STEP)
-            b += bs;
-            a0 += ac;
-            if (rows > 3) a3 += ac;
-            if (rows > 6) a6 += ac;
-            if (rows > 9) a9 += ac;
-            if (rows > 12) a12 += ac;
+        int64_t p = t->segment[q].k;
+        /* A by rows and B packed, as nearly always: every address is a pointer and a constant, and hardly an instruction is
+           spent on counting. A core whose other half is busy, too, issues too few to hide that behind the arithmetic. */
+        if (ac == 1 && bs == APTI_NV * APTI_LANES) {
+            for (; p >= 8; p -= 8) {
+                APTI_TILE_STEP(0) APTI_TILE_STEP(1) APTI_TILE_STEP(2) APTI_TILE_STEP(3)
+                APTI_TILE_STEP(4) APTI_TILE_STEP(5) APTI_TILE_STEP(6) APTI_TILE_STEP(7)
+                APTI_TILE_ADVANCE(8 * APTI_NV * APTI_LANES, 8)
+            }
+        }
+        for (; p > 0; p--) {
+            APTI_TILE_STEP(0)
+            APTI_TILE_ADVANCE(bs, ac)
         }
     }
     APTI_SLIM_ROWS(APTI_ROW_END)
@@ -5233,6 +5263,8 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #undef APTI_ROW_STEP
 #undef APTI_ROW_PREFETCH
 #undef APTI_ROW_END
+#undef APTI_TILE_STEP
+#undef APTI_TILE_ADVANCE
 #undef APTI_FULL_TILE
 #undef APTI_SLIM_TILE
 #undef APTI_FULL_NAME
@@ -5814,6 +5846,7 @@ static void apti_unpack(apt_ctx *ctx, float *w, int64_t ldw, const apti_packed *
 #define APTI_SPLIT_K 256                         /* split operands: a strip of A, 32 x 256 and 48 KiB, */
 #define APTI_SPLIT_COLS 384                      /* the panels of B that it passes by, 576 KiB, and the tile of C, 768 KiB, */
 #define APTI_SPLIT_ROWS 512                      /* share a second-level cache of 2 MiB, which every CPU with tiles has */
+#define APTI_GEMM_AHEAD 128                      /* floats of a row of A that are fetched before its strip's turn */
 #define APTI_GEMM_TASK 2e5                       /* fused multiply-adds that are worth a task: some 5 us */
 #define APTI_GEMM_SCRATCH (1 << 20)              /* bytes that let every product run at full speed; see apti_gemm_serial */
 
@@ -5847,6 +5880,17 @@ static int64_t apti_gemm_room(const apti_kernels *kernels, int64_t k)
     return kernels->operands == NULL ? k : apti_round_up(k, APTI_SPLIT_STEP) * APTI_SPLIT_PLANES / 2;
 }
 
+/* Brings so many bytes at p into the cache, while something else is computed. */
+APTI_INLINE void apti_fetch(const void *p, int64_t bytes)
+{
+#ifdef __GNUC__
+    const char *line = (const char *)p - ((uintptr_t)p & 63), *end = (const char *)p + bytes;
+    for (; line < end; line += 64) __builtin_prefetch(line, 1, 3);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
 /* Packs one panel (cols <= nr columns from j, rows p0 .. p0+k) of any kind of B, padded with zeros. */
 static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_gemm_part *part, int64_t p0, int64_t k,
     int64_t j, int64_t cols)
@@ -5870,13 +5914,16 @@ static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_ge
         apti_quant_widen(y, nr, part->packed, p0, k, j, cols);
         return;
     }
+    const int64_t size = part->packed->type == APT_F32 ? 4 : 2;
     for (int64_t p = 0; p < k;) {                /* the same in floats: p is an out feature, so it runs through panels of W */
         const int64_t inside = (p0 + p) % nr, rows = apti_min_i64(nr - inside, k - p);
-        const int64_t at = ((p0 + p) / nr * wide + j) * nr;
+        const int64_t at = ((p0 + p) / nr * wide + j) * nr, next = at + apti_ceil_div(APTI_GEMM_PACK, nr) * wide * nr;
         float block[APTI_NR_MAX * APTI_NR_MAX];
         const float *x = block;
         if (part->packed->type == APT_F32) x = (const float *)part->packed->data + at;
         else kernels->expand(block, (const uint16_t *)part->packed->data + at, cols * nr, part->packed->type);
+        if (next < part->packed->n * wide)       /* the short stretches in which W is read start far apart */
+            apti_fetch((const char *)part->packed->data + next * size, cols * nr * size);
         kernels->transpose(y + p * nr, nr, x + inside, nr, cols, rows);
         p += rows;
     }
@@ -6020,13 +6067,6 @@ static void apti_gemm_finish(const apti_kernels *kernels, const apti_gemm *g, in
     kernels->finish(&f);
 }
 
-/* Brings n <= 32 floats into the cache, to be written. */
-#ifdef __GNUC__
-#define APTI_FETCH_ROW(p, n) (__builtin_prefetch(p, 1, 3), __builtin_prefetch((p) + (n) - 1, 1, 3))
-#else
-#define APTI_FETCH_ROW(p, n) ((void)(p))
-#endif
-
 static bool apti_has_epilogue(const apti_gemm *g)
 {
     return (g->bias != NULL && g->accumulate) || g->pre != NULL || g->act >= 0 || g->residual != NULL || g->mask != NULL;
@@ -6071,8 +6111,11 @@ static void apti_gemm_strip(const apti_gemm_tile *t, const apti_k_step *step, ap
         if (g->bias != NULL && cols < nr) memcpy(edge, g->bias + j, (size_t)cols * sizeof(float));
     }
     const bool finish = step->last && apti_has_epilogue(g);
-    if (finish && tile->to != c)
-        for (int64_t r = 0; r < rows; r++) APTI_FETCH_ROW(c + r * g->ldc, cols);
+    for (int64_t r = 0; r < rows && finish; r++) {               /* what the epilogue needs arrives while the sums grow */
+        const int64_t bytes = cols * (int64_t)sizeof(float);
+        if (tile->to != c) apti_fetch(c + r * g->ldc, bytes);
+        if (g->residual != NULL) apti_fetch(g->residual + (i + r) * g->ld_residual + j, bytes);
+    }
     t->kernels->tile(tile);
     if (finish) apti_gemm_finish(t->kernels, g, i, j, rows, cols, tile->to, tile->ld_to);
     else if (own || (parked && step->last)) apti_move(z, ldz, tile->to, tile->ld_to, rows, cols);
@@ -6094,6 +6137,13 @@ static void apti_gemm_strip_flipped(const apti_gemm_tile *t, const apti_k_step *
     t->kernels->transpose(c, g->ldc, edge, tile->ld_to, tile->rows, tile->cols);
 }
 
+/* The beginnings of a strip's rows, for the first panel that meets them; the CPU's own prefetching goes on from there. */
+static void apti_fetch_strip(const apti_gemm_part *part, int64_t i, int64_t rows, int64_t p0, int64_t k)
+{
+    for (int64_t r = i; r < i + rows; r++)
+        apti_fetch(part->a + r * part->a_row + p0, apti_min_i64(k, APTI_GEMM_AHEAD) * (int64_t)sizeof(float));
+}
+
 static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, const apti_b_view view[2], int64_t i0, int64_t rows)
 {
     const int64_t nr = t->kernels->nr, mr = t->j1 - t->j0 <= t->kernels->lanes ? t->kernels->slim : t->kernels->mr;
@@ -6106,6 +6156,7 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
         free_a += t->row_block * apti_gemm_room(t->kernels, step->k[q]) + strips * APTI_STRIP_GAP;
     }
     apti_tile tile = APT_ZERO;
+    const bool by_rows = step->part[0] != NULL && step->part[0]->a_col == 1 && pack_a[0] == NULL;
     for (int64_t j = t->j0; j < t->j1; j += nr) {
         tile.cols = (int32_t)apti_min_i64(nr, t->j1 - j);
         for (int32_t q = 0; q < 2 && step->part[q] != NULL; q++) {
@@ -6127,6 +6178,8 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
             }
             const int64_t next_i = i0 + (r1 < rows ? r1 : 0), next_j = r1 < rows || j + nr >= t->j1 ? j : j + nr;
             tile.next = t->g->pre != NULL ? t->g->pre + next_i * t->g->ld_pre + next_j : t->g->c + next_i * t->g->ldc + next_j;
+            if (j == t->j0 && by_rows)
+                apti_fetch_strip(step->part[0], i0 + r1, apti_min_i64(mr, rows - r1), step->p0[0], step->k[0]);
             if (t->g->flip) apti_gemm_strip_flipped(t, step, &tile, i0 + r0, j);
             else apti_gemm_strip(t, step, &tile, i0 + r0, j);
         }
@@ -6300,15 +6353,17 @@ static void apti_gemm_task(int64_t index, int32_t thread, void *arg)
 {
     const apti_gemm_job *job = (const apti_gemm_job *)arg;
     const apti_gemm *g = job->g;
-    const int64_t nr = job->kernels->nr, im = index % job->tiles_m, in = index / job->tiles_m;
-    const int64_t i0 = g->m * im / job->tiles_m, i1 = g->m * (im + 1) / job->tiles_m;
+    const int64_t mr = job->kernels->mr, nr = job->kernels->nr, strips = apti_ceil_div(g->m, mr);
+    const int64_t im = index % job->tiles_m, in = index / job->tiles_m;
+    const int64_t i0 = strips * im / job->tiles_m * mr, i1 = apti_min_i64(g->m, strips * (im + 1) / job->tiles_m * mr);
     const int64_t j0 = job->panels * in / job->tiles_n * nr, j1 = apti_min_i64(g->n, job->panels * (in + 1) / job->tiles_n * nr);
     if (job->thin) apti_gemm_thin_region(job->kernels, g, j0, j1, job->ctx->scratch[thread]);
     else apti_gemm_region(job->kernels, g, i0, i1, j0, j1, job->ctx->scratch[thread], job->ctx->scratch_bytes);
 }
 
 /* How many tiles: small enough that the threads end together, large enough that packing (B once per row of tiles, A once
-   per column of tiles) and the traffic from the outer caches (rows + cols per rows x cols) are paid for. */
+   per column of tiles) and the traffic from the outer caches (rows + cols per rows x cols) are paid for. Few large tiles
+   are a multiple of the threads: of 21, one of two threads would wait for the last. */
 static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
 {
     const apti_gemm *g = job->g;
@@ -6337,6 +6392,8 @@ static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
         if (cut_m && (!cut_n || high * prefer > wide)) job->tiles_m *= 2;
         else job->tiles_n *= 2;
     }
+    const int64_t even = threads / apti_gcd(threads, job->tiles_n);
+    if (even <= job->tiles_m) job->tiles_m = apti_round_up(job->tiles_m, even);
 }
 
 /* ---- products with quantised weights: a task narrows a block of rows and multiplies it with a range of panels ---- */
