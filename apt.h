@@ -5885,7 +5885,7 @@ APTI_INLINE void apti_fetch(const void *p, int64_t bytes)
 {
 #ifdef __GNUC__
     const char *line = (const char *)p - ((uintptr_t)p & 63), *end = (const char *)p + bytes;
-    for (; line < end; line += 64) __builtin_prefetch(line, 1, 3);
+    for (; line < end; line += 64) __builtin_prefetch(line, 0, 3);
 #else
     (void)p, (void)bytes;
 #endif
