@@ -1935,6 +1935,11 @@ APTI_INLINE int64_t apti_ceil_div(int64_t n, int64_t d)
     return n / d + (n % d != 0);
 }
 
+APTI_INLINE int64_t apti_round_up(int64_t n, int64_t multiple)
+{
+    return apti_ceil_div(n, multiple) * multiple;
+}
+
 /* Of positive numbers. */
 APTI_INLINE int64_t apti_gcd(int64_t a, int64_t b)
 {
@@ -1943,11 +1948,6 @@ APTI_INLINE int64_t apti_gcd(int64_t a, int64_t b)
         a = b;
     }
     return a;
-}
-
-APTI_INLINE int64_t apti_round_up(int64_t n, int64_t multiple)
-{
-    return apti_ceil_div(n, multiple) * multiple;
 }
 
 /* Sizes come from files and callers: false when a factor is negative or the product does not fit; *out is then untouched. */
@@ -5060,7 +5060,7 @@ APTI_ISA_TARGET static void APTI_FN(finish)(const apti_finish *f)
         APTI_THIRD(if (nv > 2) z##i = apti_sfma(s, b2, z##i);)                                              \
     }
 
-/* One input of the reduction, u after the next. */
+/* One input of the reduction: that of p, or the u-th after it. */
 #define APTI_TILE_STEP(u)                                                                                   \
     {                                                                                                       \
         const int64_t ahead = u;                                                                            \
@@ -5914,7 +5914,7 @@ static void apti_pack_panel(const apti_kernels *kernels, float *y, const apti_ge
         apti_quant_widen(y, nr, part->packed, p0, k, j, cols);
         return;
     }
-    const int64_t size = part->packed->type == APT_F32 ? 4 : 2;
+    const int64_t size = apti_is_half(part->packed->type) ? 2 : 4;
     for (int64_t p = 0; p < k;) {                /* the same in floats: p is an out feature, so it runs through panels of W */
         const int64_t inside = (p0 + p) % nr, rows = apti_min_i64(nr - inside, k - p);
         const int64_t at = ((p0 + p) / nr * wide + j) * nr, next = at + apti_ceil_div(APTI_GEMM_PACK, nr) * wide * nr;
@@ -6349,6 +6349,7 @@ static void apti_gemm_serial(const apti_kernels *kernels, const apti_gemm *g, vo
     else apti_gemm_region(kernels, g, 0, g->m, 0, g->n, scratch, scratch_bytes);
 }
 
+/* A tile has whole strips: only the last row of tiles may end with a lower one. */
 static void apti_gemm_task(int64_t index, int32_t thread, void *arg)
 {
     const apti_gemm_job *job = (const apti_gemm_job *)arg;
@@ -6392,8 +6393,8 @@ static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
         if (cut_m && (!cut_n || high * prefer > wide)) job->tiles_m *= 2;
         else job->tiles_n *= 2;
     }
-    const int64_t even = threads / apti_gcd(threads, job->tiles_n);
-    if (even <= job->tiles_m) job->tiles_m = apti_round_up(job->tiles_m, even);
+    const int64_t unit = threads / apti_gcd(threads, job->tiles_n), even = apti_round_up(job->tiles_m, unit);
+    if (unit <= job->tiles_m && even * job->kernels->mr <= g->m) job->tiles_m = even;
 }
 
 /* ---- products with quantised weights: a task narrows a block of rows and multiplies it with a range of panels ---- */

@@ -245,7 +245,8 @@ static double student_of(apt_model *teacher, const apt_config *half, const apt_t
         for (int32_t q = 0; q < 16; q++) b.labels[q] = 0;
         assert_ok(ctx, apt_trainer_step(t, &b.b, s == 0 ? &first : &last));
     }
-    print_message("    distillation loss of one batch, %.3f at first, %.3f at last\n", (double)first.distill_loss, (double)last.distill_loss);
+    print_message("    distillation loss of one batch, %.3f at first, %.3f at last\n", (double)first.distill_loss,
+        (double)last.distill_loss);
     assert_true(last.distill_loss < 0.2 * first.distill_loss);
     return accuracy_of(student, half);
 }

@@ -697,6 +697,33 @@ static void test_products_identical(void **state)
     }
 }
 
+/* Large products give every thread the same number of tiles, and no tile without rows. */
+static void test_tiles_even(void **state)
+{
+    (void)state;
+    static const int64_t sizes[] = {256, 384, 768, 1024, 2048, 3072};
+    for (int32_t t = TEST_FIRST_TABLE(g_tables); t < g_tables; t++) {
+        for (int32_t i = 0; i < 36 * 4; i++) {
+            const int32_t threads = 1 << i / 36;
+            apti_packed packed = APT_ZERO;
+            apti_gemm g = APT_ZERO;
+            apti_gemm_job job = APT_ZERO;
+            packed.type = APT_F32;
+            g.m = sizes[i % 6];
+            g.n = sizes[i / 6 % 6];
+            g.part[0].k = 768;
+            g.part[0].kind = APTI_B_PACKED;
+            g.part[0].packed = &packed;
+            g.part[0].a_col = 1;
+            job.g = &g;
+            job.kernels = g_table[t];
+            apti_gemm_cut(&job, threads);
+            assert_int_equal(job.tiles_m * job.tiles_n % threads, 0);
+            assert_true(job.tiles_m * job.kernels->mr <= g.m && job.tiles_n <= job.panels);
+        }
+    }
+}
+
 /* Products of the SIMD tables agree bit for bit with each other, but for those of split operands. */
 static void test_products_agree(void **state)
 {
@@ -905,6 +932,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_tables),          cmocka_unit_test(test_products_small),
         cmocka_unit_test(test_products_large),  cmocka_unit_test(test_products_identical),
+        cmocka_unit_test(test_tiles_even),
         cmocka_unit_test(test_split_driver),
 #ifndef __SANITIZE_THREAD__                      /* one thread cannot race */
         cmocka_unit_test(test_vectors),         cmocka_unit_test(test_layout),
