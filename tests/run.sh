@@ -37,7 +37,7 @@ STRICT="-std=c11 $WARN -Werror"
 TESTS="$STRICT -Wno-maybe-uninitialized"         # gcc does not know that cmocka's assertions do not return
 LIBS="-lcmocka -lutf8proc -lm -pthread"
 FUZZ_LIBS="-lutf8proc -lm -pthread"
-LIMIT=600 HANG=3600                              # processor seconds and seconds for one run of one program
+LIMIT=600 HANG=1500                              # processor seconds and seconds for one run of one program
 export ASAN_OPTIONS=allocator_may_return_null=1:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
 export TSAN_OPTIONS=halt_on_error=1
 
