@@ -25,7 +25,11 @@
    A kernel's body is a row of phases, each of which every thread of the block runs (APTC_THREADS), with barriers between them, so
    that it is also plain C: with APT_CUDA_EMULATE the same bodies run on the CPU, block after block and thread after thread, and
    launches wait in a queue until somebody synchronises, so that a missing wait shows. That is how the index arithmetic is tested,
-   under the address sanitizer and on machines without a device. */
+   under the address sanitizer and on machines without a device.
+
+   HOW THEY ARE LAUNCHED
+   One by one at first. Rows of launches that come again with the same arguments, as in steps over batches of one shape, are made
+   into CUDA graphs, each of which costs the CPU one call; other launches are not held up. See "Graphs". */
 #ifndef APT_CUDA_H
 #define APT_CUDA_H
 
@@ -55,6 +59,7 @@ typedef struct apt_cuda_desc {
     void *(*alloc)(size_t bytes, void *user);      /* both or none: memory that the device and the CPU can both address, any */
     void (*release)(void *memory, void *user);     /* alignment; none: cudaMallocManaged, for the workspace cudaMalloc */
     void *alloc_user;
+    int32_t no_graphs;                /* 1: all launches one by one, for debuggers; 0: those that come again are CUDA graphs */
     uint32_t end_canary;
 } apt_cuda_desc;
 
@@ -77,7 +82,10 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *desc, char *message, size_t capa
 #include <string.h>
 #ifndef APT_CUDA_EMULATE
 #include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <mma.h>
 #endif
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -102,7 +110,7 @@ enum { APTC_BLOCK = 256, APTC_WARP = 32, APTC_WARPS = APTC_BLOCK / APTC_WARP };
 #define APTC_THREADS(t) for (int32_t t = 0; t < APTC_BLOCK; t++)
 #define APTC_BARRIER ((void)0)
 #define APTC_SHARED(type, x, n) type x[n]
-#define APTC_DYNAMIC(type, x, n) type x[n]
+#define APTC_DYNAMIC(type, x, n) static __thread type x[n]           /* the sanitizer poisons all of what is on the stack */
 #define APTC_PRIVATE(type, x) type x[APTC_BLOCK]
 #define APTC_PRIVATE_ARRAY(type, x, n) type x[APTC_BLOCK][n]
 #define APTC_MINE(x, t) x[t]
@@ -131,7 +139,7 @@ static void aptc_warp_reduce(float *x, bool max)
 #define APTC_THREADS(t) for (int32_t t = (int32_t)threadIdx.x, aptc_once = 0; aptc_once == 0 && t >= 0; aptc_once = 1)
 #define APTC_BARRIER __syncthreads()
 #define APTC_SHARED(type, x, n) __shared__ type x[n]
-#define APTC_DYNAMIC(type, x, n) extern __shared__ type x[]
+#define APTC_DYNAMIC(type, x, n) extern __shared__ __align__(128) type x[]
 #define APTC_PRIVATE(type, x) type x
 #define APTC_PRIVATE_ARRAY(type, x, n) type x[n]
 #define APTC_MINE(x, t) x
@@ -223,17 +231,48 @@ APTC_BOTH void aptc_store(void *data, apt_dtype type, int64_t i, float value)
    The queue
    ------------------------------------------------------------------------------------------------------------------ */
 
-enum { APTC_JOB_BYTES = 512, APTC_ALGORITHMS = 512 };
+enum {
+    APTC_JOB_BYTES = 512,
+    APTC_ALGORITHMS = 512,
+    APTC_SCALARS = 16,                /* places for what the optimizer is told anew in every step, see aptc_adam_op */
+    APTC_GRAPHS = 256,
+    APTC_GRAPH_MIN = 4,               /* launches of a graph: fewer are not worth one, and more would let the device wait */
+    APTC_GRAPH_MAX = 64,
+    APTC_SEEN_SETS = 8192,
+    APTC_SEEN_WAYS = 4,
+    APTC_KEPT = 2,
+    APTC_KEPT_ELEMENTS = 16384        /* smaller ones are soon converted */
+};
 
 #ifdef APT_CUDA_EMULATE
-/* A launch that waits: run(job, blocks) does all of it. */
-typedef struct aptc_launch {
-    void (*run)(const void *job, int64_t bx, int64_t by);
-    int64_t bx, by;
-    size_t bytes;                     /* of the job */
-    union { double align; char bytes[APTC_JOB_BYTES]; } job;
-} aptc_launch;
+typedef void (*aptc_kernel)(const void *job, int64_t bx, int64_t by);      /* does all of it */
 #else
+typedef const void *aptc_kernel;
+#endif
+
+/* A launch: a kernel over a grid of blocks with its argument, or a product. Jobs are compared byte by byte, so they have no holes
+   between their fields, or are zeroed before these are filled in. */
+typedef struct aptc_launch {
+    aptc_kernel kernel;               /* NULL: cuBLASLt's, of an aptc_product */
+    const char *name;
+    int64_t bx, by;
+    size_t shared, bytes;             /* dynamic shared memory; of the job */
+    uint64_t hash;                    /* of all of it */
+    union { uint64_t word[APTC_JOB_BYTES / 8]; char bytes[APTC_JOB_BYTES]; } job;
+} aptc_launch;
+
+/* A row of launches that has come more than once. */
+typedef struct aptc_graph {
+    aptc_launch *launch;              /* [count] */
+    int32_t count;                    /* 0: a free place */
+    int64_t used;                     /* when it was last replayed */
+#ifndef APT_CUDA_EMULATE
+    cudaGraphExec_t exec;             /* NULL: not yet made */
+    bool refused;                     /* could not be made */
+#endif
+} aptc_graph;
+
+#ifndef APT_CUDA_EMULATE
 /* The algorithm that cuBLASLt proposed for a product of this form, so that it is asked once. */
 typedef struct aptc_algorithm {
     int64_t m, n, k, lda, ldb, ldc;
@@ -242,6 +281,13 @@ typedef struct aptc_algorithm {
 } aptc_algorithm;
 #endif
 
+/* What the optimizer is told anew in every step. */
+typedef struct aptc_scalars { float grad_scale, step_size, eps, decay; } aptc_scalars;
+
+/* What was converted for a product and may be wanted by the next ones, as the input of query, key and value is: its addresses (0
+   and 0: nothing), rows, columns and stride. It is kept until something may have been written there. */
+typedef struct aptc_kept { uintptr_t first, end; int64_t rows, cols, ld; } aptc_kept;
+
 typedef struct aptc_device {
     apt_backend backend;
     apt_cuda_desc desc;
@@ -249,11 +295,27 @@ typedef struct aptc_device {
     char *work;                       /* workspace_bytes: see aptc_take */
     void *block;                      /* what it lies in */
     size_t work_bytes, used;
+    int64_t room;                     /* shared memory that a block can have */
     apt_result result;                /* first failure since the last sync */
     char message[APTI_BACKEND_MESSAGE];
+
+    aptc_graph graph[APTC_GRAPHS];
+    aptc_graph *followed;             /* the graph whose first `at` launches have come and are held back, or NULL */
+    int32_t at, recorded;
+    aptc_launch *record;              /* [APTC_GRAPH_MAX], `recorded` of them: the last launches issued, all seen before */
+    uint64_t *seen;                   /* [APTC_SEEN_SETS][APTC_SEEN_WAYS]: hashes of launches, the last one first */
+    int64_t clock;
+    aptc_kept kept[APTC_KEPT];
+    char *kept_work;                  /* APTC_KEPT places of kept_bytes */
+    int64_t kept_bytes;
+    int32_t kept_next;                /* the place for the next one */
+    aptc_scalars *scalars;            /* [APTC_SCALARS], the device's */
+    aptc_scalars given[APTC_SCALARS]; /* what they hold when the queue is done, `givens` of them */
+    int32_t givens;
 #ifdef APT_CUDA_EMULATE
     aptc_launch *queue;
     int32_t queued, capacity;
+    int64_t launched, replayed;       /* launches so far; those that were part of a graph */
 #else
     int32_t device;
     cudaStream_t stream;
@@ -285,6 +347,12 @@ static void aptc_fail(aptc_device *d, apt_result result, const char *format, ...
     va_end(args);
 }
 
+/* What the operands of products are rounded to */
+static apt_dtype aptc_math_type(const aptc_device *d)
+{
+    return d->math == APT_CUDA_BF16 ? APT_BF16 : d->math == APT_CUDA_FP16 ? APT_F16 : APT_F32;
+}
+
 /* Room for what one operation needs aside, 256-byte aligned; NULL when it is more than the workspace. The next operation may
    write over it: the stream keeps the order. */
 static void *aptc_take(aptc_device *d, int64_t bytes)
@@ -297,8 +365,7 @@ static void *aptc_take(aptc_device *d, int64_t bytes)
 }
 
 #ifdef APT_CUDA_EMULATE
-static void aptc_push(aptc_device *d, void (*body)(const void *, int64_t, int64_t), const void *job, size_t bytes, int64_t bx,
-                      int64_t by)
+static void aptc_issue(aptc_device *d, const aptc_launch *l)
 {
     if (d->queued == d->capacity) {
         const int32_t capacity = d->capacity > 0 ? 2 * d->capacity : 256;
@@ -310,15 +377,232 @@ static void aptc_push(aptc_device *d, void (*body)(const void *, int64_t, int64_
         d->queue = queue;
         d->capacity = capacity;
     }
-    aptc_launch *l = &d->queue[d->queued++];
-    l->run = body;
-    l->bx = bx;
-    l->by = by;
-    l->bytes = bytes;
-    memcpy(l->job.bytes, job, bytes);
+    d->queue[d->queued++] = *l;
+    d->launched++;
+}
+#else
+static void aptc_check(aptc_device *d, cudaError_t error, const char *what)
+{
+    if (error == cudaSuccess) return;
+    aptc_fail(d, error == cudaErrorMemoryAllocation ? APT_E_MEMORY : APT_E_DEVICE, "%s: %s", what, cudaGetErrorString(error));
 }
 
-/* Defines name_run, which APTC_LAUNCH puts into the queue. */
+static void aptc_product_issue(aptc_device *d, const void *job);
+
+static void aptc_issue(aptc_device *d, const aptc_launch *l)
+{
+    aptc_launch copy = *l;            /* cudaLaunchKernel wants it writable */
+    void *argument[] = {copy.job.bytes};
+    if (l->kernel == NULL) aptc_product_issue(d, copy.job.bytes);
+    else
+        aptc_check(d, cudaLaunchKernel(l->kernel, dim3((unsigned)l->bx, (unsigned)l->by), dim3(APTC_BLOCK), argument, l->shared,
+                                       d->stream), l->name);
+}
+#endif
+
+/* ---------------------------------------------------------------------------------------------------------------------
+   Graphs
+
+   A launch costs the CPU a few microseconds, and small models are bound by that. A graph of many launches costs hardly more than
+   one, if nobody has to look at what is in it. So launches are compared with those that came before. They name arrays by their
+   addresses, and the addresses of a step are those of the step before; what does change from step to step lies in memory.
+
+   A launch is issued at once and, if it has been seen before, recorded; one that has not been seen ends the record, and so does a
+   wait. A record becomes a graph of its own. From then on a launch that equals the first one of a graph is held back, and so are
+   those behind it as long as they equal the graph's; with the last one the graph is launched. If another one comes, those that
+   were held back are issued, and the graph is cut there. So nothing has to be told when shapes change: the old graphs are not met
+   again and give their places to new ones.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+static uint64_t aptc_hash(const aptc_launch *l)
+{
+    uint64_t h = 0x9e3779b97f4a7c15u ^ (uint64_t)(uintptr_t)l->kernel ^ (uint64_t)l->bx << 32 ^ (uint64_t)l->by << 16 ^ l->bytes;
+    for (size_t i = 0; i < (l->bytes + 7) / 8; i++) {
+        h = (h ^ l->job.word[i]) * 0xff51afd7ed558ccdu;
+        h ^= h >> 32;
+    }
+    return h;
+}
+
+static bool aptc_same(const aptc_launch *a, const aptc_launch *b)
+{
+    return a->hash == b->hash && a->kernel == b->kernel && a->bx == b->bx && a->by == b->by && a->shared == b->shared &&
+           a->bytes == b->bytes && memcmp(a->job.bytes, b->job.bytes, a->bytes) == 0;
+}
+
+/* Whether it has been seen lately, which it has been from now on. */
+static bool aptc_seen(aptc_device *d, uint64_t hash)
+{
+    uint64_t *set = d->seen + hash % APTC_SEEN_SETS * APTC_SEEN_WAYS;
+    int32_t i = 0;
+    while (i < APTC_SEEN_WAYS - 1 && set[i] != hash) i++;
+    const bool seen = set[i] == hash;
+    for (; i > 0; i--) set[i] = set[i - 1];
+    set[0] = hash;
+    return seen;
+}
+
+static void aptc_graph_unmake(aptc_graph *g)
+{
+#ifdef APT_CUDA_EMULATE
+    (void)g;
+#else
+    if (g->exec != NULL) (void)cudaGraphExecDestroy(g->exec);      /* one that still runs goes when it is done */
+    g->exec = NULL;
+    g->refused = false;
+#endif
+}
+
+#ifdef APT_CUDA_EMULATE
+static bool aptc_graph_launch(aptc_device *d, aptc_graph *g)
+{
+    d->replayed += g->count;
+    return false;
+}
+#else
+/* What cannot be a graph stays single launches, and is no failure. */
+static void aptc_graph_make(aptc_device *d, aptc_graph *g)
+{
+    const apt_result before = d->result;
+    cudaGraph_t graph = NULL;
+    bool made = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess;
+    if (made) {
+        for (int32_t i = 0; i < g->count; i++) aptc_issue(d, &g->launch[i]);
+        made = cudaStreamEndCapture(d->stream, &graph) == cudaSuccess && graph != NULL && d->result == before;
+    }
+#if CUDART_VERSION >= 12000
+    made = made && cudaGraphInstantiate(&g->exec, graph, 0) == cudaSuccess;
+#else
+    made = made && cudaGraphInstantiateWithFlags(&g->exec, graph, 0) == cudaSuccess;
+#endif
+    if (graph != NULL) (void)cudaGraphDestroy(graph);
+    if (made) return;
+    g->exec = NULL;
+    g->refused = true;
+    d->result = before;
+    (void)cudaGetLastError();
+}
+
+static bool aptc_graph_launch(aptc_device *d, aptc_graph *g)
+{
+    if (g->exec == NULL && !g->refused) aptc_graph_make(d, g);
+    if (g->exec == NULL) return false;
+    aptc_check(d, cudaGraphLaunch(g->exec, d->stream), "cudaGraphLaunch");
+    return true;
+}
+#endif
+
+/* The record becomes a graph, in the place of the one that was not used for longest. */
+static void aptc_record_end(aptc_device *d)
+{
+    const int32_t count = d->recorded;
+    d->recorded = 0;
+    if (count < APTC_GRAPH_MIN) return;
+    aptc_graph *g = &d->graph[0];
+    for (int32_t i = 1; i < APTC_GRAPHS && g->count > 0; i++)
+        if (d->graph[i].count == 0 || d->graph[i].used < g->used) g = &d->graph[i];
+    aptc_launch *launch = (aptc_launch *)malloc((size_t)count * sizeof(aptc_launch));
+    if (launch == NULL) return;
+    aptc_graph_unmake(g);
+    free(g->launch);
+    memcpy(launch, d->record, (size_t)count * sizeof(aptc_launch));
+    g->launch = launch;
+    g->count = count;
+    g->used = ++d->clock;
+}
+
+static void aptc_record(aptc_device *d, const aptc_launch *l)
+{
+    d->record[d->recorded++] = *l;
+    if (d->recorded == APTC_GRAPH_MAX) aptc_record_end(d);
+}
+
+/* Issues what is held back of a graph that does not go on. The graph ends here from now on; where that is too short to be one,
+   the record goes on as if there were none. */
+static void aptc_unfollow(aptc_device *d)
+{
+    aptc_graph *g = d->followed;
+    if (g == NULL) return;
+    d->followed = NULL;
+    for (int32_t i = 0; i < d->at; i++) {
+        aptc_issue(d, &g->launch[i]);
+        if (d->at < APTC_GRAPH_MIN) aptc_record(d, &g->launch[i]);
+    }
+    if (d->at < APTC_GRAPH_MIN) return;
+    aptc_graph_unmake(g);
+    g->count = d->at;
+    aptc_record_end(d);
+}
+
+/* A graph that begins with the first `at` launches of the one that is followed, and goes on with l; at = 0: any that begins so */
+static aptc_graph *aptc_graph_find(aptc_device *d, const aptc_launch *l)
+{
+    for (int32_t i = 0; i < APTC_GRAPHS; i++) {
+        aptc_graph *g = &d->graph[i];
+        if (g->count <= d->at || !aptc_same(&g->launch[d->at], l)) continue;
+        int32_t same = 0;
+        while (same < d->at && aptc_same(&g->launch[same], &d->followed->launch[same])) same++;
+        if (same == d->at) return g;
+    }
+    return NULL;
+}
+
+/* Whether l goes on with the graph that is followed, or with another one, or begins one. */
+static bool aptc_follow(aptc_device *d, const aptc_launch *l)
+{
+    if (d->followed != NULL && !aptc_same(&d->followed->launch[d->at], l)) {
+        aptc_graph *other = aptc_graph_find(d, l);
+        if (other == NULL) aptc_unfollow(d);
+        else d->followed = other;
+    }
+    if (d->followed == NULL) {
+        d->at = 0;
+        d->followed = aptc_graph_find(d, l);
+        if (d->followed == NULL) return false;
+    }
+    aptc_graph *g = d->followed;
+    if (++d->at < g->count) return true;
+    d->followed = NULL;
+    aptc_record_end(d);
+    g->used = ++d->clock;
+    if (!aptc_graph_launch(d, g))
+        for (int32_t i = 0; i < g->count; i++) aptc_issue(d, &g->launch[i]);
+    return true;
+}
+
+static void aptc_put(aptc_device *d, aptc_kernel kernel, const char *name, const void *job, size_t bytes, int64_t bx, int64_t by,
+                     size_t shared)
+{
+    aptc_launch l;
+    if (bx <= 0 || by <= 0) return;
+    l.kernel = kernel;
+    l.name = name;
+    l.bx = bx;
+    l.by = by;
+    l.shared = shared;
+    l.bytes = bytes;
+    l.job.word[(bytes - 1) / 8] = 0;
+    memcpy(l.job.bytes, job, bytes);
+    l.hash = aptc_hash(&l);
+    if (!d->desc.no_graphs && aptc_follow(d, &l)) return;
+    aptc_issue(d, &l);
+    if (d->desc.no_graphs) return;
+    if (aptc_seen(d, l.hash)) aptc_record(d, &l);
+    else aptc_record_end(d);
+}
+
+/* Everything is issued. */
+static void aptc_put_end(aptc_device *d)
+{
+    aptc_unfollow(d);
+    aptc_record_end(d);
+}
+
+/* APTC_LAUNCHER(name, args) behind every kernel: what APTC_LAUNCH needs of it. The job has to fit. */
+#define APTC_FITS(job) (0 * sizeof(char[sizeof(job) <= APTC_JOB_BYTES ? 1 : -1]))
+#define APTC_PUT(d, kernel, name, job, bx, by, bytes) \
+    aptc_put(d, kernel, name, &(job), sizeof(job) + APTC_FITS(job), bx, by, (size_t)(bytes))
+#ifdef APT_CUDA_EMULATE
 #define APTC_LAUNCHER(name, args)                                                                                       \
     static void name##_run(const void *job, int64_t bx, int64_t by)                                                     \
     {                                                                                                                   \
@@ -327,25 +611,12 @@ static void aptc_push(aptc_device *d, void (*body)(const void *, int64_t, int64_
         for (int64_t y = 0; y < by; y++)                                                                                \
             for (int64_t x = 0; x < bx; x++) name(copy, x, y);                                                          \
     }
-#define APTC_LAUNCH(d, name, job, bx, by) aptc_push(d, name##_run, &(job), sizeof(job), bx, by)
-#define APTC_LAUNCH_DYNAMIC(d, name, job, bx, by, bytes) ((void)(bytes), APTC_LAUNCH(d, name, job, bx, by))
+#define APTC_LAUNCH_DYNAMIC(d, name, job, bx, by, bytes) APTC_PUT(d, name##_run, #name, job, bx, by, bytes)
 #else
 #define APTC_LAUNCHER(name, args)
-#define APTC_LAUNCH(d, name, job, bx, by) APTC_LAUNCH_DYNAMIC(d, name, job, bx, by, 0)
-#define APTC_LAUNCH_DYNAMIC(d, name, job, bx, by, bytes)                                                                \
-    do {                                                                                                                \
-        const int64_t aptc_gx = (bx), aptc_gy = (by);                                                                   \
-        if (aptc_gx > 0 && aptc_gy > 0)                                                                                 \
-            name<<<dim3((unsigned)aptc_gx, (unsigned)aptc_gy), APTC_BLOCK, (size_t)(bytes), (d)->stream>>>(job);        \
-        aptc_check(d, cudaGetLastError(), #name);                                                                       \
-    } while (0)
-
-static void aptc_check(aptc_device *d, cudaError_t error, const char *what)
-{
-    if (error == cudaSuccess) return;
-    aptc_fail(d, error == cudaErrorMemoryAllocation ? APT_E_MEMORY : APT_E_DEVICE, "%s: %s", what, cudaGetErrorString(error));
-}
+#define APTC_LAUNCH_DYNAMIC(d, name, job, bx, by, bytes) APTC_PUT(d, (const void *)(name), #name, job, bx, by, bytes)
 #endif
+#define APTC_LAUNCH(d, name, job, bx, by) APTC_LAUNCH_DYNAMIC(d, name, job, bx, by, 0)
 
 /* ---------------------------------------------------------------------------------------------------------------------
    Element by element
@@ -392,8 +663,7 @@ enum { APTC_ROWS = 32768 };
 typedef struct aptc_finish {
     float *c, *pre;
     const float *z, *residual, *mask;
-    int64_t ldc, ld_pre, ldz, ld_residual, rows, n;
-    int32_t act;
+    int64_t ldc, ld_pre, ldz, ld_residual, rows, n, act;
 } aptc_finish;
 
 APTC_KERNEL(aptc_finish_kernel, aptc_finish)
@@ -401,7 +671,7 @@ APTC_KERNEL(aptc_finish_kernel, aptc_finish)
     APTC_EACH(job.rows, job.n) {
         float x = job.z[i * job.ldz + j], slope;
         if (job.pre != NULL && job.pre != job.z) job.pre[i * job.ld_pre + j] = x;
-        x = aptc_act(x, job.act, &slope);
+        x = aptc_act(x, (int32_t)job.act, &slope);
         if (job.residual != NULL) x += job.residual[i * job.ld_residual + j];
         if (job.mask != NULL) x *= job.mask[j];
         job.c[i * job.ldc + j] = x;
@@ -501,21 +771,59 @@ APTC_KERNEL(aptc_scale_kernel, apti_scale_job)
 }
 APTC_LAUNCHER(aptc_scale_kernel, apti_scale_job)
 
-APTC_KERNEL(aptc_adam_kernel, apti_adam_job)
+typedef struct aptc_adam {
+    apti_adam_job op;
+    const aptc_scalars *given;        /* counts instead of the op's */
+} aptc_adam;
+
+APTC_KERNEL(aptc_adam_kernel, aptc_adam)
 {
     APTC_UNUSED_BY;
-    APTC_VECTOR(job.n) {
-        const float g = job.g[i] * job.grad_scale, w = job.w[i];
-        float m = job.beta1 * job.m[i] + (1 - job.beta1) * g, v = job.beta2 * job.v[i] + (1 - job.beta2) * g * g;
+    const float b1 = job.op.beta1, b2 = job.op.beta2, step = job.given->step_size, eps = job.given->eps, decay = job.given->decay;
+    APTC_VECTOR(job.op.n) {
+        const float g = job.op.g[i] * job.given->grad_scale, w = job.op.w[i];
+        float m = b1 * job.op.m[i] + (1 - b1) * g, v = b2 * job.op.v[i] + (1 - b2) * g * g;
         if (fabsf(m) < 7.8886091e-31f) m = 0;          /* 2^-100: as on the CPU, moments do not decay into denormals */
         if (v < 7.8886091e-31f) v = 0;
-        job.m[i] = m;
-        job.v[i] = v;
-        const bool kept = job.mask == NULL || (job.mask[i / 64] >> (i % 64) & 1) != 0;
-        job.w[i] = kept ? w - (job.step_size * m / (sqrtf(v) + job.eps) + job.decay * w) : 0.0f;
+        job.op.m[i] = m;
+        job.op.v[i] = v;
+        const bool kept = job.op.mask == NULL || (job.op.mask[i / 64] >> (i % 64) & 1) != 0;
+        job.op.w[i] = kept ? w - (step * m / (sqrtf(v) + eps) + decay * w) : 0.0f;
     }
 }
-APTC_LAUNCHER(aptc_adam_kernel, apti_adam_job)
+APTC_LAUNCHER(aptc_adam_kernel, aptc_adam)
+
+typedef struct aptc_give { aptc_scalars *to, value; } aptc_give;
+
+APTC_KERNEL(aptc_give_kernel, aptc_give)
+{
+    APTC_UNUSED_BY;
+    APTC_THREADS(t) if (t == 0 && APTC_BX == 0) *job.to = job.value;
+}
+APTC_LAUNCHER(aptc_give_kernel, aptc_give)
+
+/* The step's scalars go to the device once for all arrays that want the same: the arrays' own launches are then those of the step
+   before, and can be graphs. */
+static bool aptc_adam_op(aptc_device *d, const apti_adam_job *op)
+{
+    const aptc_scalars value = {op->grad_scale, op->step_size, op->eps, op->decay};
+    int32_t i = 0;
+    while (i < d->givens && memcmp(&d->given[i], &value, sizeof value) != 0) i++;
+    if (i == d->givens) {
+        i = d->givens % APTC_SCALARS;
+        d->givens = i + 1;
+        d->given[i] = value;
+        const aptc_give give = {d->scalars + i, value};
+        APTC_LAUNCH(d, aptc_give_kernel, give, 1, 1);
+    }
+    aptc_adam job;
+    memset(&job, 0, sizeof job);
+    job.op = *op;
+    job.op.grad_scale = job.op.step_size = job.op.eps = job.op.decay = 0;
+    job.given = d->scalars + i;
+    APTC_LAUNCH_VECTOR(d, aptc_adam_kernel, job, op->n);
+    return true;
+}
 
 /* ---------------------------------------------------------------------------------------------------------------------
    Sums over rows and over everything
@@ -526,7 +834,7 @@ APTC_LAUNCHER(aptc_adam_kernel, apti_adam_job)
 enum { APTC_FOLD_COLUMNS = 32, APTC_FOLD_LANES = APTC_BLOCK / APTC_FOLD_COLUMNS, APTC_CHUNKS = 128, APTC_CHUNK_ROWS = 64 };
 
 /* acc(n) += mask * sum over the chunks of partial(chunks, n); mask NULL: ones; binary: every mask that is not 0 counts as 1 */
-typedef struct aptc_fold { float *acc; const float *partial, *mask; int64_t chunks, stride, n; bool binary; } aptc_fold;
+typedef struct aptc_fold { float *acc; const float *partial, *mask; int64_t chunks, stride, n, binary; } aptc_fold;
 
 APTC_KERNEL(aptc_fold_kernel, aptc_fold)
 {
@@ -535,7 +843,7 @@ APTC_KERNEL(aptc_fold_kernel, aptc_fold)
         double total = 0;
         for (int64_t c = 0; c < job.chunks; c++) total += (double)job.partial[c * job.stride + i];
         double factor = job.mask != NULL ? (double)job.mask[i] : 1.0;
-        if (job.binary && factor != 0) factor = 1;
+        if (job.binary != 0 && factor != 0) factor = 1;
         job.acc[i] = (float)((double)job.acc[i] + factor * total);
     }
 }
@@ -1173,30 +1481,124 @@ APTC_KERNEL(aptc_layer_loss_kernel, apti_layer_loss)
 APTC_LAUNCHER(aptc_layer_loss_kernel, apti_layer_loss)
 
 /* ---------------------------------------------------------------------------------------------------------------------
-   Attention
-
-   A block holds a tile of APTC_TILE queries by APTC_TILE keys and walks over the other side, as the CPU does, with a running
-   maximum and sum; nothing is ever T x T. The backward has a kernel for dq, which walks over the keys, one for dk and dv, which
-   walks over the queries of all heads of a group, and one for the gradient of the bias, summed by sequence and then over them.
+   Tiles: products inside a block, of operands in its shared memory
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum {
-    APTC_TILE = 32,
-    APTC_SPAN = APTC_BLOCK / APTC_TILE,   /* threads that share a row of a tile */
-    APTC_HEAD_MAX = 128                   /* wider heads are the CPU's */
+    APTC_TILE_MAX = 64,
+    APTC_HEAD_MAX = 128,              /* wider heads are the CPU's */
+    APTC_ROOM_BYTES = 240 * 1024      /* shared memory that an emulated block has; a device's: aptc_device.room */
 };
 
-/* Floats of the tiles in a block: four of (APTC_TILE, dim), two of (APTC_TILE, APTC_TILE) */
-#define APTC_ATTENTION_ROOM(dim) (4 * APTC_TILE * (dim) + 2 * APTC_TILE * (APTC_TILE + 1))
+/* c(m, n) = [c +] a b with m, n and k multiples of 16; a_t: a is (k, m) in memory, b_t: b is (n, k). All threads call it, and
+   barriers stand around it. Operands are of `type`; halves are 32-byte aligned, their strides multiples of 8, ldc of 4. */
+typedef struct aptc_tile_product {
+    float *c;
+    const void *a, *b;
+    int32_t ldc, lda, ldb, m, n, k;
+    bool a_t, b_t, keep;
+} aptc_tile_product;
+
+#ifdef APT_CUDA_EMULATE
+/* Not under the sanitizers, which would take most of the time: the device's indices are others, and the room is one array. */
+__attribute__((no_sanitize("address", "undefined"))) static void aptc_tile_multiply(const aptc_tile_product *p, apt_dtype type)
+{
+    float a[APTC_TILE_MAX * APTC_HEAD_MAX], b[APTC_TILE_MAX * APTC_HEAD_MAX];
+    for (int32_t i = 0; i < p->m; i++)
+        for (int32_t x = 0; x < p->k; x++) a[i * p->k + x] = aptc_load(p->a, type, p->a_t ? x * p->lda + i : i * p->lda + x);
+    for (int32_t x = 0; x < p->k; x++)
+        for (int32_t j = 0; j < p->n; j++) b[x * p->n + j] = aptc_load(p->b, type, p->b_t ? j * p->ldb + x : x * p->ldb + j);
+    for (int32_t i = 0; i < p->m; i++) {
+        float *c = p->c + i * p->ldc;
+        for (int32_t j = 0; j < p->n && !p->keep; j++) c[j] = 0;
+        for (int32_t x = 0; x < p->k; x++)
+            for (int32_t j = 0; j < p->n; j++) c[j] += a[i * p->k + x] * b[x * p->n + j];
+    }
+}
+#else
+/* A thread has 4 x 4 elements of c; its rows and columns lie m / 4 and n / 4 apart, so that a warp reads b without conflicts. */
+static __device__ void aptc_tile_floats(const aptc_tile_product *p)
+{
+    const float *a = (const float *)p->a, *b = (const float *)p->b;
+    const int32_t mh = p->m / 4, nh = p->n / 4, ai = p->a_t ? 1 : p->lda, ax = p->a_t ? p->lda : 1;
+    const int32_t bj = p->b_t ? p->ldb : 1, bx = p->b_t ? 1 : p->ldb;
+    for (int32_t o = (int32_t)threadIdx.x; o < mh * nh; o += APTC_BLOCK) {
+        const int32_t i = o / nh, j = o % nh;
+        float sum[4][4];
+        for (int32_t u = 0; u < 4; u++)
+            for (int32_t v = 0; v < 4; v++) sum[u][v] = p->keep ? p->c[(i + u * mh) * p->ldc + j + v * nh] : 0.0f;
+        for (int32_t x = 0; x < p->k; x++) {
+            float left[4], right[4];
+            for (int32_t u = 0; u < 4; u++) left[u] = a[(i + u * mh) * ai + x * ax];
+            for (int32_t v = 0; v < 4; v++) right[v] = b[(j + v * nh) * bj + x * bx];
+            for (int32_t u = 0; u < 4; u++)
+                for (int32_t v = 0; v < 4; v++) sum[u][v] += left[u] * right[v];
+        }
+        for (int32_t u = 0; u < 4; u++)
+            for (int32_t v = 0; v < 4; v++) p->c[(i + u * mh) * p->ldc + j + v * nh] = sum[u][v];
+    }
+}
+
+/* On tensor cores: a warp has 16 x 16 elements of c. */
+template <class half_type, class a_layout, class b_layout>
+static __device__ void aptc_tile_halves(const aptc_tile_product *p)
+{
+    namespace wmma = nvcuda::wmma;
+    const half_type *a = (const half_type *)p->a, *b = (const half_type *)p->b;
+    const int32_t ai = p->a_t ? 1 : p->lda, ax = p->a_t ? p->lda : 1, bj = p->b_t ? p->ldb : 1, bx = p->b_t ? 1 : p->ldb;
+    for (int32_t o = (int32_t)threadIdx.x / APTC_WARP; o < p->m / 16 * (p->n / 16); o += APTC_WARPS) {
+        const int32_t i = o / (p->n / 16) * 16, j = o % (p->n / 16) * 16;
+        wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum;
+        if (p->keep) wmma::load_matrix_sync(sum, p->c + i * p->ldc + j, (unsigned)p->ldc, wmma::mem_row_major);
+        else wmma::fill_fragment(sum, 0.0f);
+        for (int32_t x = 0; x < p->k; x += 16) {
+            wmma::fragment<wmma::matrix_a, 16, 16, 16, half_type, a_layout> left;
+            wmma::fragment<wmma::matrix_b, 16, 16, 16, half_type, b_layout> right;
+            wmma::load_matrix_sync(left, a + i * ai + x * ax, (unsigned)p->lda);
+            wmma::load_matrix_sync(right, b + j * bj + x * bx, (unsigned)p->ldb);
+            wmma::mma_sync(sum, left, right, sum);
+        }
+        wmma::store_matrix_sync(p->c + i * p->ldc + j, sum, (unsigned)p->ldc, wmma::mem_row_major);
+    }
+}
+
+template <class half_type>
+static __device__ void aptc_tile_layouts(const aptc_tile_product *p)
+{
+    using nvcuda::wmma::col_major;
+    using nvcuda::wmma::row_major;
+    if (p->a_t) aptc_tile_halves<half_type, col_major, row_major>(p);       /* with a b that is transposed: nobody asks for it */
+    else if (p->b_t) aptc_tile_halves<half_type, row_major, col_major>(p);
+    else aptc_tile_halves<half_type, row_major, row_major>(p);
+}
+
+static __device__ void aptc_tile_multiply(const aptc_tile_product *p, apt_dtype type)
+{
+    if (type == APT_F32) aptc_tile_floats(p);
+    else if (type == APT_BF16) aptc_tile_layouts<__nv_bfloat16>(p);
+    else aptc_tile_layouts<__half>(p);
+}
+#endif
+
+/* ---------------------------------------------------------------------------------------------------------------------
+   Attention
+
+   A block holds a tile of queries by a tile of keys and walks over the other side, as the CPU does, with a running maximum and
+   sum; nothing is ever T x T. The backward has a kernel for dq, which walks over the keys, one for dk and dv, which walks over
+   the queries of all heads of a group, and one for the gradient of the bias, summed by sequence and then over them. Products of
+   tiles round their operands as all products do; with bfloat16 and float16 they are the tensor cores'. The rest is float32.
+   ------------------------------------------------------------------------------------------------------------------ */
 
 typedef struct aptc_attention {
     const float *q, *k, *v, *d_o, *lse, *bias, *mask, *dot;
     float *o, *lse_out, *dq, *dk, *dv, *dbias;        /* dbias: (sequences, heads, 2*span - 1) */
     const int32_t *q_offsets, *k_offsets, *k_ends;
     int64_t ldq, ldk, ldv, ldo, lddq, lddk, lddv;
-    int64_t tiles;                    /* of the longest sequence */
+    int64_t pairs;                    /* rows times heads */
     int32_t heads, share, dim, span, sequences, causal;
     float scale;
+    apt_dtype type;                   /* of the operands of products */
+    int32_t tile, wide;               /* rows of a tile, and its columns: dim up to a multiple of 16; both are such */
 } aptc_attention;
 
 /* One sequence and head. */
@@ -1215,24 +1617,17 @@ APTC_DEVICE aptc_place aptc_place_of(const aptc_attention *a, int64_t sequence, 
     return p;
 }
 
-/* Keys [0, limit) are visible to query i. */
+/* Keys [0, limit) are visible to query i; none to a query that is not there. */
 APTC_DEVICE int64_t aptc_limit(const aptc_attention *a, const aptc_place *p, int64_t i)
 {
+    if (i >= p->queries) return 0;
     return a->causal ? aptc_max(0, aptc_min(p->keys, i + p->shift + 1)) : p->keys;
 }
 
-/* tile[APTC_TILE][dim] = rows first.. of one head, zeros behind `end`, times factor */
-#define APTC_LOAD_TILE(tile, base, ld, row0, column, first, end, factor)                                                \
-    APTC_THREADS(t) for (int32_t e = t; e < APTC_TILE * job.dim; e += APTC_BLOCK) {                                     \
-        const int64_t r = (first) + e / job.dim;                                                                        \
-        (tile)[e] = r < (end) ? (factor) * (base)[((row0) + r) * (ld) + (column) + e % job.dim] : 0.0f;                 \
-    }
-
-APTC_DEVICE float aptc_dot(const float *x, const float *y, int32_t n)
+/* Keys that queries up to the end of the tile at q0 see */
+APTC_DEVICE int64_t aptc_seen_keys(const aptc_attention *a, const aptc_place *p, int64_t q0)
 {
-    float sum = 0;
-    for (int32_t i = 0; i < n; i++) sum += x[i] * y[i];
-    return sum;
+    return aptc_limit(a, p, aptc_min(q0 + a->tile, p->queries) - 1);
 }
 
 /* Column of the bias table for key j and query i */
@@ -1250,70 +1645,156 @@ APTC_DEVICE float aptc_logit(const aptc_attention *a, const aptc_place *p, int64
     return s;
 }
 
-/* Block: BX = tile of queries, BY = (sequence, head). Thread t has row t / APTC_SPAN of the tile and every APTC_SPAN-th
-   column. */
+/* What a block has in its shared memory, as bytes from its beginning: operands (tile, wide) of the products' type, sums (tile,
+   wide) and squares (tile, tile) of float, halves (tile, tile), which are squares in the products' type (where that is float, the
+   squares themselves), and vectors (tile). Strides are longer than rows, against bank conflicts. */
+typedef struct aptc_room {
+    int32_t operand[4], sum[2], square[2], half[2], vector[2], end;
+    int32_t ld_operand, ld_sum, ld_square, ld_half;
+} aptc_room;
+
+APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int32_t sums, int32_t squares, int32_t halves,
+                                 int32_t vectors)
+{
+    aptc_room r;
+    int32_t at = 0;
+    const bool floats = a->type == APT_F32;
+    r.ld_operand = floats ? a->wide + 1 : a->wide + 8;
+    r.ld_sum = a->wide + 4;
+    r.ld_square = a->tile + 4;
+    r.ld_half = floats ? r.ld_square : a->tile + 8;
+    for (int32_t i = 0; i < 4; i++) {
+        r.operand[i] = at;
+        if (i < operands) at += a->tile * r.ld_operand * (int32_t)aptc_size(a->type);
+    }
+    for (int32_t i = 0; i < 2; i++) {
+        r.sum[i] = at;
+        if (i < sums) at += a->tile * r.ld_sum * 4;
+    }
+    for (int32_t i = 0; i < 2; i++) {
+        r.square[i] = at;
+        if (i < squares) at += a->tile * r.ld_square * 4;
+    }
+    for (int32_t i = 0; i < 2; i++) {
+        r.half[i] = floats ? r.square[i] : at;
+        if (i < halves && !floats) at += a->tile * r.ld_half * 2;
+    }
+    for (int32_t i = 0; i < 2; i++) {
+        r.vector[i] = at;
+        if (i < vectors) at += a->tile * 4;
+    }
+    r.end = at;
+    return r;
+}
+
+#define APTC_FORWARD_ROOM(a) aptc_room_of(a, 2, 1, 1, 1, 2)
+#define APTC_SWEEP_ROOM(a) aptc_room_of(a, 4, 0, 2, 0, 2)
+#define APTC_DQ_ROOM(a) aptc_room_of(a, 4, 1, 2, 2, 0)
+#define APTC_DKV_ROOM(a) aptc_room_of(a, 4, 2, 2, 2, 0)
+#define APTC_DBIAS_ROOM(a) aptc_room_of(a, 4, 0, 2, 0, 2)
+
+/* Begins a kernel: its room, and where things are in it */
+#define APTC_ROOM(layout)                                                                                               \
+    APTC_DYNAMIC(float, room, APTC_ROOM_BYTES / 4);                                                                     \
+    const aptc_room r = layout(&job)
+#define APTC_FLOATS(at) ((float *)((char *)room + (at)))
+#define APTC_OPERAND(at) ((void *)((char *)room + (at)))
+
+/* Thread t's share of tile(a->tile, a->wide) = factor * x(rows, a->dim), zeros around it. A warp has a row. */
+APTC_DEVICE void aptc_tile_load(const aptc_attention *a, int32_t t, void *tile, int32_t ld_tile, const float *x, int64_t ld,
+                                int64_t rows, float factor)
+{
+    for (int32_t i = t / APTC_WARP; i < a->tile; i += APTC_WARPS)
+        for (int32_t j = t % APTC_WARP; j < a->wide; j += APTC_WARP)
+            aptc_store(tile, a->type, i * ld_tile + j, i < rows && j < a->dim ? factor * x[i * ld + j] : 0.0f);
+}
+
+/* The tiles at (q0, k0) of one head */
+#define APTC_LOAD_QUERIES(to, x, ld, p, factor)                                                                         \
+    APTC_THREADS(t) aptc_tile_load(&job, t, APTC_OPERAND(to), r.ld_operand,                                             \
+                                   (x) + ((p).q_row + q0) * (ld) + (p).head * job.dim, ld, (p).queries - q0, factor)
+#define APTC_LOAD_KEYS(to, x, ld, p)                                                                                    \
+    APTC_THREADS(t) aptc_tile_load(&job, t, APTC_OPERAND(to), r.ld_operand,                                             \
+                                   (x) + ((p).k_row + k0) * (ld) + (p).group * job.dim, ld, (p).keys - k0, 1.0f)
+#define APTC_ZERO_SUM(at) \
+    APTC_THREADS(t) for (int32_t e = t; e < job.tile * r.ld_sum; e += APTC_BLOCK) APTC_FLOATS(at)[e] = 0
+
+/* Block: BX = tile of queries, BY = (sequence, head). The softmax of a row is its warp's. */
 APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
 {
-    APTC_DYNAMIC(float, room, APTC_ATTENTION_ROOM(APTC_HEAD_MAX));
-    float *q = room, *kv = q + APTC_TILE * job.dim, *acc = kv + APTC_TILE * job.dim, *s = acc + APTC_TILE * job.dim;
-    APTC_SHARED(float, max, APTC_TILE);
-    APTC_SHARED(float, sum, APTC_TILE);
-    APTC_SHARED(float, shrink, APTC_TILE);
+    APTC_ROOM(APTC_FORWARD_ROOM);
+    APTC_PRIVATE(float, top);
+    APTC_PRIVATE(float, total);
+    APTC_PRIVATE(float, shrink);
+    float *acc = APTC_FLOATS(r.sum[0]), *s = APTC_FLOATS(r.square[0]);
+    float *max = APTC_FLOATS(r.vector[0]), *sum = APTC_FLOATS(r.vector[1]);
+    const aptc_tile_product logits = {s,        APTC_OPERAND(r.operand[0]), APTC_OPERAND(r.operand[1]), r.ld_square,
+                                      r.ld_operand, r.ld_operand, job.tile, job.tile, job.wide, false, true, false};
+    const aptc_tile_product values = {acc,        APTC_OPERAND(r.half[0]), APTC_OPERAND(r.operand[1]), r.ld_sum,
+                                      r.ld_half, r.ld_operand, job.tile, job.wide, job.tile, false, false, true};
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
-    const int64_t q0 = APTC_BX * APTC_TILE, seen = aptc_limit(&job, &p, aptc_min(q0 + APTC_TILE, p.queries) - 1);
+    const int64_t q0 = APTC_BX * job.tile, seen = aptc_seen_keys(&job, &p, q0);
     if (q0 >= p.queries) return;
-    APTC_LOAD_TILE(q, job.q, job.ldq, p.q_row, p.head * job.dim, q0, p.queries, 1.0f);
-    APTC_THREADS(t) {
-        for (int32_t e = t; e < APTC_TILE * job.dim; e += APTC_BLOCK) acc[e] = 0;
-        if (t < APTC_TILE) {
-            max[t] = -INFINITY;
-            sum[t] = 0;
-        }
+    APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);
+    APTC_ZERO_SUM(r.sum[0]);
+    APTC_THREADS(t) if (t < job.tile) {
+        max[t] = -INFINITY;
+        sum[t] = 0;
     }
-    for (int64_t k0 = 0; k0 < seen; k0 += APTC_TILE) {
+    for (int64_t k0 = 0; k0 < seen; k0 += job.tile) {
         APTC_BARRIER;
-        APTC_LOAD_TILE(kv, job.k, job.ldk, p.k_row, p.group * job.dim, k0, p.keys, 1.0f);
+        APTC_LOAD_KEYS(r.operand[1], job.k, job.ldk, p);
         APTC_BARRIER;
-        APTC_THREADS(t) {
-            const int32_t r = t / APTC_SPAN;
-            const int64_t limit = q0 + r < p.queries ? aptc_limit(&job, &p, q0 + r) : 0;
-            for (int32_t c = t % APTC_SPAN; c < APTC_TILE; c += APTC_SPAN) {
-                const bool sees = k0 + c < limit;
-                const float product = sees ? aptc_dot(q + r * job.dim, kv + c * job.dim, job.dim) : 0.0f;
-                s[r * (APTC_TILE + 1) + c] = sees ? aptc_logit(&job, &p, q0 + r, k0 + c, product) : -INFINITY;
+        aptc_tile_multiply(&logits, job.type);
+        APTC_BARRIER;
+        for (int32_t i0 = 0; i0 < job.tile; i0 += APTC_WARPS) {
+            APTC_THREADS(t) {
+                const int32_t i = i0 + t / APTC_WARP;
+                const int64_t limit = aptc_limit(&job, &p, q0 + i);
+                APTC_MINE(top, t) = -INFINITY;
+                for (int32_t c = t % APTC_WARP; c < job.tile; c += APTC_WARP) {
+                    float *x = s + i * r.ld_square + c;
+                    *x = k0 + c < limit ? aptc_logit(&job, &p, q0 + i, k0 + c, *x) : -INFINITY;
+                    APTC_MINE(top, t) = fmaxf(APTC_MINE(top, t), *x);
+                }
+            }
+            APTC_WARP_MAX(top);
+            APTC_THREADS(t) {
+                const int32_t i = i0 + t / APTC_WARP;
+                const float m = fmaxf(APTC_MINE(top, t), max[i]);
+                APTC_MINE(shrink, t) = m > -INFINITY ? expf(max[i] - m) : 1.0f;
+                APTC_MINE(top, t) = m;
+                APTC_MINE(total, t) = 0;
+                for (int32_t c = t % APTC_WARP; c < job.tile; c += APTC_WARP) {
+                    const float x = s[i * r.ld_square + c], e = x == -INFINITY ? 0.0f : expf(x - m);      /* a NaN stays one */
+                    aptc_store(APTC_OPERAND(r.half[0]), job.type, i * r.ld_half + c, e);
+                    APTC_MINE(total, t) += e;
+                }
+            }
+            APTC_WARP_SUM(total);
+            APTC_THREADS(t) {
+                const int32_t i = i0 + t / APTC_WARP;
+                for (int32_t c = t % APTC_WARP; c < job.wide; c += APTC_WARP) acc[i * r.ld_sum + c] *= APTC_MINE(shrink, t);
+                if (t % APTC_WARP == 0) {
+                    sum[i] = sum[i] * APTC_MINE(shrink, t) + APTC_MINE(total, t);
+                    max[i] = APTC_MINE(top, t);
+                }
             }
         }
+        APTC_LOAD_KEYS(r.operand[1], job.v, job.ldv, p);
         APTC_BARRIER;
-        APTC_THREADS(t) if (t < APTC_TILE) {
-            float *row = s + t * (APTC_TILE + 1), top = max[t], total = 0;
-            for (int32_t c = 0; c < APTC_TILE; c++) top = fmaxf(top, row[c]);
-            for (int32_t c = 0; c < APTC_TILE; c++) {
-                row[c] = row[c] == -INFINITY ? 0.0f : expf(row[c] - top);      /* a NaN stays one */
-                total += row[c];
-            }
-            shrink[t] = top > -INFINITY ? expf(max[t] - top) : 1.0f;
-            sum[t] = sum[t] * shrink[t] + total;
-            max[t] = top;
-        }
-        APTC_LOAD_TILE(kv, job.v, job.ldv, p.k_row, p.group * job.dim, k0, p.keys, 1.0f);
-        APTC_BARRIER;
-        APTC_THREADS(t) for (int32_t e = t; e < APTC_TILE * job.dim; e += APTC_BLOCK) {
-            const int32_t r = e / job.dim, c = e % job.dim;
-            float total = acc[e] * shrink[r];
-            for (int32_t k = 0; k < APTC_TILE; k++) total += s[r * (APTC_TILE + 1) + k] * kv[k * job.dim + c];
-            acc[e] = total;
-        }
+        aptc_tile_multiply(&values, job.type);
     }
     APTC_BARRIER;
     APTC_THREADS(t) {
         const float mask = job.mask != NULL ? job.mask[p.group] : 1.0f;
-        for (int32_t e = t; e < APTC_TILE * job.dim; e += APTC_BLOCK) {
-            const int32_t r = e / job.dim, c = e % job.dim;
-            if (q0 + r < p.queries)
-                job.o[(p.q_row + q0 + r) * job.ldo + p.head * job.dim + c] = sum[r] != 0 ? acc[e] * (mask / sum[r]) : 0.0f;
+        for (int32_t i = t / APTC_WARP; i < job.tile && q0 + i < p.queries; i += APTC_WARPS) {
+            float *o = job.o + (p.q_row + q0 + i) * job.ldo + p.head * job.dim;
+            for (int32_t c = t % APTC_WARP; c < job.dim; c += APTC_WARP)
+                o[c] = sum[i] != 0 ? acc[i * r.ld_sum + c] * (mask / sum[i]) : 0.0f;
+            if (job.lse_out != NULL && t % APTC_WARP == 0)
+                job.lse_out[(p.q_row + q0 + i) * job.heads + p.head] = sum[i] != 0 ? max[i] + logf(sum[i]) : 0.0f;
         }
-        if (job.lse_out != NULL && t < APTC_TILE && q0 + t < p.queries)
-            job.lse_out[(p.q_row + q0 + t) * job.heads + p.head] = sum[t] != 0 ? max[t] + logf(sum[t]) : 0.0f;
     }
 }
 APTC_LAUNCHER(aptc_attention_forward_kernel, aptc_attention)
@@ -1326,41 +1807,52 @@ APTC_KERNEL(aptc_attention_dot_kernel, aptc_attention)
     APTC_THREADS(t) {
         const int64_t pair = APTC_BX * APTC_WARPS + t / APTC_WARP, row = pair / job.heads, column = pair % job.heads * job.dim;
         APTC_MINE(sum, t) = 0;
-        for (int32_t c = t % APTC_WARP; pair < job.tiles && c < job.dim; c += APTC_WARP)
+        for (int32_t c = t % APTC_WARP; pair < job.pairs && c < job.dim; c += APTC_WARP)
             APTC_MINE(sum, t) += job.d_o[row * job.lddq + column + c] * job.q[row * job.ldo + column + c];
     }
     APTC_WARP_SUM(sum);
     APTC_THREADS(t) {
         const int64_t pair = APTC_BX * APTC_WARPS + t / APTC_WARP;
-        if (pair < job.tiles && t % APTC_WARP == 0) job.o[pair] = APTC_MINE(sum, t);
+        if (pair < job.pairs && t % APTC_WARP == 0) job.o[pair] = APTC_MINE(sum, t);
     }
 }
 APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
 
-/* P and dS of the tile at (q0, k0): q, k, v and d_o (times the head mask) are in tiles of the block. Thread as above. ds: dS, the
-   gradient of the logits; where a query does not see a key both are 0. */
-#define APTC_GRADIENT_TILE(p, prob, ds)                                                                                 \
-    APTC_THREADS(t) {                                                                                                   \
-        const int32_t r = t / APTC_SPAN;                                                                                \
-        const bool inside = q0 + r < (p).queries;                                                                       \
-        const int64_t limit = inside ? aptc_limit(&job, &(p), q0 + r) : 0;                                              \
-        const float lse = inside ? job.lse[((p).q_row + q0 + r) * job.heads + (p).head] : 0.0f;                         \
-        const float mean = inside && job.dot != NULL ? job.dot[((p).q_row + q0 + r) * job.heads + (p).head] : 0.0f;     \
-        for (int32_t c = t % APTC_SPAN; c < APTC_TILE; c += APTC_SPAN) {                                                \
-            const bool sees = k0 + c < limit;                                                                           \
-            const float product = sees ? aptc_dot(q + r * job.dim, k + c * job.dim, job.dim) : 0.0f;                    \
-            const float logit = sees ? aptc_logit(&job, &(p), q0 + r, k0 + c, product) : 0.0f;                          \
-            const float pr = sees ? expf(logit - lse) : 0.0f;                                                           \
-            const float dp = sees ? aptc_dot(d_o + r * job.dim, v + c * job.dim, job.dim) : 0.0f;                       \
-            (prob)[r * (APTC_TILE + 1) + c] = pr;                                                                       \
-            (ds)[r * (APTC_TILE + 1) + c] = pr * (dp - mean);                                                           \
-        }                                                                                                               \
+/* Thread t's share of P and dS of the tile at (q0, k0) from Q K^T and dO V^T, which lie in their places; as halves as well where
+   there are some. Where a query does not see a key both are 0. dS is the gradient of the logits. */
+APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p, int32_t t, int64_t q0, int64_t k0, float *room,
+                                    const aptc_room *r, bool halves)
+{
+    for (int32_t i = t / APTC_WARP; i < a->tile; i += APTC_WARPS) {
+        const int64_t limit = aptc_limit(a, p, q0 + i), at = (p->q_row + q0 + i) * a->heads + p->head;
+        const float lse = limit > 0 ? a->lse[at] : 0.0f, mean = limit > 0 && a->dot != NULL ? a->dot[at] : 0.0f;
+        for (int32_t c = t % APTC_WARP; c < a->tile; c += APTC_WARP) {
+            const int32_t place = i * r->ld_square + c;
+            float *prob = APTC_FLOATS(r->square[0]) + place, *ds = APTC_FLOATS(r->square[1]) + place;
+            const bool sees = k0 + c < limit;
+            *prob = sees ? expf(aptc_logit(a, p, q0 + i, k0 + c, *prob) - lse) : 0.0f;
+            *ds = sees ? *prob * (*ds - mean) : 0.0f;
+            if (!halves || a->type == APT_F32) continue;
+            aptc_store(APTC_OPERAND(r->half[0]), a->type, i * r->ld_half + c, *prob);
+            aptc_store(APTC_OPERAND(r->half[1]), a->type, i * r->ld_half + c, *ds);
+        }
     }
+}
 
-#define APTC_GRADIENT_SHARED                                                                                            \
-    APTC_DYNAMIC(float, room, APTC_ATTENTION_ROOM(APTC_HEAD_MAX));                                                      \
-    float *q = room, *k = q + APTC_TILE * job.dim, *v = k + APTC_TILE * job.dim, *d_o = v + APTC_TILE * job.dim;        \
-    float *prob = d_o + APTC_TILE * job.dim, *ds = prob + APTC_TILE * (APTC_TILE + 1)
+/* Between barriers: the tiles q, k, v and d_o (times the head mask) are the operands 0 to 3. */
+#define APTC_GRADIENT_TILE(p, halves)                                                                                   \
+    do {                                                                                                                \
+        const aptc_tile_product logits = {APTC_FLOATS(r.square[0]), APTC_OPERAND(r.operand[0]), APTC_OPERAND(r.operand[1]), \
+                                          r.ld_square, r.ld_operand, r.ld_operand, job.tile, job.tile, job.wide,        \
+                                          false, true, false};                                                          \
+        const aptc_tile_product slopes = {APTC_FLOATS(r.square[1]), APTC_OPERAND(r.operand[3]), APTC_OPERAND(r.operand[2]), \
+                                          r.ld_square, r.ld_operand, r.ld_operand, job.tile, job.tile, job.wide,        \
+                                          false, true, false};                                                          \
+        aptc_tile_multiply(&logits, job.type);                                                                          \
+        aptc_tile_multiply(&slopes, job.type);                                                                          \
+        APTC_BARRIER;                                                                                                   \
+        APTC_THREADS(t) aptc_gradient_rows(&job, &(p), t, q0, k0, room, &r, halves);                                    \
+    } while (0)
 
 /* dot by a sweep over the keys, dot_i = sum over j of P(i, j) dP(i, j) / sum over j of P(i, j). With it the rows of dS sum to 0
    up to the rounding of dS; d_o . o leaves the rounding of its own terms, which hides small gradients where values are nearly
@@ -1368,29 +1860,42 @@ APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
    Block: BX = tile of queries, BY = (sequence, head) */
 APTC_KERNEL(aptc_attention_sweep_kernel, aptc_attention)
 {
-    APTC_GRADIENT_SHARED;
-    APTC_SHARED(float, dot, APTC_TILE);
-    APTC_SHARED(float, sum, APTC_TILE);
+    APTC_ROOM(APTC_SWEEP_ROOM);
+    APTC_PRIVATE(float, part_dot);
+    APTC_PRIVATE(float, part_sum);
+    float *dot = APTC_FLOATS(r.vector[0]), *sum = APTC_FLOATS(r.vector[1]);
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
-    const int64_t q0 = APTC_BX * APTC_TILE, seen = aptc_limit(&job, &p, aptc_min(q0 + APTC_TILE, p.queries) - 1);
-    const float mask = job.mask != NULL ? job.mask[p.group] : 1.0f;
+    const int64_t q0 = APTC_BX * job.tile, seen = aptc_seen_keys(&job, &p, q0);
     if (q0 >= p.queries) return;
-    APTC_LOAD_TILE(q, job.q, job.ldq, p.q_row, p.head * job.dim, q0, p.queries, 1.0f);
-    APTC_LOAD_TILE(d_o, job.d_o, job.ldo, p.q_row, p.head * job.dim, q0, p.queries, mask);
-    APTC_THREADS(t) if (t < APTC_TILE) dot[t] = sum[t] = 0;
-    for (int64_t k0 = 0; k0 < seen; k0 += APTC_TILE) {
+    APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);
+    APTC_LOAD_QUERIES(r.operand[3], job.d_o, job.ldo, p, job.mask != NULL ? job.mask[p.group] : 1.0f);
+    APTC_THREADS(t) if (t < job.tile) dot[t] = sum[t] = 0;
+    for (int64_t k0 = 0; k0 < seen; k0 += job.tile) {
         APTC_BARRIER;
-        APTC_LOAD_TILE(k, job.k, job.ldk, p.k_row, p.group * job.dim, k0, p.keys, 1.0f);
-        APTC_LOAD_TILE(v, job.v, job.ldv, p.k_row, p.group * job.dim, k0, p.keys, 1.0f);
+        APTC_LOAD_KEYS(r.operand[1], job.k, job.ldk, p);
+        APTC_LOAD_KEYS(r.operand[2], job.v, job.ldv, p);
         APTC_BARRIER;
-        APTC_GRADIENT_TILE(p, prob, ds)
+        APTC_GRADIENT_TILE(p, false);
         APTC_BARRIER;
-        APTC_THREADS(t) for (int32_t c = 0; t < APTC_TILE && c < APTC_TILE; c++) {
-            dot[t] += ds[t * (APTC_TILE + 1) + c];
-            sum[t] += prob[t * (APTC_TILE + 1) + c];
+        for (int32_t i0 = 0; i0 < job.tile; i0 += APTC_WARPS) {
+            APTC_THREADS(t) {
+                const int32_t i = i0 + t / APTC_WARP;
+                APTC_MINE(part_dot, t) = APTC_MINE(part_sum, t) = 0;
+                for (int32_t c = t % APTC_WARP; c < job.tile; c += APTC_WARP) {
+                    APTC_MINE(part_sum, t) += APTC_FLOATS(r.square[0])[i * r.ld_square + c];
+                    APTC_MINE(part_dot, t) += APTC_FLOATS(r.square[1])[i * r.ld_square + c];
+                }
+            }
+            APTC_WARP_SUM(part_dot);
+            APTC_WARP_SUM(part_sum);
+            APTC_THREADS(t) if (t % APTC_WARP == 0) {
+                dot[i0 + t / APTC_WARP] += APTC_MINE(part_dot, t);
+                sum[i0 + t / APTC_WARP] += APTC_MINE(part_sum, t);
+            }
         }
     }
-    APTC_THREADS(t) if (t < APTC_TILE && q0 + t < p.queries)
+    APTC_BARRIER;
+    APTC_THREADS(t) if (t < job.tile && q0 + t < p.queries)
         job.o[(p.q_row + q0 + t) * job.heads + p.head] = sum[t] > 0 ? dot[t] / sum[t] : dot[t];
 }
 APTC_LAUNCHER(aptc_attention_sweep_kernel, aptc_attention)
@@ -1398,79 +1903,70 @@ APTC_LAUNCHER(aptc_attention_sweep_kernel, aptc_attention)
 /* Block: BX = tile of queries, BY = (sequence, head) */
 APTC_KERNEL(aptc_attention_dq_kernel, aptc_attention)
 {
-    APTC_GRADIENT_SHARED;
-    APTC_PRIVATE_ARRAY(float, acc, APTC_TILE * APTC_HEAD_MAX / APTC_BLOCK);
+    APTC_ROOM(APTC_DQ_ROOM);
+    float *acc = APTC_FLOATS(r.sum[0]);
+    const aptc_tile_product dq = {acc,       APTC_OPERAND(r.half[1]), APTC_OPERAND(r.operand[1]), r.ld_sum,
+                                  r.ld_half, r.ld_operand, job.tile, job.wide, job.tile, false, false, true};
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
-    const int64_t q0 = APTC_BX * APTC_TILE, seen = aptc_limit(&job, &p, aptc_min(q0 + APTC_TILE, p.queries) - 1);
-    const float mask = job.mask != NULL ? job.mask[p.group] : 1.0f;
+    const int64_t q0 = APTC_BX * job.tile, seen = aptc_seen_keys(&job, &p, q0);
     if (q0 >= p.queries) return;
-    APTC_LOAD_TILE(q, job.q, job.ldq, p.q_row, p.head * job.dim, q0, p.queries, 1.0f);
-    APTC_LOAD_TILE(d_o, job.d_o, job.ldo, p.q_row, p.head * job.dim, q0, p.queries, mask);
-    APTC_THREADS(t) for (int32_t e = t, n = 0; e < APTC_TILE * job.dim; e += APTC_BLOCK, n++) APTC_MINE(acc, t)[n] = 0;
-    for (int64_t k0 = 0; k0 < seen; k0 += APTC_TILE) {
+    APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);
+    APTC_LOAD_QUERIES(r.operand[3], job.d_o, job.ldo, p, job.mask != NULL ? job.mask[p.group] : 1.0f);
+    APTC_ZERO_SUM(r.sum[0]);
+    for (int64_t k0 = 0; k0 < seen; k0 += job.tile) {
         APTC_BARRIER;
-        APTC_LOAD_TILE(k, job.k, job.ldk, p.k_row, p.group * job.dim, k0, p.keys, 1.0f);
-        APTC_LOAD_TILE(v, job.v, job.ldv, p.k_row, p.group * job.dim, k0, p.keys, 1.0f);
+        APTC_LOAD_KEYS(r.operand[1], job.k, job.ldk, p);
+        APTC_LOAD_KEYS(r.operand[2], job.v, job.ldv, p);
         APTC_BARRIER;
-        APTC_GRADIENT_TILE(p, prob, ds)
+        APTC_GRADIENT_TILE(p, true);
         APTC_BARRIER;
-        APTC_THREADS(t) for (int32_t e = t, n = 0; e < APTC_TILE * job.dim; e += APTC_BLOCK, n++) {
-            const int32_t r = e / job.dim, c = e % job.dim;
-            float total = APTC_MINE(acc, t)[n];
-            for (int32_t x = 0; x < APTC_TILE; x++) total += ds[r * (APTC_TILE + 1) + x] * k[x * job.dim + c];
-            APTC_MINE(acc, t)[n] = total;
-        }
+        aptc_tile_multiply(&dq, job.type);
     }
-    APTC_THREADS(t) for (int32_t e = t, n = 0; e < APTC_TILE * job.dim; e += APTC_BLOCK, n++) {
-        const int32_t r = e / job.dim, c = e % job.dim;
-        if (q0 + r < p.queries) job.dq[(p.q_row + q0 + r) * job.lddq + p.head * job.dim + c] = job.scale * APTC_MINE(acc, t)[n];
-    }
+    APTC_BARRIER;
+    APTC_THREADS(t) for (int32_t i = t / APTC_WARP; i < job.tile && q0 + i < p.queries; i += APTC_WARPS)
+        for (int32_t c = t % APTC_WARP; c < job.dim; c += APTC_WARP)
+            job.dq[(p.q_row + q0 + i) * job.lddq + p.head * job.dim + c] = job.scale * acc[i * r.ld_sum + c];
 }
 APTC_LAUNCHER(aptc_attention_dq_kernel, aptc_attention)
 
 /* Block: BX = tile of keys, BY = (sequence, key head) */
 APTC_KERNEL(aptc_attention_dkv_kernel, aptc_attention)
 {
-    APTC_GRADIENT_SHARED;
-    APTC_PRIVATE_ARRAY(float, acc_k, APTC_TILE * APTC_HEAD_MAX / APTC_BLOCK);
-    APTC_PRIVATE_ARRAY(float, acc_v, APTC_TILE * APTC_HEAD_MAX / APTC_BLOCK);
+    APTC_ROOM(APTC_DKV_ROOM);
+    float *acc_k = APTC_FLOATS(r.sum[0]), *acc_v = APTC_FLOATS(r.sum[1]);
+    const aptc_tile_product dk = {acc_k,     APTC_OPERAND(r.half[1]), APTC_OPERAND(r.operand[0]), r.ld_sum,
+                                  r.ld_half, r.ld_operand, job.tile, job.wide, job.tile, true, false, true};
+    const aptc_tile_product dv = {acc_v,     APTC_OPERAND(r.half[0]), APTC_OPERAND(r.operand[3]), r.ld_sum,
+                                  r.ld_half, r.ld_operand, job.tile, job.wide, job.tile, true, false, true};
     const int32_t groups = job.heads / job.share, group = (int32_t)(APTC_BY % groups);
     aptc_place p = aptc_place_of(&job, APTC_BY / groups, group * job.share);
-    const int64_t k0 = APTC_BX * APTC_TILE;
-    const float mask = job.mask != NULL ? job.mask[group] : 1.0f;
+    const int64_t k0 = APTC_BX * job.tile;
     if (k0 >= p.keys) return;
-    APTC_LOAD_TILE(k, job.k, job.ldk, p.k_row, group * job.dim, k0, p.keys, 1.0f);
-    APTC_LOAD_TILE(v, job.v, job.ldv, p.k_row, group * job.dim, k0, p.keys, 1.0f);
-    APTC_THREADS(t) for (int32_t e = t, n = 0; e < APTC_TILE * job.dim; e += APTC_BLOCK, n++)
-        APTC_MINE(acc_k, t)[n] = APTC_MINE(acc_v, t)[n] = 0;
+    APTC_LOAD_KEYS(r.operand[1], job.k, job.ldk, p);
+    APTC_LOAD_KEYS(r.operand[2], job.v, job.ldv, p);
+    APTC_ZERO_SUM(r.sum[0]);
+    APTC_ZERO_SUM(r.sum[1]);
     for (int32_t h = 0; h < job.share; h++) {
         p.head = group * job.share + h;
-        for (int64_t q0 = 0; q0 < p.queries; q0 += APTC_TILE) {
-            if (aptc_limit(&job, &p, aptc_min(q0 + APTC_TILE, p.queries) - 1) <= k0) continue;
+        for (int64_t q0 = 0; q0 < p.queries; q0 += job.tile) {
+            if (aptc_seen_keys(&job, &p, q0) <= k0) continue;
             APTC_BARRIER;
-            APTC_LOAD_TILE(q, job.q, job.ldq, p.q_row, p.head * job.dim, q0, p.queries, 1.0f);
-            APTC_LOAD_TILE(d_o, job.d_o, job.ldo, p.q_row, p.head * job.dim, q0, p.queries, mask);
+            APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);
+            APTC_LOAD_QUERIES(r.operand[3], job.d_o, job.ldo, p, job.mask != NULL ? job.mask[group] : 1.0f);
             APTC_BARRIER;
-            APTC_GRADIENT_TILE(p, prob, ds)
+            APTC_GRADIENT_TILE(p, true);
             APTC_BARRIER;
-            APTC_THREADS(t) for (int32_t e = t, n = 0; e < APTC_TILE * job.dim; e += APTC_BLOCK, n++) {
-                const int32_t r = e / job.dim, c = e % job.dim;
-                float dk = APTC_MINE(acc_k, t)[n], dv = APTC_MINE(acc_v, t)[n];
-                for (int32_t x = 0; x < APTC_TILE; x++) {
-                    dk += ds[x * (APTC_TILE + 1) + r] * q[x * job.dim + c];
-                    dv += prob[x * (APTC_TILE + 1) + r] * d_o[x * job.dim + c];
-                }
-                APTC_MINE(acc_k, t)[n] = dk;
-                APTC_MINE(acc_v, t)[n] = dv;
-            }
+            aptc_tile_multiply(&dk, job.type);
+            aptc_tile_multiply(&dv, job.type);
         }
     }
-    APTC_THREADS(t) for (int32_t e = t, n = 0; e < APTC_TILE * job.dim; e += APTC_BLOCK, n++) {
-        const int64_t r = p.k_row + k0 + e / job.dim, column = group * job.dim + e % job.dim;
-        if (k0 + e / job.dim >= p.keys) continue;
-        if (job.dk != NULL) job.dk[r * job.lddk + column] = job.scale * APTC_MINE(acc_k, t)[n];
-        if (job.dv != NULL) job.dv[r * job.lddv + column] = APTC_MINE(acc_v, t)[n];
-    }
+    APTC_BARRIER;
+    APTC_THREADS(t) for (int32_t i = t / APTC_WARP; i < job.tile && k0 + i < p.keys; i += APTC_WARPS)
+        for (int32_t c = t % APTC_WARP; c < job.dim; c += APTC_WARP) {
+            const int64_t row = p.k_row + k0 + i, column = group * job.dim + c;
+            if (job.dk != NULL) job.dk[row * job.lddk + column] = job.scale * acc_k[i * r.ld_sum + c];
+            if (job.dv != NULL) job.dv[row * job.lddv + column] = acc_v[i * r.ld_sum + c];
+        }
 }
 APTC_LAUNCHER(aptc_attention_dkv_kernel, aptc_attention)
 
@@ -1478,40 +1974,42 @@ APTC_LAUNCHER(aptc_attention_dkv_kernel, aptc_attention)
 APTC_KERNEL(aptc_attention_dbias_kernel, aptc_attention)
 {
     APTC_UNUSED_BX;
-    APTC_GRADIENT_SHARED;
+    APTC_ROOM(APTC_DBIAS_ROOM);
+    float *diagonal = APTC_FLOATS(r.vector[0]);           /* and the vector behind it: 2 * tile */
+    const float *ds = APTC_FLOATS(r.square[1]);
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
     const int64_t wide = 2 * (int64_t)job.span - 1;
-    const float mask = job.mask != NULL ? job.mask[p.group] : 1.0f;
+    const int32_t diagonals = 2 * job.tile - 1;
     float *out = job.dbias + APTC_BY * wide;
     APTC_THREADS(t) for (int64_t u = t; u < wide; u += APTC_BLOCK) out[u] = 0;
-    for (int64_t q0 = 0; q0 < p.queries; q0 += APTC_TILE) {
+    for (int64_t q0 = 0; q0 < p.queries; q0 += job.tile) {
         APTC_BARRIER;
-        APTC_LOAD_TILE(q, job.q, job.ldq, p.q_row, p.head * job.dim, q0, p.queries, 1.0f);
-        APTC_LOAD_TILE(d_o, job.d_o, job.ldo, p.q_row, p.head * job.dim, q0, p.queries, mask);
-        for (int64_t k0 = 0; k0 < p.keys; k0 += APTC_TILE) {
+        APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);
+        APTC_LOAD_QUERIES(r.operand[3], job.d_o, job.ldo, p, job.mask != NULL ? job.mask[p.group] : 1.0f);
+        for (int64_t k0 = 0; k0 < p.keys; k0 += job.tile) {
             APTC_BARRIER;
-            APTC_LOAD_TILE(k, job.k, job.ldk, p.k_row, p.group * job.dim, k0, p.keys, 1.0f);
-            APTC_LOAD_TILE(v, job.v, job.ldv, p.k_row, p.group * job.dim, k0, p.keys, 1.0f);
+            APTC_LOAD_KEYS(r.operand[1], job.k, job.ldk, p);
+            APTC_LOAD_KEYS(r.operand[2], job.v, job.ldv, p);
             APTC_BARRIER;
-            APTC_GRADIENT_TILE(p, prob, ds)
+            APTC_GRADIENT_TILE(p, false);
             APTC_BARRIER;
-            APTC_THREADS(t) if (t < 2 * APTC_TILE - 1) {          /* key - query = k0 - q0 + u - (APTC_TILE - 1) */
+            APTC_THREADS(t) if (t < diagonals) {          /* key - query = k0 - q0 + t - (tile - 1) */
                 float total = 0;
-                for (int32_t r = 0; r < APTC_TILE; r++) {
-                    const int32_t c = r + t - (APTC_TILE - 1);
-                    if (c >= 0 && c < APTC_TILE) total += ds[r * (APTC_TILE + 1) + c];
+                for (int32_t i = 0; i < job.tile; i++) {
+                    const int32_t c = i + t - (job.tile - 1);
+                    if (c >= 0 && c < job.tile) total += ds[i * r.ld_square + c];
                 }
-                prob[t] = total;
+                diagonal[t] = total;
             }
             APTC_BARRIER;
             /* Far diagonals share the last entries of the table: those are added by one thread, in order. */
             APTC_THREADS(t) {
-                const int64_t last = job.span - 1, d0 = k0 - q0 - p.shift - (APTC_TILE - 1);
+                const int64_t last = job.span - 1, d0 = k0 - q0 - p.shift - (job.tile - 1);
                 const int64_t distance = d0 + t;
-                if (t < 2 * APTC_TILE - 1 && distance > -last && distance < last) out[distance + last] += prob[t];
-                for (int32_t u = 0; t == 0 && u < 2 * APTC_TILE - 1; u++) {
-                    if (d0 + u <= -last) out[0] += prob[u];
-                    else if (d0 + u >= last) out[wide - 1] += prob[u];
+                if (t < diagonals && distance > -last && distance < last) out[distance + last] += diagonal[t];
+                for (int32_t u = 0; t == 0 && u < diagonals; u++) {
+                    if (d0 + u <= -last) out[0] += diagonal[u];
+                    else if (d0 + u >= last) out[wide - 1] += diagonal[u];
                 }
             }
         }
@@ -1519,7 +2017,7 @@ APTC_KERNEL(aptc_attention_dbias_kernel, aptc_attention)
 }
 APTC_LAUNCHER(aptc_attention_dbias_kernel, aptc_attention)
 
-static aptc_attention aptc_attention_of(const apti_attention_job *op)
+static aptc_attention aptc_attention_of(const aptc_device *d, const apti_attention_job *op)
 {
     const apti_attention_op *o = op->op;
     aptc_attention a;
@@ -1542,18 +2040,31 @@ static aptc_attention aptc_attention_of(const apti_attention_job *op)
     a.sequences = o->sequences;
     a.causal = o->causal;
     a.scale = o->scale;
+    a.type = aptc_math_type(d);
+    a.wide = (a.dim + 15) / 16 * 16;
     return a;
 }
 
+/* Tiles as large as the longest sequence, APTC_TILE_MAX or the shared memory wants; false: there is no room for any. */
+#define APTC_TILE_CHOOSE(d, a, longest, layout, fits)                                                                   \
+    do {                                                                                                                \
+        (a).tile = (int32_t)aptc_min(APTC_TILE_MAX, aptc_ceil(longest, 16) * 16);                                       \
+        while ((a).tile > 16 && layout(&(a)).end > (d)->room) (a).tile -= 16;                                           \
+        fits = layout(&(a)).end <= (d)->room;                                                                           \
+    } while (0)
+
 static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *op)
 {
-    aptc_attention a = aptc_attention_of(op);
+    aptc_attention a = aptc_attention_of(d, op);
+    bool fits;
     if (a.dim > APTC_HEAD_MAX || (int64_t)a.sequences * a.heads > 65535) return false;
+    APTC_TILE_CHOOSE(d, a, op->longest_q, APTC_FORWARD_ROOM, fits);
+    if (!fits) return false;
     a.o = op->out;
     a.ldo = op->ldo;
     a.lse_out = op->lse;
-    APTC_LAUNCH_DYNAMIC(d, aptc_attention_forward_kernel, a, aptc_ceil(op->longest_q, APTC_TILE), (int64_t)a.sequences * a.heads,
-                        APTC_ATTENTION_ROOM(a.dim) * 4);
+    APTC_LAUNCH_DYNAMIC(d, aptc_attention_forward_kernel, a, aptc_ceil(op->longest_q, a.tile), (int64_t)a.sequences * a.heads,
+                        APTC_FORWARD_ROOM(&a).end);
     return true;
 }
 
@@ -1564,22 +2075,25 @@ static void aptc_attention_dots(aptc_device *d, const apti_attention_job *op, co
     a.o = dot;
     a.dot = NULL;
     if (op->o == NULL || d->math == APT_CUDA_FP32) {
-        APTC_LAUNCH_DYNAMIC(d, aptc_attention_sweep_kernel, a, aptc_ceil(op->longest_q, APTC_TILE),
-                            (int64_t)a.sequences * a.heads, APTC_ATTENTION_ROOM(a.dim) * 4);
+        APTC_LAUNCH_DYNAMIC(d, aptc_attention_sweep_kernel, a, aptc_ceil(op->longest_q, a.tile), (int64_t)a.sequences * a.heads,
+                            APTC_SWEEP_ROOM(&a).end);
         return;
     }
     a.q = op->o;                      /* this kernel's two matrices are d_o and o */
     a.ldo = op->ldo;
     a.lddq = op->lddo;
-    a.tiles = op->rows_q * a.heads;
-    APTC_LAUNCH(d, aptc_attention_dot_kernel, a, aptc_ceil(a.tiles, APTC_WARPS), 1);
+    a.pairs = op->rows_q * a.heads;
+    APTC_LAUNCH(d, aptc_attention_dot_kernel, a, aptc_ceil(a.pairs, APTC_WARPS), 1);
 }
 
 static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job *op)
 {
-    aptc_attention a = aptc_attention_of(op);
-    const int64_t pairs = (int64_t)a.sequences * a.heads, wide = 2 * (int64_t)a.span - 1, bytes = APTC_ATTENTION_ROOM(a.dim) * 4;
+    aptc_attention a = aptc_attention_of(d, op);
+    const int64_t pairs = (int64_t)a.sequences * a.heads, wide = 2 * (int64_t)a.span - 1;
+    bool fits;
     if (a.dim > APTC_HEAD_MAX || pairs > 65535) return false;
+    APTC_TILE_CHOOSE(d, a, aptc_max(op->longest_q, op->longest_k), APTC_DKV_ROOM, fits);      /* the largest of them */
+    if (!fits) return false;
     float *dot = (float *)aptc_take(d, op->rows_q * a.heads * (int64_t)sizeof(float));
     a.dbias = op->dbias == NULL ? NULL : (float *)aptc_take(d, pairs * wide * (int64_t)sizeof(float));
     if (dot == NULL || (op->dbias != NULL && a.dbias == NULL)) return false;
@@ -1594,12 +2108,14 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
     a.lddv = op->lddv;
     aptc_attention_dots(d, op, &a, dot);
     a.dot = dot;
-    if (op->dq != NULL) APTC_LAUNCH_DYNAMIC(d, aptc_attention_dq_kernel, a, aptc_ceil(op->longest_q, APTC_TILE), pairs, bytes);
+    if (op->dq != NULL)
+        APTC_LAUNCH_DYNAMIC(d, aptc_attention_dq_kernel, a, aptc_ceil(op->longest_q, a.tile), pairs, APTC_DQ_ROOM(&a).end);
     if (op->dk != NULL || op->dv != NULL)
-        APTC_LAUNCH_DYNAMIC(d, aptc_attention_dkv_kernel, a, aptc_ceil(op->longest_k, APTC_TILE), pairs / a.share, bytes);
+        APTC_LAUNCH_DYNAMIC(d, aptc_attention_dkv_kernel, a, aptc_ceil(op->longest_k, a.tile), pairs / a.share,
+                            APTC_DKV_ROOM(&a).end);
     if (op->dbias == NULL) return true;
     const aptc_fold fold = {op->dbias, a.dbias, NULL, a.sequences, a.heads * wide, a.heads * wide, false};
-    APTC_LAUNCH_DYNAMIC(d, aptc_attention_dbias_kernel, a, 1, pairs, bytes);
+    APTC_LAUNCH_DYNAMIC(d, aptc_attention_dbias_kernel, a, 1, pairs, APTC_DBIAS_ROOM(&a).end);
     APTC_LAUNCH_VECTOR(d, aptc_fold_kernel, fold, fold.n);
     return true;
 }
@@ -1611,9 +2127,9 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
 /* One operand of a product. */
 typedef struct aptc_operand {
     const void *data;
-    apt_dtype type;
     int64_t ld;
-    bool transposed;                  /* A: (k, m) in memory; B: (n, k) in memory */
+    apt_dtype type;
+    int32_t transposed;               /* A: (k, m) in memory; B: (n, k) in memory */
 } aptc_operand;
 
 /* c(m, n) = a b [+ c] [+ bias], all row-major. */
@@ -1621,8 +2137,7 @@ typedef struct aptc_product {
     aptc_operand a, b;
     float *c;
     const float *bias;
-    int64_t m, n, k, ldc;
-    bool accumulate;
+    int64_t m, n, k, ldc, accumulate;
 } aptc_product;
 
 #ifdef APT_CUDA_EMULATE
@@ -1632,7 +2147,7 @@ APTC_KERNEL(aptc_product_kernel, aptc_product)
     const int64_t i = APTC_BX;
     APTC_UNUSED_BY;
     for (int64_t j = 0; j < job.n; j++) {
-        double sum = job.accumulate ? (double)job.c[i * job.ldc + j] : 0.0;
+        double sum = job.accumulate != 0 ? (double)job.c[i * job.ldc + j] : 0.0;
         for (int64_t p = 0; p < job.k; p++)
             sum += (double)aptc_load(job.a.data, job.a.type, job.a.transposed ? p * job.a.ld + i : i * job.a.ld + p) *
                    (double)aptc_load(job.b.data, job.b.type, job.b.transposed ? j * job.b.ld + p : p * job.b.ld + j);
@@ -1720,7 +2235,7 @@ static const cublasLtMatmulAlgo_t *aptc_blas_algorithm(aptc_device *d, const apt
     key.lda = p->a.ld;
     key.ldb = p->b.ld;
     key.ldc = p->ldc;
-    key.form = 1 | p->a.transposed << 1 | p->b.transposed << 2 | (p->bias != NULL) << 3 | p->accumulate << 4 |
+    key.form = 1 | p->a.transposed << 1 | p->b.transposed << 2 | (p->bias != NULL) << 3 | (p->accumulate != 0) << 4 |
                (p->a.type == APT_BF16) << 5 | (p->a.type == APT_F16) << 6 |
                (int32_t)(aptc_alignment(p->a.data) << 8 | aptc_alignment(p->b.data) << 16 | aptc_alignment(p->c) << 24);
     uint64_t hash = 1469598103934665603u;
@@ -1746,9 +2261,10 @@ static const cublasLtMatmulAlgo_t *aptc_blas_algorithm(aptc_device *d, const apt
     return &slot->algorithm;
 }
 
-static void aptc_product_run(aptc_device *d, const aptc_product *p)
+static void aptc_product_issue(aptc_device *d, const void *job)
 {
-    const float one = 1, beta = p->accumulate ? 1.0f : 0.0f;
+    const aptc_product *p = (const aptc_product *)job;
+    const float one = 1, beta = p->accumulate != 0 ? 1.0f : 0.0f;
     aptc_blas x;
     memset(&x, 0, sizeof x);
     aptc_blas_make(d, &x, p);
@@ -1758,17 +2274,54 @@ static void aptc_product_run(aptc_device *d, const aptc_product *p)
                                           algorithm, d->blas_work, d->blas_bytes, d->stream), "cublasLtMatmul");
     aptc_blas_free(&x);
 }
+
+static void aptc_product_run(aptc_device *d, const aptc_product *p)
+{
+    APTC_PUT(d, NULL, "cublasLtMatmul", *p, 1, 1, 0);
+}
 #endif
 
-/* An operand (rows, cols in memory) in the type that the product computes in: as it is, or converted into the workspace. NULL
-   data: no room. */
-static aptc_operand aptc_convert(aptc_device *d, aptc_operand x, int64_t rows, int64_t cols, apt_dtype type)
+/* Forgets the kept operands that lie in the given bytes. */
+static void aptc_unkeep(aptc_device *d, const void *data, int64_t bytes)
+{
+    const uintptr_t first = (uintptr_t)data, end = first + (uintptr_t)bytes;
+    for (int32_t i = 0; i < APTC_KEPT; i++)
+        if (d->kept[i].first < end && first < d->kept[i].end) memset(&d->kept[i], 0, sizeof d->kept[i]);
+}
+
+/* Where the converted form of an operand goes when it is kept; *here: there it is already. NULL: not kept */
+static void *aptc_keep(aptc_device *d, const aptc_cast *job, bool *here)
+{
+    aptc_kept want;
+    memset(&want, 0, sizeof want);
+    want.first = (uintptr_t)job->from;
+    want.end = want.first + (uintptr_t)(((job->rows - 1) * job->ld_from + job->n) * aptc_size(job->from_type));
+    want.rows = job->rows;
+    want.cols = job->n;
+    want.ld = job->ld_from;
+    *here = false;
+    if (job->rows * job->n < APTC_KEPT_ELEMENTS || job->rows * job->ld_to * aptc_size(job->to_type) > d->kept_bytes) return NULL;
+    for (int32_t i = 0; i < APTC_KEPT && !*here; i++) {
+        *here = memcmp(&d->kept[i], &want, sizeof want) == 0;
+        if (*here) d->kept_next = i;
+    }
+    const int32_t slot = d->kept_next;
+    d->kept_next = (slot + 1) % APTC_KEPT;
+    d->kept[slot] = want;
+    return d->kept_work + slot * d->kept_bytes;
+}
+
+/* An operand (rows, cols in memory) in the type that the product computes in: as it is, or converted into the workspace, and kept
+   there for the products behind it if `keep`. NULL data: no room. */
+static aptc_operand aptc_convert(aptc_device *d, aptc_operand x, int64_t rows, int64_t cols, apt_dtype type, bool keep)
 {
     if (x.type == type) return x;
     const int64_t ld = (cols + 7) / 8 * 8;
     aptc_cast job = {NULL, x.data, ld, x.ld, rows, cols, type, x.type};
-    job.to = aptc_take(d, rows * ld * aptc_size(type));
-    if (job.to != NULL) APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
+    bool here = false;
+    if (keep) job.to = aptc_keep(d, &job, &here);
+    if (job.to == NULL) job.to = aptc_take(d, rows * ld * aptc_size(type));
+    if (job.to != NULL && !here) APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
     x.data = job.to;
     x.type = type;
     x.ld = ld;
@@ -1777,10 +2330,10 @@ static aptc_operand aptc_convert(aptc_device *d, aptc_operand x, int64_t rows, i
 
 static aptc_operand aptc_left(const apti_gemm_part *part)
 {
-    aptc_operand x = {part->a, APT_F32, part->a_row, false};
+    aptc_operand x = {part->a, part->a_row, APT_F32, 0};
     if (part->a_col != 1) {
         x.ld = part->a_col;
-        x.transposed = true;
+        x.transposed = 1;
     }
     return x;
 }
@@ -1788,8 +2341,8 @@ static aptc_operand aptc_left(const apti_gemm_part *part)
 static aptc_operand aptc_right(const apti_gemm_part *part)
 {
     const bool packed = part->kind == APTI_B_PACKED || part->kind == APTI_B_PACKED_T;
-    aptc_operand x = {packed ? part->packed->data : part->b, packed ? part->packed->type : APT_F32,
-                      packed ? part->packed->k : part->ldb, part->kind == APTI_B_PACKED || part->kind == APTI_B_PLAIN_T};
+    aptc_operand x = {packed ? part->packed->data : part->b, packed ? part->packed->k : part->ldb,
+                      packed ? part->packed->type : APT_F32, part->kind == APTI_B_PACKED || part->kind == APTI_B_PLAIN_T};
     return x;
 }
 
@@ -1799,7 +2352,7 @@ static int64_t aptc_bytes(int64_t rows, int64_t cols) { return (rows * ((cols + 
 static bool aptc_part_run(aptc_device *d, const apti_gemm *g, const apti_gemm_part *part, float *c, int64_t ldc, bool accumulate,
                           const float *bias)
 {
-    const apt_dtype type = d->math == APT_CUDA_BF16 ? APT_BF16 : d->math == APT_CUDA_FP16 ? APT_F16 : APT_F32;
+    const apt_dtype type = aptc_math_type(d);
     aptc_operand a = aptc_left(part), b = aptc_right(part);
     const int64_t room = (int64_t)(d->work_bytes - d->used) / 2;
     int64_t step_k = part->k, step_m = g->m;
@@ -1810,17 +2363,18 @@ static bool aptc_part_run(aptc_device *d, const apti_gemm *g, const apti_gemm_pa
             step_m = (step_m + 1) / 2;
     }
     const size_t used = d->used;
+    const bool keep = step_k == part->k && step_m == g->m;
     for (int64_t p0 = 0; p0 < part->k; p0 += step_k) {
         const int64_t k = aptc_min(step_k, part->k - p0), size = aptc_size(b.type);
         aptc_operand right = b;
         right.data = (const char *)b.data + (b.transposed ? p0 : p0 * b.ld) * size;
-        right = aptc_convert(d, right, b.transposed ? g->n : k, b.transposed ? k : g->n, type);
+        right = aptc_convert(d, right, b.transposed ? g->n : k, b.transposed ? k : g->n, type, keep && part->packed == NULL);
         const size_t beside = d->used;
         for (int64_t i0 = 0; i0 < g->m; i0 += step_m) {
             const int64_t m = aptc_min(step_m, g->m - i0);
             aptc_operand left = a;
             left.data = (const float *)a.data + (a.transposed ? p0 * a.ld + i0 : i0 * a.ld + p0);
-            left = aptc_convert(d, left, a.transposed ? k : m, a.transposed ? m : k, type);
+            left = aptc_convert(d, left, a.transposed ? k : m, a.transposed ? m : k, type, keep);
             if (left.data == NULL || right.data == NULL) return false;
             const aptc_product product = {left, right, c + i0 * ldc, p0 == 0 ? bias : NULL, m, g->n, k, ldc,
                                           accumulate || p0 > 0};
@@ -1848,6 +2402,8 @@ static bool aptc_gemm_op(aptc_device *d, const apti_gemm *g)
     if (onto && (g->act >= 0 || g->accumulate)) return false;
     float *z = g->pre != NULL ? g->pre : g->c;
     const int64_t ldz = g->pre != NULL ? g->ld_pre : g->ldc;
+    aptc_unkeep(d, g->c, ((g->m - 1) * g->ldc + g->n) * 4);
+    if (g->pre != NULL) aptc_unkeep(d, g->pre, ((g->m - 1) * g->ld_pre + g->n) * 4);
     bool more = g->accumulate || onto, biased = g->bias == NULL;
     if (g->pre != NULL && g->accumulate) {
         const apti_copy_job job = {g->pre, g->c, g->ld_pre, g->ldc, g->m, g->n};
@@ -1863,8 +2419,7 @@ static bool aptc_gemm_op(aptc_device *d, const apti_gemm *g)
         more = biased = true;
     }
     aptc_finish f = {g->c, NULL, z, onto ? NULL : g->residual, g->mask, g->ldc, 0, ldz, g->ld_residual, g->m, g->n, g->act};
-    if (!more && biased) aptc_start(d, g, z, ldz);
-    if (!biased && !more) aptc_start(d, g, z, ldz);
+    if (!more) aptc_start(d, g, z, ldz);
     else if (!biased) {                           /* an empty product onto c, with a bias: as a residual of one row */
         const apti_residual_job job = {NULL, z, z, g->bias, NULL, ldz, ldz, 0, g->m, g->n, 0};
         APTC_LAUNCH_EACH(d, aptc_residual_kernel, job);
@@ -1891,6 +2446,7 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     aptc_device *d = (aptc_device *)self;
     d->used = 0;
     aptc_enter(d);
+    if (op != APTI_OP_GEMM && op != APTI_OP_COLUMN && op != APTI_OP_SQUARES) memset(d->kept, 0, sizeof d->kept);
     switch (op) {
     case APTI_OP_GEMM: return aptc_gemm_op(d, (const apti_gemm *)job);
     case APTI_OP_PACK: return aptc_pack_op(d, (const apti_pack_job *)job);
@@ -1922,9 +2478,7 @@ static bool aptc_run(void *self, apti_op op, const void *job)
         APTC_LAUNCH(d, aptc_layer_loss_kernel, *(const apti_layer_loss *)job, ((const apti_layer_loss *)job)->rows, 1);
         return true;
     case APTI_OP_SQUARES: return aptc_squares_op(d, (const apti_squares_job *)job);
-    case APTI_OP_ADAM:
-        APTC_LAUNCH_VECTOR(d, aptc_adam_kernel, *(const apti_adam_job *)job, ((const apti_adam_job *)job)->n);
-        return true;
+    case APTI_OP_ADAM: return aptc_adam_op(d, (const apti_adam_job *)job);
     case APTI_OP_CUT: return aptc_cut_op(d, (const apti_cut_job *)job);
     case APTI_OP_COUNT: default: return false;
     }
@@ -1934,8 +2488,11 @@ static apt_result aptc_sync(void *self, char message[APTI_BACKEND_MESSAGE])
 {
     aptc_device *d = (aptc_device *)self;
     aptc_enter(d);
+    aptc_put_end(d);
+    d->givens = 0;
+    memset(d->kept, 0, sizeof d->kept);           /* the CPU may write next */
 #ifdef APT_CUDA_EMULATE
-    for (int32_t i = 0; i < d->queued; i++) d->queue[i].run(d->queue[i].job.bytes, d->queue[i].bx, d->queue[i].by);
+    for (int32_t i = 0; i < d->queued; i++) d->queue[i].kernel(d->queue[i].job.bytes, d->queue[i].bx, d->queue[i].by);
     d->queued = 0;
 #else
     aptc_check(d, cudaStreamSynchronize(d->stream), "cudaStreamSynchronize");
@@ -1978,7 +2535,7 @@ static void aptc_release(void *self, void *memory)
 /* The workspace: what the caller gives, or memory that only the device can address. */
 static void aptc_work_open(aptc_device *d)
 {
-    const size_t align = 256, bytes = d->work_bytes + align;
+    const size_t align = 256, scalars = APTC_SCALARS * sizeof(aptc_scalars), bytes = d->work_bytes + scalars + align;
     if (d->desc.alloc != NULL) d->block = d->desc.alloc(bytes, d->desc.alloc_user);
 #ifdef APT_CUDA_EMULATE
     else d->block = malloc(bytes);
@@ -1989,8 +2546,18 @@ static void aptc_work_open(aptc_device *d)
         aptc_fail(d, APT_E_MEMORY, "no memory for the workspace");
         return;
     }
-    d->work = (char *)d->block + (align - (uintptr_t)d->block % align) % align;
+    d->scalars = (aptc_scalars *)((char *)d->block + (align - (uintptr_t)d->block % align) % align);
+    d->work = (char *)d->scalars + scalars;
     d->backend.workspace = (int64_t)bytes;
+}
+
+/* Half of the workspace is for operands that are kept, if products convert theirs. */
+static void aptc_work_split(aptc_device *d)
+{
+    if (aptc_math_type(d) == APT_F32) return;
+    d->kept_bytes = (int64_t)(d->work_bytes / 2 / APTC_KEPT / 256 * 256);
+    d->work_bytes -= (size_t)d->kept_bytes * APTC_KEPT;
+    d->kept_work = d->work + d->work_bytes;
 }
 
 static void aptc_work_close(aptc_device *d)
@@ -2008,6 +2575,10 @@ static void aptc_close(void *self)
 {
     aptc_device *d = (aptc_device *)self;
     aptc_enter(d);
+    for (int32_t i = 0; i < APTC_GRAPHS; i++) {
+        aptc_graph_unmake(&d->graph[i]);
+        free(d->graph[i].launch);
+    }
 #ifdef APT_CUDA_EMULATE
     free(d->queue);
     aptc_work_close(d);
@@ -2018,6 +2589,8 @@ static void aptc_close(void *self)
     if (d->stream != NULL) (void)cudaStreamDestroy(d->stream);
     free(d->algorithms);
 #endif
+    free(d->record);
+    free(d->seen);
     free(d);
 }
 
@@ -2025,7 +2598,9 @@ static void aptc_close(void *self)
 static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
 {
     (void)desc;
+    d->room = APTC_ROOM_BYTES;
     aptc_work_open(d);
+    aptc_work_split(d);
 }
 #else
 static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
@@ -2046,12 +2621,15 @@ static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
     d->blas_bytes = d->work_bytes / 4 / 256 * 256;
     d->work_bytes -= d->blas_bytes;
     d->blas_work = d->work + d->work_bytes;
+    aptc_work_split(d);
     void (*const attention[])(aptc_attention) = {aptc_attention_forward_kernel, aptc_attention_dq_kernel,
                                                  aptc_attention_sweep_kernel, aptc_attention_dkv_kernel,
                                                  aptc_attention_dbias_kernel};
+    int room = 0;
+    aptc_check(d, cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, d->device), "cudaDeviceGetAttribute");
     for (size_t i = 0; i < sizeof attention / sizeof *attention; i++)
-        aptc_check(d, cudaFuncSetAttribute(attention[i], cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           APTC_ATTENTION_ROOM(APTC_HEAD_MAX) * (int)sizeof(float)), "attention");
+        aptc_check(d, cudaFuncSetAttribute(attention[i], cudaFuncAttributeMaxDynamicSharedMemorySize, room), "attention");
+    d->room = room;
 }
 #endif
 
@@ -2081,7 +2659,10 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *given, char *message, size_t cap
     d->desc = desc;
     d->math = desc.math;
     d->work_bytes = desc.workspace_bytes / 256 * 256;
-    aptc_device_start(d, &desc);
+    d->record = (aptc_launch *)malloc(APTC_GRAPH_MAX * sizeof(aptc_launch));
+    d->seen = (uint64_t *)calloc(APTC_SEEN_SETS * APTC_SEEN_WAYS, sizeof(uint64_t));
+    if (d->record == NULL || d->seen == NULL) aptc_fail(d, APT_E_MEMORY, "no memory");
+    else aptc_device_start(d, &desc);
     if (d->result != APT_OK) {
         (void)aptc_refuse(message, capacity, d->message);
         aptc_close(d);

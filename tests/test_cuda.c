@@ -29,6 +29,19 @@ static apt_ctx *device_context(const apt_cuda_desc *given)
     return ctx;
 }
 
+/* Of a device's launches: all, and those that graphs have made. Only the emulated device counts. */
+static void count_launches(const apt_ctx *ctx, int64_t count[2])
+{
+#if defined(APT_TEST_DEVICE)
+    (void)ctx;
+    count[0] = count[1] = 0;
+#else
+    const aptc_device *d = (const aptc_device *)ctx->desc.backend->self;
+    count[0] = d->launched;
+    count[1] = d->replayed;
+#endif
+}
+
 /* A run with its trace, on the CPU or on the device. */
 static void begin(live *l, const plan *p, bool device)
 {
@@ -334,6 +347,184 @@ static void test_narrow_products(void **state)
     narrow_products(APT_CUDA_FP16, 11);
 }
 
+/* An operand is converted once for products one behind the other, and anew when something has written to it: a product, another
+   operation, the CPU. A fresh context knows no better. */
+static void test_kept_operands(void **state)
+{
+    enum { M = 300, N = 70, K = 90, BIG = M * K, SMALL = N * K };
+    apt_cuda_desc device = APT_ZERO;
+    (void)state;
+    device.math = APT_CUDA_BF16;
+    device.workspace_bytes = (size_t)8 << 20;
+    apt_ctx *ctx = device_context(&device), *fresh = device_context(&device);
+    float *a = (float *)apti_data(ctx, BIG, 4), *b = (float *)apti_data(ctx, SMALL, 4), *c = (float *)apti_data(ctx, M * N, 4);
+    float *square = (float *)apti_data(ctx, K * K, 4), *want = (float *)apti_data(fresh, M * N, 4), *same = (float *)apti_data(fresh, BIG, 4);
+    apt_rng rng = apt_rng_make(6, 0);
+    for (int64_t i = 0; i < BIG; i++) a[i] = apt_rng_normal(&rng);
+    for (int64_t i = 0; i < SMALL; i++) b[i] = apt_rng_normal(&rng);
+    for (int64_t i = 0; i < K * K; i++) square[i] = apt_rng_normal(&rng);
+    for (int32_t round = 0; round < 8; round++) {
+        int64_t before[2], after[2];
+        apti_gemm g = apti_gemm_begin(c, N, M, N, false);
+        apti_gemm_left(&g.part[0], a, K, K);
+        apti_gemm_right(&g.part[0], APTI_B_PLAIN, b, N);
+        if (round == 3) apti_zero(ctx, a + 5 * K, 40 * K);                     /* another operation writes */
+        if (round == 5) {                                                      /* a product does */
+            apti_gemm to = apti_gemm_begin(a, K, K, K, true);
+            apti_gemm_left(&to.part[0], square, K, K);
+            apti_gemm_right(&to.part[0], APTI_B_PLAIN, square, K);
+            apti_gemm_run(ctx, &to);
+        }
+        if (round == 7) {                                                      /* the CPU does */
+            apti_sync(ctx);
+            a[BIG - 1] += 100;
+        }
+        count_launches(ctx, before);
+        apti_gemm_run(ctx, &g);
+        count_launches(ctx, after);
+        if (after[0] > 0) assert_int_equal(after[0] - before[0], round == 1 ? 2 : 3);       /* b is small, and converted anew */
+        if (round % 2 == 0) continue;                                          /* looking is a wait, which forgets as well */
+        assert_int_equal(apti_device_check(ctx), APT_OK);
+        memcpy(same, a, BIG * sizeof(float));
+        g.c = want;
+        g.part[0].a = same;
+        apti_gemm_run(fresh, &g);
+        assert_int_equal(apti_device_check(fresh), APT_OK);
+        assert_memory_equal(c, want, M * N * sizeof(float));
+    }
+    float *const blocks[] = {a, b, c, square};
+    for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) apti_free(ctx, blocks[i]);
+    apti_free(fresh, want);
+    apti_free(fresh, same);
+    apt_destroy(ctx);
+    apt_destroy(fresh);
+}
+
+/* Attention whose products round their operands to `bits` bits, in double and with a bound for every element: rounding moves the
+   logits of query i by at most slack, so each probability by a factor within exp(+-2 slack); what a product adds is 2^-bits of the
+   sum of its terms' sizes, and what it takes from a product before it is that one's bound. */
+enum { NA_HEADS = 4, NA_KV = 2, NA_DIM = 24, NA_ROWS = 103, NA_WIDE = NA_HEADS * NA_DIM, NA_NARROW = NA_KV * NA_DIM };
+
+typedef struct narrow_case {
+    float *q, *k, *v, *d_o, *o, *lse, *dq, *dk, *dv;
+    double dk_true[NA_ROWS * NA_NARROW], dk_bound[NA_ROWS * NA_NARROW], dv_true[NA_ROWS * NA_NARROW], dv_bound[NA_ROWS * NA_NARROW];
+    double unit, scale;               /* 2^-bits */
+} narrow_case;
+
+static void expect_within(const char *what, int64_t row, int64_t column, double value, double truth, double bound)
+{
+    if (!(fabs(value - truth) <= bound))
+        fail_msg("%s(%d, %d) is %.9g, not %.9g: off by %g, at most %g", what, (int)row, (int)column, value, truth, fabs(value - truth), bound);
+}
+
+/* Query i of a sequence that begins at `first` and sees `keys` keys, head h */
+static void narrow_row(narrow_case *c, int64_t first, int64_t i, int64_t keys, int64_t h)
+{
+    const float *q = c->q + (first + i) * NA_WIDE + h * NA_DIM, *d_o = c->d_o + (first + i) * NA_WIDE + h * NA_DIM;
+    const int64_t at = first * NA_NARROW + h / (NA_HEADS / NA_KV) * NA_DIM;
+    const float *k = c->k + at, *v = c->v + at;
+    double p[NA_ROWS], dp[NA_ROWS], dp_size[NA_ROWS], slack = 0, top = -INFINITY, sum = 0, mean = 0, mean_bound = 0;
+    for (int64_t j = 0; j < keys; j++) {
+        double logit = 0, size = 0;
+        dp[j] = dp_size[j] = 0;
+        for (int64_t x = 0; x < NA_DIM; x++) {
+            const double term = (double)q[x] * (double)k[j * NA_NARROW + x], slope = (double)d_o[x] * (double)v[j * NA_NARROW + x];
+            logit += term;
+            size += fabs(term);
+            dp[j] += slope;
+            dp_size[j] += fabs(slope);
+        }
+        p[j] = c->scale * logit;
+        slack = fmax(slack, c->scale * size * c->unit);
+        top = fmax(top, p[j]);
+    }
+    for (int64_t j = 0; j < keys; j++) sum += p[j] = exp(p[j] - top);
+    const double loose = exp(2 * slack) - 1;
+    for (int64_t j = 0; j < keys; j++) p[j] /= sum;
+    for (int64_t x = 0; x < NA_DIM; x++) {
+        double o = 0, size = 0;
+        for (int64_t j = 0; j < keys; j++) {
+            o += p[j] * (double)v[j * NA_NARROW + x];
+            size += p[j] * fabs((double)v[j * NA_NARROW + x]);
+        }
+        expect_within("o", first + i, h * NA_DIM + x, (double)c->o[(first + i) * NA_WIDE + h * NA_DIM + x], o, size * (loose + c->unit) + 1e-5);
+        mean += (double)d_o[x] * o;
+        mean_bound += fabs((double)d_o[x]) * (size * (loose + c->unit) + 1e-5);
+    }
+    for (int64_t x = 0; x < NA_DIM; x++) {
+        double dq = 0, bound = 1e-5;
+        for (int64_t j = 0; j < keys; j++) {
+            const double ds = p[j] * (dp[j] - mean), key = fabs((double)k[j * NA_NARROW + x]);
+            const double off = p[j] * (loose * fabs(dp[j] - mean) + (1 + loose) * (dp_size[j] * c->unit + mean_bound));
+            double *dk = &c->dk_true[(first + j) * NA_NARROW + at % NA_NARROW + x], *dv = &c->dv_true[(first + j) * NA_NARROW + at % NA_NARROW + x];
+            dq += c->scale * ds * (double)k[j * NA_NARROW + x];
+            bound += c->scale * (off + fabs(ds) * c->unit) * (1 + c->unit) * key;
+            *dk += c->scale * ds * (double)q[x];
+            *dv += p[j] * (double)d_o[x];
+            c->dk_bound[dk - c->dk_true] += c->scale * (off + fabs(ds) * c->unit) * (1 + c->unit) * fabs((double)q[x]);
+            c->dv_bound[dv - c->dv_true] += p[j] * (loose + c->unit) * (1 + c->unit) * fabs((double)d_o[x]);
+        }
+        expect_within("dq", first + i, h * NA_DIM + x, (double)c->dq[(first + i) * NA_WIDE + h * NA_DIM + x], dq, bound);
+    }
+}
+
+static void narrow_attention(apt_cuda_math math, int32_t bits, bool causal)
+{
+    static const int32_t offsets[3] = {0, 70, NA_ROWS};
+    apt_cuda_desc device = APT_ZERO;
+    device.math = math;
+    device.workspace_bytes = (size_t)8 << 20;
+    apt_ctx *ctx = device_context(&device);
+    narrow_case *c = (narrow_case *)test_memory_block(sizeof *c);
+    memset(c, 0, sizeof *c);
+    float **const wide[] = {&c->q, &c->d_o, &c->o, &c->dq, &c->lse}, **const narrow[] = {&c->k, &c->v, &c->dk, &c->dv};
+    apt_rng rng = apt_rng_make(15, 0);
+    for (size_t k = 0; k < sizeof wide / sizeof *wide; k++) *wide[k] = (float *)apti_data(ctx, NA_ROWS * NA_WIDE, 4);
+    for (size_t k = 0; k < sizeof narrow / sizeof *narrow; k++) *narrow[k] = (float *)apti_data(ctx, NA_ROWS * NA_NARROW, 4);
+    for (int64_t i = 0; i < NA_ROWS * NA_WIDE; i++) c->q[i] = apt_rng_normal(&rng);
+    for (int64_t i = 0; i < NA_ROWS * NA_WIDE; i++) c->d_o[i] = apt_rng_normal(&rng);
+    for (int64_t i = 0; i < NA_ROWS * NA_NARROW; i++) c->k[i] = apt_rng_normal(&rng);
+    for (int64_t i = 0; i < NA_ROWS * NA_NARROW; i++) c->v[i] = apt_rng_normal(&rng);
+    apti_attention_op op = APT_ZERO;
+    op.heads = NA_HEADS;
+    op.kv_heads = NA_KV;
+    op.head_dim = NA_DIM;
+    op.scale = 1 / sqrtf((float)NA_DIM);
+    op.causal = causal;
+    op.sequences = 2;
+    op.q_offsets = op.k_offsets = (const int32_t *)apti_data(ctx, 3, 4);
+    memcpy((void *)(uintptr_t)op.q_offsets, offsets, sizeof offsets);
+    c->unit = ldexp(1, -bits);
+    c->scale = (double)op.scale;
+    apti_attention_forward(ctx, &op, c->o, NA_WIDE, c->lse, c->q, NA_WIDE, c->k, NA_NARROW, c->v, NA_NARROW);
+    apti_attention_backward(ctx, &op, c->dq, NA_WIDE, c->dk, NA_NARROW, c->dv, NA_NARROW, NULL, c->d_o, NA_WIDE, c->o, NA_WIDE, c->lse, c->q,
+                            NA_WIDE, c->k, NA_NARROW, c->v, NA_NARROW);
+    assert_int_equal(apti_device_check(ctx), APT_OK);
+    assert_int_equal(ctx->fallbacks, 0);
+    for (int32_t s = 0; s < 2; s++)
+        for (int64_t i = 0; i < offsets[s + 1] - offsets[s]; i++)
+            for (int64_t h = 0; h < NA_HEADS; h++) narrow_row(c, offsets[s], i, causal ? i + 1 : offsets[s + 1] - offsets[s], h);
+    for (int64_t i = 0; i < NA_ROWS * NA_NARROW; i++) {
+        expect_within("dk", i / NA_NARROW, i % NA_NARROW, (double)c->dk[i], c->dk_true[i], c->dk_bound[i] + 1e-5);
+        expect_within("dv", i / NA_NARROW, i % NA_NARROW, (double)c->dv[i], c->dv_true[i], c->dv_bound[i] + 1e-5);
+    }
+    for (size_t k = 0; k < sizeof wide / sizeof *wide; k++) apti_free(ctx, *wide[k]);
+    for (size_t k = 0; k < sizeof narrow / sizeof *narrow; k++) apti_free(ctx, *narrow[k]);
+    apti_free(ctx, (void *)(uintptr_t)op.q_offsets);
+    free(c);
+    apt_destroy(ctx);
+}
+
+static void test_narrow_attention(void **state)
+{
+    (void)state;
+    for (int32_t causal = 0; causal < 2; causal++) {
+        narrow_attention(APT_CUDA_BF16, 8, causal != 0);
+        narrow_attention(APT_CUDA_FP16, 11, causal != 0);
+        narrow_attention(APT_CUDA_FP32, 20, causal != 0);
+    }
+}
+
 /* LoRA with products in float16 beside float32: nearly the same losses, by a factor that is there without being asked for. One
    that is too large finds its way down: those steps are left out, and so it is when only salience is gathered. */
 static void test_fp16_run(void **state)
@@ -430,6 +621,69 @@ static void test_cpu_only(void **state)
     apt_destroy(cpu);
 }
 
+/* ---- graphs ---- */
+
+/* Steps over batches of one shape, with other words in each; returns the checksum of the model behind the last one. share: of the
+   launches in the last four steps, those that graphs have made; first: of those in the first two. */
+static uint64_t run_one_shape(const plan *p, bool graphs, double *first, double *share)
+{
+    apt_cuda_desc device = APT_ZERO;
+    live l;
+    memset(&l, 0, sizeof l);
+    device.workspace_bytes = (size_t)16 << 20;
+    device.no_graphs = !graphs;
+    l.ctx = device_context(&device);
+    l.model = test_model(l.ctx, &p->c, 1);
+    apt_train_desc d = p->d;
+    d.on_event = on_event;
+    d.user = &l.tr;
+    l.trainer = test_trainer(l.model, &d);
+    int64_t before[2] = {0, 0}, after[2] = {0, 0};
+    for (int64_t i = 0; i < micro_batches(p); i++) {
+        test_batch b;
+        apt_step_info info;
+        test_batch_at(&b, &p->c, p->data_seed, 0, p->sequences);
+        for (int32_t k = 0; k < b.b.offsets[p->sequences]; k++) b.tokens[k] = (int32_t)((b.tokens[k] + i) % p->c.vocab);
+        l.tr.now = (int32_t)i;
+        assert_ok(l.ctx, apt_trainer_step(l.trainer, &b.b, &info));
+        count_launches(l.ctx, after);
+        if (i == 1) *first = (double)after[1] / (double)apti_max_i64(after[0], 1);
+        if (i == micro_batches(p) - 5) memcpy(before, after, sizeof before);
+    }
+    *share = (double)(after[1] - before[1]) / (double)apti_max_i64(after[0] - before[0], 1);
+    const uint64_t sum = test_model_sum(l.model);
+    apt_destroy(l.ctx);
+    return sum;
+}
+
+/* Steps that are like the one before are launched as graphs, also when shapes have changed on the way, and nothing else is
+   different. */
+static void test_graphs(void **state)
+{
+#if defined(APT_TEST_DEVICE)
+    const bool counted = false;
+#else
+    const bool counted = true;
+#endif
+    (void)state;
+    for (int32_t which = 0; which < 2 + TEST_DECODERS; which++)
+        for (int32_t prune = which > 0; prune < 2; prune++) {
+            plan p = plan_at(which);
+            double first, share, none;
+            p.d.accumulate = 1;
+            p.d.evaluate_every = 0;
+            p.d.checkpoint_every = 0;
+            p.d.steps = prune ? 26 : 12;
+            if (!prune) p.d.target_sparsity = 0;
+            if (!prune) p.d.prune_end = 0;
+            const uint64_t sum = run_one_shape(&p, true, &first, &share);
+            assert_true(sum == run_one_shape(&p, false, &none, &none));
+            assert_true(none == 0);
+            assert_true(first == 0);
+            if (share < 0.95 && counted) fail_msg("model %d, pruning %d: graphs make %.2f of the launches", which, prune, share);
+        }
+}
+
 /* ---- memory ---- */
 
 /* What the device's allocator has handed out. */
@@ -486,7 +740,8 @@ static bool lies_in(const handed *h, uintptr_t address)
 
 static apt_result sync_within_reach(void *self, char message[APTI_BACKEND_MESSAGE])
 {
-    const aptc_device *d = (const aptc_device *)self;
+    aptc_device *d = (aptc_device *)self;
+    aptc_put_end(d);
     for (int32_t i = 0; i < d->queued; i++)
         for (size_t at = 0; at + sizeof(uintptr_t) <= d->queue[i].bytes; at += sizeof(uintptr_t)) {
             uintptr_t word;
@@ -691,8 +946,11 @@ int main(void)
         cmocka_unit_test(test_across),
         cmocka_unit_test(test_float16),
         cmocka_unit_test(test_narrow_products),
+        cmocka_unit_test(test_kept_operands),
+        cmocka_unit_test(test_narrow_attention),
         cmocka_unit_test(test_fp16_run),
         cmocka_unit_test(test_cpu_only),
+        cmocka_unit_test(test_graphs),
         cmocka_unit_test(test_estimate),
         cmocka_unit_test(test_reach),
         cmocka_unit_test(test_open),

@@ -1,9 +1,10 @@
 /* What apt_cuda.h does on the device at hand, with random weights, as rows of a table (tests/bench/cuda.sh prints its head and
    calls this for each of them).
 
-   usage: bench_cuda lora|apt|llama fp32|tf32|bf16|fp16 SHAPE BATCH TOKENS STEPS [PEAK]
+   usage: bench_cuda lora|graphs|apt|llama fp32|tf32|bf16|fp16 SHAPE BATCH TOKENS STEPS [PEAK]
 
    lora    one row: LoRA (rank 8 on query, value and FFN up), dense
+   graphs  two rows: the same with its operations launched one by one, and as CUDA graphs, which is the default
    apt     three rows: APT to 60 % sparsity, in front of its first decision, while it prunes with a teacher, and at its end;
            forward: the dense model, and the pruned and merged one
    llama   LoRA's step with activations computed again for the backward (those operations count), reading of prompts (prefill) and
@@ -63,13 +64,14 @@ static apt_dtype frozen_type(apt_cuda_math math)
     return math == APT_CUDA_BF16 ? APT_BF16 : math == APT_CUDA_FP16 ? APT_F16 : APT_F32;
 }
 
-static apt_ctx *make_context(apt_cuda_math math)
+static apt_ctx *make_context(apt_cuda_math math, bool graphs)
 {
     apt_desc desc = APT_ZERO;
     char message[512];
     apt_cuda_desc device = APT_ZERO;
     device.math = math;
     device.workspace_bytes = (size_t)WORKSPACE_MB << 20;
+    device.no_graphs = !graphs;
     desc.backend = apt_cuda_open(&device, message, sizeof message);
     if (desc.backend == NULL) {
         fprintf(stderr, "%s\n", message);
@@ -345,10 +347,12 @@ static void bench_llama(const bench *b)
 int main(int argc, char **argv)
 {
     if (argc < 7) {
-        fprintf(stderr, "usage: bench_cuda lora|apt|llama fp32|tf32|bf16|fp16 SHAPE BATCH TOKENS STEPS [PEAK]\n");
+        fprintf(stderr, "usage: bench_cuda lora|graphs|apt|llama fp32|tf32|bf16|fp16 SHAPE BATCH TOKENS STEPS [PEAK]\n");
         return 2;
     }
     const apt_cuda_math math = math_of(argv[2]);
+    const bool compare = strcmp(argv[1], "graphs") == 0;
+    double single = 0;
     bench b;
     b.s = *shape_of(argv[3]);
     b.s.batch = atoi(argv[4]);
@@ -356,18 +360,19 @@ int main(int argc, char **argv)
     b.steps = atoi(argv[6]) < 1 ? 1 : atoi(argv[6]) > MOST ? MOST : atoi(argv[6]);
     b.math = argv[2];
     b.weights = frozen_type(math);
-    b.ctx = make_context(math);
     b.batch = make_batch(&b.s);
-    b.peak = peak_of(b.ctx, b.weights, argc > 7 ? atoi(argv[7]) : 8192);
-    apt_memory_reset_peak(b.ctx);
-    if (strcmp(argv[1], "llama") == 0) {
-        bench_llama(&b);
-    } else {
-        const apt_config c = make_config(&b.s);
-        apt_model *m = make_model(b.ctx, &c, b.weights);
-        if (strcmp(argv[1], "apt") == 0) bench_apt(&b, m);
-        else (void)bench_lora(&b, m, "LoRA", false, 0, median_forward(&b, m));
+    for (int graphs = !compare; graphs < 2; graphs++) {
+        b.ctx = make_context(math, graphs != 0);
+        b.peak = peak_of(b.ctx, b.weights, argc > 7 ? atoi(argv[7]) : 8192);
+        apt_memory_reset_peak(b.ctx);
+        if (strcmp(argv[1], "llama") == 0) bench_llama(&b);
+        else {
+            const apt_config c = make_config(&b.s);
+            apt_model *m = make_model(b.ctx, &c, b.weights);
+            if (strcmp(argv[1], "apt") == 0) bench_apt(&b, m);
+            else single = bench_lora(&b, m, !compare ? "LoRA" : graphs ? "LoRA, graphs" : "LoRA, one by one", false, single, median_forward(&b, m));
+        }
+        apt_destroy(b.ctx);
     }
-    apt_destroy(b.ctx);
     return 0;
 }
