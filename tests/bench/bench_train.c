@@ -7,7 +7,8 @@
    usage: bench_train [SHAPE|all [BATCH [TOKENS [STEPS [THREADS]]]]]      default: all shapes, their own batches, 5 steps
 
    BENCH_KERNELS=avx2, say, chooses the kernels; with BENCH_FLOATS=1 there are no small integers; with BENCH_RECOMPUTE=1 the
-   steps compute activations again for their backward. */
+   steps compute activations again for their backward. With BENCH_TURNS=1 the dense model takes turns with another program
+   (against_torch.sh): it says "ready" in front of each step and forward, waits for a line, and says "done" behind it. */
 #define _DEFAULT_SOURCE
 #include <sys/resource.h>
 
@@ -44,16 +45,32 @@ static apt_ctx *make_context(int32_t threads)
     return ctx;
 }
 
+/* i < 0: a step to get warm, out of turn */
+static void turn(int i, const char *word)
+{
+    char line[16];
+    if (getenv("BENCH_TURNS") == NULL || i < 0) return;
+    puts(word);
+    fflush(stdout);
+    if (strcmp(word, "ready") == 0 && fgets(line, sizeof line, stdin) == NULL) exit(1);
+}
+
 static timing measure(apt_ctx *ctx, apt_trainer *t, const apt_batch *batch, int steps)
 {
     double step[64], forward[64];
     timing r;
     for (int i = -1; i < steps; i++) {
         apt_step_info info;
+        turn(i, "ready");
         if (apt_trainer_step(t, batch, &info) != APT_OK) fail(ctx, "step");
+        turn(i, "done");
         if (i >= 0) step[i] = info.milliseconds;
     }
-    for (int i = -1; i < steps; i++) forward[i < 0 ? 0 : i] = forward_ms(ctx, apt_trainer_model(t), batch);
+    for (int i = -1; i < steps; i++) {
+        turn(i, "ready");
+        forward[i < 0 ? 0 : i] = forward_ms(ctx, apt_trainer_model(t), batch);
+        turn(i, "done");
+    }
     r.step = median(step, steps);
     r.forward = median(forward, steps);
     return r;
@@ -150,6 +167,7 @@ static void bench(const shape *s, int steps, int32_t threads)
            (int)apt_thread_count(ctx), (int)s->batch, (int)s->tokens, (double)apt_memory_info(ctx).peak_bytes / 1048576,
            peak_rss());
     report(s, "dense", dense, dense);
+    if (getenv("BENCH_TURNS") != NULL) exit(0);
     if (apt_trainer_observe(trainer, &batch) != APT_OK || apt_trainer_prune_now(trainer, 0.6f) != APT_OK) fail(ctx, "prune");
     const timing small = measure(ctx, trainer, &batch, steps);
     report(s, "60% gone", small, dense);
