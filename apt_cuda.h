@@ -11,7 +11,7 @@
        desc.backend = apt_cuda_open(NULL, message, sizeof message);      // NULL: no device; the message says why
        apt_ctx *ctx = apt_create(&desc);
 
-       // gpu.cu:  nvcc -O2 -c gpu.cu;  cc my_program.o gpu.o -lcublasLt -lcudart -lstdc++ -lm -lpthread
+       // gpu.cu:  nvcc -O2 -arch=native -c gpu.cu;  cc my_program.o gpu.o -lcublasLt -lcudart -lstdc++ -lm -lpthread
        #define APT_CUDA_IMPLEMENTATION
        #include "apt_cuda.h"
 
@@ -284,6 +284,20 @@ typedef struct aptc_algorithm {
 /* What the optimizer is told anew in every step. */
 typedef struct aptc_scalars { float grad_scale, step_size, eps, decay; } aptc_scalars;
 
+/* partial(step, n): of each column, the sum of |x| over the rows i, i + step, i + 2 step ... partial NULL: no sums */
+typedef struct aptc_sizes { float *partial; int64_t step; } aptc_sizes;
+
+/* What follows a product: pre = z;  c = (act(z) + residual) * mask. z may be c, pre or residual. The sizes are c's. */
+typedef struct aptc_finish {
+    float *c, *pre;
+    const float *z, *residual, *mask;
+    int64_t ldc, ld_pre, ldz, ld_residual, rows, n, act;
+    aptc_sizes sizes;
+} aptc_finish;
+
+/* What waits for the operation behind it, see aptc_settle */
+typedef enum aptc_waits { APTC_NOTHING = 0, APTC_FINISH, APTC_GATE, APTC_SUM } aptc_waits;
+
 /* What was converted for a product and may be wanted by the next ones, as the input of query, key and value is: its addresses (0
    and 0: nothing), rows, columns and stride. It is kept until something may have been written there. */
 typedef struct aptc_kept { uintptr_t first, end; int64_t rows, cols, ld; } aptc_kept;
@@ -305,6 +319,8 @@ typedef struct aptc_device {
     aptc_launch *record;              /* [APTC_GRAPH_MAX], `recorded` of them: the last launches issued, all seen before */
     uint64_t *seen;                   /* [APTC_SEEN_SETS][APTC_SEEN_WAYS]: hashes of launches, the last one first */
     int64_t clock;
+    aptc_waits waits;
+    union { aptc_finish finish; apti_gate_job gate; apti_column_job sum; } waiting;
     aptc_kept kept[APTC_KEPT];
     char *kept_work;                  /* APTC_KEPT places of kept_bytes */
     int64_t kept_bytes;
@@ -591,9 +607,13 @@ static void aptc_put(aptc_device *d, aptc_kernel kernel, const char *name, const
     else aptc_record_end(d);
 }
 
+static void aptc_settle(aptc_device *d, const apti_column_job *sum);
+
 /* Everything is issued. */
-static void aptc_put_end(aptc_device *d)
+static void aptc_issue_all(aptc_device *d)
 {
+    d->used = 0;
+    aptc_settle(d, NULL);
     aptc_unfollow(d);
     aptc_record_end(d);
 }
@@ -659,23 +679,32 @@ enum { APTC_ROWS = 32768 };
             for (int64_t j = APTC_BX * APTC_BLOCK + t, aptc_last = 0; j < (job_n) && aptc_last == 0; aptc_last = 1)
 #define APTC_LAUNCH_EACH(d, name, job) APTC_LAUNCH(d, name, job, aptc_columns((job).n), aptc_min((job).rows, APTC_ROWS))
 
-/* What follows a product: pre = z;  c = (act(z) + residual) * mask. z may be c, pre or residual. */
-typedef struct aptc_finish {
-    float *c, *pre;
-    const float *z, *residual, *mask;
-    int64_t ldc, ld_pre, ldz, ld_residual, rows, n, act;
-} aptc_finish;
+/* The same for kernels that can also add up what salience asks for, see aptc_sizes; APTC_SIZE(x) is to be the last there. */
+#define APTC_EACH_SIZED(job_rows, job_n)                                                                                \
+    APTC_PRIVATE(float, total);                                                                                         \
+    APTC_THREADS(t) APTC_MINE(total, t) = 0;                                                                            \
+    for (int64_t i = APTC_BY; i < (job_rows); i += job.sizes.step)                                                      \
+        APTC_THREADS(t)                                                                                                 \
+            for (int64_t j = APTC_BX * APTC_BLOCK + t, aptc_last = 0; j < (job_n) && aptc_last == 0; aptc_last = 1)
+#define APTC_SIZE(x) APTC_MINE(total, t) += fabsf(x)
+#define APTC_SIZES_END(job_n)                                                                                           \
+    APTC_THREADS(t) {                                                                                                   \
+        const int64_t j = APTC_BX * APTC_BLOCK + t;                                                                     \
+        if (job.sizes.partial != NULL && j < (job_n)) job.sizes.partial[APTC_BY * (job_n) + j] = APTC_MINE(total, t);   \
+    }
 
 APTC_KERNEL(aptc_finish_kernel, aptc_finish)
 {
-    APTC_EACH(job.rows, job.n) {
+    APTC_EACH_SIZED(job.rows, job.n) {
         float x = job.z[i * job.ldz + j], slope;
         if (job.pre != NULL && job.pre != job.z) job.pre[i * job.ld_pre + j] = x;
         x = aptc_act(x, (int32_t)job.act, &slope);
         if (job.residual != NULL) x += job.residual[i * job.ld_residual + j];
         if (job.mask != NULL) x *= job.mask[j];
         job.c[i * job.ldc + j] = x;
+        APTC_SIZE(x);
     }
+    APTC_SIZES_END(job.n)
 }
 APTC_LAUNCHER(aptc_finish_kernel, aptc_finish)
 
@@ -700,17 +729,21 @@ APTC_KERNEL(aptc_copy_kernel, apti_copy_job)
 }
 APTC_LAUNCHER(aptc_copy_kernel, apti_copy_job)
 
-APTC_KERNEL(aptc_act_backward_kernel, apti_act_job)
+/* The sizes are da's. */
+typedef struct aptc_act_backward { apti_act_job op; aptc_sizes sizes; } aptc_act_backward;
+
+APTC_KERNEL(aptc_act_backward_kernel, aptc_act_backward)
 {
-    APTC_EACH(job.rows, job.n) {
-        float slope = 1, x = job.da[i * job.ldda + j];
-        if (job.act >= 0) (void)aptc_act(job.pre[i * job.ld_pre + j], job.act, &slope);
-        x *= slope;
-        if (job.mask != NULL) x *= job.mask[j];
-        job.du[i * job.lddu + j] = x;
+    APTC_EACH_SIZED(job.op.rows, job.op.n) {
+        const float da = job.op.da[i * job.op.ldda + j];
+        float slope = 1;
+        if (job.op.act >= 0) (void)aptc_act(job.op.pre[i * job.op.ld_pre + j], job.op.act, &slope);
+        job.op.du[i * job.op.lddu + j] = da * slope * (job.op.mask != NULL ? job.op.mask[j] : 1.0f);
+        APTC_SIZE(da);
     }
+    APTC_SIZES_END(job.op.n)
 }
-APTC_LAUNCHER(aptc_act_backward_kernel, apti_act_job)
+APTC_LAUNCHER(aptc_act_backward_kernel, aptc_act_backward)
 
 APTC_KERNEL(aptc_residual_kernel, apti_residual_job)
 {
@@ -721,26 +754,34 @@ APTC_KERNEL(aptc_residual_kernel, apti_residual_job)
 }
 APTC_LAUNCHER(aptc_residual_kernel, apti_residual_job)
 
-APTC_KERNEL(aptc_gate_forward_kernel, apti_gate_job)
-{
-    APTC_EACH(job.rows, job.n) {
-        const float x = job.a[i * job.lda + j] * job.v[i * job.ldv + j];
-        job.h[i * job.ldh + j] = job.mask != NULL ? x * job.mask[j] : x;
-    }
-}
-APTC_LAUNCHER(aptc_gate_forward_kernel, apti_gate_job)
+/* The sizes are those of h, backward of dh. */
+typedef struct aptc_gate { apti_gate_job op; aptc_sizes sizes; } aptc_gate;
 
-APTC_KERNEL(aptc_gate_backward_kernel, apti_gate_job)
+APTC_KERNEL(aptc_gate_forward_kernel, aptc_gate)
 {
-    APTC_EACH(job.rows, job.n) {
-        float slope;
-        const float act = aptc_act(job.u[i * job.ldu + j], job.act, &slope), m = job.mask != NULL ? job.mask[j] : 1.0f;
-        const float dh = job.dh[i * job.lddh + j] * m, v = job.v[i * job.ldv + j];
-        job.dv[i * job.lddv + j] = dh * act;
-        job.du[i * job.lddu + j] = dh * v * slope;
+    APTC_EACH_SIZED(job.op.rows, job.op.n) {
+        float x = job.op.a[i * job.op.lda + j] * job.op.v[i * job.op.ldv + j];
+        if (job.op.mask != NULL) x *= job.op.mask[j];
+        job.op.h[i * job.op.ldh + j] = x;
+        APTC_SIZE(x);
     }
+    APTC_SIZES_END(job.op.n)
 }
-APTC_LAUNCHER(aptc_gate_backward_kernel, apti_gate_job)
+APTC_LAUNCHER(aptc_gate_forward_kernel, aptc_gate)
+
+APTC_KERNEL(aptc_gate_backward_kernel, aptc_gate)
+{
+    APTC_EACH_SIZED(job.op.rows, job.op.n) {
+        float slope;
+        const float act = aptc_act(job.op.u[i * job.op.ldu + j], job.op.act, &slope), given = job.op.dh[i * job.op.lddh + j];
+        const float dh = given * (job.op.mask != NULL ? job.op.mask[j] : 1.0f), v = job.op.v[i * job.op.ldv + j];
+        job.op.dv[i * job.op.lddv + j] = dh * act;
+        job.op.du[i * job.op.lddu + j] = dh * v * slope;
+        APTC_SIZE(given);
+    }
+    APTC_SIZES_END(job.op.n)
+}
+APTC_LAUNCHER(aptc_gate_backward_kernel, aptc_gate)
 
 APTC_KERNEL(aptc_tanh_forward_kernel, apti_tanh_job)
 {
@@ -910,6 +951,110 @@ static bool aptc_column_op(aptc_device *d, const apti_column_job *op)
     job.n = op->n;
     job.kind = op->kind;
     return aptc_column_run(d, op->acc, &job, NULL, false);
+}
+
+/* ---- sums of |x| inside the kernel that writes or reads x
+
+   Salience adds up the FFN's activations right behind the operation that makes them, and their gradients in front of the one that
+   reads them. So an operation of that kind, or a sum of |x|, waits for the operation behind it: either the two become one launch,
+   or both are launched in their order. */
+
+static bool aptc_same_matrix(const apti_column_job *sum, const float *x, int64_t ld, int64_t rows, int64_t n)
+{
+    return sum->x == x && sum->ldx == ld && sum->rows == rows && sum->n == n;
+}
+
+#define APTC_LAUNCH_SIZED(d, name, job, rows, n) \
+    APTC_LAUNCH(d, name, job, aptc_columns(n), aptc_min(rows, (job).sizes.step))
+
+/* Room for the sums of a launch that is sized; without it, or without a sum that is asked for: none */
+static aptc_sizes aptc_sizes_for(aptc_device *d, const apti_column_job *sum)
+{
+    aptc_sizes s = {NULL, APTC_ROWS};
+    if (sum == NULL) return s;
+    const int64_t chunks = aptc_min(APTC_CHUNKS, aptc_ceil(sum->rows, APTC_CHUNK_ROWS));
+    s.partial = (float *)aptc_take(d, chunks * sum->n * (int64_t)sizeof(float));
+    if (s.partial != NULL) s.step = chunks;
+    return s;
+}
+
+/* Behind the launch: acc += the sums, or all of it where there was no room */
+static void aptc_sizes_add(aptc_device *d, const aptc_sizes *s, const apti_column_job *sum)
+{
+    if (sum == NULL) return;
+    if (s->partial == NULL) {
+        (void)aptc_column_op(d, sum);             /* which had room when it came, see aptc_sum_op */
+        return;
+    }
+    const aptc_fold fold = {sum->acc, s->partial, NULL, s->step, sum->n, sum->n, 0};
+    APTC_LAUNCH_VECTOR(d, aptc_fold_kernel, fold, sum->n);
+}
+
+static void aptc_finish_run(aptc_device *d, aptc_finish *f, const apti_column_job *sum)
+{
+    f->sizes = aptc_sizes_for(d, sum);
+    APTC_LAUNCH_SIZED(d, aptc_finish_kernel, *f, f->rows, f->n);
+    aptc_sizes_add(d, &f->sizes, sum);
+}
+
+static void aptc_gate_run(aptc_device *d, const apti_gate_job *op, bool backward, const apti_column_job *sum)
+{
+    aptc_gate g = {*op, aptc_sizes_for(d, sum)};
+    if (backward) APTC_LAUNCH_SIZED(d, aptc_gate_backward_kernel, g, op->rows, op->n);
+    else APTC_LAUNCH_SIZED(d, aptc_gate_forward_kernel, g, op->rows, op->n);
+    aptc_sizes_add(d, &g.sizes, sum);
+}
+
+static void aptc_act_backward_run(aptc_device *d, const apti_act_job *op, const apti_column_job *sum)
+{
+    aptc_act_backward a = {*op, aptc_sizes_for(d, sum)};
+    APTC_LAUNCH_SIZED(d, aptc_act_backward_kernel, a, op->rows, op->n);
+    aptc_sizes_add(d, &a.sizes, sum);
+}
+
+/* Launches what waits, with a sum of what it makes or alone. */
+static void aptc_settle(aptc_device *d, const apti_column_job *sum)
+{
+    const aptc_waits waits = d->waits;
+    const aptc_sizes alone = {NULL, 0};
+    d->waits = APTC_NOTHING;
+    if (waits == APTC_FINISH) aptc_finish_run(d, &d->waiting.finish, sum);
+    else if (waits == APTC_GATE) aptc_gate_run(d, &d->waiting.gate, false, sum);
+    else if (waits == APTC_SUM) aptc_sizes_add(d, &alone, &d->waiting.sum);
+}
+
+/* The sum that waits, if it is of what the operation reads anyway; else NULL, and what waits is launched */
+static const apti_column_job *aptc_sum_for(aptc_device *d, apti_op op, const void *job)
+{
+    const apti_column_job *sum = &d->waiting.sum;
+    const apti_act_job *a = (const apti_act_job *)job;
+    const apti_gate_job *g = (const apti_gate_job *)job;
+    if (d->waits == APTC_SUM && ((op == APTI_OP_ACT_BACKWARD && aptc_same_matrix(sum, a->da, a->ldda, a->rows, a->n)) ||
+                                 (op == APTI_OP_GATE_BACKWARD && aptc_same_matrix(sum, g->dh, g->lddh, g->rows, g->n)))) {
+        d->waits = APTC_NOTHING;
+        return sum;
+    }
+    aptc_settle(d, NULL);
+    return NULL;
+}
+
+static bool aptc_sum_op(aptc_device *d, const apti_column_job *op)
+{
+    const aptc_finish *f = &d->waiting.finish;
+    const apti_gate_job *g = &d->waiting.gate;
+    if (op->kind != APTI_COLUMN_ABS || (size_t)(APTC_CHUNKS * op->n) * sizeof(float) > d->work_bytes / 2) {
+        aptc_settle(d, NULL);
+        return aptc_column_op(d, op);
+    }
+    if ((d->waits == APTC_FINISH && aptc_same_matrix(op, f->c, f->ldc, f->rows, f->n)) ||
+        (d->waits == APTC_GATE && aptc_same_matrix(op, g->h, g->ldh, g->rows, g->n))) {
+        aptc_settle(d, op);
+        return true;
+    }
+    aptc_settle(d, NULL);
+    d->waits = APTC_SUM;
+    d->waiting.sum = *op;
+    return true;
 }
 
 /* partial[block] = sum of squares of the block's elements */
@@ -1517,9 +1662,9 @@ __attribute__((no_sanitize("address", "undefined"))) static void aptc_tile_multi
 }
 #else
 /* A thread has 4 x 4 elements of c; its rows and columns lie m / 4 and n / 4 apart, so that a warp reads b without conflicts. */
-static __device__ void aptc_tile_floats(const aptc_tile_product *p)
+template <apt_dtype type>
+static __device__ void aptc_tile_plain(const aptc_tile_product *p)
 {
-    const float *a = (const float *)p->a, *b = (const float *)p->b;
     const int32_t mh = p->m / 4, nh = p->n / 4, ai = p->a_t ? 1 : p->lda, ax = p->a_t ? p->lda : 1;
     const int32_t bj = p->b_t ? p->ldb : 1, bx = p->b_t ? 1 : p->ldb;
     for (int32_t o = (int32_t)threadIdx.x; o < mh * nh; o += APTC_BLOCK) {
@@ -1529,8 +1674,8 @@ static __device__ void aptc_tile_floats(const aptc_tile_product *p)
             for (int32_t v = 0; v < 4; v++) sum[u][v] = p->keep ? p->c[(i + u * mh) * p->ldc + j + v * nh] : 0.0f;
         for (int32_t x = 0; x < p->k; x++) {
             float left[4], right[4];
-            for (int32_t u = 0; u < 4; u++) left[u] = a[(i + u * mh) * ai + x * ax];
-            for (int32_t v = 0; v < 4; v++) right[v] = b[(j + v * nh) * bj + x * bx];
+            for (int32_t u = 0; u < 4; u++) left[u] = aptc_load(p->a, type, (i + u * mh) * ai + x * ax);
+            for (int32_t v = 0; v < 4; v++) right[v] = aptc_load(p->b, type, (j + v * nh) * bj + x * bx);
             for (int32_t u = 0; u < 4; u++)
                 for (int32_t v = 0; v < 4; v++) sum[u][v] += left[u] * right[v];
         }
@@ -1539,6 +1684,7 @@ static __device__ void aptc_tile_floats(const aptc_tile_product *p)
     }
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 /* On tensor cores: a warp has 16 x 16 elements of c. */
 template <class half_type, class a_layout, class b_layout>
 static __device__ void aptc_tile_halves(const aptc_tile_product *p)
@@ -1572,11 +1718,19 @@ static __device__ void aptc_tile_layouts(const aptc_tile_product *p)
     else aptc_tile_halves<half_type, row_major, row_major>(p);
 }
 
+#endif
+
+/* Code for devices before sm_80, which is what nvcc makes when it is told nothing, has no tensor cores for bfloat16. */
 static __device__ void aptc_tile_multiply(const aptc_tile_product *p, apt_dtype type)
 {
-    if (type == APT_F32) aptc_tile_floats(p);
+    if (type == APT_F32) aptc_tile_plain<APT_F32>(p);
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     else if (type == APT_BF16) aptc_tile_layouts<__nv_bfloat16>(p);
     else aptc_tile_layouts<__half>(p);
+#else
+    else if (type == APT_BF16) aptc_tile_plain<APT_BF16>(p);
+    else aptc_tile_plain<APT_F16>(p);
+#endif
 }
 #endif
 
@@ -2418,13 +2572,16 @@ static bool aptc_gemm_op(aptc_device *d, const apti_gemm *g)
         }
         more = biased = true;
     }
-    aptc_finish f = {g->c, NULL, z, onto ? NULL : g->residual, g->mask, g->ldc, 0, ldz, g->ld_residual, g->m, g->n, g->act};
+    const aptc_finish f = {g->c, NULL, z, onto ? NULL : g->residual, g->mask, g->ldc, 0, ldz, g->ld_residual, g->m, g->n, g->act,
+                           {NULL, 0}};
     if (!more) aptc_start(d, g, z, ldz);
     else if (!biased) {                           /* an empty product onto c, with a bias: as a residual of one row */
         const apti_residual_job job = {NULL, z, z, g->bias, NULL, ldz, ldz, 0, g->m, g->n, 0};
         APTC_LAUNCH_EACH(d, aptc_residual_kernel, job);
     }
-    if (g->pre != NULL || g->act >= 0 || f.residual != NULL || g->mask != NULL) APTC_LAUNCH_EACH(d, aptc_finish_kernel, f);
+    if (g->pre == NULL && g->act < 0 && f.residual == NULL && g->mask == NULL) return true;
+    d->waits = APTC_FINISH;
+    d->waiting.finish = f;
     return true;
 }
 
@@ -2446,6 +2603,8 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     aptc_device *d = (aptc_device *)self;
     d->used = 0;
     aptc_enter(d);
+    const apti_column_job *sum = op == APTI_OP_COLUMN ? NULL : aptc_sum_for(d, op, job);
+    d->used = 0;
     if (op != APTI_OP_GEMM && op != APTI_OP_COLUMN && op != APTI_OP_SQUARES) memset(d->kept, 0, sizeof d->kept);
     switch (op) {
     case APTI_OP_GEMM: return aptc_gemm_op(d, (const apti_gemm *)job);
@@ -2454,7 +2613,7 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     case APTI_OP_SCALE:
         APTC_LAUNCH_VECTOR(d, aptc_scale_kernel, *(const apti_scale_job *)job, ((const apti_scale_job *)job)->n);
         return true;
-    case APTI_OP_COLUMN: return aptc_column_op(d, (const apti_column_job *)job);
+    case APTI_OP_COLUMN: return aptc_sum_op(d, (const apti_column_job *)job);
     case APTI_OP_NORM_FORWARD: return aptc_norm_forward_op(d, (const apti_norm_job *)job);
     case APTI_OP_NORM_BACKWARD: return aptc_norm_backward_op(d, (const apti_norm_job *)job);
     case APTI_OP_ROTARY_TABLE: return aptc_rotary_op(d, (const apti_rotary_job *)job, true);
@@ -2463,10 +2622,13 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     case APTI_OP_RELATIVE_BACKWARD: return aptc_relative_op(d, (const apti_relative_job *)job, true);
     case APTI_OP_ATTENTION_FORWARD: return aptc_attention_forward_op(d, (const apti_attention_job *)job);
     case APTI_OP_ATTENTION_BACKWARD: return aptc_attention_backward_op(d, (const apti_attention_job *)job);
-    case APTI_OP_ACT_BACKWARD: APTC_LAUNCH_EACH(d, aptc_act_backward_kernel, *(const apti_act_job *)job); return true;
+    case APTI_OP_ACT_BACKWARD: aptc_act_backward_run(d, (const apti_act_job *)job, sum); return true;
     case APTI_OP_RESIDUAL: APTC_LAUNCH_EACH(d, aptc_residual_kernel, *(const apti_residual_job *)job); return true;
-    case APTI_OP_GATE_FORWARD: APTC_LAUNCH_EACH(d, aptc_gate_forward_kernel, *(const apti_gate_job *)job); return true;
-    case APTI_OP_GATE_BACKWARD: APTC_LAUNCH_EACH(d, aptc_gate_backward_kernel, *(const apti_gate_job *)job); return true;
+    case APTI_OP_GATE_FORWARD:
+        d->waits = APTC_GATE;
+        d->waiting.gate = *(const apti_gate_job *)job;
+        return true;
+    case APTI_OP_GATE_BACKWARD: aptc_gate_run(d, (const apti_gate_job *)job, true, sum); return true;
     case APTI_OP_TANH_FORWARD: APTC_LAUNCH_EACH(d, aptc_tanh_forward_kernel, *(const apti_tanh_job *)job); return true;
     case APTI_OP_TANH_BACKWARD: APTC_LAUNCH_EACH(d, aptc_tanh_backward_kernel, *(const apti_tanh_job *)job); return true;
     case APTI_OP_EMBED: return aptc_embed_op(d, (const apti_embed_job *)job);
@@ -2488,7 +2650,7 @@ static apt_result aptc_sync(void *self, char message[APTI_BACKEND_MESSAGE])
 {
     aptc_device *d = (aptc_device *)self;
     aptc_enter(d);
-    aptc_put_end(d);
+    aptc_issue_all(d);
     d->givens = 0;
     memset(d->kept, 0, sizeof d->kept);           /* the CPU may write next */
 #ifdef APT_CUDA_EMULATE
