@@ -1702,7 +1702,7 @@ typedef struct apti_attention_job {
     const float *d_o;
     int64_t lddq, lddk, lddv, lddo;
     int64_t rows_q;                   /* of all sequences */
-    int64_t longest_q, longest_k;     /* of a sequence */
+    int64_t longest_q, longest_k;     /* of a sequence; of a cache: its room */
     int64_t blocks;                   /* the CPU's: blocks of the longest sequence */
 } apti_attention_job;
 
@@ -7510,6 +7510,7 @@ static void apti_attention_forward(apt_ctx *ctx, const apti_attention_op *op, fl
     job.ldo = ldo;
     job.lse = lse;
     job.longest_q = apti_attention_longest(op->q_offsets, op->sequences);
+    job.longest_k = apti_attention_longest(op->k_offsets, op->sequences);
     job.blocks = apti_ceil_div(job.longest_q, APTI_ATTN_BLOCK);
     if (op->heads == 0 || apti_device_run(ctx, APTI_OP_ATTENTION_FORWARD, &job)) return;
     apti_parallel_for(ctx, (int64_t)op->sequences * op->heads * job.blocks, apti_attention_forward_task, &job);

@@ -1752,7 +1752,7 @@ typedef struct aptc_attention {
     int32_t heads, share, dim, span, sequences, causal;
     float scale;
     apt_dtype type;                   /* of the operands of products */
-    int32_t tile, wide;               /* rows of a tile, and its columns: dim up to a multiple of 16; both are such */
+    int32_t rows, tile, wide;         /* queries and keys of a tile, its columns (dim of them used): multiples of 16 */
 } aptc_attention;
 
 /* One sequence and head. */
@@ -1781,7 +1781,7 @@ APTC_DEVICE int64_t aptc_limit(const aptc_attention *a, const aptc_place *p, int
 /* Keys that queries up to the end of the tile at q0 see */
 APTC_DEVICE int64_t aptc_seen_keys(const aptc_attention *a, const aptc_place *p, int64_t q0)
 {
-    return aptc_limit(a, p, aptc_min(q0 + a->tile, p->queries) - 1);
+    return aptc_limit(a, p, aptc_min(q0 + a->rows, p->queries) - 1);
 }
 
 /* Column of the bias table for key j and query i */
@@ -1799,9 +1799,9 @@ APTC_DEVICE float aptc_logit(const aptc_attention *a, const aptc_place *p, int64
     return s;
 }
 
-/* What a block has in its shared memory, as bytes from its beginning: operands (tile, wide) of the products' type, sums (tile,
-   wide) and squares (tile, tile) of float, halves (tile, tile), which are squares in the products' type (where that is float, the
-   squares themselves), and vectors (tile). Strides are longer than rows, against bank conflicts. */
+/* What a block has in its shared memory, as bytes from its beginning: operands (rows or tile, wide) of the products' type, sums
+   (rows, wide) and squares (rows, tile) of float, halves (rows, tile), which are squares in the products' type (where that is
+   float, the squares themselves), and vectors (rows). Strides are longer than rows, against bank conflicts. */
 typedef struct aptc_room {
     int32_t operand[4], sum[2], square[2], half[2], vector[2], end;
     int32_t ld_operand, ld_sum, ld_square, ld_half;
@@ -1819,23 +1819,23 @@ APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int3
     r.ld_half = floats ? r.ld_square : a->tile + 8;
     for (int32_t i = 0; i < 4; i++) {
         r.operand[i] = at;
-        if (i < operands) at += a->tile * r.ld_operand * (int32_t)aptc_size(a->type);
+        if (i < operands) at += (a->tile > a->rows ? a->tile : a->rows) * r.ld_operand * (int32_t)aptc_size(a->type);
     }
     for (int32_t i = 0; i < 2; i++) {
         r.sum[i] = at;
-        if (i < sums) at += a->tile * r.ld_sum * 4;
+        if (i < sums) at += a->rows * r.ld_sum * 4;
     }
     for (int32_t i = 0; i < 2; i++) {
         r.square[i] = at;
-        if (i < squares) at += a->tile * r.ld_square * 4;
+        if (i < squares) at += a->rows * r.ld_square * 4;
     }
     for (int32_t i = 0; i < 2; i++) {
         r.half[i] = floats ? r.square[i] : at;
-        if (i < halves && !floats) at += a->tile * r.ld_half * 2;
+        if (i < halves && !floats) at += a->rows * r.ld_half * 2;
     }
     for (int32_t i = 0; i < 2; i++) {
         r.vector[i] = at;
-        if (i < vectors) at += a->tile * 4;
+        if (i < vectors) at += a->rows * 4;
     }
     r.end = at;
     return r;
@@ -1854,24 +1854,24 @@ APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int3
 #define APTC_FLOATS(at) ((float *)((char *)room + (at)))
 #define APTC_OPERAND(at) ((void *)((char *)room + (at)))
 
-/* Thread t's share of tile(a->tile, a->wide) = factor * x(rows, a->dim), zeros around it. A warp has a row. */
-APTC_DEVICE void aptc_tile_load(const aptc_attention *a, int32_t t, void *tile, int32_t ld_tile, const float *x, int64_t ld,
-                                int64_t rows, float factor)
+/* Thread t's share of tile(height, a->wide) = factor * x(rows, a->dim), zeros around it. A warp has a row. */
+APTC_DEVICE void aptc_tile_load(const aptc_attention *a, int32_t t, void *tile, int32_t ld_tile, int32_t height, const float *x,
+                                int64_t ld, int64_t rows, float factor)
 {
-    for (int32_t i = t / APTC_WARP; i < a->tile; i += APTC_WARPS)
+    for (int32_t i = t / APTC_WARP; i < height; i += APTC_WARPS)
         for (int32_t j = t % APTC_WARP; j < a->wide; j += APTC_WARP)
             aptc_store(tile, a->type, i * ld_tile + j, i < rows && j < a->dim ? factor * x[i * ld + j] : 0.0f);
 }
 
 /* The tiles at (q0, k0) of one head */
 #define APTC_LOAD_QUERIES(to, x, ld, p, factor)                                                                         \
-    APTC_THREADS(t) aptc_tile_load(&job, t, APTC_OPERAND(to), r.ld_operand,                                             \
+    APTC_THREADS(t) aptc_tile_load(&job, t, APTC_OPERAND(to), r.ld_operand, job.rows,                                   \
                                    (x) + ((p).q_row + q0) * (ld) + (p).head * job.dim, ld, (p).queries - q0, factor)
 #define APTC_LOAD_KEYS(to, x, ld, p)                                                                                    \
-    APTC_THREADS(t) aptc_tile_load(&job, t, APTC_OPERAND(to), r.ld_operand,                                             \
+    APTC_THREADS(t) aptc_tile_load(&job, t, APTC_OPERAND(to), r.ld_operand, job.tile,                                   \
                                    (x) + ((p).k_row + k0) * (ld) + (p).group * job.dim, ld, (p).keys - k0, 1.0f)
 #define APTC_ZERO_SUM(at) \
-    APTC_THREADS(t) for (int32_t e = t; e < job.tile * r.ld_sum; e += APTC_BLOCK) APTC_FLOATS(at)[e] = 0
+    APTC_THREADS(t) for (int32_t e = t; e < job.rows * r.ld_sum; e += APTC_BLOCK) APTC_FLOATS(at)[e] = 0
 
 /* Block: BX = tile of queries, BY = (sequence, head). The softmax of a row is its warp's. */
 APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
@@ -1883,15 +1883,15 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
     float *acc = APTC_FLOATS(r.sum[0]), *s = APTC_FLOATS(r.square[0]);
     float *max = APTC_FLOATS(r.vector[0]), *sum = APTC_FLOATS(r.vector[1]);
     const aptc_tile_product logits = {s,        APTC_OPERAND(r.operand[0]), APTC_OPERAND(r.operand[1]), r.ld_square,
-                                      r.ld_operand, r.ld_operand, job.tile, job.tile, job.wide, false, true, false};
+                                      r.ld_operand, r.ld_operand, job.rows, job.tile, job.wide, false, true, false};
     const aptc_tile_product values = {acc,        APTC_OPERAND(r.half[0]), APTC_OPERAND(r.operand[1]), r.ld_sum,
-                                      r.ld_half, r.ld_operand, job.tile, job.wide, job.tile, false, false, true};
+                                      r.ld_half, r.ld_operand, job.rows, job.wide, job.tile, false, false, true};
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
-    const int64_t q0 = APTC_BX * job.tile, seen = aptc_seen_keys(&job, &p, q0);
+    const int64_t q0 = APTC_BX * job.rows, seen = aptc_seen_keys(&job, &p, q0);
     if (q0 >= p.queries) return;
     APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);
     APTC_ZERO_SUM(r.sum[0]);
-    APTC_THREADS(t) if (t < job.tile) {
+    APTC_THREADS(t) if (t < job.rows) {
         max[t] = -INFINITY;
         sum[t] = 0;
     }
@@ -1901,7 +1901,7 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
         APTC_BARRIER;
         aptc_tile_multiply(&logits, job.type);
         APTC_BARRIER;
-        for (int32_t i0 = 0; i0 < job.tile; i0 += APTC_WARPS) {
+        for (int32_t i0 = 0; i0 < job.rows; i0 += APTC_WARPS) {
             APTC_THREADS(t) {
                 const int32_t i = i0 + t / APTC_WARP;
                 const int64_t limit = aptc_limit(&job, &p, q0 + i);
@@ -1942,7 +1942,7 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
     APTC_BARRIER;
     APTC_THREADS(t) {
         const float mask = job.mask != NULL ? job.mask[p.group] : 1.0f;
-        for (int32_t i = t / APTC_WARP; i < job.tile && q0 + i < p.queries; i += APTC_WARPS) {
+        for (int32_t i = t / APTC_WARP; i < job.rows && q0 + i < p.queries; i += APTC_WARPS) {
             float *o = job.o + (p.q_row + q0 + i) * job.ldo + p.head * job.dim;
             for (int32_t c = t % APTC_WARP; c < job.dim; c += APTC_WARP)
                 o[c] = sum[i] != 0 ? acc[i * r.ld_sum + c] * (mask / sum[i]) : 0.0f;
@@ -2199,11 +2199,16 @@ static aptc_attention aptc_attention_of(const aptc_device *d, const apti_attenti
     return a;
 }
 
-/* Tiles as large as the longest sequence, APTC_TILE_MAX or the shared memory wants; false: there is no room for any. */
-#define APTC_TILE_CHOOSE(d, a, longest, layout, fits)                                                                   \
+/* Tiles as large as the longest sequences, APTC_TILE_MAX and the shared memory let them be; fits: there is room for some. The
+   backward's are square. */
+#define APTC_TILE_CHOOSE(d, a, longest_q, longest_k, layout, fits)                                                      \
     do {                                                                                                                \
-        (a).tile = (int32_t)aptc_min(APTC_TILE_MAX, aptc_ceil(longest, 16) * 16);                                       \
-        while ((a).tile > 16 && layout(&(a)).end > (d)->room) (a).tile -= 16;                                           \
+        (a).rows = (int32_t)aptc_min(APTC_TILE_MAX, aptc_ceil(longest_q, 16) * 16);                                     \
+        (a).tile = (int32_t)aptc_min(APTC_TILE_MAX, aptc_ceil(longest_k, 16) * 16);                                     \
+        while (layout(&(a)).end > (d)->room && ((a).rows > 16 || (a).tile > 16)) {                                      \
+            if ((a).rows > 16) (a).rows -= 16;                                                                          \
+            if ((a).tile > 16) (a).tile -= 16;                                                                          \
+        }                                                                                                               \
         fits = layout(&(a)).end <= (d)->room;                                                                           \
     } while (0)
 
@@ -2212,12 +2217,12 @@ static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *
     aptc_attention a = aptc_attention_of(d, op);
     bool fits;
     if (a.dim > APTC_HEAD_MAX || (int64_t)a.sequences * a.heads > 65535) return false;
-    APTC_TILE_CHOOSE(d, a, op->longest_q, APTC_FORWARD_ROOM, fits);
+    APTC_TILE_CHOOSE(d, a, op->longest_q, op->longest_k, APTC_FORWARD_ROOM, fits);
     if (!fits) return false;
     a.o = op->out;
     a.ldo = op->ldo;
     a.lse_out = op->lse;
-    APTC_LAUNCH_DYNAMIC(d, aptc_attention_forward_kernel, a, aptc_ceil(op->longest_q, a.tile), (int64_t)a.sequences * a.heads,
+    APTC_LAUNCH_DYNAMIC(d, aptc_attention_forward_kernel, a, aptc_ceil(op->longest_q, a.rows), (int64_t)a.sequences * a.heads,
                         APTC_FORWARD_ROOM(&a).end);
     return true;
 }
@@ -2246,7 +2251,8 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
     const int64_t pairs = (int64_t)a.sequences * a.heads, wide = 2 * (int64_t)a.span - 1;
     bool fits;
     if (a.dim > APTC_HEAD_MAX || pairs > 65535) return false;
-    APTC_TILE_CHOOSE(d, a, aptc_max(op->longest_q, op->longest_k), APTC_DKV_ROOM, fits);      /* the largest of them */
+    const int64_t longest = aptc_max(op->longest_q, op->longest_k);
+    APTC_TILE_CHOOSE(d, a, longest, longest, APTC_DKV_ROOM, fits);        /* the largest of them */
     if (!fits) return false;
     float *dot = (float *)aptc_take(d, op->rows_q * a.heads * (int64_t)sizeof(float));
     a.dbias = op->dbias == NULL ? NULL : (float *)aptc_take(d, pairs * wide * (int64_t)sizeof(float));

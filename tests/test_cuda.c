@@ -1,6 +1,6 @@
-/* apt_cuda.h on its emulated device: whole runs beside those of the CPU, resumption from one on the other, products in bfloat16
-   and float16 with a small workspace, runs with a loss scale, compaction, estimates of memory, what a context with a device
-   refuses, and what apt_cuda_open refuses. Single operations and the golden models run on the same emulation in the build
+/* apt_cuda.h on its emulated device: whole runs beside those of the CPU, resumption from one on the other, products and attention in
+   bfloat16 and float16, with a small workspace, operands that are converted once, sums inside other launches, launches as graphs,
+   runs with a loss scale, compaction, estimates of memory, what a context with a device refuses, and what apt_cuda_open refuses. Single operations and the golden models run on the same emulation in the build
    "emulated" of tests/run.sh.
    build: cc -std=c11 -O2 tests/test_cuda.c -o test_cuda -lcmocka -lpthread -lm */
 #define APT_IMPLEMENTATION
