@@ -92,7 +92,7 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *desc, char *message, size_t capa
    The device, or its emulation
 
    APTC_KERNEL(name, args)   a kernel whose only argument is the struct `args`, called job
-   APTC_BX, APTC_BY          the block's coordinates
+   APTC_BX, APTC_BY          the block's coordinates; APTC_ROWS: how many there are of the second
    APTC_THREADS(t)           a phase: every thread of the block, t = 0 .. APTC_BLOCK - 1
    APTC_BARRIER              between two phases when one reads what another thread has written
    APTC_SHARED(type, x, n)   an array of the block; APTC_DYNAMIC: the one whose size is given at the launch, n at most
@@ -104,9 +104,13 @@ enum { APTC_BLOCK = 256, APTC_WARP = 32, APTC_WARPS = APTC_BLOCK / APTC_WARP };
 
 #ifdef APT_CUDA_EMULATE
 #define APTC_DEVICE static
-#define APTC_KERNEL(name, args) static void name(const args job, const int64_t aptc_bx, const int64_t aptc_by)
+#define APTC_KERNEL(name, args)                                                                                         \
+    static void name(const args job, APTC_MAYBE const int64_t aptc_bx, APTC_MAYBE const int64_t aptc_by,                \
+                     APTC_MAYBE const int64_t aptc_rows)
+#define APTC_MAYBE __attribute__((unused))
 #define APTC_BX aptc_bx
 #define APTC_BY aptc_by
+#define APTC_ROWS aptc_rows
 #define APTC_THREADS(t) for (int32_t t = 0; t < APTC_BLOCK; t++)
 #define APTC_BARRIER ((void)0)
 #define APTC_SHARED(type, x, n) type x[n]
@@ -116,8 +120,6 @@ enum { APTC_BLOCK = 256, APTC_WARP = 32, APTC_WARPS = APTC_BLOCK / APTC_WARP };
 #define APTC_MINE(x, t) x[t]
 #define APTC_WARP_SUM(x) aptc_warp_reduce(x, false)
 #define APTC_WARP_MAX(x) aptc_warp_reduce(x, true)
-#define APTC_UNUSED_BX (void)aptc_bx
-#define APTC_UNUSED_BY (void)aptc_by
 
 /* The butterfly that the warp's shuffles do. */
 static void aptc_warp_reduce(float *x, bool max)
@@ -136,6 +138,7 @@ static void aptc_warp_reduce(float *x, bool max)
 #define APTC_KERNEL(name, args) static __global__ void __launch_bounds__(APTC_BLOCK) name(const args job)
 #define APTC_BX ((int64_t)blockIdx.x)
 #define APTC_BY ((int64_t)blockIdx.y)
+#define APTC_ROWS ((int64_t)gridDim.y)
 #define APTC_THREADS(t) for (int32_t t = (int32_t)threadIdx.x, aptc_once = 0; aptc_once == 0 && t >= 0; aptc_once = 1)
 #define APTC_BARRIER __syncthreads()
 #define APTC_SHARED(type, x, n) __shared__ type x[n]
@@ -145,8 +148,6 @@ static void aptc_warp_reduce(float *x, bool max)
 #define APTC_MINE(x, t) x
 #define APTC_WARP_SUM(x) x = aptc_warp_reduce(x, false)
 #define APTC_WARP_MAX(x) x = aptc_warp_reduce(x, true)
-#define APTC_UNUSED_BX ((void)0)
-#define APTC_UNUSED_BY ((void)0)
 
 static __device__ float aptc_warp_reduce(float x, bool max)
 {
@@ -284,15 +285,12 @@ typedef struct aptc_algorithm {
 /* What the optimizer is told anew in every step. */
 typedef struct aptc_scalars { float grad_scale, step_size, eps, decay; } aptc_scalars;
 
-/* partial(step, n): of each column, the sum of |x| over the rows i, i + step, i + 2 step ... partial NULL: no sums */
-typedef struct aptc_sizes { float *partial; int64_t step; } aptc_sizes;
-
-/* What follows a product: pre = z;  c = (act(z) + residual) * mask. z may be c, pre or residual. The sizes are c's. */
+/* What follows a product: pre = z;  c = (act(z) + residual) * mask. z may be c, pre or residual. The sizes are c's: see
+   APTC_EACH_SIZED. */
 typedef struct aptc_finish {
-    float *c, *pre;
+    float *c, *pre, *sizes;
     const float *z, *residual, *mask;
     int64_t ldc, ld_pre, ldz, ld_residual, rows, n, act;
-    aptc_sizes sizes;
 } aptc_finish;
 
 /* What waits for the operation behind it, see aptc_settle */
@@ -629,7 +627,7 @@ static void aptc_issue_all(aptc_device *d)
         args copy;                                                                                                      \
         memcpy(&copy, job, sizeof copy);                                                                                \
         for (int64_t y = 0; y < by; y++)                                                                                \
-            for (int64_t x = 0; x < bx; x++) name(copy, x, y);                                                          \
+            for (int64_t x = 0; x < bx; x++) name(copy, x, y, by);                                                          \
     }
 #define APTC_LAUNCH_DYNAMIC(d, name, job, bx, by, bytes) APTC_PUT(d, name##_run, #name, job, bx, by, bytes)
 #else
@@ -668,29 +666,35 @@ APTC_DEVICE float aptc_act(float x, int32_t act, float *slope)
     return x;
 }
 
-/* Matrices that are read and written element by element: thread per element, columns side by side, a row per APTC_BY. */
+/* Matrices that are read and written element by element: a thread per column and, of the rows, every APTC_ROWS-th. Blocks of one
+   row each would be over before they have begun. */
+enum { APTC_EACH_BLOCKS = 4096 };
+
 static int64_t aptc_columns(int64_t n) { return aptc_ceil(n, APTC_BLOCK); }
 
-/* More rows than a grid is high: a block goes on with row APTC_BY + APTC_ROWS, and so on. */
-enum { APTC_ROWS = 32768 };
+static int64_t aptc_row_blocks(int64_t rows, int64_t n)
+{
+    return n < 1 ? 0 : aptc_min(rows, aptc_max(1, APTC_EACH_BLOCKS / aptc_columns(n)));
+}
+
 #define APTC_EACH(job_rows, job_n)                                                                                      \
     for (int64_t i = APTC_BY; i < (job_rows); i += APTC_ROWS)                                                           \
         APTC_THREADS(t)                                                                                                 \
             for (int64_t j = APTC_BX * APTC_BLOCK + t, aptc_last = 0; j < (job_n) && aptc_last == 0; aptc_last = 1)
-#define APTC_LAUNCH_EACH(d, name, job) APTC_LAUNCH(d, name, job, aptc_columns((job).n), aptc_min((job).rows, APTC_ROWS))
+#define APTC_LAUNCH_ROWS(d, name, job, rows, n) APTC_LAUNCH(d, name, job, aptc_columns(n), aptc_row_blocks(rows, n))
+#define APTC_LAUNCH_EACH(d, name, job) APTC_LAUNCH_ROWS(d, name, job, (job).rows, (job).n)
 
-/* The same for kernels that can also add up what salience asks for, see aptc_sizes; APTC_SIZE(x) is to be the last there. */
+/* The same for kernels that can also add up what salience asks for: sizes(APTC_ROWS, n), the sums of |x| over the rows of each
+   block; NULL: none. APTC_SIZE(x) is to be the last there. */
 #define APTC_EACH_SIZED(job_rows, job_n)                                                                                \
     APTC_PRIVATE(float, total);                                                                                         \
     APTC_THREADS(t) APTC_MINE(total, t) = 0;                                                                            \
-    for (int64_t i = APTC_BY; i < (job_rows); i += job.sizes.step)                                                      \
-        APTC_THREADS(t)                                                                                                 \
-            for (int64_t j = APTC_BX * APTC_BLOCK + t, aptc_last = 0; j < (job_n) && aptc_last == 0; aptc_last = 1)
+    APTC_EACH(job_rows, job_n)
 #define APTC_SIZE(x) APTC_MINE(total, t) += fabsf(x)
 #define APTC_SIZES_END(job_n)                                                                                           \
     APTC_THREADS(t) {                                                                                                   \
         const int64_t j = APTC_BX * APTC_BLOCK + t;                                                                     \
-        if (job.sizes.partial != NULL && j < (job_n)) job.sizes.partial[APTC_BY * (job_n) + j] = APTC_MINE(total, t);   \
+        if (job.sizes != NULL && j < (job_n)) job.sizes[APTC_BY * (job_n) + j] = APTC_MINE(total, t);                   \
     }
 
 APTC_KERNEL(aptc_finish_kernel, aptc_finish)
@@ -730,7 +734,7 @@ APTC_KERNEL(aptc_copy_kernel, apti_copy_job)
 APTC_LAUNCHER(aptc_copy_kernel, apti_copy_job)
 
 /* The sizes are da's. */
-typedef struct aptc_act_backward { apti_act_job op; aptc_sizes sizes; } aptc_act_backward;
+typedef struct aptc_act_backward { apti_act_job op; float *sizes; } aptc_act_backward;
 
 APTC_KERNEL(aptc_act_backward_kernel, aptc_act_backward)
 {
@@ -755,7 +759,7 @@ APTC_KERNEL(aptc_residual_kernel, apti_residual_job)
 APTC_LAUNCHER(aptc_residual_kernel, apti_residual_job)
 
 /* The sizes are those of h, backward of dh. */
-typedef struct aptc_gate { apti_gate_job op; aptc_sizes sizes; } aptc_gate;
+typedef struct aptc_gate { apti_gate_job op; float *sizes; } aptc_gate;
 
 APTC_KERNEL(aptc_gate_forward_kernel, aptc_gate)
 {
@@ -807,7 +811,6 @@ enum { APTC_VECTOR_BLOCKS = 1024 };
 
 APTC_KERNEL(aptc_scale_kernel, apti_scale_job)
 {
-    APTC_UNUSED_BY;
     APTC_VECTOR(job.n) job.x[i] *= job.s;
 }
 APTC_LAUNCHER(aptc_scale_kernel, apti_scale_job)
@@ -819,7 +822,6 @@ typedef struct aptc_adam {
 
 APTC_KERNEL(aptc_adam_kernel, aptc_adam)
 {
-    APTC_UNUSED_BY;
     const float b1 = job.op.beta1, b2 = job.op.beta2, step = job.given->step_size, eps = job.given->eps, decay = job.given->decay;
     APTC_VECTOR(job.op.n) {
         const float g = job.op.g[i] * job.given->grad_scale, w = job.op.w[i];
@@ -838,7 +840,6 @@ typedef struct aptc_give { aptc_scalars *to, value; } aptc_give;
 
 APTC_KERNEL(aptc_give_kernel, aptc_give)
 {
-    APTC_UNUSED_BY;
     APTC_THREADS(t) if (t == 0 && APTC_BX == 0) *job.to = job.value;
 }
 APTC_LAUNCHER(aptc_give_kernel, aptc_give)
@@ -879,7 +880,6 @@ typedef struct aptc_fold { float *acc; const float *partial, *mask; int64_t chun
 
 APTC_KERNEL(aptc_fold_kernel, aptc_fold)
 {
-    APTC_UNUSED_BY;
     APTC_VECTOR(job.n) {
         double total = 0;
         for (int64_t c = 0; c < job.chunks; c++) total += (double)job.partial[c * job.stride + i];
@@ -964,63 +964,55 @@ static bool aptc_same_matrix(const apti_column_job *sum, const float *x, int64_t
     return sum->x == x && sum->ldx == ld && sum->rows == rows && sum->n == n;
 }
 
-#define APTC_LAUNCH_SIZED(d, name, job, rows, n) \
-    APTC_LAUNCH(d, name, job, aptc_columns(n), aptc_min(rows, (job).sizes.step))
-
-/* Room for the sums of a launch that is sized; without it, or without a sum that is asked for: none */
-static aptc_sizes aptc_sizes_for(aptc_device *d, const apti_column_job *sum)
+/* Room for the sums of a launch; NULL: none is asked for, or there is no room */
+static float *aptc_sizes_for(aptc_device *d, const apti_column_job *sum)
 {
-    aptc_sizes s = {NULL, APTC_ROWS};
-    if (sum == NULL) return s;
-    const int64_t chunks = aptc_min(APTC_CHUNKS, aptc_ceil(sum->rows, APTC_CHUNK_ROWS));
-    s.partial = (float *)aptc_take(d, chunks * sum->n * (int64_t)sizeof(float));
-    if (s.partial != NULL) s.step = chunks;
-    return s;
+    if (sum == NULL) return NULL;
+    return (float *)aptc_take(d, aptc_row_blocks(sum->rows, sum->n) * sum->n * (int64_t)sizeof(float));
 }
 
 /* Behind the launch: acc += the sums, or all of it where there was no room */
-static void aptc_sizes_add(aptc_device *d, const aptc_sizes *s, const apti_column_job *sum)
+static void aptc_sizes_add(aptc_device *d, const float *sizes, const apti_column_job *sum)
 {
     if (sum == NULL) return;
-    if (s->partial == NULL) {
-        (void)aptc_column_op(d, sum);             /* which had room when it came, see aptc_sum_op */
+    if (sizes == NULL) {
+        (void)aptc_column_op(d, sum);             /* which has room: see aptc_sum_op */
         return;
     }
-    const aptc_fold fold = {sum->acc, s->partial, NULL, s->step, sum->n, sum->n, 0};
+    const aptc_fold fold = {sum->acc, sizes, NULL, aptc_row_blocks(sum->rows, sum->n), sum->n, sum->n, 0};
     APTC_LAUNCH_VECTOR(d, aptc_fold_kernel, fold, sum->n);
 }
 
 static void aptc_finish_run(aptc_device *d, aptc_finish *f, const apti_column_job *sum)
 {
     f->sizes = aptc_sizes_for(d, sum);
-    APTC_LAUNCH_SIZED(d, aptc_finish_kernel, *f, f->rows, f->n);
-    aptc_sizes_add(d, &f->sizes, sum);
+    APTC_LAUNCH_EACH(d, aptc_finish_kernel, *f);
+    aptc_sizes_add(d, f->sizes, sum);
 }
 
 static void aptc_gate_run(aptc_device *d, const apti_gate_job *op, bool backward, const apti_column_job *sum)
 {
-    aptc_gate g = {*op, aptc_sizes_for(d, sum)};
-    if (backward) APTC_LAUNCH_SIZED(d, aptc_gate_backward_kernel, g, op->rows, op->n);
-    else APTC_LAUNCH_SIZED(d, aptc_gate_forward_kernel, g, op->rows, op->n);
-    aptc_sizes_add(d, &g.sizes, sum);
+    const aptc_gate g = {*op, aptc_sizes_for(d, sum)};
+    if (backward) APTC_LAUNCH_ROWS(d, aptc_gate_backward_kernel, g, op->rows, op->n);
+    else APTC_LAUNCH_ROWS(d, aptc_gate_forward_kernel, g, op->rows, op->n);
+    aptc_sizes_add(d, g.sizes, sum);
 }
 
 static void aptc_act_backward_run(aptc_device *d, const apti_act_job *op, const apti_column_job *sum)
 {
-    aptc_act_backward a = {*op, aptc_sizes_for(d, sum)};
-    APTC_LAUNCH_SIZED(d, aptc_act_backward_kernel, a, op->rows, op->n);
-    aptc_sizes_add(d, &a.sizes, sum);
+    const aptc_act_backward a = {*op, aptc_sizes_for(d, sum)};
+    APTC_LAUNCH_ROWS(d, aptc_act_backward_kernel, a, op->rows, op->n);
+    aptc_sizes_add(d, a.sizes, sum);
 }
 
 /* Launches what waits, with a sum of what it makes or alone. */
 static void aptc_settle(aptc_device *d, const apti_column_job *sum)
 {
     const aptc_waits waits = d->waits;
-    const aptc_sizes alone = {NULL, 0};
     d->waits = APTC_NOTHING;
     if (waits == APTC_FINISH) aptc_finish_run(d, &d->waiting.finish, sum);
     else if (waits == APTC_GATE) aptc_gate_run(d, &d->waiting.gate, false, sum);
-    else if (waits == APTC_SUM) aptc_sizes_add(d, &alone, &d->waiting.sum);
+    else if (waits == APTC_SUM) aptc_sizes_add(d, NULL, &d->waiting.sum);
 }
 
 /* The sum that waits, if it is of what the operation reads anyway; else NULL, and what waits is launched */
@@ -1062,7 +1054,6 @@ typedef struct aptc_squares { double *partial; const float *x; int64_t n; } aptc
 
 APTC_KERNEL(aptc_squares_kernel, aptc_squares)
 {
-    APTC_UNUSED_BY;
     APTC_SHARED(double, sum, APTC_BLOCK);
     APTC_THREADS(t) sum[t] = 0;
     APTC_VECTOR(job.n) sum[t] += (double)job.x[i] * (double)job.x[i];
@@ -1080,7 +1071,6 @@ typedef struct aptc_total { double *result; const double *partial; int64_t count
 
 APTC_KERNEL(aptc_total_kernel, aptc_total)
 {
-    APTC_UNUSED_BY;
     APTC_SHARED(double, sum, APTC_BLOCK);
     for (int64_t c = 0; c < job.columns; c++) {
         APTC_THREADS(t) {
@@ -1118,7 +1108,6 @@ APTC_DEVICE bool aptc_alive(const float *mask, int64_t j) { return mask == NULL 
 
 APTC_KERNEL(aptc_norm_forward_kernel, apti_norm_job)
 {
-    APTC_UNUSED_BY;
     APTC_PRIVATE(float, sum);
     APTC_PRIVATE(float, count);
     APTC_PRIVATE(float, mean);
@@ -1171,7 +1160,6 @@ APTC_DEVICE float aptc_norm_gamma(const apti_norm_job *job, int64_t j)
 
 APTC_KERNEL(aptc_norm_backward_kernel, apti_norm_job)
 {
-    APTC_UNUSED_BY;
     APTC_PRIVATE(float, sum);
     APTC_PRIVATE(float, dot);
     APTC_PRIVATE(float, count);
@@ -1351,7 +1339,7 @@ static bool aptc_embed_op(aptc_device *d, const apti_embed_job *op)
 {
     for (int32_t k = 0; k < 3; k++)
         if (op->table[k].data != NULL && op->table[k].nr != 1) return false;
-    APTC_LAUNCH(d, aptc_embed_kernel, *op, aptc_columns(op->d), aptc_min(op->rows, APTC_ROWS));
+    APTC_LAUNCH_ROWS(d, aptc_embed_kernel, *op, op->rows, op->d);
     return true;
 }
 
@@ -1363,7 +1351,7 @@ APTC_LAUNCHER(aptc_gather_kernel, apti_rows_job)
 
 static bool aptc_gather_op(aptc_device *d, const apti_rows_job *op)
 {
-    APTC_LAUNCH(d, aptc_gather_kernel, *op, aptc_columns(op->d), aptc_min(op->rows, APTC_ROWS));
+    APTC_LAUNCH_ROWS(d, aptc_gather_kernel, *op, op->rows, op->d);
     return true;
 }
 
@@ -1451,7 +1439,7 @@ static bool aptc_scatter_op(aptc_device *d, const apti_rows_job *op)
     if (op->unique) {
         const apti_copy_job zero = {op->x, NULL, op->ldx, 0, op->zero_rows, op->d};
         if (op->zero_rows > 0) APTC_LAUNCH_EACH(d, aptc_copy_kernel, zero);
-        if (op->rows > 0) APTC_LAUNCH(d, aptc_place_kernel, *op, aptc_columns(op->d), aptc_min(op->rows, APTC_ROWS));
+        if (op->rows > 0) APTC_LAUNCH_ROWS(d, aptc_place_kernel, *op, op->rows, op->d);
         return true;
     }
     aptc_scatter job;
@@ -1465,7 +1453,7 @@ static bool aptc_scatter_op(aptc_device *d, const apti_rows_job *op)
     job.zero_rows = op->zero_rows;
     job.n = op->d;
     job.targets = op->targets;
-    APTC_LAUNCH(d, aptc_scatter_kernel, job, aptc_columns(op->d), aptc_min(op->targets, APTC_ROWS));
+    APTC_LAUNCH(d, aptc_scatter_kernel, job, aptc_columns(op->d), aptc_min(op->targets, 32768));
     return true;
 }
 
@@ -1511,7 +1499,6 @@ typedef struct aptc_cross_entropy {
 
 APTC_KERNEL(aptc_cross_entropy_kernel, aptc_cross_entropy)
 {
-    APTC_UNUSED_BY;
     APTC_SHARED(float, room, 2 * APTC_WARPS);
     APTC_SHARED(int32_t, first, APTC_BLOCK);
     APTC_PRIVATE(float, m);
@@ -1555,7 +1542,6 @@ static bool aptc_cross_entropy_op(aptc_device *d, const apti_loss_job *op)
 
 APTC_KERNEL(aptc_kl_kernel, apti_kl_job)
 {
-    APTC_UNUSED_BY;
     APTC_SHARED(float, room, 2 * APTC_WARPS);
     APTC_SHARED(double, term, APTC_BLOCK);
     APTC_PRIVATE(float, ms);
@@ -1588,7 +1574,6 @@ APTC_LAUNCHER(aptc_kl_kernel, apti_kl_job)
 
 APTC_KERNEL(aptc_layer_loss_kernel, apti_layer_loss)
 {
-    APTC_UNUSED_BY;
     APTC_SHARED(double, term, APTC_BLOCK);
     APTC_SHARED(double, square, APTC_BLOCK);
     const int64_t row = APTC_BX;
@@ -1956,7 +1941,6 @@ APTC_LAUNCHER(aptc_attention_forward_kernel, aptc_attention)
 /* dot(rows, heads) = d_o . o of each query and head: a warp each */
 APTC_KERNEL(aptc_attention_dot_kernel, aptc_attention)
 {
-    APTC_UNUSED_BY;
     APTC_PRIVATE(float, sum);
     APTC_THREADS(t) {
         const int64_t pair = APTC_BX * APTC_WARPS + t / APTC_WARP, row = pair / job.heads, column = pair % job.heads * job.dim;
@@ -2127,7 +2111,6 @@ APTC_LAUNCHER(aptc_attention_dkv_kernel, aptc_attention)
 /* Block: BY = (sequence, head): its row of dbias, tile after tile; thread u of a tile takes the diagonal u */
 APTC_KERNEL(aptc_attention_dbias_kernel, aptc_attention)
 {
-    APTC_UNUSED_BX;
     APTC_ROOM(APTC_DBIAS_ROOM);
     float *diagonal = APTC_FLOATS(r.vector[0]);           /* and the vector behind it: 2 * tile */
     const float *ds = APTC_FLOATS(r.square[1]);
@@ -2305,7 +2288,6 @@ typedef struct aptc_product {
 APTC_KERNEL(aptc_product_kernel, aptc_product)
 {
     const int64_t i = APTC_BX;
-    APTC_UNUSED_BY;
     for (int64_t j = 0; j < job.n; j++) {
         double sum = job.accumulate != 0 ? (double)job.c[i * job.ldc + j] : 0.0;
         for (int64_t p = 0; p < job.k; p++)
@@ -2578,8 +2560,8 @@ static bool aptc_gemm_op(aptc_device *d, const apti_gemm *g)
         }
         more = biased = true;
     }
-    const aptc_finish f = {g->c, NULL, z, onto ? NULL : g->residual, g->mask, g->ldc, 0, ldz, g->ld_residual, g->m, g->n, g->act,
-                           {NULL, 0}};
+    const aptc_finish f = {g->c, NULL, NULL, z, onto ? NULL : g->residual, g->mask, g->ldc, 0, ldz, g->ld_residual, g->m, g->n,
+                           g->act};
     if (!more) aptc_start(d, g, z, ldz);
     else if (!biased) {                           /* an empty product onto c, with a bias: as a residual of one row */
         const apti_residual_job job = {NULL, z, z, g->bias, NULL, ldz, ldz, 0, g->m, g->n, 0};
