@@ -1702,7 +1702,7 @@ typedef struct apti_attention_job {
     const float *d_o;
     int64_t lddq, lddk, lddv, lddo;
     int64_t rows_q;                   /* of all sequences */
-    int64_t longest_q, longest_k;     /* of a sequence; of a cache: its room */
+    int64_t longest_q, longest_k;     /* of a sequence; longest_k says nothing where there are k_ends */
     int64_t blocks;                   /* the CPU's: blocks of the longest sequence */
 } apti_attention_job;
 

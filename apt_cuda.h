@@ -2186,8 +2186,8 @@ static aptc_attention aptc_attention_of(const aptc_device *d, const apti_attenti
    backward's are square. */
 #define APTC_TILE_CHOOSE(d, a, longest_q, longest_k, layout, fits)                                                      \
     do {                                                                                                                \
-        (a).rows = (int32_t)aptc_min(APTC_TILE_MAX, aptc_ceil(longest_q, 16) * 16);                                     \
-        (a).tile = (int32_t)aptc_min(APTC_TILE_MAX, aptc_ceil(longest_k, 16) * 16);                                     \
+        (a).rows = (int32_t)aptc_max(16, aptc_min(APTC_TILE_MAX, aptc_ceil(longest_q, 16) * 16));                       \
+        (a).tile = (int32_t)aptc_max(16, aptc_min(APTC_TILE_MAX, aptc_ceil(longest_k, 16) * 16));                       \
         while (layout(&(a)).end > (d)->room && ((a).rows > 16 || (a).tile > 16)) {                                      \
             if ((a).rows > 16) (a).rows -= 16;                                                                          \
             if ((a).tile > 16) (a).tile -= 16;                                                                          \
@@ -2200,7 +2200,8 @@ static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *
     aptc_attention a = aptc_attention_of(d, op);
     bool fits;
     if (a.dim > APTC_HEAD_MAX || (int64_t)a.sequences * a.heads > 65535) return false;
-    APTC_TILE_CHOOSE(d, a, op->longest_q, op->longest_k, APTC_FORWARD_ROOM, fits);
+    const int64_t longest_k = a.k_ends != NULL ? APTC_TILE_MAX : op->longest_k;       /* a cache's keys may be many */
+    APTC_TILE_CHOOSE(d, a, op->longest_q, longest_k, APTC_FORWARD_ROOM, fits);
     if (!fits) return false;
     a.o = op->out;
     a.ldo = op->ldo;
