@@ -2200,7 +2200,7 @@ static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *
     aptc_attention a = aptc_attention_of(d, op);
     bool fits;
     if (a.dim > APTC_HEAD_MAX || (int64_t)a.sequences * a.heads > 65535) return false;
-    const int64_t longest_k = a.k_ends != NULL ? APTC_TILE_MAX : op->longest_k;       /* a cache's keys may be many */
+    const int64_t longest_k = a.k_ends != NULL ? (int64_t)APTC_TILE_MAX : op->longest_k;      /* a cache has room for many */
     APTC_TILE_CHOOSE(d, a, op->longest_q, longest_k, APTC_FORWARD_ROOM, fits);
     if (!fits) return false;
     a.o = op->out;
