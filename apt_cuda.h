@@ -96,11 +96,11 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *desc, char *message, size_t capa
    APTC_THREADS(t)           a phase: every thread of the block, t = 0 .. APTC_BLOCK - 1
    APTC_BARRIER              between two phases when one reads what another thread has written
    APTC_SHARED(type, x, n)   an array of the block; APTC_DYNAMIC: the one whose size is given at the launch, n at most
-   APTC_PRIVATE(type, x)     a variable of each thread that outlives a phase; APTC_MINE(x, t) is t's; likewise APTC_PRIVATE_ARRAY
+   APTC_PRIVATE(type, x)     a variable of each thread that outlives a phase; APTC_MINE(x, t) is t's
    APTC_WARP_SUM(x)          x of every thread = the sum of x over its warp, in a fixed order; likewise APTC_WARP_MAX
    ------------------------------------------------------------------------------------------------------------------ */
 
-enum { APTC_BLOCK = 256, APTC_WARP = 32, APTC_WARPS = APTC_BLOCK / APTC_WARP };
+enum { APTC_BLOCK = 256, APTC_WARP = 32, APTC_WARPS = APTC_BLOCK / APTC_WARP, APTC_GRID_ROWS = 65535 /* at most */ };
 
 #ifdef APT_CUDA_EMULATE
 #define APTC_DEVICE static
@@ -116,7 +116,6 @@ enum { APTC_BLOCK = 256, APTC_WARP = 32, APTC_WARPS = APTC_BLOCK / APTC_WARP };
 #define APTC_SHARED(type, x, n) type x[n]
 #define APTC_DYNAMIC(type, x, n) static __thread type x[n]           /* the sanitizer poisons all of what is on the stack */
 #define APTC_PRIVATE(type, x) type x[APTC_BLOCK]
-#define APTC_PRIVATE_ARRAY(type, x, n) type x[APTC_BLOCK][n]
 #define APTC_MINE(x, t) x[t]
 #define APTC_WARP_SUM(x) aptc_warp_reduce(x, false)
 #define APTC_WARP_MAX(x) aptc_warp_reduce(x, true)
@@ -144,7 +143,6 @@ static void aptc_warp_reduce(float *x, bool max)
 #define APTC_SHARED(type, x, n) __shared__ type x[n]
 #define APTC_DYNAMIC(type, x, n) extern __shared__ __align__(128) type x[]
 #define APTC_PRIVATE(type, x) type x
-#define APTC_PRIVATE_ARRAY(type, x, n) type x[n]
 #define APTC_MINE(x, t) x
 #define APTC_WARP_SUM(x) x = aptc_warp_reduce(x, false)
 #define APTC_WARP_MAX(x) x = aptc_warp_reduce(x, true)
@@ -258,7 +256,7 @@ typedef struct aptc_launch {
     const char *name;
     int64_t bx, by;
     size_t shared, bytes;             /* dynamic shared memory; of the job */
-    uint64_t hash;                    /* of all of it */
+    uint64_t hash;                    /* of kernel, grid and job */
     union { uint64_t word[APTC_JOB_BYTES / 8]; char bytes[APTC_JOB_BYTES]; } job;
 } aptc_launch;
 
@@ -266,7 +264,7 @@ typedef struct aptc_launch {
 typedef struct aptc_graph {
     aptc_launch *launch;              /* [count] */
     int32_t count;                    /* 0: a free place */
-    int64_t used;                     /* when it was last replayed */
+    int64_t used;                     /* when it was last followed */
 #ifndef APT_CUDA_EMULATE
     cudaGraphExec_t exec;             /* NULL: not yet made */
     bool refused;                     /* could not be made */
@@ -575,10 +573,10 @@ static bool aptc_follow(aptc_device *d, const aptc_launch *l)
         if (d->followed == NULL) return false;
     }
     aptc_graph *g = d->followed;
+    g->used = ++d->clock;             /* now the last one whose place a record takes */
     if (++d->at < g->count) return true;
     d->followed = NULL;
     aptc_record_end(d);
-    g->used = ++d->clock;
     if (!aptc_graph_launch(d, g))
         for (int32_t i = 0; i < g->count; i++) aptc_issue(d, &g->launch[i]);
     return true;
@@ -627,7 +625,7 @@ static void aptc_issue_all(aptc_device *d)
         args copy;                                                                                                      \
         memcpy(&copy, job, sizeof copy);                                                                                \
         for (int64_t y = 0; y < by; y++)                                                                                \
-            for (int64_t x = 0; x < bx; x++) name(copy, x, y, by);                                                          \
+            for (int64_t x = 0; x < bx; x++) name(copy, x, y, by);                                                      \
     }
 #define APTC_LAUNCH_DYNAMIC(d, name, job, bx, by, bytes) APTC_PUT(d, name##_run, #name, job, bx, by, bytes)
 #else
@@ -1034,7 +1032,7 @@ static bool aptc_sum_op(aptc_device *d, const apti_column_job *op)
 {
     const aptc_finish *f = &d->waiting.finish;
     const apti_gate_job *g = &d->waiting.gate;
-    if (op->kind != APTI_COLUMN_ABS || (size_t)(APTC_CHUNKS * op->n) * sizeof(float) > d->work_bytes / 2) {
+    if (op->kind != APTI_COLUMN_ABS || (size_t)(APTC_CHUNKS * op->n) * sizeof(float) > d->work_bytes) {
         aptc_settle(d, NULL);
         return aptc_column_op(d, op);
     }
@@ -1453,7 +1451,7 @@ static bool aptc_scatter_op(aptc_device *d, const apti_rows_job *op)
     job.zero_rows = op->zero_rows;
     job.n = op->d;
     job.targets = op->targets;
-    APTC_LAUNCH(d, aptc_scatter_kernel, job, aptc_columns(op->d), aptc_min(op->targets, 32768));
+    APTC_LAUNCH(d, aptc_scatter_kernel, job, aptc_columns(op->d), aptc_min(op->targets, APTC_GRID_ROWS));
     return true;
 }
 
@@ -1858,13 +1856,58 @@ APTC_DEVICE void aptc_tile_load(const aptc_attention *a, int32_t t, void *tile, 
 #define APTC_ZERO_SUM(at) \
     APTC_THREADS(t) for (int32_t e = t; e < job.rows * r.ld_sum; e += APTC_BLOCK) APTC_FLOATS(at)[e] = 0
 
-/* Block: BX = tile of queries, BY = (sequence, head). The softmax of a row is its warp's. */
-APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
+/* Phases, of all threads: products of the tile at (q0, k0) -> exp of their logits less the largest so far, in the place of the
+   halves; the rows' largest (vector 0), their sums (vector 1) and the outputs so far (sum 0) are brought to the new largest. A
+   warp has a row, and nothing of it is another's, so no barriers are needed. */
+APTC_DEVICE void aptc_softmax_tile(const aptc_attention *a, const aptc_place *p, int64_t q0, int64_t k0, float *room,
+                                   const aptc_room *r)
 {
-    APTC_ROOM(APTC_FORWARD_ROOM);
     APTC_PRIVATE(float, top);
     APTC_PRIVATE(float, total);
     APTC_PRIVATE(float, shrink);
+    float *max = APTC_FLOATS(r->vector[0]), *sum = APTC_FLOATS(r->vector[1]);
+    for (int32_t i0 = 0; i0 < a->rows; i0 += APTC_WARPS) {
+        APTC_THREADS(t) {
+            const int32_t i = i0 + t / APTC_WARP;
+            const int64_t limit = aptc_limit(a, p, q0 + i);
+            APTC_MINE(top, t) = -INFINITY;
+            for (int32_t c = t % APTC_WARP; c < a->tile; c += APTC_WARP) {
+                float *x = APTC_FLOATS(r->square[0]) + i * r->ld_square + c;
+                *x = k0 + c < limit ? aptc_logit(a, p, q0 + i, k0 + c, *x) : -INFINITY;
+                APTC_MINE(top, t) = fmaxf(APTC_MINE(top, t), *x);
+            }
+        }
+        APTC_WARP_MAX(top);
+        APTC_THREADS(t) {
+            const int32_t i = i0 + t / APTC_WARP;
+            const float m = fmaxf(APTC_MINE(top, t), max[i]);
+            APTC_MINE(shrink, t) = m > -INFINITY ? expf(max[i] - m) : 1.0f;
+            APTC_MINE(top, t) = m;
+            APTC_MINE(total, t) = 0;
+            for (int32_t c = t % APTC_WARP; c < a->tile; c += APTC_WARP) {
+                const float x = APTC_FLOATS(r->square[0])[i * r->ld_square + c];
+                const float e = x == -INFINITY ? 0.0f : expf(x - m);                  /* a NaN stays one */
+                aptc_store(APTC_OPERAND(r->half[0]), a->type, i * r->ld_half + c, e);
+                APTC_MINE(total, t) += e;
+            }
+        }
+        APTC_WARP_SUM(total);
+        APTC_THREADS(t) {
+            const int32_t i = i0 + t / APTC_WARP;
+            float *acc = APTC_FLOATS(r->sum[0]) + i * r->ld_sum;
+            for (int32_t c = t % APTC_WARP; c < a->wide; c += APTC_WARP) acc[c] *= APTC_MINE(shrink, t);
+            if (t % APTC_WARP == 0) {
+                sum[i] = sum[i] * APTC_MINE(shrink, t) + APTC_MINE(total, t);
+                max[i] = APTC_MINE(top, t);
+            }
+        }
+    }
+}
+
+/* Block: BX = tile of queries, BY = (sequence, head) */
+APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
+{
+    APTC_ROOM(APTC_FORWARD_ROOM);
     float *acc = APTC_FLOATS(r.sum[0]), *s = APTC_FLOATS(r.square[0]);
     float *max = APTC_FLOATS(r.vector[0]), *sum = APTC_FLOATS(r.vector[1]);
     const aptc_tile_product logits = {s,        APTC_OPERAND(r.operand[0]), APTC_OPERAND(r.operand[1]), r.ld_square,
@@ -1886,40 +1929,7 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
         APTC_BARRIER;
         aptc_tile_multiply(&logits, job.type);
         APTC_BARRIER;
-        for (int32_t i0 = 0; i0 < job.rows; i0 += APTC_WARPS) {
-            APTC_THREADS(t) {
-                const int32_t i = i0 + t / APTC_WARP;
-                const int64_t limit = aptc_limit(&job, &p, q0 + i);
-                APTC_MINE(top, t) = -INFINITY;
-                for (int32_t c = t % APTC_WARP; c < job.tile; c += APTC_WARP) {
-                    float *x = s + i * r.ld_square + c;
-                    *x = k0 + c < limit ? aptc_logit(&job, &p, q0 + i, k0 + c, *x) : -INFINITY;
-                    APTC_MINE(top, t) = fmaxf(APTC_MINE(top, t), *x);
-                }
-            }
-            APTC_WARP_MAX(top);
-            APTC_THREADS(t) {
-                const int32_t i = i0 + t / APTC_WARP;
-                const float m = fmaxf(APTC_MINE(top, t), max[i]);
-                APTC_MINE(shrink, t) = m > -INFINITY ? expf(max[i] - m) : 1.0f;
-                APTC_MINE(top, t) = m;
-                APTC_MINE(total, t) = 0;
-                for (int32_t c = t % APTC_WARP; c < job.tile; c += APTC_WARP) {
-                    const float x = s[i * r.ld_square + c], e = x == -INFINITY ? 0.0f : expf(x - m);      /* a NaN stays one */
-                    aptc_store(APTC_OPERAND(r.half[0]), job.type, i * r.ld_half + c, e);
-                    APTC_MINE(total, t) += e;
-                }
-            }
-            APTC_WARP_SUM(total);
-            APTC_THREADS(t) {
-                const int32_t i = i0 + t / APTC_WARP;
-                for (int32_t c = t % APTC_WARP; c < job.wide; c += APTC_WARP) acc[i * r.ld_sum + c] *= APTC_MINE(shrink, t);
-                if (t % APTC_WARP == 0) {
-                    sum[i] = sum[i] * APTC_MINE(shrink, t) + APTC_MINE(total, t);
-                    max[i] = APTC_MINE(top, t);
-                }
-            }
-        }
+        aptc_softmax_tile(&job, &p, q0, k0, room, &r);
         APTC_LOAD_KEYS(r.operand[1], job.v, job.ldv, p);
         APTC_BARRIER;
         aptc_tile_multiply(&values, job.type);
@@ -1977,15 +1987,24 @@ APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p
     }
 }
 
-/* Between barriers: the tiles q, k, v and d_o (times the head mask) are the operands 0 to 3. */
+/* The tiles of queries: operands 0, q, and 3, d_o times the head mask; of keys: 1, k, and 2, v */
+#define APTC_LOAD_GIVEN(p)                                                                                              \
+    APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);                                                           \
+    APTC_LOAD_QUERIES(r.operand[3], job.d_o, job.ldo, p, job.mask != NULL ? job.mask[(p).group] : 1.0f)
+#define APTC_LOAD_SEEN(p)                                                                                               \
+    APTC_LOAD_KEYS(r.operand[1], job.k, job.ldk, p);                                                                    \
+    APTC_LOAD_KEYS(r.operand[2], job.v, job.ldv, p)
+
+/* x(tile, tile) = left right^T of two operands */
+#define APTC_TILE_DOTS(x, left, right)                                                                                  \
+    {APTC_FLOATS(x),  APTC_OPERAND(left), APTC_OPERAND(right), r.ld_square, r.ld_operand, r.ld_operand,                 \
+     job.tile,        job.tile,           job.wide,            false,       true,         false}
+
+/* Between barriers, when all four operands are there */
 #define APTC_GRADIENT_TILE(p, halves)                                                                                   \
     do {                                                                                                                \
-        const aptc_tile_product logits = {APTC_FLOATS(r.square[0]), APTC_OPERAND(r.operand[0]), APTC_OPERAND(r.operand[1]), \
-                                          r.ld_square, r.ld_operand, r.ld_operand, job.tile, job.tile, job.wide,        \
-                                          false, true, false};                                                          \
-        const aptc_tile_product slopes = {APTC_FLOATS(r.square[1]), APTC_OPERAND(r.operand[3]), APTC_OPERAND(r.operand[2]), \
-                                          r.ld_square, r.ld_operand, r.ld_operand, job.tile, job.tile, job.wide,        \
-                                          false, true, false};                                                          \
+        const aptc_tile_product logits = APTC_TILE_DOTS(r.square[0], r.operand[0], r.operand[1]);                       \
+        const aptc_tile_product slopes = APTC_TILE_DOTS(r.square[1], r.operand[3], r.operand[2]);                       \
         aptc_tile_multiply(&logits, job.type);                                                                          \
         aptc_tile_multiply(&slopes, job.type);                                                                          \
         APTC_BARRIER;                                                                                                   \
@@ -2005,13 +2024,11 @@ APTC_KERNEL(aptc_attention_sweep_kernel, aptc_attention)
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
     const int64_t q0 = APTC_BX * job.tile, seen = aptc_seen_keys(&job, &p, q0);
     if (q0 >= p.queries) return;
-    APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);
-    APTC_LOAD_QUERIES(r.operand[3], job.d_o, job.ldo, p, job.mask != NULL ? job.mask[p.group] : 1.0f);
+    APTC_LOAD_GIVEN(p);
     APTC_THREADS(t) if (t < job.tile) dot[t] = sum[t] = 0;
     for (int64_t k0 = 0; k0 < seen; k0 += job.tile) {
         APTC_BARRIER;
-        APTC_LOAD_KEYS(r.operand[1], job.k, job.ldk, p);
-        APTC_LOAD_KEYS(r.operand[2], job.v, job.ldv, p);
+        APTC_LOAD_SEEN(p);
         APTC_BARRIER;
         APTC_GRADIENT_TILE(p, false);
         APTC_BARRIER;
@@ -2048,13 +2065,11 @@ APTC_KERNEL(aptc_attention_dq_kernel, aptc_attention)
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
     const int64_t q0 = APTC_BX * job.tile, seen = aptc_seen_keys(&job, &p, q0);
     if (q0 >= p.queries) return;
-    APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);
-    APTC_LOAD_QUERIES(r.operand[3], job.d_o, job.ldo, p, job.mask != NULL ? job.mask[p.group] : 1.0f);
+    APTC_LOAD_GIVEN(p);
     APTC_ZERO_SUM(r.sum[0]);
     for (int64_t k0 = 0; k0 < seen; k0 += job.tile) {
         APTC_BARRIER;
-        APTC_LOAD_KEYS(r.operand[1], job.k, job.ldk, p);
-        APTC_LOAD_KEYS(r.operand[2], job.v, job.ldv, p);
+        APTC_LOAD_SEEN(p);
         APTC_BARRIER;
         APTC_GRADIENT_TILE(p, true);
         APTC_BARRIER;
@@ -2080,8 +2095,7 @@ APTC_KERNEL(aptc_attention_dkv_kernel, aptc_attention)
     aptc_place p = aptc_place_of(&job, APTC_BY / groups, group * job.share);
     const int64_t k0 = APTC_BX * job.tile;
     if (k0 >= p.keys) return;
-    APTC_LOAD_KEYS(r.operand[1], job.k, job.ldk, p);
-    APTC_LOAD_KEYS(r.operand[2], job.v, job.ldv, p);
+    APTC_LOAD_SEEN(p);
     APTC_ZERO_SUM(r.sum[0]);
     APTC_ZERO_SUM(r.sum[1]);
     for (int32_t h = 0; h < job.share; h++) {
@@ -2089,8 +2103,7 @@ APTC_KERNEL(aptc_attention_dkv_kernel, aptc_attention)
         for (int64_t q0 = 0; q0 < p.queries; q0 += job.tile) {
             if (aptc_seen_keys(&job, &p, q0) <= k0) continue;
             APTC_BARRIER;
-            APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);
-            APTC_LOAD_QUERIES(r.operand[3], job.d_o, job.ldo, p, job.mask != NULL ? job.mask[group] : 1.0f);
+            APTC_LOAD_GIVEN(p);
             APTC_BARRIER;
             APTC_GRADIENT_TILE(p, true);
             APTC_BARRIER;
@@ -2121,12 +2134,10 @@ APTC_KERNEL(aptc_attention_dbias_kernel, aptc_attention)
     APTC_THREADS(t) for (int64_t u = t; u < wide; u += APTC_BLOCK) out[u] = 0;
     for (int64_t q0 = 0; q0 < p.queries; q0 += job.tile) {
         APTC_BARRIER;
-        APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);
-        APTC_LOAD_QUERIES(r.operand[3], job.d_o, job.ldo, p, job.mask != NULL ? job.mask[p.group] : 1.0f);
+        APTC_LOAD_GIVEN(p);
         for (int64_t k0 = 0; k0 < p.keys; k0 += job.tile) {
             APTC_BARRIER;
-            APTC_LOAD_KEYS(r.operand[1], job.k, job.ldk, p);
-            APTC_LOAD_KEYS(r.operand[2], job.v, job.ldv, p);
+            APTC_LOAD_SEEN(p);
             APTC_BARRIER;
             APTC_GRADIENT_TILE(p, false);
             APTC_BARRIER;
@@ -2199,7 +2210,7 @@ static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *
 {
     aptc_attention a = aptc_attention_of(d, op);
     bool fits;
-    if (a.dim > APTC_HEAD_MAX || (int64_t)a.sequences * a.heads > 65535) return false;
+    if (a.dim > APTC_HEAD_MAX || (int64_t)a.sequences * a.heads > APTC_GRID_ROWS) return false;
     const int64_t longest_k = a.k_ends != NULL ? (int64_t)APTC_TILE_MAX : op->longest_k;      /* a cache has room for many */
     APTC_TILE_CHOOSE(d, a, op->longest_q, longest_k, APTC_FORWARD_ROOM, fits);
     if (!fits) return false;
@@ -2234,7 +2245,7 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
     aptc_attention a = aptc_attention_of(d, op);
     const int64_t pairs = (int64_t)a.sequences * a.heads, wide = 2 * (int64_t)a.span - 1;
     bool fits;
-    if (a.dim > APTC_HEAD_MAX || pairs > 65535) return false;
+    if (a.dim > APTC_HEAD_MAX || pairs > APTC_GRID_ROWS) return false;
     const int64_t longest = aptc_max(op->longest_q, op->longest_k);
     APTC_TILE_CHOOSE(d, a, longest, longest, APTC_DKV_ROOM, fits);        /* the largest of them */
     if (!fits) return false;
@@ -2593,7 +2604,7 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     d->used = 0;
     aptc_enter(d);
     const apti_column_job *sum = op == APTI_OP_COLUMN ? NULL : aptc_sum_for(d, op, job);
-    d->used = 0;
+    d->used = 0;                      /* what was launched there has had its room */
     if (op != APTI_OP_GEMM && op != APTI_OP_COLUMN && op != APTI_OP_SQUARES) memset(d->kept, 0, sizeof d->kept);
     switch (op) {
     case APTI_OP_GEMM: return aptc_gemm_op(d, (const apti_gemm *)job);

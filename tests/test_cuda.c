@@ -727,6 +727,45 @@ static void test_graphs(void **state)
         }
 }
 
+/* More rows of launches than there are places for graphs, in any order, broken off anywhere: each launch happens as often as it was
+   asked for, and still a part of them comes from graphs. */
+static void test_many_graphs(void **state)
+{
+    enum { GROUPS = 500, LENGTH = 6, CELLS = GROUPS * LENGTH, RUNS = 15000 };
+    (void)state;
+    apt_ctx *ctx = device_context(NULL);
+    float *cell = (float *)apti_data(ctx, CELLS, 4), *one = (float *)apti_data(ctx, 1, 4);
+    int32_t *asked = (int32_t *)test_memory_block(CELLS * sizeof(int32_t));
+    apt_rng rng = apt_rng_make(17, 0);
+    int64_t count[2];
+    memset(cell, 0, CELLS * sizeof(float));
+    memset(asked, 0, CELLS * sizeof(int32_t));
+    *one = 1;
+    for (int32_t i = 0; i < RUNS; i++) {
+        const uint32_t group = apt_rng_below(&rng, 3) == 0 ? apt_rng_below(&rng, GROUPS) : apt_rng_below(&rng, 40);
+        const uint32_t length = apt_rng_below(&rng, 4) == 0 ? 1 + apt_rng_below(&rng, LENGTH) : LENGTH;
+        for (uint32_t k = group * LENGTH; k < group * LENGTH + length; k++) {
+            apti_residual_job job = APT_ZERO;
+            job.y = &cell[k];
+            job.x = &cell[k];
+            job.r = one;
+            job.rows = job.n = 1;
+            assert_true(apti_device_run(ctx, APTI_OP_RESIDUAL, &job));
+            asked[k]++;
+        }
+        if (apt_rng_below(&rng, 50) == 0) assert_int_equal(apti_device_check(ctx), APT_OK);
+    }
+    assert_int_equal(apti_device_check(ctx), APT_OK);
+    for (int32_t k = 0; k < CELLS; k++)
+        if ((int32_t)cell[k] != asked[k]) fail_msg("launch %d happened %d times instead of %d", (int)k, (int)cell[k], (int)asked[k]);
+    count_launches(ctx, count);
+    if (count[0] > 0) assert_true(count[1] > count[0] / 10);
+    free(asked);
+    apti_free(ctx, cell);
+    apti_free(ctx, one);
+    apt_destroy(ctx);
+}
+
 /* ---- memory ---- */
 
 /* What the device's allocator has handed out. */
@@ -995,6 +1034,7 @@ int main(void)
         cmocka_unit_test(test_fp16_run),
         cmocka_unit_test(test_cpu_only),
         cmocka_unit_test(test_graphs),
+        cmocka_unit_test(test_many_graphs),
         cmocka_unit_test(test_estimate),
         cmocka_unit_test(test_reach),
         cmocka_unit_test(test_open),
