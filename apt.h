@@ -3901,22 +3901,43 @@ extern "C" {
 #define APTI_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define APTI_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
 
-/* y[c][r] = x[r][c] for 8 x 8. The first step of the exchange is done by loading half rows to where they belong. */
-APTI_AVX2 APTI_INLINE void apti_transpose_8x8(float *y, int64_t ldy, const float *x, int64_t ldx)
-{
-#define APTI_HALVES(r, c) _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + (r) * ldx + (c))), \
-                                               _mm_loadu_ps(x + ((r) + 4) * ldx + (c)), 1)
-    for (int64_t c = 0; c < 8; c += 4) {
-        const __m256 r0 = APTI_HALVES(0, c), r1 = APTI_HALVES(1, c), r2 = APTI_HALVES(2, c), r3 = APTI_HALVES(3, c);
-        const __m256 a = _mm256_unpacklo_ps(r0, r1), b = _mm256_unpackhi_ps(r0, r1);
-        const __m256 d = _mm256_unpacklo_ps(r2, r3), e = _mm256_unpackhi_ps(r2, r3);
-        _mm256_storeu_ps(y + (c + 0) * ldy, _mm256_shuffle_ps(a, d, 0x44));
-        _mm256_storeu_ps(y + (c + 1) * ldy, _mm256_shuffle_ps(a, d, 0xee));
-        _mm256_storeu_ps(y + (c + 2) * ldy, _mm256_shuffle_ps(b, e, 0x44));
-        _mm256_storeu_ps(y + (c + 3) * ldy, _mm256_shuffle_ps(b, e, 0xee));
+/* y[c][r] = x[r][c] for as many rows as a vector has lanes and four columns. Quarters of a row are loaded to where they belong,
+   rows 4 apart side by side, so that four vectors have only to be transposed in themselves. */
+#define APTI_TRANSPOSE_4(bits, r0, r1, r2, r3)                                                              \
+    {                                                                                                       \
+        const __m##bits low = _mm##bits##_unpacklo_ps(r0, r1), low2 = _mm##bits##_unpacklo_ps(r2, r3);      \
+        const __m##bits high = _mm##bits##_unpackhi_ps(r0, r1), high2 = _mm##bits##_unpackhi_ps(r2, r3);    \
+        _mm##bits##_storeu_ps(y, _mm##bits##_shuffle_ps(low, low2, 0x44));                                  \
+        _mm##bits##_storeu_ps(y + ldy, _mm##bits##_shuffle_ps(low, low2, 0xee));                            \
+        _mm##bits##_storeu_ps(y + 2 * ldy, _mm##bits##_shuffle_ps(high, high2, 0x44));                      \
+        _mm##bits##_storeu_ps(y + 3 * ldy, _mm##bits##_shuffle_ps(high, high2, 0xee));                      \
     }
-#undef APTI_HALVES
+
+APTI_AVX2 APTI_INLINE __m256 apti_quarters_avx2(const float *x, int64_t ldx)
+{
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x)), _mm_loadu_ps(x + 4 * ldx), 1);
 }
+
+APTI_AVX2 APTI_INLINE void apti_transpose_8x4(float *y, int64_t ldy, const float *x, int64_t ldx)
+{
+    const __m256 r0 = apti_quarters_avx2(x, ldx), r1 = apti_quarters_avx2(x + ldx, ldx);
+    const __m256 r2 = apti_quarters_avx2(x + 2 * ldx, ldx), r3 = apti_quarters_avx2(x + 3 * ldx, ldx);
+    APTI_TRANSPOSE_4(256, r0, r1, r2, r3)
+}
+
+APTI_AVX512 APTI_INLINE __m512 apti_quarters_avx512(const float *x, int64_t ldx)
+{
+    const __m512 lower = _mm512_castps256_ps512(apti_quarters_avx2(x, ldx));
+    return _mm512_insertf32x4(_mm512_insertf32x4(lower, _mm_loadu_ps(x + 8 * ldx), 2), _mm_loadu_ps(x + 12 * ldx), 3);
+}
+
+APTI_AVX512 APTI_INLINE void apti_transpose_16x4(float *y, int64_t ldy, const float *x, int64_t ldx)
+{
+    const __m512 r0 = apti_quarters_avx512(x, ldx), r1 = apti_quarters_avx512(x + ldx, ldx);
+    const __m512 r2 = apti_quarters_avx512(x + 2 * ldx, ldx), r3 = apti_quarters_avx512(x + 3 * ldx, ldx);
+    APTI_TRANSPOSE_4(512, r0, r1, r2, r3)
+}
+#undef APTI_TRANSPOSE_4
 
 /* Lanes 0..k-1 of a 32-bit mask are all ones. */
 APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
@@ -3967,8 +3988,8 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_vany(m) (_mm256_movemask_epi8(m) != 0)
 #define apti_vimin(a, b) _mm256_min_epi32(a, b)
 #define apti_vishl23(a) _mm256_slli_epi32(a, 23)
-#define apti_vtranspose(y, ldy, x, ldx) apti_transpose_8x8(y, ldy, x, ldx)
-#define APTI_BLOCK 8
+#define apti_vtranspose(y, ldy, x, ldx) apti_transpose_8x4(y, ldy, x, ldx)
+#define apti_transpose_rest apti_transpose_ref
 #include APT_HEADER
 
 /* AVX-512: 14 x 32 keeps 28 of 32 registers busy. One instruction loads and broadcasts, so A costs no register. */
@@ -4015,8 +4036,8 @@ APTI_AVX2 APTI_INLINE __m256i apti_first_8(int64_t k)
 #define apti_vany(m) ((m) != 0)
 #define apti_vimin(a, b) _mm512_min_epi32(a, b)
 #define apti_vishl23(a) _mm512_slli_epi32(a, 23)
-#define apti_vtranspose(y, ldy, x, ldx) apti_transpose_8x8(y, ldy, x, ldx)
-#define APTI_BLOCK 8
+#define apti_vtranspose(y, ldy, x, ldx) apti_transpose_16x4(y, ldy, x, ldx)
+#define apti_transpose_rest apti_transpose_avx2
 #if !defined(__clang__)
 #pragma GCC diagnostic push                      /* gcc 12 takes the unused operand inside its own intrinsics for a mistake */
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -4054,11 +4075,19 @@ APTI_AVX512 APTI_INLINE __m512 apti_split_load(const float *p, int64_t k)
     return k >= 16 ? _mm512_loadu_ps(p) : k > 0 ? _mm512_maskz_loadu_ps((__mmask16)((1u << k) - 1u), p) : _mm512_setzero_ps();
 }
 
+/* Fetches a line of the step after this one: splitting is soon done, so that it would wait for each of its lines. */
+APTI_INLINE void apti_split_ahead(const float *p)
+{
+    __builtin_prefetch(p, 0, 3);
+    __builtin_prefetch(p + 16, 0, 3);
+}
+
 /* One step of A; `left` inputs of it are there. */
 APTI_AVX512 APTI_INLINE void apti_split_rows(uint16_t *y, const float *x, int64_t ldx, int64_t rows, int64_t left)
 {
     for (int64_t r = 0; r < APTI_SPLIT_STEP; r++, x += ldx, y += 32) {
         if (left >= APTI_SPLIT_STEP && r < rows) {
+            apti_split_ahead(x + APTI_SPLIT_STEP);
             apti_split_pair(y, _mm512_loadu_ps(x), _mm512_loadu_ps(x + 16), APTI_SPLIT_PLANES);
         } else {
             const int64_t k = r < rows ? left : 0;
@@ -4080,6 +4109,8 @@ APTI_AVX512 __attribute__((always_inline)) APTI_INLINE void apti_split_inputs(ui
 {
     for (int64_t q = 0; q < 16; q++, x += ldx, y += 32) {
         const float *z = x + 16 * ldx;
+        apti_split_ahead(x + APTI_SPLIT_STEP * ldx);
+        apti_split_ahead(z + APTI_SPLIT_STEP * ldx);
         if (left >= APTI_SPLIT_STEP && cols >= APTI_SPLIT_STEP) {
             apti_split_pair(y, _mm512_loadu_ps(x), _mm512_loadu_ps(z), planes);
             apti_split_pair(y + APTI_SPLIT_BLOCK, _mm512_loadu_ps(x + 16), _mm512_loadu_ps(z + 16), planes);
@@ -4119,6 +4150,14 @@ APTI_AVX512 static void apti_split_b_amx(const apti_split_job *job)
     op(2, (p) + 16 * (ld), (ld) * 4);                                                                       \
     op(3, (p) + 16 * (ld) + 16, (ld) * 4);
 
+/* A core that has not computed with vectors for 0.6 us puts these units to sleep, and the store of a tile, which goes through
+   them, waits 0.3 us until they are awake. So zero is added to zero now and then. */
+APTI_INLINE void apti_amx_stay_awake(void)
+{
+    __m128 nothing = _mm_setzero_ps();
+    __asm__ volatile("vaddps %0, %0, %0" : "+x"(nothing));
+}
+
 /* The small partial products first, in an order that loads few blocks twice. */
 APTI_AMX_TARGET APTI_INLINE void apti_amx_segment(const apti_segment *segment)
 {
@@ -4135,6 +4174,7 @@ APTI_AMX_TARGET APTI_INLINE void apti_amx_segment(const apti_segment *segment)
             APTI_AMX_B(1) APTI_AMX_MULTIPLY
             APTI_AMX_B(2) APTI_AMX_MULTIPLY
         }
+        apti_amx_stay_awake();
         a += 2 * APTI_SPLIT_PLANES * APTI_SPLIT_BLOCK;
         b += 2 * planes * APTI_SPLIT_BLOCK;
     }
@@ -4380,6 +4420,7 @@ APTI_AMX_INT8 __attribute__((always_inline)) APTI_INLINE void apti_quant_int8_bl
     for (int64_t g = t->groups / 2; g > 0; g--, b += 64 * 16) {
         _tile_loadd(5, b, 64);
         APTI_AMX_FOUR(4, 5)
+        apti_amx_stay_awake();
     }
     if (t->groups % 2 != 0) {
         _tile_loadd(7, b, 64);
@@ -4508,7 +4549,7 @@ APTI_INLINE void apti_transpose_4x4(float *y, int64_t ldy, const float *x, int64
 #define apti_vimin(a, b) vminq_s32(a, b)
 #define apti_vishl23(a) vshlq_n_s32(a, 23)
 #define apti_vtranspose(y, ldy, x, ldx) apti_transpose_4x4(y, ldy, x, ldx)
-#define APTI_BLOCK 4
+#define apti_transpose_rest apti_transpose_ref
 #include APT_HEADER
 
 /* Products with quantised weights. Without the dot product two products of bytes fit 16 bits (2 * 127 * 127 = 32258) before they
@@ -4989,14 +5030,13 @@ APTI_ISA_TARGET static void APTI_FN(copy)(float *y, int64_t ldy, const float *x,
 APTI_ISA_TARGET static void APTI_FN(transpose)(float *y, int64_t ldy, const float *x, int64_t ldx, int64_t rows, int64_t cols)
 {
     int64_t r = 0;
-    for (; r + APTI_BLOCK <= rows; r += APTI_BLOCK) {
+    for (; r + APTI_LANES <= rows; r += APTI_LANES) {
         int64_t c = 0;
-        for (; c + APTI_BLOCK <= cols; c += APTI_BLOCK) apti_vtranspose(y + c * ldy + r, ldy, x + r * ldx + c, ldx);
+        for (; c + 4 <= cols; c += 4) apti_vtranspose(y + c * ldy + r, ldy, x + r * ldx + c, ldx);
         for (; c < cols; c++)
-            for (int64_t l = r; l < r + APTI_BLOCK; l++) y[c * ldy + l] = x[l * ldx + c];
+            for (int64_t l = r; l < r + APTI_LANES; l++) y[c * ldy + l] = x[l * ldx + c];
     }
-    for (; r < rows; r++)
-        for (int64_t c = 0; c < cols; c++) y[c * ldy + r] = x[r * ldx + c];
+    if (r < rows) apti_transpose_rest(y + r, ldy, x + r * ldx, ldx, rows - r, cols);
 }
 
 APTI_ISA_TARGET static void APTI_FN(finish)(const apti_finish *f)
@@ -5255,7 +5295,6 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #undef APTI_NV
 #undef APTI_SLIM
 #undef APTI_NARROW
-#undef APTI_BLOCK
 #undef APTI_EACH
 #undef APTI_MILLS_LIMIT
 #undef APTI_THIRD
@@ -5316,6 +5355,7 @@ static const apti_kernels APTI_FN(kernels) = APTI_ISA_TABLE(APTI_ISA);
 #undef apti_vimin
 #undef apti_vishl23
 #undef apti_vtranspose
+#undef apti_transpose_rest
 #undef apti_vget
 #undef apti_vput
 #undef apti_sload
@@ -5845,9 +5885,9 @@ static void apti_unpack(apt_ctx *ctx, float *w, int64_t ldw, const apti_packed *
 #define APTI_GEMM_COLS 256                       /* widest tile */
 #define APTI_GEMM_TALL 336                       /* tiles of a B that is packed on the way are 336 x 128 instead of 168 x 256 */
 #define APTI_GEMM_SLIM 128
-#define APTI_SPLIT_K 256                         /* split operands: a strip of A, 32 x 256 and 48 KiB, */
-#define APTI_SPLIT_COLS 384                      /* the panels of B that it passes by, 576 KiB, and the tile of C, 768 KiB, */
-#define APTI_SPLIT_ROWS 512                      /* share a second-level cache of 2 MiB, which every CPU with tiles has */
+#define APTI_SPLIT_K 384                         /* split operands: a strip of A, 32 x 384 and 72 KiB, and */
+#define APTI_SPLIT_COLS 512                      /* the panels of B that it passes by, 1152 KiB, have room in a second-level */
+#define APTI_SPLIT_ROWS 1024                     /* cache of 2 MiB, which every CPU with tiles has; C comes and goes */
 #define APTI_GEMM_AHEAD 128                      /* floats of a row of A that are fetched before its strip's turn */
 #define APTI_GEMM_TASK 2e5                       /* fused multiply-adds that are worth a task: some 5 us */
 #define APTI_GEMM_SCRATCH (1 << 20)              /* bytes that let every product run at full speed; see apti_gemm_serial */
@@ -6159,15 +6199,15 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
     }
     apti_tile tile = APT_ZERO;
     const bool by_rows = step->part[0] != NULL && step->part[0]->a_col == 1 && pack_a[0] == NULL;
-    for (int64_t j = t->j0; j < t->j1; j += nr) {
+    for (int64_t j = t->j0, panel = 0; j < t->j1; j += nr, panel++) {
         tile.cols = (int32_t)apti_min_i64(nr, t->j1 - j);
         for (int32_t q = 0; q < 2 && step->part[q] != NULL; q++) {
-            tile.segment[q].b = view[q].data + (j - t->j0) / nr * view[q].panel;
+            tile.segment[q].b = view[q].data + panel * view[q].panel;
             tile.segment[q].b_step = view[q].step;
             tile.segment[q].type = apti_part_type(step->part[q]);
         }
         for (int64_t s = 0, r0 = 0, r1; s < strips; s++, r0 = r1) {
-            r1 = rows * (s + 1) / strips;
+            r1 = s + 1 < strips ? rows * (s + 1) / strips : rows;
             tile.rows = (int32_t)(r1 - r0);
             for (int32_t q = 0; q < 2 && step->part[q] != NULL; q++) {
                 apti_segment *segment = &tile.segment[q];
@@ -6370,8 +6410,9 @@ static void apti_gemm_task(int64_t index, int32_t thread, void *arg)
 static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
 {
     const apti_gemm *g = job->g;
-    const bool pack_b = g->part[0].k > 0 && (g->part[0].kind != APTI_B_PACKED || g->part[0].packed->type != APT_F32);
-    const bool pack_a = g->part[0].a_col != 1;
+    const bool split = job->kernels->operands != NULL, first = g->part[0].k > 0;
+    const bool pack_b = split || (first && (g->part[0].kind != APTI_B_PACKED || g->part[0].packed->type != APT_F32));
+    const bool pack_a = split || g->part[0].a_col != 1;
     const double work = (double)g->m * (double)g->n * (double)(g->part[0].k + g->part[1].k);
     const int64_t share = threads == 1 ? 1 : (pack_a && pack_b ? 2 : 8) * threads;
     const int64_t wanted = apti_min_i64(share, 1 + (int64_t)(work / APTI_GEMM_TASK));
@@ -6382,7 +6423,6 @@ static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
         return;
     }
     const bool tall = pack_b && !pack_a;
-    const bool split = job->kernels->operands != NULL;
     const int64_t rows = split ? APTI_SPLIT_ROWS : tall ? APTI_GEMM_TALL : 2 * APTI_GEMM_ROWS;
     const int64_t cols = split ? APTI_SPLIT_COLS : tall ? APTI_GEMM_SLIM : APTI_GEMM_COLS;
     job->tiles_m = apti_ceil_div(g->m, rows);
@@ -8266,6 +8306,13 @@ static double apti_span_loss(apt_ctx *ctx, float *dlogits, const float *logits, 
 /* Logits that exist at a time, at most: 64 MiB. Every chunk of rows streams the whole matrix through the caches and, for the
    gradient of h, transposes it, so a chunk needs some hundred rows before that is cheap beside the product. */
 #define APTI_LOGITS ((int64_t)1 << 24)
+
+/* Rows of a chunk for n rows: never fewer than for fewer rows. Tiles of the product are cut from multiples of 64 without rest. */
+static int64_t apti_logits_rows(int64_t n, int64_t vocab)
+{
+    const int64_t most = apti_max_i64(1, APTI_LOGITS / apti_ld(vocab));
+    return apti_max_i64(1, apti_min_i64(n, most > 64 ? most / 64 * 64 : most));
+}
 
 /* The product with the vocabulary, and its gradients: a linear layer of which only some rows exist at a time. */
 typedef struct apti_lm_op {
@@ -14619,7 +14666,7 @@ static void apti_plan_head(apti_bump *b, apti_pass *pass, int64_t rows, int64_t 
     if (mlm) {
         pass->head_stats = (float *)apti_bump_take(b, lm ? 0 : 2 * n, f);
         pass->head_norm = lm ? pass->head_in : apti_bump_matrix(b, n, d);       /* what the decoder reads */
-        pass->mlm_chunk = apti_max_i64(1, apti_min_i64(n, APTI_LOGITS / apti_ld(width)));
+        pass->mlm_chunk = apti_logits_rows(n, width);
         pass->mlm_work = apti_bump_matrix(b, pass->mlm_chunk, width);
         pass->kl_work = taught ? apti_bump_matrix(b, pass->mlm_chunk, width) : NULL;
         pass->head_xa = (float *)apti_bump_take(b, n * rank, f);
