@@ -332,8 +332,8 @@ typedef struct apt_desc {
        when all are done; two tasks that run at the same time must get different `thread` in [0, threads). */
     void (*parallel_for)(int64_t count, apt_task task, void *arg, void *user);
     void *parallel_user;
-    /* NULL: the best of "ref", "avx2", "avx512", "neon"; or one of these; or "amx", as exact, but its speed depends on how much
-       of the tile units a shared machine lends, and a row is no longer the same alone and in a batch (see "On threads"). */
+    /* NULL: the best of "ref", "avx2", "avx512", "neon"; or one of these; or "amx", as exact as "avx512" and up to twice as fast,
+       if a shared machine lends its tile units; a row is no longer the same alone and in a batch (see "On threads"). */
     const char *kernels;
     /* NULL: this CPU computes; else a device, see apt_cuda.h. It belongs to the context, also when apt_create fails. */
     apt_backend *backend;
@@ -2013,12 +2013,17 @@ APTI_INLINE bool apti_finite_f64(double x)
     return (bits & 0x7ff0000000000000u) != 0x7ff0000000000000u;
 }
 
-/* No early exit: the loop then vectorises, and the usual answer is "all finite". */
+/* Two floats at a time, and no early exit, because the usual answer is "all finite": an exponent of ones, the only one that is
+   not, reaches the sign's place when one is added. */
 APTI_INLINE bool apti_finite_all(const float *x, int64_t n)
 {
-    uint32_t bad = 0;
-    for (int64_t i = 0; i < n; i++) bad |= (uint32_t)((apti_bits(x[i]) & 0x7f800000u) == 0x7f800000u);
-    return bad == 0;
+    const uint64_t exponents = 0x7f8000007f800000u, one = 0x0080000000800000u;
+    uint64_t carry = 0, pair;
+    for (int64_t i = 0; i + 2 <= n; i += 2) {
+        memcpy(&pair, x + i, sizeof pair);
+        carry |= (pair & exponents) + one;
+    }
+    return (carry & 0x8000000080000000u) == 0 && (n <= 0 || n % 2 == 0 || apti_finite(x[n - 1]));
 }
 
 #ifndef APT_ONLY_CORE
@@ -8090,6 +8095,13 @@ static bool apti_loss_counts(int32_t label, int64_t classes, int32_t ignore)
     return label != ignore && label >= 0 && label < classes;
 }
 
+/* y = exp(scale x - shift) */
+static void apti_exp_to(const apti_kernels *kernels, float *y, const float *x, int64_t n, float scale, float shift)
+{
+    if (y != x) memcpy(y, x, (size_t)n * sizeof(float));
+    kernels->exp_scaled(y, n, scale, shift);
+}
+
 /* Sum of exp(x - max) over a row; y receives the terms (y may be x), or NULL */
 static double apti_exp_sum(const apti_kernels *kernels, float *y, const float *x, int64_t n, float max)
 {
@@ -8099,11 +8111,16 @@ static double apti_exp_sum(const apti_kernels *kernels, float *y, const float *x
     for (int64_t i = 0; i < n; i += step) {
         const int64_t w = apti_min_i64(step, n - i);
         float *e = y ? y + i : block;
-        if (e != x + i) memcpy(e, x + i, (size_t)w * sizeof(float));
-        kernels->exp_scaled(e, w, 1.0f, max);
+        apti_exp_to(kernels, e, x + i, w, 1.0f, max);
         total += (double)kernels->sum(e, w);
     }
     return total;
+}
+
+/* Finite floats have nearly always a finite sum, and vectors add sooner than apti_finite_all looks; others never have one. */
+static bool apti_finite_row(const apti_kernels *kernels, const float *x, int64_t n)
+{
+    return apti_finite(kernels->sum(x, n)) || apti_finite_all(x, n);
 }
 
 /* -log softmax(x)[label]; *hit: label is the first of the largest; dx(n) = weight * (softmax(x) - one at label), or NULL */
@@ -8112,7 +8129,7 @@ static double apti_cross_entropy_row(const apti_kernels *kernels, float *dx, con
 {
     const double nan = (double)apti_float(0x7fc00000u);
     *hit = false;
-    if (!apti_finite_all(x, n)) {
+    if (!apti_finite_row(kernels, x, n)) {
         if (dx) apti_ops_fill(dx, apti_float(0x7fc00000u), n);
         return nan;
     }
@@ -8128,6 +8145,39 @@ static double apti_cross_entropy_row(const apti_kernels *kernels, float *dx, con
         dx[label] = (float)((double)dx[label] - weight);
     }
     return (double)max - (double)own + log(sum);
+}
+
+/* T^2 KL(softmax(t/T) || softmax(s/T)) of a row and dx(n) = weight T (softmax(s/T) - softmax(t/T)): apt_distill_kl for a
+   vocabulary, with exponentials in float and sums, whose differences the result is, in double. NaN where that would refuse. Of
+   equal rows both are 0. */
+static double apti_kl_row(const apti_kernels *kernels, float *dx, const float *s, const float *t, int64_t n, float temperature,
+                          float weight)
+{
+    const int64_t step = APTI_OPS_BLOCK * apti_min_i64(kernels->lanes, APTI_OPS_LANES);
+    float e[APTI_OPS_BLOCK * APTI_OPS_LANES], gap[APTI_OPS_BLOCK * APTI_OPS_LANES];
+    if (!apti_finite_row(kernels, s, n) || !apti_finite_row(kernels, t, n)) {
+        apti_ops_fill(dx, apti_float(0x7fc00000u), n);
+        return (double)apti_float(0x7fc00000u);
+    }
+    const float inverse = 1.0f / temperature, top_s = kernels->max(s, n) * inverse, top_t = kernels->max(t, n) * inverse;
+    double sum_s = 0, sum_t = 0, cross = 0;       /* cross: of exp(t/T - top) (t - s) */
+    for (int64_t i = 0; i < n; i += step) {
+        const int64_t w = apti_min_i64(step, n - i);
+        apti_exp_to(kernels, dx + i, s + i, w, inverse, top_s);
+        apti_exp_to(kernels, e, t + i, w, inverse, top_t);
+        for (int64_t k = 0; k < w; k++) gap[k] = e[k] * (t[i + k] - s[i + k]);
+        sum_s += apti_sum(dx + i, w);
+        sum_t += apti_sum(e, w);
+        cross += apti_sum(gap, w);
+    }
+    for (int64_t i = 0; i < n; i += step) {
+        const int64_t w = apti_min_i64(step, n - i);
+        apti_exp_to(kernels, e, t + i, w, inverse, top_t);
+        kernels->axpy(dx + i, -(float)(sum_s / sum_t), e, w);
+        kernels->scale(dx + i, dx + i, (float)((double)weight * (double)temperature / sum_s), w);
+    }
+    const double partition = ((double)top_t - (double)top_s) + (log(sum_t) - log(sum_s));
+    return (double)temperature * (double)temperature * (cross / sum_t * (double)inverse - partition);
 }
 
 static void apti_cross_entropy_task(int64_t index, int32_t thread, void *arg)
@@ -18017,14 +18067,16 @@ static double apti_distill_span(apt_trainer *t, float temperature, double scale)
     return sum;
 }
 
+typedef struct apti_kl_rows { const apti_kl_job *job; const apti_kernels *kernels; } apti_kl_rows;
+
 static void apti_kl_task(int64_t index, int32_t thread, void *arg)
 {
-    const apti_kl_job *j = (const apti_kl_job *)arg;
+    const apti_kl_rows *rows = (const apti_kl_rows *)arg;
+    const apti_kl_job *j = rows->job;
     const int64_t at = index * j->ld;
     (void)thread;
-    memset(j->grad + at, 0, (size_t)j->vocab * sizeof(float));
-    (void)apt_distill_kl(&j->row_loss[index], j->grad + at, j->ld, j->student + at, j->ld, j->teacher + at, j->ld, NULL, 1,
-                         j->vocab, j->temperature, j->scale);
+    j->row_loss[index] = apti_kl_row(rows->kernels, j->grad + at, j->student + at, j->teacher + at, j->vocab, j->temperature,
+                                     j->scale);
 }
 
 /* MLM, LM: mean KL over the vocabulary at the labelled rows, a chunk of logits of both models at a time; dhead += its
@@ -18038,13 +18090,14 @@ static double apti_distill_lm(apt_trainer *t, float temperature, double scale)
     const double each = rows > 0 ? 1.0 / (double)rows : 0;
     double *row_loss = apti_distill_plan(t, (char *)t->distill_block, s->most_rows).row_sum, total = 0;
     apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, vocab, temperature, (float)(scale * each), 0};
+    apti_kl_rows tasks = {&job, t->ctx->kernels};
     for (int64_t first = 0; first < rows; first += s->mlm_chunk) {
         const int64_t n = apti_min_i64(s->mlm_chunk, rows - first);
         const float *h = s->head_norm + first * ldx;
         apti_lm_logits(t->ctx, &x, s->mlm_work, ld, h, ldx, n);
         apti_lm_logits(t->ctx, &y, teacher->mlm_work, ld, teacher->head_norm + first * ldy, ldy, n);
         job.rows = n;
-        if (!apti_device_run(t->ctx, APTI_OP_KL, &job)) apti_parallel_for(t->ctx, n, apti_kl_task, &job);
+        if (!apti_device_run(t->ctx, APTI_OP_KL, &job)) apti_parallel_for(t->ctx, n, apti_kl_task, &tasks);
         apti_sync(t->ctx);
         for (int64_t i = 0; i < n; i++) total += row_loss[i] * each;
         apti_lm_grads(t->ctx, &x, s->dhead + first * ldx, ldx, true, s->kl_work, ld, h, ldx, n, &grad);

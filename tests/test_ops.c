@@ -1885,7 +1885,7 @@ static void loss_extreme_body(void)
 {
     const float inf = apti_float(0x7f800000u), nan = apti_float(0x7fc00000u);
     apt_ctx *ctx = g_ctx[1];
-    float x[3][4] = {{1e30f, -1e30f, 0, 3e38f}, {2, 2, 2, 2}, {-3e38f, 3e38f, 0, 0}}, dx[3][4];
+    float x[3][4] = {{1e30f, -1e30f, 0, 3e38f}, {3e38f, 3e38f, 3e38f, 3e38f}, {-3e38f, 3e38f, 0, 0}}, dx[3][4];
     int32_t labels[3] = {3, 0, 1};
     int64_t count, correct;
     double sum = apti_cross_entropy(ctx, dx[0], 4, x[0], 4, labels, 3, 4, -100, 3.0f, &count, &correct);
@@ -1922,6 +1922,50 @@ static void test_losses_extreme(void **state)
     each_table(loss_extreme_body);
 }
 
+/* Distillation over a vocabulary against apt_distill_kl, which computes in double; equal rows; rows that are not finite */
+static void kl_row_body(void)
+{
+    enum { MOST = 3001 };
+    static float s[MOST], t[MOST], dx[MOST], exact[MOST];
+    static const int64_t lengths[] = {1, 2, 15, 17, 70, 1000, MOST};
+    const apti_kernels *kernels = g_ctx[1]->kernels;
+    for (size_t l = 0; l < sizeof lengths / sizeof *lengths; l++) {
+        const int64_t n = lengths[l];
+        for (int half = 1; half <= 4; half *= 2) {
+            const float temperature = 0.5f * (float)half;
+            double loss = 0, off = 0, norm = 0;
+            for (int64_t i = 0; i < n; i++) {
+                s[i] = (float)(9 * uniform());
+                t[i] = (float)(9 * uniform());
+                exact[i] = 0;
+            }
+            const double got = apti_kl_row(kernels, dx, s, t, n, temperature, 0.75f);
+            assert_int_equal(apt_distill_kl(&loss, exact, n, s, n, t, n, NULL, 1, n, temperature, 0.75f), APT_OK);
+            assert_true(fabs(got - loss) <= 1e-6 * (double)temperature * 18);    /* 18: the largest difference of two logits */
+            for (int64_t i = 0; i < n; i++) {
+                off += ((double)dx[i] - (double)exact[i]) * ((double)dx[i] - (double)exact[i]);
+                norm += (double)exact[i] * (double)exact[i];
+            }
+            assert_true(sqrt(off) <= 2e-6 * sqrt(norm) + 1e-7);                  /* 1e-7: of a probability of 1 */
+            assert_true(apti_kl_row(kernels, dx, s, s, n, temperature, 0.75f) == 0);
+            for (int64_t i = 0; i < n; i++) assert_true(dx[i] == 0);
+        }
+        for (int bad = 0; bad < 4; bad++) {
+            float *x = bad % 2 == 0 ? s : t, before = x[n / 2];
+            x[n / 2] = apti_float(bad < 2 ? 0x7fc00000u : 0xff800000u);
+            assert_false(apti_finite_f64(apti_kl_row(kernels, dx, s, t, n, 1, 1)));
+            assert_true(!apti_finite(dx[0]) && !apti_finite(dx[n - 1]));
+            x[n / 2] = before;
+        }
+    }
+}
+
+static void test_kl_row(void **state)
+{
+    (void)state;
+    each_table(kl_row_body);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -1929,7 +1973,8 @@ int main(void)
         cmocka_unit_test(test_layernorm_compact), cmocka_unit_test(test_attention),       cmocka_unit_test(test_attention_batch),
         cmocka_unit_test(test_attention_options), cmocka_unit_test(test_attention_extreme), cmocka_unit_test(test_embed),
         cmocka_unit_test(test_rows_and_tanh),    cmocka_unit_test(test_columns),          cmocka_unit_test(test_losses),
-        cmocka_unit_test(test_losses_extreme),   cmocka_unit_test(test_attention_cache),  cmocka_unit_test(test_rotary),
+        cmocka_unit_test(test_losses_extreme),   cmocka_unit_test(test_kl_row),
+        cmocka_unit_test(test_attention_cache),  cmocka_unit_test(test_rotary),
         cmocka_unit_test(test_relative),         cmocka_unit_test(test_gate),
     };
     return cmocka_run_group_tests_name("ops", tests, NULL, NULL);
