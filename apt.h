@@ -6410,14 +6410,14 @@ static void apti_gemm_task(int64_t index, int32_t thread, void *arg)
 }
 
 /* How many tiles: small enough that the threads end together, large enough that packing (B once per row of tiles, A once
-   per column of tiles) and the traffic from the outer caches (rows + cols per rows x cols) are paid for. Few large tiles
-   are a multiple of the threads: of 21, one of two threads would wait for the last. */
+   per column of tiles; split operands are always packed) and the traffic from the outer caches (rows + cols per rows x cols)
+   are paid for. Few large tiles are a multiple of the threads: of 21, one of two threads would wait for the last. */
 static void apti_gemm_cut(apti_gemm_job *job, int32_t threads)
 {
     const apti_gemm *g = job->g;
-    const bool split = job->kernels->operands != NULL, first = g->part[0].k > 0;
-    const bool pack_b = split || (first && (g->part[0].kind != APTI_B_PACKED || g->part[0].packed->type != APT_F32));
-    const bool pack_a = split || g->part[0].a_col != 1;
+    const apti_gemm_part *part = &g->part[0];
+    const bool split = job->kernels->operands != NULL, pack_a = split || part->a_col != 1;
+    const bool pack_b = split || (part->k > 0 && (part->kind != APTI_B_PACKED || part->packed->type != APT_F32));
     const double work = (double)g->m * (double)g->n * (double)(g->part[0].k + g->part[1].k);
     const int64_t share = threads == 1 ? 1 : (pack_a && pack_b ? 2 : 8) * threads;
     const int64_t wanted = apti_min_i64(share, 1 + (int64_t)(work / APTI_GEMM_TASK));
@@ -8148,16 +8148,18 @@ static double apti_cross_entropy_row(const apti_kernels *kernels, float *dx, con
 }
 
 /* T^2 KL(softmax(t/T) || softmax(s/T)) of a row and dx(n) = weight T (softmax(s/T) - softmax(t/T)): apt_distill_kl for a
-   vocabulary, with exponentials in float and sums, whose differences the result is, in double. NaN where that would refuse. Of
-   equal rows both are 0. */
+   vocabulary, with exponentials in float and sums, whose differences the result is, in double. At a temperature at which the
+   float's places would be lost that function itself; where it refuses, NaN and zeros. Of equal rows both are 0. */
 static double apti_kl_row(const apti_kernels *kernels, float *dx, const float *s, const float *t, int64_t n, float temperature,
                           float weight)
 {
     const int64_t step = APTI_OPS_BLOCK * apti_min_i64(kernels->lanes, APTI_OPS_LANES);
     float e[APTI_OPS_BLOCK * APTI_OPS_LANES], gap[APTI_OPS_BLOCK * APTI_OPS_LANES];
-    if (!apti_finite_row(kernels, s, n) || !apti_finite_row(kernels, t, n)) {
-        apti_ops_fill(dx, apti_float(0x7fc00000u), n);
-        return (double)apti_float(0x7fc00000u);
+    if (temperature < 1.0f / 64 || temperature > 64 || !apti_finite_row(kernels, s, n) || !apti_finite_row(kernels, t, n)) {
+        double loss = (double)apti_float(0x7fc00000u);
+        apti_ops_fill(dx, 0, n);
+        (void)apt_distill_kl(&loss, dx, n, s, n, t, n, NULL, 1, n, temperature, weight);
+        return loss;
     }
     const float inverse = 1.0f / temperature, top_s = kernels->max(s, n) * inverse, top_t = kernels->max(t, n) * inverse;
     double sum_s = 0, sum_t = 0, cross = 0;       /* cross: of exp(t/T - top) (t - s) */
