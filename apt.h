@@ -1778,6 +1778,7 @@ typedef struct apti_kl_job {
     int64_t ld, vocab;
     float temperature, scale;
     int64_t rows;
+    const struct apti_kernels *kernels;
 } apti_kl_job;
 
 /* mapped[place] += h; row_sum = u * sum of squares of e = mapped - teacher; mapped = coefficient u e; dy += mapped[place].
@@ -4080,7 +4081,7 @@ APTI_AVX512 APTI_INLINE __m512 apti_split_load(const float *p, int64_t k)
     return k >= 16 ? _mm512_loadu_ps(p) : k > 0 ? _mm512_maskz_loadu_ps((__mmask16)((1u << k) - 1u), p) : _mm512_setzero_ps();
 }
 
-/* Fetches a line of the step after this one: splitting is soon done, so that it would wait for each of its lines. */
+/* Fetches 32 floats of the next step: a step is split so soon that it would wait for each of its lines. */
 APTI_INLINE void apti_split_ahead(const float *p)
 {
     __builtin_prefetch(p, 0, 3);
@@ -8172,11 +8173,12 @@ static double apti_kl_row(const apti_kernels *kernels, float *dx, const float *s
         sum_t += apti_sum(e, w);
         cross += apti_sum(gap, w);
     }
+    const float ratio = (float)(sum_s / sum_t), factor = (float)((double)weight * (double)temperature / sum_s);
     for (int64_t i = 0; i < n; i += step) {
         const int64_t w = apti_min_i64(step, n - i);
         apti_exp_to(kernels, e, t + i, w, inverse, top_t);
-        kernels->axpy(dx + i, -(float)(sum_s / sum_t), e, w);
-        kernels->scale(dx + i, dx + i, (float)((double)weight * (double)temperature / sum_s), w);
+        kernels->axpy(dx + i, -ratio, e, w);
+        kernels->scale(dx + i, dx + i, factor, w);
     }
     const double partition = ((double)top_t - (double)top_s) + (log(sum_t) - log(sum_s));
     return (double)temperature * (double)temperature * (cross / sum_t * (double)inverse - partition);
@@ -18069,15 +18071,12 @@ static double apti_distill_span(apt_trainer *t, float temperature, double scale)
     return sum;
 }
 
-typedef struct apti_kl_rows { const apti_kl_job *job; const apti_kernels *kernels; } apti_kl_rows;
-
 static void apti_kl_task(int64_t index, int32_t thread, void *arg)
 {
-    const apti_kl_rows *rows = (const apti_kl_rows *)arg;
-    const apti_kl_job *j = rows->job;
+    const apti_kl_job *j = (const apti_kl_job *)arg;
     const int64_t at = index * j->ld;
     (void)thread;
-    j->row_loss[index] = apti_kl_row(rows->kernels, j->grad + at, j->student + at, j->teacher + at, j->vocab, j->temperature,
+    j->row_loss[index] = apti_kl_row(j->kernels, j->grad + at, j->student + at, j->teacher + at, j->vocab, j->temperature,
                                      j->scale);
 }
 
@@ -18091,15 +18090,15 @@ static double apti_distill_lm(apt_trainer *t, float temperature, double scale)
     const int64_t vocab = x.head.out, ld = apti_ld(vocab), ldx = apti_ld(x.head.in), ldy = apti_ld(y.head.in), rows = s->labelled;
     const double each = rows > 0 ? 1.0 / (double)rows : 0;
     double *row_loss = apti_distill_plan(t, (char *)t->distill_block, s->most_rows).row_sum, total = 0;
-    apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, vocab, temperature, (float)(scale * each), 0};
-    apti_kl_rows tasks = {&job, t->ctx->kernels};
+    apti_kl_job job = {s->kl_work, s->mlm_work, teacher->mlm_work, row_loss, ld, vocab, temperature, (float)(scale * each), 0,
+                       t->ctx->kernels};
     for (int64_t first = 0; first < rows; first += s->mlm_chunk) {
         const int64_t n = apti_min_i64(s->mlm_chunk, rows - first);
         const float *h = s->head_norm + first * ldx;
         apti_lm_logits(t->ctx, &x, s->mlm_work, ld, h, ldx, n);
         apti_lm_logits(t->ctx, &y, teacher->mlm_work, ld, teacher->head_norm + first * ldy, ldy, n);
         job.rows = n;
-        if (!apti_device_run(t->ctx, APTI_OP_KL, &job)) apti_parallel_for(t->ctx, n, apti_kl_task, &tasks);
+        if (!apti_device_run(t->ctx, APTI_OP_KL, &job)) apti_parallel_for(t->ctx, n, apti_kl_task, &job);
         apti_sync(t->ctx);
         for (int64_t i = 0; i < n; i++) total += row_loss[i] * each;
         apti_lm_grads(t->ctx, &x, s->dhead + first * ldx, ldx, true, s->kl_work, ld, h, ldx, n, &grad);
