@@ -7555,6 +7555,7 @@ static void apti_attention_forward(apt_ctx *ctx, const apti_attention_op *op, fl
     job.out = o;
     job.ldo = ldo;
     job.lse = lse;
+    job.rows_q = op->q_offsets[op->sequences];
     job.longest_q = apti_attention_longest(op->q_offsets, op->sequences);
     job.longest_k = apti_attention_longest(op->k_offsets, op->sequences);
     job.blocks = apti_ceil_div(job.longest_q, APTI_ATTN_BLOCK);
@@ -15865,11 +15866,12 @@ static void apti_attention_grads(apti_pass *p, int32_t l)
 {
     apt_model *m = p->model;
     const apti_acts *a = &p->acts[l];
-    const int64_t ldq = apti_ld(apti_query_width(m, l)), ldk = apti_ld(apti_kv_width(m, l));
+    const int64_t hq = apti_query_width(m, l), ldq = apti_ld(hq), ldk = apti_ld(apti_kv_width(m, l));
     const apti_attention_op at = apti_attention_of(p, l);
     apti_param *table = at.bias != NULL ? m->embed[APTI_RELATIVE + a->stack] : NULL;
     float *dbias = table != NULL && table->grad != NULL ? p->dbias : NULL;
     if (dbias != NULL) apti_zero(m->ctx, dbias, at.heads * (2 * (int64_t)at.bias_span - 1));
+    apti_probe_grad(p, apti_probe_head(m, l), p->dctx, ldq, a->rows_q, hq);       /* right here: a device adds up in passing */
     apti_attention_backward(m->ctx, &at, p->dq, ldq, p->dk, ldk, p->dv, ldk, dbias, p->dctx, ldq, a->ctx, ldq, a->lse, a->q, ldq,
                             a->k, ldk, a->v, ldk);
     if (dbias != NULL) {
@@ -15887,10 +15889,9 @@ static void apti_attention_sublayer_backward(apti_pass *p, int32_t l, bool want_
 {
     apt_model *m = p->model;
     const apti_acts *a = &p->acts[l];
-    const int64_t ld = apti_ld(m->config.hidden), hq = apti_query_width(m, l), ldq = apti_ld(hq);
+    const int64_t ld = apti_ld(m->config.hidden), ldq = apti_ld(apti_query_width(m, l));
     apti_residual_grad(p, l, APTI_NORM1_W, p->g, p->t, a->z1, a->stats1, 2 * l);
     apti_map_backward(p, l, APTI_OUTPUT, p->dctx, false, p->g, ld, a->ctx, ldq, a->rows_q);
-    apti_probe_grad(p, apti_probe_head(m, l), p->dctx, ldq, a->rows_q, hq);
     apti_attention_grads(p, l);
     apti_qkv_backward(p, l, want_dx, want_memory);
     if (m->block->pre_norm && want_dx) apti_join_norm(p, l, APTI_NORM1_W, a->x, a->stats1);

@@ -292,7 +292,23 @@ typedef struct aptc_finish {
 } aptc_finish;
 
 /* What waits for the operation behind it, see aptc_settle */
-typedef enum aptc_waits { APTC_NOTHING = 0, APTC_FINISH, APTC_GATE, APTC_SUM } aptc_waits;
+typedef enum aptc_waits {
+    APTC_NOTHING = 0, APTC_FINISH, APTC_GATE, APTC_ACT, APTC_RESIDUAL, APTC_NORM, APTC_ATTENTION, APTC_SUM
+} aptc_waits;
+
+typedef struct aptc_attention {
+    const float *q, *k, *v, *d_o, *lse, *bias, *mask, *dot;
+    float *o, *lse_out, *dq, *dk, *dv, *dbias;        /* dbias: (sequences, heads, 2*span - 1) */
+    float *sizes, *sums;              /* (sequences * blocks, heads * dim) or NULL: of |o| (backward: |d_o|) and o in each block */
+    const int32_t *q_offsets, *k_offsets, *k_ends;
+    int64_t ldq, ldk, ldv, ldo, lddq, lddk, lddv;
+    int64_t pairs;                    /* rows times heads */
+    int64_t rows_q, blocks;           /* of all sequences; of queries of the longest */
+    int32_t heads, share, dim, span, sequences, causal;
+    float scale;
+    apt_dtype type;                   /* of the operands of products */
+    int32_t rows, tile, wide;         /* queries and keys of a tile, its columns (dim of them used): multiples of 16 */
+} aptc_attention;
 
 /* What was converted for a product and may be wanted by the next ones, as the input of query, key and value is: its addresses (0
    and 0: nothing), rows, columns and stride. It is kept until something may have been written there. */
@@ -316,7 +332,16 @@ typedef struct aptc_device {
     uint64_t *seen;                   /* [APTC_SEEN_SETS][APTC_SEEN_WAYS]: hashes of launches, the last one first */
     int64_t clock;
     aptc_waits waits;
-    union { aptc_finish finish; apti_gate_job gate; apti_column_job sum; } waiting;
+    union {
+        aptc_finish finish;
+        apti_gate_job gate;
+        apti_act_job act;
+        apti_residual_job residual;
+        apti_norm_job norm;
+        aptc_attention attention;
+        apti_column_job sum;
+    } waiting;
+    apti_column_job asked[2];         /* sums of |x| and of x, where x is what it writes; acc NULL: not asked for */
     aptc_kept kept[APTC_KEPT];
     char *kept_work;                  /* APTC_KEPT places of kept_bytes */
     int64_t kept_bytes;
@@ -603,13 +628,13 @@ static void aptc_put(aptc_device *d, aptc_kernel kernel, const char *name, const
     else aptc_record_end(d);
 }
 
-static void aptc_settle(aptc_device *d, const apti_column_job *sum);
+static void aptc_settle(aptc_device *d);
 
 /* Everything is issued. */
 static void aptc_issue_all(aptc_device *d)
 {
     d->used = 0;
-    aptc_settle(d, NULL);
+    aptc_settle(d);
     aptc_unfollow(d);
     aptc_record_end(d);
 }
@@ -731,8 +756,8 @@ APTC_KERNEL(aptc_copy_kernel, apti_copy_job)
 }
 APTC_LAUNCHER(aptc_copy_kernel, apti_copy_job)
 
-/* The sizes are da's. */
-typedef struct aptc_act_backward { apti_act_job op; float *sizes; } aptc_act_backward;
+/* The sizes are da's or, if written, du's. */
+typedef struct aptc_act_backward { apti_act_job op; float *sizes; int64_t written; } aptc_act_backward;
 
 APTC_KERNEL(aptc_act_backward_kernel, aptc_act_backward)
 {
@@ -740,21 +765,28 @@ APTC_KERNEL(aptc_act_backward_kernel, aptc_act_backward)
         const float da = job.op.da[i * job.op.ldda + j];
         float slope = 1;
         if (job.op.act >= 0) (void)aptc_act(job.op.pre[i * job.op.ld_pre + j], job.op.act, &slope);
-        job.op.du[i * job.op.lddu + j] = da * slope * (job.op.mask != NULL ? job.op.mask[j] : 1.0f);
-        APTC_SIZE(da);
+        const float du = da * slope * (job.op.mask != NULL ? job.op.mask[j] : 1.0f);
+        job.op.du[i * job.op.lddu + j] = du;
+        APTC_SIZE(job.written ? du : da);
     }
     APTC_SIZES_END(job.op.n)
 }
 APTC_LAUNCHER(aptc_act_backward_kernel, aptc_act_backward)
 
-APTC_KERNEL(aptc_residual_kernel, apti_residual_job)
+/* The sizes are x's or, if written, y's. */
+typedef struct aptc_residual { apti_residual_job op; float *sizes; int64_t written; } aptc_residual;
+
+APTC_KERNEL(aptc_residual_kernel, aptc_residual)
 {
-    APTC_EACH(job.rows, job.n) {
-        const float x = job.x[i * job.ldx + j] + job.r[i * job.ldr + j];
-        job.y[i * job.ldy + j] = job.mask != NULL ? x * job.mask[j] : x;
+    APTC_EACH_SIZED(job.op.rows, job.op.n) {
+        const float x = job.op.x[i * job.op.ldx + j], sum = x + job.op.r[i * job.op.ldr + j];
+        const float y = job.op.mask != NULL ? sum * job.op.mask[j] : sum;
+        job.op.y[i * job.op.ldy + j] = y;
+        APTC_SIZE(job.written ? y : x);
     }
+    APTC_SIZES_END(job.op.n)
 }
-APTC_LAUNCHER(aptc_residual_kernel, apti_residual_job)
+APTC_LAUNCHER(aptc_residual_kernel, aptc_residual)
 
 /* The sizes are those of h, backward of dh. */
 typedef struct aptc_gate { apti_gate_job op; float *sizes; } aptc_gate;
@@ -871,22 +903,40 @@ static bool aptc_adam_op(aptc_device *d, const apti_adam_job *op)
    In two steps with a fixed order: blocks add up a chunk each in float, then the chunks are added in double.
    ------------------------------------------------------------------------------------------------------------------ */
 
-enum { APTC_FOLD_COLUMNS = 32, APTC_FOLD_LANES = APTC_BLOCK / APTC_FOLD_COLUMNS, APTC_CHUNKS = 128, APTC_CHUNK_ROWS = 64 };
+enum {
+    APTC_CHUNK_COLUMNS = 32, APTC_CHUNK_LANES = APTC_BLOCK / APTC_CHUNK_COLUMNS, APTC_CHUNKS = 128, APTC_CHUNK_ROWS = 64,
+    APTC_FOLD_COLUMNS = 8, APTC_FOLD_LANES = APTC_BLOCK / APTC_FOLD_COLUMNS      /* many chunks, read side by side */
+};
 
 /* acc(n) += mask * sum over the chunks of partial(chunks, n); mask NULL: ones; binary: every mask that is not 0 counts as 1 */
 typedef struct aptc_fold { float *acc; const float *partial, *mask; int64_t chunks, stride, n, binary; } aptc_fold;
 
+/* Block: APTC_FOLD_COLUMNS columns; APTC_FOLD_LANES threads share a column */
 APTC_KERNEL(aptc_fold_kernel, aptc_fold)
 {
-    APTC_VECTOR(job.n) {
+    APTC_SHARED(double, sum, APTC_BLOCK);
+    APTC_THREADS(t) {
+        const int64_t j = APTC_BX * APTC_FOLD_COLUMNS + t % APTC_FOLD_COLUMNS;
         double total = 0;
-        for (int64_t c = 0; c < job.chunks; c++) total += (double)job.partial[c * job.stride + i];
-        double factor = job.mask != NULL ? (double)job.mask[i] : 1.0;
-        if (job.binary != 0 && factor != 0) factor = 1;
-        job.acc[i] = (float)((double)job.acc[i] + factor * total);
+        for (int64_t c = t / APTC_FOLD_COLUMNS; j < job.n && c < job.chunks; c += APTC_FOLD_LANES)
+            total += (double)job.partial[c * job.stride + j];
+        sum[t] = total;
+    }
+    APTC_BARRIER;
+    APTC_THREADS(t) {
+        const int64_t j = APTC_BX * APTC_FOLD_COLUMNS + t;
+        double total = 0;
+        for (int32_t lane = 0; t < APTC_FOLD_COLUMNS && lane < APTC_FOLD_LANES; lane++)
+            total += sum[lane * APTC_FOLD_COLUMNS + t];
+        if (t < APTC_FOLD_COLUMNS && j < job.n) {
+            double factor = job.mask != NULL ? (double)job.mask[j] : 1.0;
+            if (job.binary != 0 && factor != 0) factor = 1;
+            job.acc[j] = (float)((double)job.acc[j] + factor * total);
+        }
     }
 }
 APTC_LAUNCHER(aptc_fold_kernel, aptc_fold)
+#define APTC_LAUNCH_FOLD(d, fold) APTC_LAUNCH(d, aptc_fold_kernel, fold, aptc_ceil((fold).n, APTC_FOLD_COLUMNS), 1)
 
 /* partial(chunks, n): sums over a chunk of rows of x, |x|, x^2, or of a norm's dy * (z - mean) * rstd */
 typedef struct aptc_column {
@@ -903,25 +953,25 @@ APTC_DEVICE float aptc_column_term(const aptc_column *job, int64_t i, int64_t j)
     return job->kind == APTI_COLUMN_ABS ? fabsf(x) : job->kind == APTI_COLUMN_SQUARE ? x * x : x;
 }
 
-/* Block: APTC_FOLD_COLUMNS columns (BX) of a chunk (BY); APTC_FOLD_LANES threads share a column */
+/* Block: APTC_CHUNK_COLUMNS columns (BX) of a chunk (BY); APTC_CHUNK_LANES threads share a column */
 APTC_KERNEL(aptc_column_kernel, aptc_column)
 {
     APTC_SHARED(float, sum, APTC_BLOCK);
     APTC_THREADS(t) {
-        const int64_t j = APTC_BX * APTC_FOLD_COLUMNS + t % APTC_FOLD_COLUMNS, first = APTC_BY * job.chunk;
+        const int64_t j = APTC_BX * APTC_CHUNK_COLUMNS + t % APTC_CHUNK_COLUMNS, first = APTC_BY * job.chunk;
         const int64_t end = aptc_min(job.rows, first + job.chunk);
         float total = 0;
-        for (int64_t i = first + t / APTC_FOLD_COLUMNS; j < job.n && i < end; i += APTC_FOLD_LANES)
+        for (int64_t i = first + t / APTC_CHUNK_COLUMNS; j < job.n && i < end; i += APTC_CHUNK_LANES)
             total += aptc_column_term(&job, i, j);
         sum[t] = total;
     }
     APTC_BARRIER;
     APTC_THREADS(t) {
-        const int64_t j = APTC_BX * APTC_FOLD_COLUMNS + t;
+        const int64_t j = APTC_BX * APTC_CHUNK_COLUMNS + t;
         float total = 0;
-        for (int32_t lane = 0; t < APTC_FOLD_COLUMNS && lane < APTC_FOLD_LANES; lane++)
-            total += sum[lane * APTC_FOLD_COLUMNS + t];
-        if (t < APTC_FOLD_COLUMNS && j < job.n) job.partial[APTC_BY * job.n + j] = total;
+        for (int32_t lane = 0; t < APTC_CHUNK_COLUMNS && lane < APTC_CHUNK_LANES; lane++)
+            total += sum[lane * APTC_CHUNK_COLUMNS + t];
+        if (t < APTC_CHUNK_COLUMNS && j < job.n) job.partial[APTC_BY * job.n + j] = total;
     }
 }
 APTC_LAUNCHER(aptc_column_kernel, aptc_column)
@@ -934,8 +984,8 @@ static bool aptc_column_run(aptc_device *d, float *acc, aptc_column *job, const 
     job->partial = (float *)aptc_take(d, chunks * job->n * (int64_t)sizeof(float));
     if (job->partial == NULL) return false;
     const aptc_fold fold = {acc, job->partial, mask, chunks, job->n, job->n, binary};
-    APTC_LAUNCH(d, aptc_column_kernel, *job, aptc_ceil(job->n, APTC_FOLD_COLUMNS), chunks);
-    APTC_LAUNCH_VECTOR(d, aptc_fold_kernel, fold, job->n);
+    APTC_LAUNCH(d, aptc_column_kernel, *job, aptc_ceil(job->n, APTC_CHUNK_COLUMNS), chunks);
+    APTC_LAUNCH_FOLD(d, fold);
     return true;
 }
 
@@ -953,98 +1003,60 @@ static bool aptc_column_op(aptc_device *d, const apti_column_job *op)
 
 /* ---- sums of |x| inside the kernel that writes or reads x
 
-   Salience adds up the FFN's activations right behind the operation that makes them, and their gradients in front of the one that
-   reads them. So an operation of that kind, or a sum of |x|, waits for the operation behind it: either the two become one launch,
-   or both are launched in their order. */
+   Salience adds up activations right behind the operation that makes them, and gradients behind the one that makes them or in
+   front of the one that reads them; see "What waits". */
 
-static bool aptc_same_matrix(const apti_column_job *sum, const float *x, int64_t ld, int64_t rows, int64_t n)
-{
-    return sum->x == x && sum->ldx == ld && sum->rows == rows && sum->n == n;
-}
-
-/* Room for the sums of a launch; NULL: none is asked for, or there is no room */
-static float *aptc_sizes_for(aptc_device *d, const apti_column_job *sum)
+/* Room for the sums of a launch of so many blocks; NULL: none is asked for, or there is no room */
+static float *aptc_sizes_for(aptc_device *d, const apti_column_job *sum, int64_t blocks)
 {
     if (sum == NULL) return NULL;
-    return (float *)aptc_take(d, aptc_row_blocks(sum->rows, sum->n) * sum->n * (int64_t)sizeof(float));
+    return (float *)aptc_take(d, blocks * sum->n * (int64_t)sizeof(float));
 }
 
-/* Behind the launch: acc += the sums, or all of it where there was no room */
-static void aptc_sizes_add(aptc_device *d, const float *sizes, const apti_column_job *sum)
+/* Behind the operation's last launch: acc += the sums, or all of it where there was no room */
+static void aptc_sizes_add(aptc_device *d, const float *sizes, const apti_column_job *sum, int64_t blocks)
 {
     if (sum == NULL) return;
     if (sizes == NULL) {
+        d->used = 0;
         (void)aptc_column_op(d, sum);             /* which has room: see aptc_sum_op */
         return;
     }
-    const aptc_fold fold = {sum->acc, sizes, NULL, aptc_row_blocks(sum->rows, sum->n), sum->n, sum->n, 0};
-    APTC_LAUNCH_VECTOR(d, aptc_fold_kernel, fold, sum->n);
+    const aptc_fold fold = {sum->acc, sizes, NULL, blocks, sum->n, sum->n, 0};
+    APTC_LAUNCH_FOLD(d, fold);
 }
 
 static void aptc_finish_run(aptc_device *d, aptc_finish *f, const apti_column_job *sum)
 {
-    f->sizes = aptc_sizes_for(d, sum);
+    const int64_t blocks = aptc_row_blocks(f->rows, f->n);
+    f->sizes = aptc_sizes_for(d, sum, blocks);
     APTC_LAUNCH_EACH(d, aptc_finish_kernel, *f);
-    aptc_sizes_add(d, f->sizes, sum);
+    aptc_sizes_add(d, f->sizes, sum, blocks);
 }
 
 static void aptc_gate_run(aptc_device *d, const apti_gate_job *op, bool backward, const apti_column_job *sum)
 {
-    const aptc_gate g = {*op, aptc_sizes_for(d, sum)};
+    const int64_t blocks = aptc_row_blocks(op->rows, op->n);
+    const aptc_gate g = {*op, aptc_sizes_for(d, sum, blocks)};
     if (backward) APTC_LAUNCH_ROWS(d, aptc_gate_backward_kernel, g, op->rows, op->n);
     else APTC_LAUNCH_ROWS(d, aptc_gate_forward_kernel, g, op->rows, op->n);
-    aptc_sizes_add(d, g.sizes, sum);
+    aptc_sizes_add(d, g.sizes, sum, blocks);
 }
 
-static void aptc_act_backward_run(aptc_device *d, const apti_act_job *op, const apti_column_job *sum)
+static void aptc_act_backward_run(aptc_device *d, const apti_act_job *op, const apti_column_job *sum, bool written)
 {
-    const aptc_act_backward a = {*op, aptc_sizes_for(d, sum)};
+    const int64_t blocks = aptc_row_blocks(op->rows, op->n);
+    const aptc_act_backward a = {*op, aptc_sizes_for(d, sum, blocks), written};
     APTC_LAUNCH_ROWS(d, aptc_act_backward_kernel, a, op->rows, op->n);
-    aptc_sizes_add(d, a.sizes, sum);
+    aptc_sizes_add(d, a.sizes, sum, blocks);
 }
 
-/* Launches what waits, with a sum of what it makes or alone. */
-static void aptc_settle(aptc_device *d, const apti_column_job *sum)
+static void aptc_residual_run(aptc_device *d, const apti_residual_job *op, const apti_column_job *sum, bool written)
 {
-    const aptc_waits waits = d->waits;
-    d->waits = APTC_NOTHING;
-    if (waits == APTC_FINISH) aptc_finish_run(d, &d->waiting.finish, sum);
-    else if (waits == APTC_GATE) aptc_gate_run(d, &d->waiting.gate, false, sum);
-    else if (waits == APTC_SUM) aptc_sizes_add(d, NULL, &d->waiting.sum);
-}
-
-/* The sum that waits, if it is of what the operation reads anyway; else NULL, and what waits is launched */
-static const apti_column_job *aptc_sum_for(aptc_device *d, apti_op op, const void *job)
-{
-    const apti_column_job *sum = &d->waiting.sum;
-    const apti_act_job *a = (const apti_act_job *)job;
-    const apti_gate_job *g = (const apti_gate_job *)job;
-    if (d->waits == APTC_SUM && ((op == APTI_OP_ACT_BACKWARD && aptc_same_matrix(sum, a->da, a->ldda, a->rows, a->n)) ||
-                                 (op == APTI_OP_GATE_BACKWARD && aptc_same_matrix(sum, g->dh, g->lddh, g->rows, g->n)))) {
-        d->waits = APTC_NOTHING;
-        return sum;
-    }
-    aptc_settle(d, NULL);
-    return NULL;
-}
-
-static bool aptc_sum_op(aptc_device *d, const apti_column_job *op)
-{
-    const aptc_finish *f = &d->waiting.finish;
-    const apti_gate_job *g = &d->waiting.gate;
-    if (op->kind != APTI_COLUMN_ABS || (size_t)(APTC_CHUNKS * op->n) * sizeof(float) > d->work_bytes) {
-        aptc_settle(d, NULL);
-        return aptc_column_op(d, op);
-    }
-    if ((d->waits == APTC_FINISH && aptc_same_matrix(op, f->c, f->ldc, f->rows, f->n)) ||
-        (d->waits == APTC_GATE && aptc_same_matrix(op, g->h, g->ldh, g->rows, g->n))) {
-        aptc_settle(d, op);
-        return true;
-    }
-    aptc_settle(d, NULL);
-    d->waits = APTC_SUM;
-    d->waiting.sum = *op;
-    return true;
+    const int64_t blocks = aptc_row_blocks(op->rows, op->n);
+    const aptc_residual r = {*op, aptc_sizes_for(d, sum, blocks), written};
+    APTC_LAUNCH_ROWS(d, aptc_residual_kernel, r, op->rows, op->n);
+    aptc_sizes_add(d, r.sizes, sum, blocks);
 }
 
 /* partial[block] = sum of squares of the block's elements */
@@ -1099,54 +1111,89 @@ static bool aptc_squares_op(aptc_device *d, const apti_squares_job *op)
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
-   Norms: a warp per row
+   Norms: a warp per row, and blocks that go on to further rows
    ------------------------------------------------------------------------------------------------------------------ */
+
+enum { APTC_NORM_BLOCKS = 1024 };     /* as many as a device holds */
+
+/* The sizes, (APTC_ROWS, d) or NULL, are y's, backward dy's. */
+typedef struct aptc_norm { apti_norm_job op; float *sizes; } aptc_norm;
+
+/* first, first + APTC_WARPS, ...: the first rows of a block's rounds */
+#define APTC_NORM_ROUNDS(first) \
+    for (int64_t first = APTC_BY * APTC_WARPS; first < job.op.rows; first += APTC_ROWS * APTC_WARPS)
+
+/* Thread t's share of the block's sums of |x(rows, d)| over the rows of a round: columns t, t + APTC_BLOCK, ... */
+APTC_DEVICE void aptc_norm_sizes(const apti_norm_job *op, float *sizes, const float *x, int64_t ld, int64_t first, bool begins,
+                                 int32_t t)
+{
+    const int64_t end = aptc_min(op->rows, first + APTC_WARPS);
+    for (int64_t j = t; j < op->d; j += APTC_BLOCK) {
+        float total = begins ? 0.0f : sizes[j];
+        for (int64_t i = first; i < end; i++) total += fabsf(x[i * ld + j]);
+        sizes[j] = total;
+    }
+}
+
+#define APTC_NORM_SIZES(x, ld, first)                                                                                   \
+    APTC_THREADS(t) aptc_norm_sizes(&job.op, job.sizes + APTC_BY * job.op.d, x, ld, first, first == APTC_BY * APTC_WARPS, t)
 
 APTC_DEVICE bool aptc_alive(const float *mask, int64_t j) { return mask == NULL || mask[j] != 0.0f; }
 
-APTC_KERNEL(aptc_norm_forward_kernel, apti_norm_job)
+/* A round of rows from `first` on */
+APTC_DEVICE void aptc_norm_forward_rows(const apti_norm_job *op, int64_t first)
 {
     APTC_PRIVATE(float, sum);
     APTC_PRIVATE(float, count);
     APTC_PRIVATE(float, mean);
     APTC_THREADS(t) {
-        const int64_t row = APTC_BX * APTC_WARPS + t / APTC_WARP;
+        const int64_t row = first + t / APTC_WARP;
         APTC_MINE(sum, t) = APTC_MINE(count, t) = 0;
-        for (int64_t j = t % APTC_WARP; row < job.rows && j < job.d; j += APTC_WARP) {
-            if (!aptc_alive(job.mask, j)) continue;
-            APTC_MINE(sum, t) += job.z[row * job.ldz + j];
+        for (int64_t j = t % APTC_WARP; row < op->rows && j < op->d; j += APTC_WARP) {
+            if (!aptc_alive(op->mask, j)) continue;
+            APTC_MINE(sum, t) += op->z[row * op->ldz + j];
             APTC_MINE(count, t) += 1;
         }
     }
     APTC_WARP_SUM(sum);
     APTC_WARP_SUM(count);
     APTC_THREADS(t) {
-        const int64_t row = APTC_BX * APTC_WARPS + t / APTC_WARP;
-        APTC_MINE(mean, t) = job.rms || APTC_MINE(count, t) == 0 ? 0.0f : APTC_MINE(sum, t) / APTC_MINE(count, t);
+        const int64_t row = first + t / APTC_WARP;
+        APTC_MINE(mean, t) = op->rms || APTC_MINE(count, t) == 0 ? 0.0f : APTC_MINE(sum, t) / APTC_MINE(count, t);
         APTC_MINE(sum, t) = 0;
-        for (int64_t j = t % APTC_WARP; row < job.rows && j < job.d; j += APTC_WARP) {
-            const float x = job.z[row * job.ldz + j] - APTC_MINE(mean, t);
-            if (aptc_alive(job.mask, j)) APTC_MINE(sum, t) += x * x;
+        for (int64_t j = t % APTC_WARP; row < op->rows && j < op->d; j += APTC_WARP) {
+            const float x = op->z[row * op->ldz + j] - APTC_MINE(mean, t);
+            if (aptc_alive(op->mask, j)) APTC_MINE(sum, t) += x * x;
         }
     }
     APTC_WARP_SUM(sum);
     APTC_THREADS(t) {
-        const int64_t row = APTC_BX * APTC_WARPS + t / APTC_WARP;
-        const float variance = APTC_MINE(count, t) == 0 ? 0.0f : APTC_MINE(sum, t) / APTC_MINE(count, t) + job.eps;
+        const int64_t row = first + t / APTC_WARP;
+        const float variance = APTC_MINE(count, t) == 0 ? 0.0f : APTC_MINE(sum, t) / APTC_MINE(count, t) + op->eps;
         const float rstd = variance == 0 ? 0.0f : 1.0f / sqrtf(variance), mu = APTC_MINE(mean, t);
-        for (int64_t j = t % APTC_WARP; row < job.rows && j < job.d; j += APTC_WARP) {
-            float m = job.mask != NULL ? job.mask[j] : 1.0f;
-            if (job.rms && m != 0) m = 1;
-            const float beta = job.beta != NULL ? job.beta[j] : 0.0f;
-            job.y[row * job.ldy + j] = job.gamma[j] * m * ((job.z[row * job.ldz + j] - mu) * rstd) + beta * m;
+        for (int64_t j = t % APTC_WARP; row < op->rows && j < op->d; j += APTC_WARP) {
+            float m = op->mask != NULL ? op->mask[j] : 1.0f;
+            if (op->rms && m != 0) m = 1;
+            const float beta = op->beta != NULL ? op->beta[j] : 0.0f;
+            op->y[row * op->ldy + j] = op->gamma[j] * m * ((op->z[row * op->ldz + j] - mu) * rstd) + beta * m;
         }
-        if (job.stats != NULL && row < job.rows && t % APTC_WARP == 0) {
-            job.stats[2 * row] = mu;
-            job.stats[2 * row + 1] = rstd;
+        if (op->stats != NULL && row < op->rows && t % APTC_WARP == 0) {
+            op->stats[2 * row] = mu;
+            op->stats[2 * row + 1] = rstd;
         }
     }
 }
-APTC_LAUNCHER(aptc_norm_forward_kernel, apti_norm_job)
+
+APTC_KERNEL(aptc_norm_forward_kernel, aptc_norm)
+{
+    APTC_NORM_ROUNDS(first) {
+        aptc_norm_forward_rows(&job.op, first);
+        if (job.sizes == NULL) continue;
+        APTC_BARRIER;
+        APTC_NORM_SIZES(job.op.y, job.op.ldy, first);
+    }
+}
+APTC_LAUNCHER(aptc_norm_forward_kernel, aptc_norm)
 
 /* gamma times what the forward has put on it */
 APTC_DEVICE float aptc_norm_gamma(const apti_norm_job *job, int64_t j)
@@ -1156,18 +1203,18 @@ APTC_DEVICE float aptc_norm_gamma(const apti_norm_job *job, int64_t j)
     return job->gamma[j] * job->mask[j];
 }
 
-APTC_KERNEL(aptc_norm_backward_kernel, apti_norm_job)
+APTC_DEVICE void aptc_norm_backward_rows(const apti_norm_job *op, int64_t first)
 {
     APTC_PRIVATE(float, sum);
     APTC_PRIVATE(float, dot);
     APTC_PRIVATE(float, count);
     APTC_THREADS(t) {
-        const int64_t row = APTC_BX * APTC_WARPS + t / APTC_WARP;
+        const int64_t row = first + t / APTC_WARP;
         APTC_MINE(sum, t) = APTC_MINE(dot, t) = APTC_MINE(count, t) = 0;
-        for (int64_t j = t % APTC_WARP; row < job.rows && j < job.d; j += APTC_WARP) {
-            if (!aptc_alive(job.mask, j)) continue;
-            const float x = (job.z[row * job.ldz + j] - job.saved[2 * row]) * job.saved[2 * row + 1];
-            const float g = job.dy[row * job.lddy + j] * aptc_norm_gamma(&job, j);
+        for (int64_t j = t % APTC_WARP; row < op->rows && j < op->d; j += APTC_WARP) {
+            if (!aptc_alive(op->mask, j)) continue;
+            const float x = (op->z[row * op->ldz + j] - op->saved[2 * row]) * op->saved[2 * row + 1];
+            const float g = op->dy[row * op->lddy + j] * aptc_norm_gamma(op, j);
             APTC_MINE(sum, t) += g;
             APTC_MINE(dot, t) += g * x;
             APTC_MINE(count, t) += 1;
@@ -1177,27 +1224,42 @@ APTC_KERNEL(aptc_norm_backward_kernel, apti_norm_job)
     APTC_WARP_SUM(dot);
     APTC_WARP_SUM(count);
     APTC_THREADS(t) {
-        const int64_t row = APTC_BX * APTC_WARPS + t / APTC_WARP;
+        const int64_t row = first + t / APTC_WARP;
         const float n = APTC_MINE(count, t) > 1 ? APTC_MINE(count, t) : 1.0f;
-        const float average = job.rms ? 0.0f : APTC_MINE(sum, t) / n, slope = APTC_MINE(dot, t) / n;
-        for (int64_t j = t % APTC_WARP; row < job.rows && j < job.d; j += APTC_WARP) {
-            const float rstd = job.saved[2 * row + 1], x = (job.z[row * job.ldz + j] - job.saved[2 * row]) * rstd;
-            const float g = job.dy[row * job.lddy + j] * aptc_norm_gamma(&job, j);
-            job.y[row * job.ldy + j] = aptc_alive(job.mask, j) ? rstd * (g - average - x * slope) : 0.0f;
+        const float average = op->rms ? 0.0f : APTC_MINE(sum, t) / n, slope = APTC_MINE(dot, t) / n;
+        for (int64_t j = t % APTC_WARP; row < op->rows && j < op->d; j += APTC_WARP) {
+            const float rstd = op->saved[2 * row + 1], x = (op->z[row * op->ldz + j] - op->saved[2 * row]) * rstd;
+            const float g = op->dy[row * op->lddy + j] * aptc_norm_gamma(op, j);
+            op->y[row * op->ldy + j] = aptc_alive(op->mask, j) ? rstd * (g - average - x * slope) : 0.0f;
         }
     }
 }
-APTC_LAUNCHER(aptc_norm_backward_kernel, apti_norm_job)
 
-static bool aptc_norm_forward_op(aptc_device *d, const apti_norm_job *op)
+APTC_KERNEL(aptc_norm_backward_kernel, aptc_norm)
 {
-    APTC_LAUNCH(d, aptc_norm_forward_kernel, *op, aptc_ceil(op->rows, APTC_WARPS), 1);
-    return true;
+    APTC_NORM_ROUNDS(first) {
+        if (job.sizes != NULL) {
+            APTC_NORM_SIZES(job.op.dy, job.op.lddy, first);
+            APTC_BARRIER;                         /* dz may be dy */
+        }
+        aptc_norm_backward_rows(&job.op, first);
+    }
+}
+APTC_LAUNCHER(aptc_norm_backward_kernel, aptc_norm)
+
+static void aptc_norm_run(aptc_device *d, const apti_norm_job *op, bool backward, const apti_column_job *sum)
+{
+    const int64_t blocks = aptc_min(aptc_ceil(op->rows, APTC_WARPS), APTC_NORM_BLOCKS);
+    const aptc_norm n = {*op, aptc_sizes_for(d, sum, blocks)};
+    if (backward) APTC_LAUNCH(d, aptc_norm_backward_kernel, n, 1, blocks);
+    else APTC_LAUNCH(d, aptc_norm_forward_kernel, n, 1, blocks);
+    aptc_sizes_add(d, n.sizes, sum, blocks);
 }
 
-/* dgamma and dbeta first: dz may be dy. */
-static bool aptc_norm_backward_op(aptc_device *d, const apti_norm_job *op)
+/* dgamma and dbeta first: dz may be dy. They have the same room one after the other, so that it is enough for both or for none. */
+static bool aptc_norm_backward_op(aptc_device *d, const apti_norm_job *op, const apti_column_job *sum)
 {
+    const size_t used = d->used;
     aptc_column job;
     memset(&job, 0, sizeof job);
     job.x = op->dy;
@@ -1208,8 +1270,9 @@ static bool aptc_norm_backward_op(aptc_device *d, const apti_norm_job *op)
     job.z = op->z;
     job.ldz = op->ldz;
     job.stats = op->saved;
+    d->used = used;
     if (op->dgamma != NULL && !aptc_column_run(d, op->dgamma, &job, op->mask, op->rms)) return false;
-    if (op->y != NULL) APTC_LAUNCH(d, aptc_norm_backward_kernel, *op, aptc_ceil(op->rows, APTC_WARPS), 1);
+    if (op->y != NULL) aptc_norm_run(d, op, true, sum);
     return true;
 }
 
@@ -1726,18 +1789,6 @@ static __device__ void aptc_tile_multiply(const aptc_tile_product *p, apt_dtype 
    tiles round their operands as all products do; with bfloat16 and float16 they are the tensor cores'. The rest is float32.
    ------------------------------------------------------------------------------------------------------------------ */
 
-typedef struct aptc_attention {
-    const float *q, *k, *v, *d_o, *lse, *bias, *mask, *dot;
-    float *o, *lse_out, *dq, *dk, *dv, *dbias;        /* dbias: (sequences, heads, 2*span - 1) */
-    const int32_t *q_offsets, *k_offsets, *k_ends;
-    int64_t ldq, ldk, ldv, ldo, lddq, lddk, lddv;
-    int64_t pairs;                    /* rows times heads */
-    int32_t heads, share, dim, span, sequences, causal;
-    float scale;
-    apt_dtype type;                   /* of the operands of products */
-    int32_t rows, tile, wide;         /* queries and keys of a tile, its columns (dim of them used): multiples of 16 */
-} aptc_attention;
-
 /* One sequence and head. */
 typedef struct aptc_place { int64_t q_row, k_row, queries, keys, shift; int32_t head, group; } aptc_place;
 
@@ -1904,6 +1955,23 @@ APTC_DEVICE void aptc_softmax_tile(const aptc_attention *a, const aptc_place *p,
     }
 }
 
+/* Thread t's share of the sums over the rows of x, a block's tile of o or d_o with as many columns as a head */
+APTC_DEVICE void aptc_attention_sums(const aptc_attention *a, int64_t bx, int64_t by, int32_t t, const float *x, int64_t ld,
+                                     int64_t rows)
+{
+    if (a->sizes == NULL && a->sums == NULL) return;
+    for (int32_t c = t; c < a->dim; c += APTC_BLOCK) {
+        const int64_t at = ((by / a->heads * a->blocks + bx) * a->heads + by % a->heads) * a->dim + c;
+        float size = 0, sum = 0;
+        for (int64_t i = 0; i < rows; i++) {
+            size += fabsf(x[i * ld + c]);
+            sum += x[i * ld + c];
+        }
+        if (a->sizes != NULL) a->sizes[at] = size;
+        if (a->sums != NULL) a->sums[at] = sum;
+    }
+}
+
 /* Block: BX = tile of queries, BY = (sequence, head) */
 APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
 {
@@ -1915,8 +1983,11 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
     const aptc_tile_product values = {acc,        APTC_OPERAND(r.half[0]), APTC_OPERAND(r.operand[1]), r.ld_sum,
                                       r.ld_half, r.ld_operand, job.rows, job.wide, job.tile, false, false, true};
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
-    const int64_t q0 = APTC_BX * job.rows, seen = aptc_seen_keys(&job, &p, q0);
-    if (q0 >= p.queries) return;
+    const int64_t q0 = APTC_BX * job.rows, seen = aptc_seen_keys(&job, &p, q0), rows = aptc_min(job.rows, p.queries - q0);
+    if (rows <= 0) {
+        APTC_THREADS(t) aptc_attention_sums(&job, APTC_BX, APTC_BY, t, acc, 0, 0);
+        return;
+    }
     APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);
     APTC_ZERO_SUM(r.sum[0]);
     APTC_THREADS(t) if (t < job.rows) {
@@ -1937,14 +2008,18 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
     APTC_BARRIER;
     APTC_THREADS(t) {
         const float mask = job.mask != NULL ? job.mask[p.group] : 1.0f;
-        for (int32_t i = t / APTC_WARP; i < job.rows && q0 + i < p.queries; i += APTC_WARPS) {
-            float *o = job.o + (p.q_row + q0 + i) * job.ldo + p.head * job.dim;
-            for (int32_t c = t % APTC_WARP; c < job.dim; c += APTC_WARP)
-                o[c] = sum[i] != 0 ? acc[i * r.ld_sum + c] * (mask / sum[i]) : 0.0f;
+        for (int32_t i = t / APTC_WARP; i < rows; i += APTC_WARPS) {
+            float *o = job.o + (p.q_row + q0 + i) * job.ldo + p.head * job.dim, *x = acc + i * r.ld_sum;
+            for (int32_t c = t % APTC_WARP; c < job.dim; c += APTC_WARP) {
+                x[c] = sum[i] != 0 ? x[c] * (mask / sum[i]) : 0.0f;
+                o[c] = x[c];
+            }
             if (job.lse_out != NULL && t % APTC_WARP == 0)
                 job.lse_out[(p.q_row + q0 + i) * job.heads + p.head] = sum[i] != 0 ? max[i] + logf(sum[i]) : 0.0f;
         }
     }
+    APTC_BARRIER;
+    APTC_THREADS(t) aptc_attention_sums(&job, APTC_BX, APTC_BY, t, acc, r.ld_sum, rows);
 }
 APTC_LAUNCHER(aptc_attention_forward_kernel, aptc_attention)
 
@@ -2064,7 +2139,10 @@ APTC_KERNEL(aptc_attention_dq_kernel, aptc_attention)
                                   r.ld_half, r.ld_operand, job.tile, job.wide, job.tile, false, false, true};
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
     const int64_t q0 = APTC_BX * job.tile, seen = aptc_seen_keys(&job, &p, q0);
-    if (q0 >= p.queries) return;
+    const int64_t rows = aptc_max(0, aptc_min(job.tile, p.queries - q0));
+    APTC_THREADS(t)
+        aptc_attention_sums(&job, APTC_BX, APTC_BY, t, job.d_o + (p.q_row + q0) * job.ldo + p.head * job.dim, job.ldo, rows);
+    if (rows == 0) return;
     APTC_LOAD_GIVEN(p);
     APTC_ZERO_SUM(r.sum[0]);
     for (int64_t k0 = 0; k0 < seen; k0 += job.tile) {
@@ -2076,7 +2154,7 @@ APTC_KERNEL(aptc_attention_dq_kernel, aptc_attention)
         aptc_tile_multiply(&dq, job.type);
     }
     APTC_BARRIER;
-    APTC_THREADS(t) for (int32_t i = t / APTC_WARP; i < job.tile && q0 + i < p.queries; i += APTC_WARPS)
+    APTC_THREADS(t) for (int32_t i = t / APTC_WARP; i < rows; i += APTC_WARPS)
         for (int32_t c = t % APTC_WARP; c < job.dim; c += APTC_WARP)
             job.dq[(p.q_row + q0 + i) * job.lddq + p.head * job.dim + c] = job.scale * acc[i * r.ld_sum + c];
 }
@@ -2186,6 +2264,7 @@ static aptc_attention aptc_attention_of(const aptc_device *d, const apti_attenti
     a.dim = o->head_dim;
     a.span = o->bias_span;
     a.sequences = o->sequences;
+    a.rows_q = op->rows_q;
     a.causal = o->causal;
     a.scale = o->scale;
     a.type = aptc_math_type(d);
@@ -2214,12 +2293,25 @@ static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *
     const int64_t longest_k = a.k_ends != NULL ? (int64_t)APTC_TILE_MAX : op->longest_k;      /* a cache has room for many */
     APTC_TILE_CHOOSE(d, a, op->longest_q, longest_k, APTC_FORWARD_ROOM, fits);
     if (!fits) return false;
+    a.blocks = aptc_ceil(op->longest_q, a.rows);
     a.o = op->out;
     a.ldo = op->ldo;
     a.lse_out = op->lse;
-    APTC_LAUNCH_DYNAMIC(d, aptc_attention_forward_kernel, a, aptc_ceil(op->longest_q, a.rows), (int64_t)a.sequences * a.heads,
-                        APTC_FORWARD_ROOM(&a).end);
+    d->waits = APTC_ATTENTION;
+    d->waiting.attention = a;
     return true;
+}
+
+static void aptc_attention_forward_run(aptc_device *d, aptc_attention *a, const apti_column_job *sizes, const apti_column_job *sums)
+{
+    const int64_t rows = a->sequences * a->blocks;
+    a->sizes = aptc_sizes_for(d, sizes, rows);
+    a->sums = aptc_sizes_for(d, sums, rows);
+    if (sums != NULL && a->sums == NULL) a->sizes = NULL;            /* room for both or for none */
+    APTC_LAUNCH_DYNAMIC(d, aptc_attention_forward_kernel, *a, a->blocks, (int64_t)a->sequences * a->heads,
+                        APTC_FORWARD_ROOM(a).end);
+    aptc_sizes_add(d, a->sizes, sizes, rows);
+    aptc_sizes_add(d, a->sums, sums, rows);
 }
 
 /* dot(rows, heads) of the backward */
@@ -2240,7 +2332,7 @@ static void aptc_attention_dots(aptc_device *d, const apti_attention_job *op, co
     APTC_LAUNCH(d, aptc_attention_dot_kernel, a, aptc_ceil(a.pairs, APTC_WARPS), 1);
 }
 
-static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job *op)
+static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job *op, const apti_column_job *sum)
 {
     aptc_attention a = aptc_attention_of(d, op);
     const int64_t pairs = (int64_t)a.sequences * a.heads, wide = 2 * (int64_t)a.span - 1;
@@ -2263,15 +2355,19 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
     a.lddv = op->lddv;
     aptc_attention_dots(d, op, &a, dot);
     a.dot = dot;
-    if (op->dq != NULL)
-        APTC_LAUNCH_DYNAMIC(d, aptc_attention_dq_kernel, a, aptc_ceil(op->longest_q, a.tile), pairs, APTC_DQ_ROOM(&a).end);
+    aptc_attention q = a;             /* the kernel of dq adds up d_o, too */
+    q.blocks = aptc_ceil(op->longest_q, a.tile);
+    q.sizes = aptc_sizes_for(d, sum, a.sequences * q.blocks);
+    if (op->dq != NULL) APTC_LAUNCH_DYNAMIC(d, aptc_attention_dq_kernel, q, q.blocks, pairs, APTC_DQ_ROOM(&q).end);
     if (op->dk != NULL || op->dv != NULL)
         APTC_LAUNCH_DYNAMIC(d, aptc_attention_dkv_kernel, a, aptc_ceil(op->longest_k, a.tile), pairs / a.share,
                             APTC_DKV_ROOM(&a).end);
-    if (op->dbias == NULL) return true;
-    const aptc_fold fold = {op->dbias, a.dbias, NULL, a.sequences, a.heads * wide, a.heads * wide, false};
-    APTC_LAUNCH_DYNAMIC(d, aptc_attention_dbias_kernel, a, 1, pairs, APTC_DBIAS_ROOM(&a).end);
-    APTC_LAUNCH_VECTOR(d, aptc_fold_kernel, fold, fold.n);
+    if (op->dbias != NULL) {
+        const aptc_fold fold = {op->dbias, a.dbias, NULL, a.sequences, a.heads * wide, a.heads * wide, false};
+        APTC_LAUNCH_DYNAMIC(d, aptc_attention_dbias_kernel, a, 1, pairs, APTC_DBIAS_ROOM(&a).end);
+        APTC_LAUNCH_FOLD(d, fold);
+    }
+    aptc_sizes_add(d, q.sizes, sum, a.sequences * q.blocks);
     return true;
 }
 
@@ -2577,7 +2673,7 @@ static bool aptc_gemm_op(aptc_device *d, const apti_gemm *g)
     if (!more) aptc_start(d, g, z, ldz);
     else if (!biased) {                           /* an empty product onto c, with a bias: as a residual of one row */
         const apti_residual_job job = {NULL, z, z, g->bias, NULL, ldz, ldz, 0, g->m, g->n, 0};
-        APTC_LAUNCH_EACH(d, aptc_residual_kernel, job);
+        aptc_residual_run(d, &job, NULL, false);
     }
     if (g->pre == NULL && g->act < 0 && f.residual == NULL && g->mask == NULL) return true;
     d->waits = APTC_FINISH;
@@ -2595,16 +2691,129 @@ static bool aptc_pack_op(aptc_device *d, const apti_pack_job *op)
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
+   What waits
+
+   A sum of |x| may be asked for behind the operation that writes x, or in front of the one that reads it. So an operation that can
+   add up what it writes waits for the one behind it, and so does a sum: either the two become one launch, or both are launched in
+   their order. Attention also adds up x itself, which salience wants as well.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+static bool aptc_same_matrix(const apti_column_job *sum, const float *x, int64_t ld, int64_t rows, int64_t n)
+{
+    return sum->x == x && sum->ldx == ld && sum->rows == rows && sum->n == n;
+}
+
+/* Launches what waits, with what was asked for or alone. */
+static void aptc_settle(aptc_device *d)
+{
+    const aptc_waits waits = d->waits;
+    const apti_column_job *sizes = d->asked[0].acc != NULL ? &d->asked[0] : NULL;
+    const apti_column_job *sums = d->asked[1].acc != NULL ? &d->asked[1] : NULL;
+    d->waits = APTC_NOTHING;
+    switch (waits) {
+    case APTC_NOTHING: return;
+    case APTC_FINISH: aptc_finish_run(d, &d->waiting.finish, sizes); break;
+    case APTC_GATE: aptc_gate_run(d, &d->waiting.gate, false, sizes); break;
+    case APTC_ACT: aptc_act_backward_run(d, &d->waiting.act, sizes, true); break;
+    case APTC_RESIDUAL: aptc_residual_run(d, &d->waiting.residual, sizes, true); break;
+    case APTC_NORM: aptc_norm_run(d, &d->waiting.norm, false, sizes); break;
+    case APTC_ATTENTION: aptc_attention_forward_run(d, &d->waiting.attention, sizes, sums); break;
+    case APTC_SUM: (void)aptc_column_op(d, &d->waiting.sum); break;           /* which has room: see aptc_sum_op */
+    }
+    memset(d->asked, 0, sizeof d->asked);
+    d->used = 0;                      /* what was launched has had its room */
+}
+
+/* Does what waits write the matrix of the sum? */
+static bool aptc_waits_with(const aptc_device *d, const apti_column_job *sum)
+{
+    switch (d->waits) {
+    case APTC_FINISH: {
+        const aptc_finish *f = &d->waiting.finish;
+        return aptc_same_matrix(sum, f->c, f->ldc, f->rows, f->n);
+    }
+    case APTC_GATE: {
+        const apti_gate_job *g = &d->waiting.gate;
+        return aptc_same_matrix(sum, g->h, g->ldh, g->rows, g->n);
+    }
+    case APTC_ACT: {
+        const apti_act_job *a = &d->waiting.act;
+        return aptc_same_matrix(sum, a->du, a->lddu, a->rows, a->n);
+    }
+    case APTC_RESIDUAL: {
+        const apti_residual_job *r = &d->waiting.residual;
+        return aptc_same_matrix(sum, r->y, r->ldy, r->rows, r->n);
+    }
+    case APTC_NORM: {
+        const apti_norm_job *n = &d->waiting.norm;
+        return aptc_same_matrix(sum, n->y, n->ldy, n->rows, n->d);
+    }
+    case APTC_ATTENTION: {
+        const aptc_attention *a = &d->waiting.attention;
+        return aptc_same_matrix(sum, a->o, a->ldo, a->rows_q, (int64_t)a->heads * a->dim);
+    }
+    case APTC_NOTHING: case APTC_SUM: break;
+    }
+    return false;
+}
+
+/* Does the operation read the matrix of the sum in a kernel that can add it up? */
+static bool aptc_reads(const apti_column_job *sum, apti_op op, const void *job)
+{
+    const apti_act_job *act = (const apti_act_job *)job;
+    const apti_gate_job *g = (const apti_gate_job *)job;
+    const apti_residual_job *r = (const apti_residual_job *)job;
+    const apti_norm_job *n = (const apti_norm_job *)job;
+    const apti_attention_job *a = (const apti_attention_job *)job;
+    switch ((int)op) {
+    case APTI_OP_ACT_BACKWARD: return aptc_same_matrix(sum, act->da, act->ldda, act->rows, act->n);
+    case APTI_OP_GATE_BACKWARD: return aptc_same_matrix(sum, g->dh, g->lddh, g->rows, g->n);
+    case APTI_OP_RESIDUAL: return aptc_same_matrix(sum, r->x, r->ldx, r->rows, r->n);
+    case APTI_OP_NORM_BACKWARD: return n->y != NULL && aptc_same_matrix(sum, n->dy, n->lddy, n->rows, n->d);
+    case APTI_OP_ATTENTION_BACKWARD:
+        return a->dq != NULL && aptc_same_matrix(sum, a->d_o, a->lddo, a->rows_q, (int64_t)a->op->heads * a->op->head_dim);
+    default: return false;
+    }
+}
+
+/* The sum that waits, if it is of what the operation reads anyway; else NULL, and what waits is launched */
+static const apti_column_job *aptc_sum_for(aptc_device *d, apti_op op, const void *job)
+{
+    if (d->waits == APTC_SUM && aptc_reads(&d->waiting.sum, op, job)) {
+        d->waits = APTC_NOTHING;
+        return &d->waiting.sum;
+    }
+    aptc_settle(d);
+    return NULL;
+}
+
+static bool aptc_sum_op(aptc_device *d, const apti_column_job *op)
+{
+    const bool fits = (size_t)(APTC_CHUNKS * op->n) * sizeof(float) <= d->work_bytes;      /* alone, if need be */
+    const bool sizes = op->kind == APTI_COLUMN_ABS, sums = op->kind == APTI_COLUMN_SUM && d->waits == APTC_ATTENTION;
+    apti_column_job *asked = &d->asked[sizes ? 0 : 1];
+    if (fits && (sizes || sums) && asked->acc == NULL && aptc_waits_with(d, op)) {
+        *asked = *op;
+        return true;
+    }
+    aptc_settle(d);
+    if (!fits || !sizes) return aptc_column_op(d, op);
+    d->waits = APTC_SUM;
+    d->waiting.sum = *op;
+    return true;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
    The backend
    ------------------------------------------------------------------------------------------------------------------ */
 
 static bool aptc_run(void *self, apti_op op, const void *job)
 {
     aptc_device *d = (aptc_device *)self;
+    bool done;
     d->used = 0;
     aptc_enter(d);
     const apti_column_job *sum = op == APTI_OP_COLUMN ? NULL : aptc_sum_for(d, op, job);
-    d->used = 0;                      /* what was launched there has had its room */
     if (op != APTI_OP_GEMM && op != APTI_OP_COLUMN && op != APTI_OP_SQUARES) memset(d->kept, 0, sizeof d->kept);
     switch (op) {
     case APTI_OP_GEMM: return aptc_gemm_op(d, (const apti_gemm *)job);
@@ -2614,16 +2823,31 @@ static bool aptc_run(void *self, apti_op op, const void *job)
         APTC_LAUNCH_VECTOR(d, aptc_scale_kernel, *(const apti_scale_job *)job, ((const apti_scale_job *)job)->n);
         return true;
     case APTI_OP_COLUMN: return aptc_sum_op(d, (const apti_column_job *)job);
-    case APTI_OP_NORM_FORWARD: return aptc_norm_forward_op(d, (const apti_norm_job *)job);
-    case APTI_OP_NORM_BACKWARD: return aptc_norm_backward_op(d, (const apti_norm_job *)job);
+    case APTI_OP_NORM_FORWARD:
+        d->waits = APTC_NORM;
+        d->waiting.norm = *(const apti_norm_job *)job;
+        return true;
+    case APTI_OP_NORM_BACKWARD: done = aptc_norm_backward_op(d, (const apti_norm_job *)job, sum); break;
     case APTI_OP_ROTARY_TABLE: return aptc_rotary_op(d, (const apti_rotary_job *)job, true);
     case APTI_OP_ROTARY: return aptc_rotary_op(d, (const apti_rotary_job *)job, false);
     case APTI_OP_RELATIVE_FORWARD: return aptc_relative_op(d, (const apti_relative_job *)job, false);
     case APTI_OP_RELATIVE_BACKWARD: return aptc_relative_op(d, (const apti_relative_job *)job, true);
     case APTI_OP_ATTENTION_FORWARD: return aptc_attention_forward_op(d, (const apti_attention_job *)job);
-    case APTI_OP_ATTENTION_BACKWARD: return aptc_attention_backward_op(d, (const apti_attention_job *)job);
-    case APTI_OP_ACT_BACKWARD: aptc_act_backward_run(d, (const apti_act_job *)job, sum); return true;
-    case APTI_OP_RESIDUAL: APTC_LAUNCH_EACH(d, aptc_residual_kernel, *(const apti_residual_job *)job); return true;
+    case APTI_OP_ATTENTION_BACKWARD: done = aptc_attention_backward_op(d, (const apti_attention_job *)job, sum); break;
+    case APTI_OP_ACT_BACKWARD:
+        if (sum != NULL) aptc_act_backward_run(d, (const apti_act_job *)job, sum, false);
+        else {
+            d->waits = APTC_ACT;
+            d->waiting.act = *(const apti_act_job *)job;
+        }
+        return true;
+    case APTI_OP_RESIDUAL:
+        if (sum != NULL) aptc_residual_run(d, (const apti_residual_job *)job, sum, false);
+        else {
+            d->waits = APTC_RESIDUAL;
+            d->waiting.residual = *(const apti_residual_job *)job;
+        }
+        return true;
     case APTI_OP_GATE_FORWARD:
         d->waits = APTC_GATE;
         d->waiting.gate = *(const apti_gate_job *)job;
@@ -2644,6 +2868,8 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     case APTI_OP_CUT: return aptc_cut_op(d, (const apti_cut_job *)job);
     case APTI_OP_COUNT: default: return false;
     }
+    if (!done) aptc_sizes_add(d, NULL, sum, 0);
+    return done;
 }
 
 static apt_result aptc_sync(void *self, char message[APTI_BACKEND_MESSAGE])

@@ -400,47 +400,193 @@ static void test_kept_operands(void **state)
     apt_destroy(fresh);
 }
 
+/* ---- sums inside other launches ---- */
+
+enum { SI_ROWS = 333, SI_N = 300, SI_LD = 304, SI_K = 8, SI_HEADS = 5, SI_ARRAYS = 8 };
+
+typedef struct sums_inside {
+    apt_ctx *ctx;
+    float *x[SI_ARRAYS], *stats, *vector;        /* x[0]: what is added up */
+    int32_t *offsets;
+    apti_attention_op at;
+    int64_t rows;
+} sums_inside;
+
+static void sums_begin(sums_inside *s, int64_t rows, const int32_t *offsets, int32_t sequences)
+{
+    apt_cuda_desc device = APT_ZERO;
+    apt_rng rng = apt_rng_make(16, 0);
+    memset(s, 0, sizeof *s);
+    device.workspace_bytes = (size_t)8 << 20;
+    s->ctx = device_context(&device);
+    s->rows = rows;
+    for (int32_t k = 0; k < SI_ARRAYS; k++) {
+        s->x[k] = (float *)apti_data(s->ctx, rows * SI_LD, 4);
+        for (int64_t i = 0; i < rows * SI_LD; i++) s->x[k][i] = apt_rng_normal(&rng);
+    }
+    s->stats = (float *)apti_data(s->ctx, rows * (SI_HEADS + 2), 4);
+    s->vector = (float *)apti_data(s->ctx, SI_N, 4);
+    s->offsets = (int32_t *)apti_data(s->ctx, sequences + 1, 4);
+    for (int64_t i = 0; i < 2 * rows; i++) s->stats[i] = 1;
+    for (int32_t j = 0; j < SI_N; j++) s->vector[j] = (float)(j % 3) / 2;
+    for (int32_t i = 0; i <= sequences; i++) s->offsets[i] = offsets != NULL ? offsets[i] : i;
+    s->at.heads = s->at.kv_heads = SI_HEADS;
+    s->at.head_dim = SI_N / SI_HEADS;
+    s->at.scale = 0.1f;
+    s->at.sequences = sequences;
+    s->at.q_offsets = s->at.k_offsets = s->offsets;
+}
+
+static void sums_end(sums_inside *s)
+{
+    for (int32_t k = 0; k < SI_ARRAYS; k++) apti_free(s->ctx, s->x[k]);
+    apti_free(s->ctx, s->stats);
+    apti_free(s->ctx, s->vector);
+    apti_free(s->ctx, s->offsets);
+    apt_destroy(s->ctx);
+}
+
+typedef void (*sums_op)(const sums_inside *s);
+
+static void write_product(const sums_inside *s)
+{
+    apti_gemm g = apti_gemm_begin(s->x[0], SI_LD, s->rows, SI_N, false);
+    apti_gemm_left(&g.part[0], s->x[1], SI_LD, SI_K);
+    apti_gemm_right(&g.part[0], APTI_B_PLAIN, s->x[2], SI_LD);
+    g.act = APT_GELU_ERF;
+    apti_gemm_run(s->ctx, &g);
+}
+
+static void write_far(const sums_inside *s)
+{
+    write_product(s);
+    apti_zero(s->ctx, s->x[5], 1);
+}
+
+static void write_gate(const sums_inside *s)
+{
+    apti_gate_forward(s->ctx, s->x[0], SI_LD, s->x[1], SI_LD, s->x[2], SI_LD, NULL, s->rows, SI_N);
+}
+
+static void write_masked(const sums_inside *s)   /* as apti_mask_hidden does */
+{
+    apti_act_backward(s->ctx, s->x[0], SI_LD, s->x[0], SI_LD, NULL, 0, s->vector, s->rows, SI_N, -1);
+}
+
+static void write_residual(const sums_inside *s)
+{
+    apti_residual(s->ctx, s->x[0], SI_LD, s->x[1], SI_LD, s->x[2], SI_LD, s->vector, s->rows, SI_N);
+}
+
+static void write_norm(const sums_inside *s)
+{
+    apti_layernorm_forward(s->ctx, s->x[0], SI_LD, s->stats, s->x[1], SI_LD, s->x[2], s->x[3], s->vector, s->rows, SI_N, 1e-5f);
+}
+
+static void write_attention(const sums_inside *s)
+{
+    apti_attention_forward(s->ctx, &s->at, s->x[0], SI_LD, s->stats, s->x[1], SI_LD, s->x[2], SI_LD, s->x[3], SI_LD);
+}
+
+static void read_act(const sums_inside *s)
+{
+    apti_act_backward(s->ctx, s->x[3], SI_LD, s->x[0], SI_LD, s->x[4], SI_LD, NULL, s->rows, SI_N, APT_RELU);
+}
+
+static void read_gate(const sums_inside *s)
+{
+    apti_gate_backward(s->ctx, s->x[3], SI_LD, s->x[4], SI_LD, s->x[0], SI_LD, s->x[1], SI_LD, s->x[2], SI_LD, NULL, s->rows, SI_N, APT_SILU);
+}
+
+static void read_residual(const sums_inside *s)
+{
+    apti_residual(s->ctx, s->x[1], SI_LD, s->x[0], SI_LD, s->x[2], SI_LD, s->vector, s->rows, SI_N);
+}
+
+static void read_norm(const sums_inside *s)
+{
+    apti_layernorm_backward(s->ctx, s->x[3], SI_LD, NULL, NULL, s->x[0], SI_LD, s->x[1], SI_LD, s->stats, s->x[2], s->vector, s->rows, SI_N);
+}
+
+static void read_attention(const sums_inside *s)
+{
+    apti_attention_backward(s->ctx, &s->at, s->x[4], SI_LD, s->x[5], SI_LD, s->x[6], SI_LD, NULL, s->x[0], SI_LD, NULL, 0, s->stats, s->x[1],
+                            SI_LD, s->x[2], SI_LD, s->x[3], SI_LD);
+}
+
+/* What the two launch together; what each makes is checked elsewhere, so only the sums are here. */
+static int64_t sums_check(sums_inside *s, const char *name, sums_op write, sums_op read, bool plain)
+{
+    int64_t before[2], after[2];
+    float *sums = (float *)apti_data(s->ctx, 2 * SI_N, 4), *of = (float *)malloc((size_t)(s->rows * SI_LD) * sizeof(float));
+    apti_zero(s->ctx, sums, 2 * SI_N);
+    apti_sync(s->ctx);
+    count_launches(s->ctx, before);
+    if (read != NULL) memcpy(of, s->x[0], (size_t)(s->rows * SI_LD) * sizeof(float));
+    if (write != NULL) write(s);
+    apti_column_abs_sum(s->ctx, sums, s->x[0], SI_LD, s->rows, SI_N);
+    if (plain) apti_column_sum(s->ctx, sums + SI_N, s->x[0], SI_LD, s->rows, SI_N);
+    if (read != NULL) read(s);
+    assert_int_equal(apti_device_check(s->ctx), APT_OK);
+    assert_int_equal(s->ctx->fallbacks, 0);
+    count_launches(s->ctx, after);
+    if (write != NULL) memcpy(of, s->x[0], (size_t)(s->rows * SI_LD) * sizeof(float));
+    for (int64_t j = 0; j < SI_N; j++) {
+        double size = 0, sum = 0;
+        for (int64_t i = 0; i < s->rows; i++) {
+            size += fabs((double)of[i * SI_LD + j]);
+            sum += (double)of[i * SI_LD + j];
+        }
+        if (fabs((double)sums[j] - size) > 1e-5 * size || (plain && fabs((double)sums[SI_N + j] - sum) > 1e-5 * size))
+            fail_msg("%s, column %d: %g and %g instead of %g and %g", name, (int)j, (double)sums[j], (double)sums[SI_N + j], size, sum);
+    }
+    apti_free(s->ctx, sums);
+    free(of);
+    return after[0] - before[0];
+}
+
 /* Sums of |x| are part of the launch that writes x or reads it, if that stands beside them, and the same up to rounding. */
 static void test_sums_inside(void **state)
 {
-    enum { M = 333, N = 300, LD = 304, K = 8, FORMS = 5 };
+    static const int32_t offsets[] = {0, 100, 100, 101, 181, SI_ROWS};       /* tiles that are full and not, one sequence without rows */
+    static const struct { const char *name; sums_op write, read; bool plain; int32_t launches; } form[] = {
+        {"product with an activation", write_product, NULL, false, 3},       /* the product, its end, and the sum of the blocks' sums */
+        {"a gate", write_gate, NULL, false, 2},
+        {"an activation's gradient", NULL, read_act, false, 2},
+        {"a gate's gradient", NULL, read_gate, false, 2},
+        {"something stands between", write_far, NULL, false, 5},
+        {"a mask", write_masked, NULL, false, 2},
+        {"a residual", write_residual, NULL, false, 2},
+        {"into a residual", NULL, read_residual, false, 2},
+        {"a norm", write_norm, NULL, false, 2},
+        {"a norm's gradient", NULL, read_norm, false, 2},
+        {"attention", write_attention, NULL, true, 3},
+        {"attention's gradient", NULL, read_attention, false, 4},            /* dot, dq, dk and dv */
+        {"a norm and attention's gradient", write_norm, read_attention, false, 5},
+        {"attention and a residual", write_attention, read_residual, true, 4},
+    };
     (void)state;
-    apt_ctx *ctx = device_context(NULL);
-    float *x[6], *sums = (float *)apti_data(ctx, N, 4);
-    apt_rng rng = apt_rng_make(16, 0);
-    for (int32_t k = 0; k < 6; k++) {
-        x[k] = (float *)apti_data(ctx, M * LD, 4);
-        for (int64_t i = 0; i < M * LD; i++) x[k][i] = apt_rng_normal(&rng);
+    sums_inside s;
+    sums_begin(&s, SI_ROWS, offsets, 5);
+    for (size_t i = 0; i < sizeof form / sizeof *form; i++) {
+        const int64_t launches = sums_check(&s, form[i].name, form[i].write, form[i].read, form[i].plain);
+        if (launches > 0 && launches != form[i].launches) fail_msg("%s: %d launches", form[i].name, (int)launches);
     }
-    for (int32_t form = 0; form < FORMS; form++) {
-        int64_t before[2], after[2];
-        const float *of = x[0];
-        apti_zero(ctx, sums, N);
-        apti_sync(ctx);
-        count_launches(ctx, before);
-        if (form == 0 || form == 4) {                                  /* a product with an activation; 4: something stands between */
-            apti_gemm g = apti_gemm_begin(x[0], LD, M, N, false);
-            apti_gemm_left(&g.part[0], x[1], LD, K);
-            apti_gemm_right(&g.part[0], APTI_B_PLAIN, x[2], LD);
-            g.act = APT_GELU_ERF;
-            apti_gemm_run(ctx, &g);
-            if (form == 4) apti_zero(ctx, x[5], 1);
-        } else if (form == 1) apti_gate_forward(ctx, x[0], LD, x[1], LD, x[2], LD, NULL, M, N);
-        apti_column_abs_sum(ctx, sums, of, LD, M, N);
-        if (form == 2) apti_act_backward(ctx, x[3], LD, x[0], LD, x[4], LD, NULL, M, N, APT_RELU);
-        if (form == 3) apti_gate_backward(ctx, x[3], LD, x[4], LD, x[0], LD, x[1], LD, x[2], LD, NULL, M, N, APT_SILU);
-        assert_int_equal(apti_device_check(ctx), APT_OK);
-        count_launches(ctx, after);
-        if (after[0] > 0) assert_int_equal(after[0] - before[0], form == 0 ? 3 : form == 4 ? 5 : 2);
-        for (int64_t j = 0; j < N; j++) {
-            double want = 0;
-            for (int64_t i = 0; i < M; i++) want += fabs((double)of[i * LD + j]);
-            if (fabs((double)sums[j] - want) > 1e-5 * want) fail_msg("form %d, column %d: %g instead of %g", form, (int)j, (double)sums[j], want);
-        }
-    }
-    for (int32_t k = 0; k < 6; k++) apti_free(ctx, x[k]);
-    apti_free(ctx, sums);
-    apt_destroy(ctx);
+    sums_end(&s);
+}
+
+/* So many sequences that the sums of their blocks have no room: sums are taken alone, as if they were not beside anything. */
+static void test_sums_no_room(void **state)
+{
+    enum { SEQUENCES = 7100 };                   /* of one token: 7100 * 300 floats are more than 8 MiB */
+    (void)state;
+    sums_inside s;
+    sums_begin(&s, SEQUENCES, NULL, SEQUENCES);
+    const int64_t forward = sums_check(&s, "attention", write_attention, NULL, true);
+    const int64_t backward = sums_check(&s, "attention's gradient", NULL, read_attention, false);
+    if (forward > 0) assert_int_equal(forward, 5);
+    if (backward > 0) assert_int_equal(backward, 5);
+    sums_end(&s);
 }
 
 /* Attention whose products round their operands to `bits` bits, in double and with a bound for every element: rounding moves the
@@ -1029,7 +1175,7 @@ int main(void)
         cmocka_unit_test(test_float16),
         cmocka_unit_test(test_narrow_products),
         cmocka_unit_test(test_kept_operands),
-        cmocka_unit_test(test_sums_inside),
+        cmocka_unit_test(test_sums_inside), cmocka_unit_test(test_sums_no_room),
         cmocka_unit_test(test_narrow_attention),
         cmocka_unit_test(test_fp16_run),
         cmocka_unit_test(test_cpu_only),
