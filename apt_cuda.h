@@ -299,7 +299,7 @@ typedef enum aptc_waits {
 typedef struct aptc_attention {
     const float *q, *k, *v, *d_o, *lse, *bias, *mask, *dot;
     float *o, *lse_out, *dq, *dk, *dv, *dbias;        /* dbias: (sequences, heads, 2*span - 1) */
-    float *sizes, *sums;              /* (sequences * blocks, heads * dim) or NULL: of |o| (backward: |d_o|) and o in each block */
+    float *sizes, *sums;              /* (sequences * blocks, heads * dim) or NULL: of |o| (backward: |d_o|) and o in a block */
     const int32_t *q_offsets, *k_offsets, *k_ends;
     int64_t ldq, ldk, ldv, ldo, lddq, lddk, lddv;
     int64_t pairs;                    /* rows times heads */
@@ -1256,7 +1256,7 @@ static void aptc_norm_run(aptc_device *d, const apti_norm_job *op, bool backward
     aptc_sizes_add(d, n.sizes, sum, blocks);
 }
 
-/* dgamma and dbeta first: dz may be dy. They have the same room one after the other, so that it is enough for both or for none. */
+/* dgamma and dbeta first: dz may be dy. They use the same room in turn, so that it is enough for both or for none. */
 static bool aptc_norm_backward_op(aptc_device *d, const apti_norm_job *op, const apti_column_job *sum)
 {
     const size_t used = d->used;
@@ -1983,7 +1983,8 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
     const aptc_tile_product values = {acc,        APTC_OPERAND(r.half[0]), APTC_OPERAND(r.operand[1]), r.ld_sum,
                                       r.ld_half, r.ld_operand, job.rows, job.wide, job.tile, false, false, true};
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
-    const int64_t q0 = APTC_BX * job.rows, seen = aptc_seen_keys(&job, &p, q0), rows = aptc_min(job.rows, p.queries - q0);
+    const int64_t q0 = APTC_BX * job.rows, seen = aptc_seen_keys(&job, &p, q0);
+    const int64_t rows = aptc_min(job.rows, p.queries - q0);
     if (rows <= 0) {
         APTC_THREADS(t) aptc_attention_sums(&job, APTC_BX, APTC_BY, t, acc, 0, 0);
         return;
@@ -2302,7 +2303,8 @@ static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *
     return true;
 }
 
-static void aptc_attention_forward_run(aptc_device *d, aptc_attention *a, const apti_column_job *sizes, const apti_column_job *sums)
+static void aptc_attention_forward_run(aptc_device *d, aptc_attention *a, const apti_column_job *sizes,
+                                       const apti_column_job *sums)
 {
     const int64_t rows = a->sequences * a->blocks;
     a->sizes = aptc_sizes_for(d, sizes, rows);
@@ -2355,10 +2357,11 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
     a.lddv = op->lddv;
     aptc_attention_dots(d, op, &a, dot);
     a.dot = dot;
-    aptc_attention q = a;             /* the kernel of dq adds up d_o, too */
-    q.blocks = aptc_ceil(op->longest_q, a.tile);
-    q.sizes = aptc_sizes_for(d, sum, a.sequences * q.blocks);
-    if (op->dq != NULL) APTC_LAUNCH_DYNAMIC(d, aptc_attention_dq_kernel, q, q.blocks, pairs, APTC_DQ_ROOM(&q).end);
+    aptc_attention queries = a;       /* the kernel of dq adds up d_o, too */
+    queries.blocks = aptc_ceil(op->longest_q, a.tile);
+    queries.sizes = aptc_sizes_for(d, sum, a.sequences * queries.blocks);
+    if (op->dq != NULL)
+        APTC_LAUNCH_DYNAMIC(d, aptc_attention_dq_kernel, queries, queries.blocks, pairs, APTC_DQ_ROOM(&queries).end);
     if (op->dk != NULL || op->dv != NULL)
         APTC_LAUNCH_DYNAMIC(d, aptc_attention_dkv_kernel, a, aptc_ceil(op->longest_k, a.tile), pairs / a.share,
                             APTC_DKV_ROOM(&a).end);
@@ -2367,7 +2370,7 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
         APTC_LAUNCH_DYNAMIC(d, aptc_attention_dbias_kernel, a, 1, pairs, APTC_DBIAS_ROOM(&a).end);
         APTC_LAUNCH_FOLD(d, fold);
     }
-    aptc_sizes_add(d, q.sizes, sum, a.sequences * q.blocks);
+    aptc_sizes_add(d, queries.sizes, sum, a.sequences * queries.blocks);
     return true;
 }
 
@@ -2693,9 +2696,9 @@ static bool aptc_pack_op(aptc_device *d, const apti_pack_job *op)
 /* ---------------------------------------------------------------------------------------------------------------------
    What waits
 
-   A sum of |x| may be asked for behind the operation that writes x, or in front of the one that reads it. So an operation that can
-   add up what it writes waits for the one behind it, and so does a sum: either the two become one launch, or both are launched in
-   their order. Attention also adds up x itself, which salience wants as well.
+   A sum of |x| may be asked for behind the operation that writes x, or in front of the one that reads it. So an operation that
+   can add up what it writes waits for the one behind it, and so does a sum: either the two become one launch, or both are
+   launched in their order. Attention also adds up x itself, which salience wants as well.
    ------------------------------------------------------------------------------------------------------------------ */
 
 static bool aptc_same_matrix(const apti_column_job *sum, const float *x, int64_t ld, int64_t rows, int64_t n)
