@@ -6234,6 +6234,13 @@ static void apti_gemm_rows(const apti_gemm_tile *t, const apti_k_step *step, con
     }
 }
 
+/* Blocks of about the same size; of split operands whole steps, because half a step takes as long as one. */
+static int64_t apti_gemm_k_step(const apti_gemm_tile *t, int64_t k)
+{
+    const int64_t even = apti_ceil_div(k, apti_ceil_div(k, t->k_block));
+    return t->kernels->operands != NULL ? apti_round_up(even, APTI_SPLIT_STEP) : even;
+}
+
 /* All of one tile. The first part is cut into k blocks, then the second; a short second part joins the last block. */
 static void apti_gemm_compute(const apti_gemm_tile *t)
 {
@@ -6249,7 +6256,7 @@ static void apti_gemm_compute(const apti_gemm_tile *t)
             if (q == 1 && (which == 0 || left > APTI_GEMM_TAIL)) break;
             step.part[q] = &g->part[which];
             step.p0[q] = p0;
-            step.k[q] = apti_min_i64(left, apti_ceil_div(g->part[which].k, apti_ceil_div(g->part[which].k, t->k_block)));
+            step.k[q] = apti_min_i64(left, apti_gemm_k_step(t, g->part[which].k));
             view[q] = apti_view_b(t, step.part[q], p0, step.k[q], t->pack_b[q]);
             done += step.k[q];
             if (which == 1) break;

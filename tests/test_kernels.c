@@ -819,7 +819,7 @@ static void test_split_driver(void **state)
 {
     (void)state;
     static const apti_split_kernels operands = {split_nothing, split_nothing, split_a_plain, split_b_plain};
-    static const shape shapes[] = {{32, 32, 32, 0}, {33, 40, 31, 8}, {61, 75, 300, 65}, {70, 450, 129, 16}, {600, 33, 40, 0}};
+    static const shape shapes[] = {{32, 32, 32, 0}, {33, 40, 31, 8}, {61, 75, 300, 65}, {70, 450, 129, 16}, {600, 33, 40, 0}, {40, 36, 800, 8}};
     apti_kernels table = *apti_kernels_find("ref"), split = table;
     split.mr = split.nr = split.slim = APTI_SPLIT_STEP;
     split.operands = &operands;
