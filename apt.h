@@ -12,8 +12,8 @@
        #define APT_IMPLEMENTATION
        #include "apt.h"
 
-   and link with -lm -lpthread. No -march flag is needed: kernels for AVX-512, AVX2 and NEON (and for int8 AMX) are
-   compiled in and chosen at run time.
+   and link with -lm -lpthread. No -march flag is needed: kernels for AVX2, AVX-512, AMX and NEON are compiled in and
+   chosen at run time.
 
    TABLE OF CONTENTS (each section is marked in the text: search for // >>name)
 
@@ -225,8 +225,9 @@
    ON THREADS AND DETERMINISM
    The same seed gives the same losses and weights, bit for bit, for any number of threads: sums run in a fixed order and no
    result depends on which thread computed it. A checkpoint goes on exactly where it was written, also in the middle of a
-   fading decision or of an accumulation. Different kernel tables (AVX2, AVX-512, ...) differ in the last bits. With all but
-   "amx" a row of a product is also the same alone and in a batch; "amx" computes products of 32 rows or more another way.
+   fading decision or of an accumulation. Different kernel tables (AVX2, AVX-512, ...) differ in the last bits; apt_desc.kernels
+   names one. With all but "amx" a row of a product is also the same alone and in a batch; "amx" computes products of 32 rows or
+   more another way.
 
    ------------------------------------------------------------------------------------------------------------------ */
 
@@ -332,8 +333,9 @@ typedef struct apt_desc {
        when all are done; two tasks that run at the same time must get different `thread` in [0, threads). */
     void (*parallel_for)(int64_t count, apt_task task, void *arg, void *user);
     void *parallel_user;
-    /* NULL: the best of "ref", "avx2", "avx512", "neon"; or one of these; or "amx", as exact as "avx512" and up to twice as fast,
-       if a shared machine lends its tile units; a row is no longer the same alone and in a batch (see "On threads"). */
+    /* NULL: the fastest that this CPU has of "ref", "avx2", "avx512", "amx" and "neon"; or one of these names. Two reasons to
+       name "avx512" where there is "amx", which is as exact and up to twice as fast: a row that is the same alone and in a
+       batch (see "On threads"), and a shared machine that holds its tile units back. */
     const char *kernels;
     /* NULL: this CPU computes; else a device, see apt_cuda.h. It belongs to the context, also when apt_create fails. */
     apt_backend *backend;
@@ -5609,10 +5611,10 @@ static int32_t apti_kernels_list(const apti_kernels **list, int32_t capacity)
     if (n < capacity) list[n++] = &apti_kernels_ref;
 #ifdef APTI_X86
     if (n < capacity && apti_cpu_has(APTI_CPU_AVX2)) list[n++] = &apti_kernels_avx2;
-#ifdef APTI_AMX
-    if (n < capacity && apti_cpu_has(APTI_CPU_AMX)) list[n++] = &apti_kernels_amx;          /* only by its name: see apt_desc */
-#endif
     if (n < capacity && apti_cpu_has(APTI_CPU_AVX512)) list[n++] = &apti_kernels_avx512;
+#ifdef APTI_AMX
+    if (n < capacity && apti_cpu_has(APTI_CPU_AMX)) list[n++] = &apti_kernels_amx;
+#endif
 #endif
 #ifdef APTI_NEON
     if (n < capacity && apti_cpu_has(APTI_CPU_NEON)) list[n++] = &apti_kernels_neon;

@@ -126,7 +126,7 @@ EX_API bool ex_method_prunes(int32_t method)
     EX_FLAG("qat", &(o)->qat, "train with these small integers, too"),                                                      \
     EX_INT("quantize-begin", "N", &(o)->quantize_begin, 0, 1e12, "--qat: step from which on"),                              \
     EX_INT("threads", "N", &(o)->machine.threads, 0, 64, "0: all cores"),                                                   \
-    EX_TEXT("kernels", "NAME", &(o)->machine.kernels, "ref, avx2, avx512, neon or amx; default: the best but amx"),               \
+    EX_TEXT("kernels", "NAME", &(o)->machine.kernels, "ref, avx2, avx512, amx or neon; default: the fastest there is"),         \
     EX_CHOICE("device", &(o)->machine.device, EX_DEVICES, "what computes; cuda, an NVIDIA GPU, is for programs of make cuda"), \
     EX_CHOICE("math", &(o)->machine.math, EX_MATHS, "--device cuda: what products round their operands to")
 
