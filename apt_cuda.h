@@ -296,6 +296,9 @@ typedef enum aptc_waits {
     APTC_NOTHING = 0, APTC_FINISH, APTC_GATE, APTC_ACT, APTC_RESIDUAL, APTC_NORM, APTC_ATTENTION, APTC_SUM
 } aptc_waits;
 
+/* x(rows, n) with a row stride */
+typedef struct aptc_matrix { const float *x; int64_t ld, rows, n; } aptc_matrix;
+
 typedef struct aptc_attention {
     const float *q, *k, *v, *d_o, *lse, *bias, *mask, *dot;
     float *o, *lse_out, *dq, *dk, *dv, *dbias;        /* dbias: (sequences, heads, 2*span - 1) */
@@ -303,7 +306,7 @@ typedef struct aptc_attention {
     const int32_t *q_offsets, *k_offsets, *k_ends;
     int64_t ldq, ldk, ldv, ldo, lddq, lddk, lddv;
     int64_t pairs;                    /* rows times heads */
-    int64_t rows_q, blocks;           /* of all sequences; of queries of the longest */
+    int64_t blocks;                   /* of queries of the longest sequence */
     int32_t heads, share, dim, span, sequences, causal;
     float scale;
     apt_dtype type;                   /* of the operands of products */
@@ -341,7 +344,8 @@ typedef struct aptc_device {
         aptc_attention attention;
         apti_column_job sum;
     } waiting;
-    apti_column_job asked[2];         /* sums of |x| and of x, where x is what it writes; acc NULL: not asked for */
+    aptc_matrix written;              /* what it will write; x NULL: nothing that it could add up */
+    apti_column_job asked[2];         /* sums of |x| and of x, of what it writes; acc NULL: not asked for */
     aptc_kept kept[APTC_KEPT];
     char *kept_work;                  /* APTC_KEPT places of kept_bytes */
     int64_t kept_bytes;
@@ -629,6 +633,14 @@ static void aptc_put(aptc_device *d, aptc_kernel kernel, const char *name, const
 }
 
 static void aptc_settle(aptc_device *d);
+
+/* The operation that was put into d->waiting waits, and will write x. */
+static void aptc_wait(aptc_device *d, aptc_waits waits, const float *x, int64_t ld, int64_t rows, int64_t n)
+{
+    const aptc_matrix written = {x, ld, rows, n};
+    d->waits = waits;
+    d->written = written;
+}
 
 /* Everything is issued. */
 static void aptc_issue_all(aptc_device *d)
@@ -1043,6 +1055,12 @@ static void aptc_gate_run(aptc_device *d, const apti_gate_job *op, bool backward
     aptc_sizes_add(d, g.sizes, sum, blocks);
 }
 
+static void aptc_gate_forward_op(aptc_device *d, const apti_gate_job *op)
+{
+    d->waiting.gate = *op;
+    aptc_wait(d, APTC_GATE, op->h, op->ldh, op->rows, op->n);
+}
+
 static void aptc_act_backward_run(aptc_device *d, const apti_act_job *op, const apti_column_job *sum, bool written)
 {
     const int64_t blocks = aptc_row_blocks(op->rows, op->n);
@@ -1051,12 +1069,34 @@ static void aptc_act_backward_run(aptc_device *d, const apti_act_job *op, const 
     aptc_sizes_add(d, a.sizes, sum, blocks);
 }
 
+/* sum: of what it reads; without one it waits for one of what it writes. */
+static void aptc_act_backward_op(aptc_device *d, const apti_act_job *op, const apti_column_job *sum)
+{
+    if (sum != NULL) {
+        aptc_act_backward_run(d, op, sum, false);
+        return;
+    }
+    d->waiting.act = *op;
+    aptc_wait(d, APTC_ACT, op->du, op->lddu, op->rows, op->n);
+}
+
 static void aptc_residual_run(aptc_device *d, const apti_residual_job *op, const apti_column_job *sum, bool written)
 {
     const int64_t blocks = aptc_row_blocks(op->rows, op->n);
     const aptc_residual r = {*op, aptc_sizes_for(d, sum, blocks), written};
     APTC_LAUNCH_ROWS(d, aptc_residual_kernel, r, op->rows, op->n);
     aptc_sizes_add(d, r.sizes, sum, blocks);
+}
+
+/* As aptc_act_backward_op */
+static void aptc_residual_op(aptc_device *d, const apti_residual_job *op, const apti_column_job *sum)
+{
+    if (sum != NULL) {
+        aptc_residual_run(d, op, sum, false);
+        return;
+    }
+    d->waiting.residual = *op;
+    aptc_wait(d, APTC_RESIDUAL, op->y, op->ldy, op->rows, op->n);
 }
 
 /* partial[block] = sum of squares of the block's elements */
@@ -1254,6 +1294,12 @@ static void aptc_norm_run(aptc_device *d, const apti_norm_job *op, bool backward
     if (backward) APTC_LAUNCH(d, aptc_norm_backward_kernel, n, 1, blocks);
     else APTC_LAUNCH(d, aptc_norm_forward_kernel, n, 1, blocks);
     aptc_sizes_add(d, n.sizes, sum, blocks);
+}
+
+static void aptc_norm_forward_op(aptc_device *d, const apti_norm_job *op)
+{
+    d->waiting.norm = *op;
+    aptc_wait(d, APTC_NORM, op->y, op->ldy, op->rows, op->d);
 }
 
 /* dgamma and dbeta first: dz may be dy. They use the same room in turn, so that it is enough for both or for none. */
@@ -2265,7 +2311,6 @@ static aptc_attention aptc_attention_of(const aptc_device *d, const apti_attenti
     a.dim = o->head_dim;
     a.span = o->bias_span;
     a.sequences = o->sequences;
-    a.rows_q = op->rows_q;
     a.causal = o->causal;
     a.scale = o->scale;
     a.type = aptc_math_type(d);
@@ -2298,8 +2343,8 @@ static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *
     a.o = op->out;
     a.ldo = op->ldo;
     a.lse_out = op->lse;
-    d->waits = APTC_ATTENTION;
     d->waiting.attention = a;
+    aptc_wait(d, APTC_ATTENTION, a.o, a.ldo, op->rows_q, (int64_t)a.heads * a.dim);
     return true;
 }
 
@@ -2679,8 +2724,8 @@ static bool aptc_gemm_op(aptc_device *d, const apti_gemm *g)
         aptc_residual_run(d, &job, NULL, false);
     }
     if (g->pre == NULL && g->act < 0 && f.residual == NULL && g->mask == NULL) return true;
-    d->waits = APTC_FINISH;
     d->waiting.finish = f;
+    aptc_wait(d, APTC_FINISH, f.c, f.ldc, f.rows, f.n);
     return true;
 }
 
@@ -2723,41 +2768,9 @@ static void aptc_settle(aptc_device *d)
     case APTC_ATTENTION: aptc_attention_forward_run(d, &d->waiting.attention, sizes, sums); break;
     case APTC_SUM: (void)aptc_column_op(d, &d->waiting.sum); break;           /* which has room: see aptc_sum_op */
     }
+    memset(&d->written, 0, sizeof d->written);
     memset(d->asked, 0, sizeof d->asked);
     d->used = 0;                      /* what was launched has had its room */
-}
-
-/* Does what waits write the matrix of the sum? */
-static bool aptc_waits_with(const aptc_device *d, const apti_column_job *sum)
-{
-    switch (d->waits) {
-    case APTC_FINISH: {
-        const aptc_finish *f = &d->waiting.finish;
-        return aptc_same_matrix(sum, f->c, f->ldc, f->rows, f->n);
-    }
-    case APTC_GATE: {
-        const apti_gate_job *g = &d->waiting.gate;
-        return aptc_same_matrix(sum, g->h, g->ldh, g->rows, g->n);
-    }
-    case APTC_ACT: {
-        const apti_act_job *a = &d->waiting.act;
-        return aptc_same_matrix(sum, a->du, a->lddu, a->rows, a->n);
-    }
-    case APTC_RESIDUAL: {
-        const apti_residual_job *r = &d->waiting.residual;
-        return aptc_same_matrix(sum, r->y, r->ldy, r->rows, r->n);
-    }
-    case APTC_NORM: {
-        const apti_norm_job *n = &d->waiting.norm;
-        return aptc_same_matrix(sum, n->y, n->ldy, n->rows, n->d);
-    }
-    case APTC_ATTENTION: {
-        const aptc_attention *a = &d->waiting.attention;
-        return aptc_same_matrix(sum, a->o, a->ldo, a->rows_q, (int64_t)a->heads * a->dim);
-    }
-    case APTC_NOTHING: case APTC_SUM: break;
-    }
-    return false;
 }
 
 /* Does the operation read the matrix of the sum in a kernel that can add it up? */
@@ -2794,8 +2807,9 @@ static bool aptc_sum_op(aptc_device *d, const apti_column_job *op)
 {
     const bool fits = (size_t)(APTC_CHUNKS * op->n) * sizeof(float) <= d->work_bytes;      /* alone, if need be */
     const bool sizes = op->kind == APTI_COLUMN_ABS, sums = op->kind == APTI_COLUMN_SUM && d->waits == APTC_ATTENTION;
+    const aptc_matrix *w = &d->written;
     apti_column_job *asked = &d->asked[sizes ? 0 : 1];
-    if (fits && (sizes || sums) && asked->acc == NULL && aptc_waits_with(d, op)) {
+    if (fits && (sizes || sums) && asked->acc == NULL && aptc_same_matrix(op, w->x, w->ld, w->rows, w->n)) {
         *asked = *op;
         return true;
     }
@@ -2826,10 +2840,7 @@ static bool aptc_run(void *self, apti_op op, const void *job)
         APTC_LAUNCH_VECTOR(d, aptc_scale_kernel, *(const apti_scale_job *)job, ((const apti_scale_job *)job)->n);
         return true;
     case APTI_OP_COLUMN: return aptc_sum_op(d, (const apti_column_job *)job);
-    case APTI_OP_NORM_FORWARD:
-        d->waits = APTC_NORM;
-        d->waiting.norm = *(const apti_norm_job *)job;
-        return true;
+    case APTI_OP_NORM_FORWARD: aptc_norm_forward_op(d, (const apti_norm_job *)job); return true;
     case APTI_OP_NORM_BACKWARD: done = aptc_norm_backward_op(d, (const apti_norm_job *)job, sum); break;
     case APTI_OP_ROTARY_TABLE: return aptc_rotary_op(d, (const apti_rotary_job *)job, true);
     case APTI_OP_ROTARY: return aptc_rotary_op(d, (const apti_rotary_job *)job, false);
@@ -2837,24 +2848,9 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     case APTI_OP_RELATIVE_BACKWARD: return aptc_relative_op(d, (const apti_relative_job *)job, true);
     case APTI_OP_ATTENTION_FORWARD: return aptc_attention_forward_op(d, (const apti_attention_job *)job);
     case APTI_OP_ATTENTION_BACKWARD: done = aptc_attention_backward_op(d, (const apti_attention_job *)job, sum); break;
-    case APTI_OP_ACT_BACKWARD:
-        if (sum != NULL) aptc_act_backward_run(d, (const apti_act_job *)job, sum, false);
-        else {
-            d->waits = APTC_ACT;
-            d->waiting.act = *(const apti_act_job *)job;
-        }
-        return true;
-    case APTI_OP_RESIDUAL:
-        if (sum != NULL) aptc_residual_run(d, (const apti_residual_job *)job, sum, false);
-        else {
-            d->waits = APTC_RESIDUAL;
-            d->waiting.residual = *(const apti_residual_job *)job;
-        }
-        return true;
-    case APTI_OP_GATE_FORWARD:
-        d->waits = APTC_GATE;
-        d->waiting.gate = *(const apti_gate_job *)job;
-        return true;
+    case APTI_OP_ACT_BACKWARD: aptc_act_backward_op(d, (const apti_act_job *)job, sum); return true;
+    case APTI_OP_RESIDUAL: aptc_residual_op(d, (const apti_residual_job *)job, sum); return true;
+    case APTI_OP_GATE_FORWARD: aptc_gate_forward_op(d, (const apti_gate_job *)job); return true;
     case APTI_OP_GATE_BACKWARD: aptc_gate_run(d, (const apti_gate_job *)job, true, sum); return true;
     case APTI_OP_TANH_FORWARD: APTC_LAUNCH_EACH(d, aptc_tanh_forward_kernel, *(const apti_tanh_job *)job); return true;
     case APTI_OP_TANH_BACKWARD: APTC_LAUNCH_EACH(d, aptc_tanh_backward_kernel, *(const apti_tanh_job *)job); return true;

@@ -424,10 +424,10 @@ static void sums_begin(sums_inside *s, int64_t rows, const int32_t *offsets, int
         s->x[k] = (float *)apti_data(s->ctx, rows * SI_LD, 4);
         for (int64_t i = 0; i < rows * SI_LD; i++) s->x[k][i] = apt_rng_normal(&rng);
     }
-    s->stats = (float *)apti_data(s->ctx, rows * (SI_HEADS + 2), 4);
+    s->stats = (float *)apti_data(s->ctx, rows * SI_HEADS, 4);       /* of norms, or of attention */
     s->vector = (float *)apti_data(s->ctx, SI_N, 4);
     s->offsets = (int32_t *)apti_data(s->ctx, sequences + 1, 4);
-    for (int64_t i = 0; i < 2 * rows; i++) s->stats[i] = 1;
+    for (int64_t i = 0; i < rows * SI_HEADS; i++) s->stats[i] = 1;
     for (int32_t j = 0; j < SI_N; j++) s->vector[j] = (float)(j % 3) / 2;
     for (int32_t i = 0; i <= sequences; i++) s->offsets[i] = offsets != NULL ? offsets[i] : i;
     s->at.heads = s->at.kv_heads = SI_HEADS;
@@ -575,18 +575,81 @@ static void test_sums_inside(void **state)
     sums_end(&s);
 }
 
-/* So many sequences that the sums of their blocks have no room: sums are taken alone, as if they were not beside anything. */
-static void test_sums_no_room(void **state)
+/* What a norm makes of the last rows is what it makes of them alone. */
+static void norm_rows_alone(const sums_inside *s, sums_op op, int32_t out)
 {
-    enum { SEQUENCES = 7100 };                   /* of one token: 7100 * 300 floats are more than 8 MiB */
+    enum { LAST = 100 };
+    const int64_t at = (s->rows - LAST) * SI_LD;
+    sums_inside last = *s;
+    float *const want = (float *)malloc(LAST * SI_LD * sizeof(float));
+    op(s);
+    apti_sync(s->ctx);
+    memcpy(want, s->x[out] + at, LAST * SI_LD * sizeof(float));
+    memset(s->x[out] + at, 0x55, LAST * SI_LD * sizeof(float));
+    for (int32_t k = 0; k < 2; k++) last.x[k] += at;
+    if (out > 1) last.x[out] += at;
+    last.stats += 2 * (s->rows - LAST);
+    last.rows = LAST;
+    op(&last);
+    assert_int_equal(apti_device_check(s->ctx), APT_OK);
+    for (int64_t i = 0; i < LAST; i++) assert_memory_equal(want + i * SI_LD, s->x[out] + at + i * SI_LD, SI_N * sizeof(float));
+    free(want);
+}
+
+/* More rows than a norm's blocks have warps; and so many sequences that the sums of their blocks have no room: sums are taken alone
+   then, as if they were not beside anything. */
+static void test_sums_many_rows(void **state)
+{
+    enum { SEQUENCES = 8300 };                   /* of one token: 8300 * 300 floats are more than 8 MiB */
     (void)state;
     sums_inside s;
     sums_begin(&s, SEQUENCES, NULL, SEQUENCES);
     const int64_t forward = sums_check(&s, "attention", write_attention, NULL, true);
     const int64_t backward = sums_check(&s, "attention's gradient", NULL, read_attention, false);
+    const int64_t norm = sums_check(&s, "a norm", write_norm, NULL, false), norm_back = sums_check(&s, "a norm's gradient", NULL, read_norm, false);
     if (forward > 0) assert_int_equal(forward, 5);
     if (backward > 0) assert_int_equal(backward, 5);
+    if (norm > 0) assert_int_equal(norm, 2);
+    if (norm_back > 0) assert_int_equal(norm_back, 2);
+    norm_rows_alone(&s, write_norm, 0);
+    norm_rows_alone(&s, read_norm, 3);
     sums_end(&s);
+}
+
+/* With room for the sums of one of a norm's two vectors at a time, both are summed up, each once. */
+static void test_norm_room(void **state)
+{
+    (void)state;
+#ifdef APT_TEST_DEVICE
+    test_skip("the room of a real device's context is its own");
+#else
+    sums_inside s;
+    sums_begin(&s, SI_ROWS, NULL, 1);
+    aptc_device *d = (aptc_device *)s.ctx->desc.backend->self;
+    const size_t room = d->work_bytes;
+    float *dgamma = (float *)apti_data(s.ctx, SI_N, 4), *dbeta = (float *)apti_data(s.ctx, SI_N, 4);
+    d->work_bytes = 8192;                        /* 6 chunks of 300 floats: 7200 */
+    apti_zero(s.ctx, dgamma, SI_N);
+    apti_zero(s.ctx, dbeta, SI_N);
+    apti_layernorm_backward(s.ctx, s.x[3], SI_LD, dgamma, dbeta, s.x[0], SI_LD, s.x[1], SI_LD, s.stats, s.x[2], NULL, SI_ROWS, SI_N);
+    assert_int_equal(apti_device_check(s.ctx), APT_OK);
+    assert_int_equal(s.ctx->fallbacks, 0);
+    for (int64_t j = 0; j < SI_N; j++) {
+        double gamma = 0, beta = 0, gamma_size = 0, beta_size = 0;
+        for (int64_t i = 0; i < SI_ROWS; i++) {
+            const double dy = (double)s.x[0][i * SI_LD + j], x = (double)s.x[1][i * SI_LD + j] - 1;       /* mean and rstd are 1 */
+            gamma += dy * x;
+            beta += dy;
+            gamma_size += fabs(dy * x);
+            beta_size += fabs(dy);
+        }
+        assert_true(fabs((double)dgamma[j] - gamma) <= 1e-5 * gamma_size && fabs((double)dbeta[j] - beta) <= 1e-5 * beta_size);
+    }
+    d->work_bytes = room;
+    apti_free(s.ctx, dgamma);
+    apti_free(s.ctx, dbeta);
+    sums_end(&s);
+#endif
 }
 
 /* Attention whose products round their operands to `bits` bits, in double and with a bound for every element: rounding moves the
@@ -1175,7 +1238,9 @@ int main(void)
         cmocka_unit_test(test_float16),
         cmocka_unit_test(test_narrow_products),
         cmocka_unit_test(test_kept_operands),
-        cmocka_unit_test(test_sums_inside), cmocka_unit_test(test_sums_no_room),
+        cmocka_unit_test(test_sums_inside),
+        cmocka_unit_test(test_sums_many_rows),
+        cmocka_unit_test(test_norm_room),
         cmocka_unit_test(test_narrow_attention),
         cmocka_unit_test(test_fp16_run),
         cmocka_unit_test(test_cpu_only),
