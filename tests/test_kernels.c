@@ -772,7 +772,7 @@ static int64_t g_split_steps;                    /* of A, in the driver's test, 
 
 static void split_a_plain(const apti_split_job *job)
 {
-    g_split_steps += apti_ceil_div(job->across, APTI_SPLIT_STEP);
+    __atomic_add_fetch(&g_split_steps, apti_ceil_div(job->across, APTI_SPLIT_STEP), __ATOMIC_RELAXED);
     for (int64_t p = 0; p < apti_round_up(job->across, APTI_SPLIT_STEP); p++) {
         for (int64_t r = 0; r < APTI_SPLIT_STEP; r++) {
             uint16_t part[APTI_SPLIT_PLANES];
