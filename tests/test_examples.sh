@@ -467,12 +467,50 @@ if [ "$(cat "$work/windows/labels.txt")" = "0
 
 # ---- a disk that fills up: the limit makes every longer write fail
 cp -r "$work/apt" "$work/kept"
-full() { (trap '' XFSZ; ulimit -f 600; exec "$roberta" --model "$base" --threads 2 $data $short --method apt --overwrite "$@"); }
-check "no room for the result" 1 full --out "$work/kept"
+full() {                                                              # full BLOCKS ARGUMENTS...
+    trap '' XFSZ
+    ulimit -S -f "$1"
+    shift
+    exec "$roberta" --model "$base" --threads 2 $data $short --method apt --overwrite "$@"
+}
+check "no room for the result" 1 eval '(full 600 --retry-minutes 0 --out "$work/kept")'
 says "the reason is the file, not what followed from it" "cannot write '.*model.safetensors'"
 same "the earlier result is still there" "$work/apt/model.safetensors" "$work/kept/model.safetensors"
-check "no room for a checkpoint" 1 full --checkpoint-every 4 --out "$work/full"
+check "no room for a checkpoint" 1 eval '(full 600 --retry-minutes 0 --checkpoint-every 4 --out "$work/full")'
 says "names the checkpoint" "cannot write '.*checkpoint.apt'"
+
+# waits TIMES: until the program $pid has said so often that it waits for room
+waits() {
+    tries=0
+    until [ "$(grep -c "Nothing is lost yet" "$work/log")" -ge "$1" ] || [ "$tries" -ge 3000 ]; do
+        kill -0 "$pid" 2> /dev/null || break
+        sleep 0.01
+        tries=$((tries + 1))
+    done
+}
+ends() { wait "$pid"; got=$?; if [ "$got" -eq "$2" ]; then pass "$1"; else fail "$1 (exit status $got, expected $2)"; fi; }
+full 600 --checkpoint-every 4 --out "$work/full" > "$work/log" 2>&1 &
+pid=$!
+waits 1
+kill -INT "$pid"
+ends "Ctrl-C while there is no room gives up" 1
+says "and names what could not be written" "cannot write '.*checkpoint.apt'"
+if command -v prlimit > /dev/null 2>&1; then
+    full 1 --out "$work/room" > "$work/log" 2>&1 &
+    pid=$!
+    waits 1
+    says "no room for a line of the log" "metrics.jsonl: cannot be written"
+    prlimit --pid "$pid" --fsize=307200:
+    waits 2
+    says "no room for the result, and the run waits" "cannot write '.*model.safetensors'"
+    prlimit --pid "$pid" --fsize=unlimited:
+    ends "once there is room the run goes on" 0
+    same "to the same result" "$work/apt/model.safetensors" "$work/room/model.safetensors"
+    if [ "$(cut -d, -f1-2 "$work/room/metrics.jsonl")" = "$(cut -d, -f1-2 "$work/apt/metrics.jsonl")" ]; then pass "and the same log"
+    else fail "and the same log"; fi
+else
+    skip "waiting for room (no prlimit)"
+fi
 check "--out is a file" 1 r $data $short --out "$work/bad.tsv"
 says "says that it is no folder" "not a folder"
 printf 'sentence\tlabel\nthe cook\t7\n' > "$work/seven.tsv"

@@ -23,6 +23,7 @@
 typedef struct ex_log {
     FILE *file;
     char *path;
+    off_t bytes;                      /* of whole lines in the file */
     ex_text line;
 } ex_log;
 
@@ -67,11 +68,13 @@ EX_API bool ex_log_open(ex_log *log, const char *path, int64_t resume_step, ex_e
         free(text);
     }
     fine = fine && ex_write_file(path, kept.at, kept.length, error);
+    log->bytes = (off_t)kept.length;
     ex_text_free(&kept);
     if (!fine) return false;
     log->file = fopen(path, "ab");
     if (log->file == NULL) return ex_fail(error, "%s: cannot be opened: %s", path, strerror(errno));
     log->path = ex_copy(path, strlen(path));
+    setvbuf(log->file, NULL, _IONBF, 0);          /* what fails is tried again by ex_log_write, not by the buffer */
     return true;
 }
 
@@ -124,13 +127,25 @@ EX_API void ex_log_ints(ex_log *log, const char *name, const int32_t *values, in
     ex_text_put(&log->line, "]");
 }
 
+/* Writes the line that ex_log_end ended, whole or not at all: after a failure it can be called again. */
+EX_API bool ex_log_write(ex_log *log, ex_error *error)
+{
+    if (log->file == NULL) return true;
+    if (fwrite(log->line.at, 1, log->line.length, log->file) == log->line.length) {
+        log->bytes += (off_t)log->line.length;
+        return true;
+    }
+    ex_fail(error, "%s: cannot be written: %s", log->path, strerror(errno));
+    clearerr(log->file);
+    if (ftruncate(fileno(log->file), log->bytes) != 0) ex_fail(error, "%s: half a line stays: %s", log->path, strerror(errno));
+    return false;
+}
+
 /* Writes the line. A log that was never opened takes everything and writes nothing. */
 EX_API bool ex_log_end(ex_log *log, ex_error *error)
 {
     ex_text_put(&log->line, "}\n");
-    if (log->file == NULL) return true;
-    if (fwrite(log->line.at, 1, log->line.length, log->file) == log->line.length && fflush(log->file) == 0) return true;
-    return ex_fail(error, "%s: cannot be written: %s", log->path, strerror(errno));
+    return ex_log_write(log, error);
 }
 
 EX_API void ex_log_close(ex_log *log)

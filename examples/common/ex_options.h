@@ -17,7 +17,7 @@ typedef struct ex_options {
     int64_t prune_begin, prune_end, distill_end, prune_every, round_heads, round_neurons, round_hidden, min_hidden, observe;
     int64_t eval_every, checkpoint_every, log_every, quantize_begin;
     double sparsity, start_sparsity, lr, weight_decay, clip, loss_scale, scale, growth, mask_step, momentum;
-    double temperature, distill_pred, distill_layer;
+    double temperature, distill_pred, distill_layer, retry_minutes;
 } ex_options;
 
 EX_API void ex_options_init(ex_options *o)
@@ -37,6 +37,7 @@ EX_API void ex_options_init(ex_options *o)
     o->scale = 2;
     o->growth = 4;
     o->momentum = 0.9;
+    o->retry_minutes = 10;
     o->temperature = 2.0 / 3;
     o->sparsity = 0.6;
     o->round_heads = o->round_neurons = o->round_hidden = 1;
@@ -119,6 +120,8 @@ EX_API bool ex_method_prunes(int32_t method)
     EX_INT("eval-every", "N", &(o)->eval_every, 0, 1e12, "steps between evaluations; 0: ten in a run"),                     \
     EX_INT("checkpoint-every", "N", &(o)->checkpoint_every, 0, 1e12, "steps between checkpoints; 0: only on Ctrl-C"),       \
     EX_INT("log-every", "N", &(o)->log_every, 0, 1e12, "steps between lines of metrics.jsonl; 0: about 2000 lines"),        \
+    EX_REAL("retry-minutes", "X", &(o)->retry_minutes, 0, 1e6, "how long a file that cannot be written, on a full disk, is " \
+              "tried again before the run is given up"),                                                                    \
     EX_FLAG("recompute", &(o)->recompute, "less memory, up to a half more time: computes activations again"),                 \
     EX_CHOICE("weights", &(o)->weights, "f32|bf16|f16", "how frozen matrices are kept in memory"),                          \
     EX_CHOICE("quantize", &(o)->quantize, "none|int8|int4", "the layers' matrices as small integers, for inference only: in " \
@@ -293,6 +296,7 @@ EX_API bool ex_options_plan(const ex_options *o, int32_t method, ex_run *run)
     t->recompute = o->recompute;
     exi_options_pruning(o, method, run);
     run->resume = o->resume;
+    run->retry_seconds = 60 * o->retry_minutes;
     run->log_every = o->log_every > 0 ? o->log_every : t->steps / 2000 + 1;
     return (o->prune_begin <= t->steps && o->prune_end <= t->steps) ||
            ex_fail(run->error, "--prune-begin %lld and --prune-end %lld do not lie within the run's %lld steps",

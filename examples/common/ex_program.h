@@ -36,7 +36,7 @@ EX_API bool ex_scores_note(const ex_scores *scores, ex_run *run, double *metric)
     ex_log_int(&run->log, "step", run->state.step);
     for (int32_t i = 0; i < scores->count; i++) ex_log_real(&run->log, scores->name[i], scores->value[i]);
     ex_log_real(&run->log, "dev_loss", scores->loss);
-    return ex_log_end(&run->log, run->error);
+    return ex_run_log_end(run);
 }
 
 /* ------------------------------------------------------------------------------------------------ a program */
@@ -250,7 +250,7 @@ EX_API bool exi_training_conclude(const ex_training *t, ex_run *run, const ex_ou
     ex_log_begin(&run->log, "result");
     for (int32_t i = 0; i < cells.count; i++) ex_log_text(&run->log, cells.at[i].name, cells.at[i].value);
     char *title = ex_format("apt.h: %s, %s", t->train, cells.run);
-    const bool fine = ex_log_end(&run->log, &p->error) && ex_result_report(p->out, title, cells.run, &cells, &p->error);
+    const bool fine = ex_run_log_end(run) && ex_result_report(p->out, title, cells.run, &cells, &p->error);
     printf("\n");
     ex_cells_print(&cells, 1, stdout);
     if (fine) printf("\nThe model is in %s, its curves in %s/report.html\n", p->out, p->out);
@@ -269,7 +269,7 @@ EX_API bool exi_training_finish(const ex_training *t, ex_run *run)
     memset(&outcome, 0, sizeof(outcome));
     memset(&scores, 0, sizeof(scores));
     ex_outcome_of_run(&outcome, run);
-    if (!ex_run_save(run, t->tokenizer) || (t->write != NULL && !t->write(p->user))) return false;
+    if (!ex_run_save(run, t->tokenizer) || (t->write != NULL && !ex_run_write(run, t->write, p->user))) return false;
     apt_model_destroy(run->model);
     bool fine = ex_saved_open(&saved, &outcome, p->out, &p->options.machine, &p->error);
     if (fine && t->dev != NULL) {

@@ -203,6 +203,7 @@ struct ex_run {
     const char *settings;             /* NULL: none */
     const ex_arg *arguments;          /* written into the log; NULL: none */
     int64_t log_every;                /* steps between "step" lines; 0: 1 */
+    double retry_seconds;             /* how long ex_run_write tries again */
     /* the run's */
     apt_trainer *trainer;
     char *checkpoint;                 /* dir/checkpoint.apt */
@@ -243,9 +244,35 @@ static ex_run_end exi_run_fail(ex_run *run)
     return EX_RUN_FAILED;
 }
 
-EX_API bool exi_log_end(ex_run *run)
+#define EX_RETRY_EVERY 5                      /* seconds between two tries of ex_run_write */
+
+/* A full disk must not cost hours of training: what cannot be written is tried again for run->retry_seconds, and there is time to
+   make room. Ctrl-C gives up sooner. `writes` puts a message into run->error when it fails. */
+EX_API bool ex_run_write(ex_run *run, bool (*writes)(void *user), void *user)
 {
-    return ex_log_end(&run->log, run->error);
+    const double end = ex_seconds() + run->retry_seconds;
+    const bool stopping = ex_run_stopping();
+    for (bool told = false; !writes(user); told = true) {
+        if (ex_seconds() >= end || ex_run_stopping() != stopping) return false;
+        if (!told)
+            fprintf(stderr, "\nerror: %s\nNothing is lost yet: the model is in memory, and this is tried again for %.3g minutes. "
+                    "Make room, or give up with Ctrl-C.\n", run->error->text, run->retry_seconds / 60);
+        run->error->text[0] = 0;
+        for (int i = 0; i < EX_RETRY_EVERY && ex_run_stopping() == stopping; i++) sleep(1);
+    }
+    return true;
+}
+
+static bool exi_run_log_line(void *user)
+{
+    ex_run *run = (ex_run *)user;
+    return ex_log_write(&run->log, run->error);
+}
+
+/* Instead of ex_log_end */
+EX_API bool ex_run_log_end(ex_run *run)
+{
+    return ex_log_end(&run->log, run->error) || ex_run_write(run, exi_run_log_line, run);
 }
 
 /* The layer that a parameter belongs to by its name, or -1: encoder.layer.3, model.layers.3, and of T5 encoder.block.3 and
@@ -283,7 +310,7 @@ static bool exi_run_log_layers(ex_run *run)
     ex_log_ints(&run->log, "neurons", neurons, config.layers);
     ex_log_int(&run->log, "hidden", config.hidden);
     free(values);
-    return exi_log_end(run);
+    return ex_run_log_end(run);
 }
 
 static void exi_run_peak(ex_run *run)
@@ -292,13 +319,19 @@ static void exi_run_peak(ex_run *run)
     if (peak > run->state.peak_bytes) run->state.peak_bytes = peak;
 }
 
+static bool exi_run_write_checkpoint(void *user)
+{
+    ex_run *run = (ex_run *)user;
+    return apt_checkpoint_save(run->trainer, run->checkpoint, &run->state, sizeof(run->state)) == APT_OK ||
+           ex_fail(run->error, "%s", apt_error(run->ctx));
+}
+
 static bool exi_run_save(ex_run *run)
 {
     run->state.version = 2;
     run->state.at = run->feed.at;
     exi_run_peak(run);
-    return apt_checkpoint_save(run->trainer, run->checkpoint, &run->state, sizeof(run->state)) == APT_OK ||
-           ex_fail(run->error, "%s", apt_error(run->ctx));
+    return ex_run_write(run, exi_run_write_checkpoint, run);
 }
 
 static void exi_time(ex_timing *timing, const apt_step_info *step)
@@ -342,7 +375,7 @@ static bool exi_event_step(ex_run *run, const apt_step_info *step)
     ex_log_int(&run->log, "bytes", step->bytes);
     if (step->loss_scale != 1) ex_log_real(&run->log, "loss_scale", step->loss_scale);
     if (step->skipped) ex_log_bool(&run->log, "skipped", true);
-    return exi_log_end(run);
+    return ex_run_log_end(run);
 }
 
 /* One line for each thing that happened. A decision is silent: its compaction follows within the interval. */
@@ -382,7 +415,7 @@ static bool exi_event_change(ex_run *run, const apt_event *event)
         ex_log_int(&run->log, "bytes_before", event->bytes_before);
         ex_log_int(&run->log, "bytes_after", event->bytes_after);
     }
-    if (!exi_log_end(run)) return false;
+    if (!ex_run_log_end(run)) return false;
     return event->kind == APT_EVENT_COMPACT || event->kind == APT_EVENT_GROW ? exi_run_log_layers(run) : true;
 }
 
@@ -459,7 +492,7 @@ static bool exi_run_begin(ex_run *run)
     if (run->arguments != NULL) {
         ex_log_begin(&run->log, "settings");
         ex_args_log(run->arguments, &run->log);
-        if (!exi_log_end(run)) return false;
+        if (!ex_run_log_end(run)) return false;
     }
     return exi_run_log_layers(run);
 }
@@ -565,15 +598,26 @@ static bool exi_run_quantize(ex_run *run)
     return ex_quantize(run->model, run->quantize, run->desc.quantize == APT_QUANT_NONE ? &batch : NULL);
 }
 
+typedef struct exi_result { ex_run *run; const char *tokenizer_dir; } exi_result;
+
+static bool exi_run_write_result(void *user)
+{
+    const exi_result *result = (const exi_result *)user;
+    const ex_run *run = result->run;
+    if ((run->sparse ? apt_model_save_sparse(run->model, run->dir, NULL) : apt_model_save(run->model, run->dir)) != APT_OK)
+        return ex_fail(run->error, "%s", apt_error(run->ctx));
+    return result->tokenizer_dir == NULL || ex_copy_tokenizer(result->tokenizer_dir, run->dir, run->error);
+}
+
 /* Ends the training and writes the model, adapters folded in, into run->dir, with the tokenizer of another folder. */
 EX_API bool ex_run_save(ex_run *run, const char *tokenizer_dir)
 {
+    exi_result result = {run, tokenizer_dir};
     apt_trainer_destroy(run->trainer);
     run->trainer = NULL;
-    if (apt_model_merge(run->model, NULL, NULL) != APT_OK || !exi_run_quantize(run) ||
-        (run->sparse ? apt_model_save_sparse(run->model, run->dir, NULL) : apt_model_save(run->model, run->dir)) != APT_OK)
+    if (apt_model_merge(run->model, NULL, NULL) != APT_OK || !exi_run_quantize(run))
         return ex_fail(run->error, "%s", apt_error(run->ctx));
-    return tokenizer_dir == NULL || ex_copy_tokenizer(tokenizer_dir, run->dir, run->error);
+    return ex_run_write(run, exi_run_write_result, &result);
 }
 
 #endif /* EX_RUN_H */
