@@ -1553,7 +1553,7 @@ struct apt_backend {
     int64_t workspace;                                                 /* bytes of the device's memory that are the backend's */
     void *self;
     void *(*alloc)(void *self, size_t bytes);                          /* 256-byte aligned; NULL: no memory */
-    void (*release)(void *self, void *memory);                         /* nothing in the queue uses it any more */
+    void (*release)(void *self, void *memory, size_t bytes);           /* nothing in the queue uses it any more */
     bool (*run)(void *self, apti_op op, const void *job);
     apt_result (*sync)(void *self, char message[APTI_BACKEND_MESSAGE]);
     void (*close)(void *self);                                         /* ends the backend, self included */
@@ -2219,12 +2219,13 @@ static void apti_free(apt_ctx *ctx, void *block)
     apti_block *header = apti_block_of(block);
     if (--header->references > 0) return;
     void *base = header->base;
+    const int64_t total = header->total;
     apt_backend *backend = header->backend;
-    ctx->bytes -= header->total;
+    ctx->bytes -= total;
     ctx->blocks--;
     if (backend != NULL) {
         apti_sync(ctx);
-        backend->release(backend->self, base);
+        backend->release(backend->self, base, (size_t)total);
     } else if (ctx->desc.release != NULL) ctx->desc.release(base, ctx->desc.alloc_user);
     else free(base);
 }

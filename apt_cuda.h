@@ -16,8 +16,9 @@
        #include "apt_cuda.h"
 
    Models, trainers, files, decisions and results stay what they are. Weights, gradients and activations lie in managed memory,
-   which the device and the CPU both address; operations go into one stream, in order, and the CPU waits before it looks. What
-   this file has no kernel for, the CPU computes. No result hangs on the order in which threads run: there are no atomic sums.
+   which the device and the CPU both address, and never more of it than the device holds (apt_cuda_desc.memory_bytes): CUDA would
+   page it in and out instead of saying that there is no memory. Operations go into one stream, in order, and the CPU waits before
+   it looks. What this file has no kernel for, the CPU computes. No result hangs on the order in which threads run: there are no atomic sums.
    Refused, because the CPU's kernels alone can do it, are quantised models, apt_model_compress and modules (apt_moe_create,
    apt_bk_core_create, apt_bk_layer_create), whose arrays are the caller's.
 
@@ -56,6 +57,8 @@ typedef struct apt_cuda_desc {
     int32_t device;                   /* as cudaSetDevice counts: 0 */
     apt_cuda_math math;
     size_t workspace_bytes;           /* for operands in other types, partial sums and cuBLASLt: 128 MiB; at least 8 MiB */
+    size_t memory_bytes;              /* the most that everything else may take: what is free on the device when it is opened, less
+                                         a 32nd; never more. Contexts that share a device had better be given their shares */
     void *(*alloc)(size_t bytes, void *user);      /* both or none: memory that the device and the CPU can both address, any */
     void (*release)(void *memory, void *user);     /* alignment; none: cudaMallocManaged, for the workspace cudaMalloc */
     void *alloc_user;
@@ -324,6 +327,7 @@ typedef struct aptc_device {
     char *work;                       /* workspace_bytes: see aptc_take */
     void *block;                      /* what it lies in */
     size_t work_bytes, used;
+    size_t memory_left;               /* of desc.memory_bytes */
     int64_t room;                     /* shared memory that a block can have */
     apt_result result;                /* first failure since the last sync */
     char message[APTI_BACKEND_MESSAGE];
@@ -2890,11 +2894,8 @@ static apt_result aptc_sync(void *self, char message[APTI_BACKEND_MESSAGE])
     return r;
 }
 
-static void *aptc_alloc(void *self, size_t bytes)
+static void *aptc_managed(size_t bytes)
 {
-    const apt_cuda_desc *desc = &((aptc_device *)self)->desc;
-    if (desc->alloc != NULL) return desc->alloc(bytes, desc->alloc_user);
-    aptc_enter((const aptc_device *)self);
 #ifdef APT_CUDA_EMULATE
     return malloc(bytes);
 #else
@@ -2905,13 +2906,25 @@ static void *aptc_alloc(void *self, size_t bytes)
 #endif
 }
 
-static void aptc_release(void *self, void *memory)
+static void *aptc_alloc(void *self, size_t bytes)
 {
-    const apt_cuda_desc *desc = &((aptc_device *)self)->desc;
-    if (desc->release != NULL) {
-        desc->release(memory, desc->alloc_user);
+    aptc_device *d = (aptc_device *)self;
+    if (d->desc.alloc != NULL) return d->desc.alloc(bytes, d->desc.alloc_user);
+    if (bytes > d->memory_left) return NULL;
+    aptc_enter(d);
+    void *p = aptc_managed(bytes);
+    if (p != NULL) d->memory_left -= bytes;
+    return p;
+}
+
+static void aptc_release(void *self, void *memory, size_t bytes)
+{
+    aptc_device *d = (aptc_device *)self;
+    if (d->desc.release != NULL) {
+        d->desc.release(memory, d->desc.alloc_user);
         return;
     }
+    d->memory_left += bytes;
 #ifdef APT_CUDA_EMULATE
     free(memory);
 #else
@@ -2984,8 +2997,8 @@ static void aptc_close(void *self)
 #ifdef APT_CUDA_EMULATE
 static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
 {
-    (void)desc;
     d->room = APTC_ROOM_BYTES;
+    d->memory_left = desc->memory_bytes > 0 ? desc->memory_bytes : SIZE_MAX;
     aptc_work_open(d);
     aptc_work_split(d);
 }
@@ -2993,6 +3006,7 @@ static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
 static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
 {
     int managed = 0;
+    size_t unused = 0, total = 0;
     d->device = desc->device;
     aptc_check(d, cudaSetDevice(d->device), "cudaSetDevice");
     if (d->result != APT_OK) return;
@@ -3009,6 +3023,9 @@ static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
     d->work_bytes -= d->blas_bytes;
     d->blas_work = d->work + d->work_bytes;
     aptc_work_split(d);
+    aptc_check(d, cudaMemGetInfo(&unused, &total), "cudaMemGetInfo");
+    d->memory_left = unused - unused / 32;        /* graphs and the code of kernels lie on the device, too */
+    if (desc->memory_bytes > 0 && desc->memory_bytes < d->memory_left) d->memory_left = desc->memory_bytes;
     void (*const attention[])(aptc_attention) = {aptc_attention_forward_kernel, aptc_attention_dq_kernel,
                                                  aptc_attention_sweep_kernel, aptc_attention_dkv_kernel,
                                                  aptc_attention_dbias_kernel};

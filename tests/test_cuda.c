@@ -1,7 +1,7 @@
 /* apt_cuda.h on its emulated device: whole runs beside those of the CPU, resumption from one on the other, products and attention in
    bfloat16 and float16, with a small workspace, operands that are converted once, sums inside other launches, launches as graphs,
-   runs with a loss scale, compaction, estimates of memory, what a context with a device refuses, and what apt_cuda_open refuses. Single operations and the golden models run on the same emulation in the build
-   "emulated" of tests/run.sh.
+   runs with a loss scale, compaction, estimates of memory and its limit, what a context with a device refuses, and what
+   apt_cuda_open refuses. Single operations and the golden models run on the same emulation in the build "emulated" of tests/run.sh.
    build: cc -std=c11 -O2 tests/test_cuda.c -o test_cuda -lcmocka -lpthread -lm */
 #define APT_IMPLEMENTATION
 #include "../apt.h"
@@ -1228,6 +1228,44 @@ static void test_open(void **state)
     assert_null((apt_create)(&bad));
 }
 
+/* A model, its trainer and a step, and away with them. */
+static apt_result once(apt_ctx *ctx, const plan *p)
+{
+    apt_model *m = NULL;
+    apt_trainer *t = NULL;
+    test_batch b;
+    test_batch_at(&b, &p->c, 5, 0, 20);
+    apt_result r = apt_model_create(ctx, &p->c, 1, &m);
+    if (r == APT_OK) r = apt_trainer_create(m, &p->d, &t);
+    if (r == APT_OK) r = apt_trainer_step(t, &b.b, NULL);
+    apt_trainer_destroy(t);
+    apt_model_destroy(m);
+    return r;
+}
+
+/* apt_cuda_desc.memory_bytes: what goes beyond it is an error like any other lack of memory; what was given back counts again. */
+static void test_memory_limit(void **state)
+{
+    (void)state;
+    const plan p = plan_at(0);
+    int32_t refused = 0;
+    for (size_t limit = (size_t)64 << 10, done = 0; !done; limit += limit / 4) {
+        apt_cuda_desc device = APT_ZERO;
+        device.workspace_bytes = (size_t)8 << 20;
+        device.memory_bytes = limit;
+        apt_ctx *ctx = device_context(&device);
+        const apt_result r = once(ctx, &p);
+        if (r == APT_OK) done = 1;
+        else {
+            assert_int_equal(r, APT_E_MEMORY);
+            refused++;
+        }
+        for (int32_t again = 0; again < 3; again++) assert_int_equal(once(ctx, &p), r);
+        apt_destroy(ctx);
+    }
+    assert_true(refused > 3);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -1248,6 +1286,7 @@ int main(void)
         cmocka_unit_test(test_many_graphs),
         cmocka_unit_test(test_estimate),
         cmocka_unit_test(test_reach),
+        cmocka_unit_test(test_memory_limit),
         cmocka_unit_test(test_open),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
