@@ -18,7 +18,8 @@
    Models, trainers, files, decisions and results stay what they are. Weights, gradients and activations lie in managed memory,
    which the device and the CPU both address, and never more of it than the device holds (apt_cuda_desc.memory_bytes): CUDA would
    page it in and out instead of saying that there is no memory. Operations go into one stream, in order, and the CPU waits before
-   it looks. What this file has no kernel for, the CPU computes. No result hangs on the order in which threads run: there are no atomic sums.
+   it looks. What this file has no kernel for, the CPU computes. No result hangs on the order in which threads run: there are no
+   atomic sums.
    Refused, because the CPU's kernels alone can do it, are quantised models, apt_model_compress and modules (apt_moe_create,
    apt_bk_core_create, apt_bk_layer_create), whose arrays are the caller's.
 
@@ -57,8 +58,8 @@ typedef struct apt_cuda_desc {
     int32_t device;                   /* as cudaSetDevice counts: 0 */
     apt_cuda_math math;
     size_t workspace_bytes;           /* for operands in other types, partial sums and cuBLASLt: 128 MiB; at least 8 MiB */
-    size_t memory_bytes;              /* the most that everything else may take: what is free on the device when it is opened, less
-                                         a 32nd; never more. Contexts that share a device had better be given their shares */
+    size_t memory_bytes;              /* the most that everything else may take: what is free on the device at the start, less a
+                                         32nd; never more. Contexts that share a device had better be given their shares */
     void *(*alloc)(size_t bytes, void *user);      /* both or none: memory that the device and the CPU can both address, any */
     void (*release)(void *memory, void *user);     /* alignment; none: cudaMallocManaged, for the workspace cudaMalloc */
     void *alloc_user;
@@ -3006,7 +3007,7 @@ static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
 static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
 {
     int managed = 0;
-    size_t unused = 0, total = 0;
+    size_t vacant = 0, total = 0;
     d->device = desc->device;
     aptc_check(d, cudaSetDevice(d->device), "cudaSetDevice");
     if (d->result != APT_OK) return;
@@ -3023,8 +3024,8 @@ static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
     d->work_bytes -= d->blas_bytes;
     d->blas_work = d->work + d->work_bytes;
     aptc_work_split(d);
-    aptc_check(d, cudaMemGetInfo(&unused, &total), "cudaMemGetInfo");
-    d->memory_left = unused - unused / 32;        /* graphs and the code of kernels lie on the device, too */
+    aptc_check(d, cudaMemGetInfo(&vacant, &total), "cudaMemGetInfo");
+    d->memory_left = vacant - vacant / 32;        /* graphs and the code of kernels lie on the device, too */
     if (desc->memory_bytes > 0 && desc->memory_bytes < d->memory_left) d->memory_left = desc->memory_bytes;
     void (*const attention[])(aptc_attention) = {aptc_attention_forward_kernel, aptc_attention_dq_kernel,
                                                  aptc_attention_sweep_kernel, aptc_attention_dkv_kernel,
