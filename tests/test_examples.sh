@@ -401,7 +401,12 @@ check "resuming with other settings is refused" 1 r $long --lr 1e-4 --resume --o
 says "and the first difference is named" learning_rate
 check "resuming with other data is refused" 1 r $long --resume --train "$work/demo/dev.tsv" --out "$work/cut"
 says "and both are shown" "then:"
+left=checkpoint.apt.tmp
+for mark in 2147483646-0 "$$-1" 2147483646 2147483646-0x; do echo half > "$work/cut/$left-$mark"; done
 check "resuming" 0 r $long --resume --out "$work/cut"
+if [ "$(cd "$work/cut" && ls -d $left-* | sort)" = "$(printf '%s\n' "$left-$$-1" $left-2147483646 $left-2147483646-0x | sort)" ]
+then pass "what a killed run had begun to write is removed, and nothing else"
+else fail "what a killed run had begun to write is removed, and nothing else"; fi
 same "resumed and uninterrupted runs end the same" "$work/whole/model.safetensors" "$work/cut/model.safetensors"
 interrupt TERM 80 $interrupted
 check "resuming on one thread" 0 "$roberta" --model "$base" --threads 1 $long --resume --out "$work/cut"

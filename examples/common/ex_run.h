@@ -7,6 +7,7 @@
 #ifndef EX_RUN_H
 #define EX_RUN_H
 
+#include <dirent.h>
 #include <math.h>
 #include <signal.h>
 #include <sys/statvfs.h>
@@ -466,6 +467,24 @@ static bool exi_run_load(ex_run *run)
     return true;
 }
 
+/* Files are written as NAME.tmp-PROCESS-N and then renamed. What a killed process has left of that is removed. */
+static void exi_run_sweep(const char *dir)
+{
+    DIR *folder = opendir(dir);
+    const struct dirent *entry;
+    while (folder != NULL && (entry = readdir(folder)) != NULL) {
+        const char *mark = strstr(entry->d_name, ".tmp-");
+        char *end = NULL;
+        const long process = mark != NULL ? strtol(mark + 5, &end, 10) : 0;
+        if (process <= 0 || process > INT32_MAX || *end != '-' || strspn(end + 1, "0123456789") != strlen(end + 1)) continue;
+        if (kill((pid_t)process, 0) == 0 || errno != ESRCH) continue;
+        char *path = ex_path(dir, entry->d_name);
+        if (remove(path) == 0) fprintf(stderr, "removed %s, the beginning of a file from a run that was killed\n", path);
+        free(path);
+    }
+    if (folder != NULL) closedir(folder);
+}
+
 static bool exi_run_begin(ex_run *run)
 {
     memset(&run->state, 0, sizeof(run->state));
@@ -485,6 +504,7 @@ static bool exi_run_begin(ex_run *run)
     if (run->distill != NULL && apt_trainer_teacher(run->trainer, run->teacher, run->distill) != APT_OK)
         return ex_fail(run->error, "%s", apt_error(run->ctx));
     if (run->resume && !exi_run_load(run)) return false;
+    exi_run_sweep(run->dir);
     char *path = ex_path(run->dir, "metrics.jsonl");
     const bool opened = ex_log_open(&run->log, path, run->resume ? run->state.step : -1, run->error);
     free(path);
