@@ -1553,7 +1553,7 @@ struct apt_backend {
     int64_t workspace;                                                 /* bytes of the device's memory that are the backend's */
     void *self;
     void *(*alloc)(void *self, size_t bytes);                          /* 256-byte aligned; NULL: no memory */
-    void (*release)(void *self, void *memory, size_t bytes);           /* nothing in the queue uses it any more */
+    void (*release)(void *self, void *memory, size_t bytes);           /* as many as asked for; the queue uses it no more */
     bool (*run)(void *self, apti_op op, const void *job);
     apt_result (*sync)(void *self, char message[APTI_BACKEND_MESSAGE]);
     void (*close)(void *self);                                         /* ends the backend, self included */

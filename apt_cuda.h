@@ -59,7 +59,8 @@ typedef struct apt_cuda_desc {
     apt_cuda_math math;
     size_t workspace_bytes;           /* for operands in other types, partial sums and cuBLASLt: 128 MiB; at least 8 MiB */
     size_t memory_bytes;              /* the most that everything else may take: what is free on the device at the start, less a
-                                         32nd; never more. Contexts that share a device had better be given their shares */
+                                         32nd; never more. Contexts that share a device had better be given their shares.
+                                         With `alloc` there is no limit but its own */
     void *(*alloc)(size_t bytes, void *user);      /* both or none: memory that the device and the CPU can both address, any */
     void (*release)(void *memory, void *user);     /* alignment; none: cudaMallocManaged, for the workspace cudaMalloc */
     void *alloc_user;
@@ -2996,19 +2997,19 @@ static void aptc_close(void *self)
 }
 
 #ifdef APT_CUDA_EMULATE
-static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
+static void aptc_device_start(aptc_device *d)
 {
     d->room = APTC_ROOM_BYTES;
-    d->memory_left = desc->memory_bytes > 0 ? desc->memory_bytes : SIZE_MAX;
+    d->memory_left = SIZE_MAX;
     aptc_work_open(d);
     aptc_work_split(d);
 }
 #else
-static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
+static void aptc_device_start(aptc_device *d)
 {
     int managed = 0;
     size_t vacant = 0, total = 0;
-    d->device = desc->device;
+    d->device = d->desc.device;
     aptc_check(d, cudaSetDevice(d->device), "cudaSetDevice");
     if (d->result != APT_OK) return;
     aptc_check(d, cudaDeviceGetAttribute(&managed, cudaDevAttrConcurrentManagedAccess, d->device), "cudaDeviceGetAttribute");
@@ -3026,7 +3027,6 @@ static void aptc_device_start(aptc_device *d, const apt_cuda_desc *desc)
     aptc_work_split(d);
     aptc_check(d, cudaMemGetInfo(&vacant, &total), "cudaMemGetInfo");
     d->memory_left = vacant - vacant / 32;        /* graphs and the code of kernels lie on the device, too */
-    if (desc->memory_bytes > 0 && desc->memory_bytes < d->memory_left) d->memory_left = desc->memory_bytes;
     void (*const attention[])(aptc_attention) = {aptc_attention_forward_kernel, aptc_attention_dq_kernel,
                                                  aptc_attention_sweep_kernel, aptc_attention_dkv_kernel,
                                                  aptc_attention_dbias_kernel};
@@ -3067,7 +3067,8 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *given, char *message, size_t cap
     d->record = (aptc_launch *)malloc(APTC_GRAPH_MAX * sizeof(aptc_launch));
     d->seen = (uint64_t *)calloc(APTC_SEEN_SETS * APTC_SEEN_WAYS, sizeof(uint64_t));
     if (d->record == NULL || d->seen == NULL) aptc_fail(d, APT_E_MEMORY, "no memory");
-    else aptc_device_start(d, &desc);
+    else aptc_device_start(d);
+    if (desc.memory_bytes > 0 && desc.memory_bytes < d->memory_left) d->memory_left = desc.memory_bytes;
     if (d->result != APT_OK) {
         (void)aptc_refuse(message, capacity, d->message);
         aptc_close(d);

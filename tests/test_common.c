@@ -1,6 +1,8 @@
 /* examples/common without the tokenizer: JSON, data files, batches and their order, SQuAD, metrics, options, log, progress
-   line, report, table, the grammar of the demonstration. */
+   line, what is tried again when it cannot be written, report, table, the grammar of the demonstration. */
 #define _POSIX_C_SOURCE 200809L
+#include <signal.h>
+#include <sys/resource.h>
 #define STB_DS_IMPLEMENTATION
 #include "../examples/common/ex_base.h"
 #include "../apt.h"
@@ -13,6 +15,8 @@
 #include "../examples/common/ex_metrics.h"
 #include "../examples/common/ex_progress.h"
 #include "../examples/common/ex_report.h"
+#include "../examples/common/ex_tokenizer.h"
+#include "../examples/common/ex_run.h"
 #include "place.h"
 
 #define WORDPIECE "tests/golden/tokenizer/wordpiece.json"
@@ -983,6 +987,69 @@ static void test_log_resume(void **state)
     assert_false(ex_log_open(&log, p->path, -1, &error));
 }
 
+/* A line that does not fit is taken away again, and can be written once there is room. */
+static void test_log_half_line(void **state)
+{
+    place *p = (place *)*state;
+    ex_log log;
+    ex_error error = {""};
+    struct rlimit before, tight;
+    char *text;
+    test_join(p->path, sizeof p->path, p->dir, "half.jsonl");
+    assert_true(ex_log_open(&log, p->path, -1, &error));
+    log_step(&log, 1);
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &before), 0);
+    tight = before;
+    tight.rlim_cur = 60;                         /* of 40 bytes a line */
+    void (*const handler)(int) = signal(SIGXFSZ, SIG_IGN);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &tight), 0);
+    ex_log_begin(&log, "step");
+    ex_log_int(&log, "step", 2);
+    ex_log_real(&log, "loss", 0.5);
+    const bool first = ex_log_end(&log, &error), second = ex_log_write(&log, &error);
+    text = get(p->path);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &before), 0);
+    (void)signal(SIGXFSZ, handler);
+    assert_false(first || second);
+    says(&error, "half.jsonl: cannot be written");
+    assert_string_equal(text, "{\"event\":\"step\",\"step\":1,\"loss\":0.5}\n");
+    free(text);
+    assert_true(ex_log_write(&log, &error));
+    text = get(p->path);
+    assert_string_equal(text, "{\"event\":\"step\",\"step\":1,\"loss\":0.5}\n{\"event\":\"step\",\"step\":2,\"loss\":0.5}\n");
+    free(text);
+    ex_log_close(&log);
+}
+
+/* ---- what is tried again ---- */
+
+typedef struct tries { int32_t calls, fails; apt_result result; } tries;
+
+static apt_result try_it(void *user)
+{
+    tries *t = (tries *)user;
+    return t->calls++ < t->fails ? t->result : APT_OK;
+}
+
+static void test_retry(void **state)
+{
+    static const struct { double seconds; tries t; bool fine; int32_t calls; } cases[] = {
+        {0, {0, 0, APT_OK}, true, 1},        {0, {0, 1, APT_E_IO}, false, 1},     {30, {0, 1, APT_E_IO}, true, 2},
+        {1, {0, 9, APT_E_IO}, false, 2},     {2, {0, 1, APT_E_MEMORY}, false, 1},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        ex_run run;
+        ex_error error = {"there is no room"};
+        tries t = cases[i].t;
+        memset(&run, 0, sizeof run);
+        run.error = &error;
+        run.retry_seconds = cases[i].seconds;
+        assert_int_equal(ex_run_write(&run, try_it, &t), cases[i].fine);
+        assert_int_equal(t.calls, cases[i].calls);
+    }
+}
+
 /* ---- progress ---- */
 
 static void test_progress_line(void **state)
@@ -1303,6 +1370,8 @@ int main(void)
                                        IN_PLACE(test_args_help),
                                        IN_PLACE(test_log_file),
                                        IN_PLACE(test_log_resume),
+                                       IN_PLACE(test_log_half_line),
+                                       cmocka_unit_test(test_retry),
                                        cmocka_unit_test(test_progress_line), cmocka_unit_test(test_progress_time_left),
                                        IN_PLACE(test_progress_plain),
                                        cmocka_unit_test(test_report_scale),

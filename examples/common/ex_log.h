@@ -127,7 +127,12 @@ EX_API void ex_log_ints(ex_log *log, const char *name, const int32_t *values, in
     ex_text_put(&log->line, "]");
 }
 
-/* Writes the line that ex_log_end ended, whole or not at all: after a failure it can be called again. */
+EX_API void ex_log_close_line(ex_log *log)
+{
+    ex_text_put(&log->line, "}\n");
+}
+
+/* Writes a line that was closed, whole or not at all: after a failure it can be called again. */
 EX_API bool ex_log_write(ex_log *log, ex_error *error)
 {
     if (log->file == NULL) return true;
@@ -144,7 +149,7 @@ EX_API bool ex_log_write(ex_log *log, ex_error *error)
 /* Writes the line. A log that was never opened takes everything and writes nothing. */
 EX_API bool ex_log_end(ex_log *log, ex_error *error)
 {
-    ex_text_put(&log->line, "}\n");
+    ex_log_close_line(log);
     return ex_log_write(log, error);
 }
 

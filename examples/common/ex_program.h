@@ -258,6 +258,12 @@ EX_API bool exi_training_conclude(const ex_training *t, ex_run *run, const ex_ou
     return fine;
 }
 
+static apt_result exi_training_write(void *user)
+{
+    const ex_training *t = (const ex_training *)user;
+    return t->write == NULL || t->write(t->program->user) ? APT_OK : APT_E_IO;
+}
+
 /* Writes the folder, loads it again and measures that. */
 EX_API bool exi_training_finish(const ex_training *t, ex_run *run)
 {
@@ -269,7 +275,7 @@ EX_API bool exi_training_finish(const ex_training *t, ex_run *run)
     memset(&outcome, 0, sizeof(outcome));
     memset(&scores, 0, sizeof(scores));
     ex_outcome_of_run(&outcome, run);
-    if (!ex_run_save(run, t->tokenizer) || (t->write != NULL && !ex_run_write(run, t->write, p->user))) return false;
+    if (!ex_run_save(run, t->tokenizer) || !ex_run_write(run, exi_training_write, run->user)) return false;
     apt_model_destroy(run->model);
     bool fine = ex_saved_open(&saved, &outcome, p->out, &p->options.machine, &p->error);
     if (fine && t->dev != NULL) {

@@ -247,14 +247,16 @@ static ex_run_end exi_run_fail(ex_run *run)
 
 #define EX_RETRY_EVERY 5                      /* seconds between two tries of ex_run_write */
 
-/* A full disk must not cost hours of training: what cannot be written is tried again for run->retry_seconds, and there is time to
-   make room. Ctrl-C gives up sooner. `writes` puts a message into run->error when it fails. */
-EX_API bool ex_run_write(ex_run *run, bool (*writes)(void *user), void *user)
+/* A full disk must not cost hours of training: what cannot be written (APT_E_IO; nothing else gets better by waiting) is tried again
+   for run->retry_seconds, and there is time to make room. Ctrl-C gives up sooner. `writes` puts a message into run->error when it
+   fails. */
+EX_API bool ex_run_write(ex_run *run, apt_result (*writes)(void *user), void *user)
 {
     const double end = ex_seconds() + run->retry_seconds;
     const bool stopping = ex_run_stopping();
-    for (bool told = false; !writes(user); told = true) {
-        if (ex_seconds() >= end || ex_run_stopping() != stopping) return false;
+    apt_result result;
+    for (bool told = false; (result = writes(user)) != APT_OK; told = true) {
+        if (result != APT_E_IO || ex_seconds() >= end || ex_run_stopping() != stopping) return false;
         if (!told)
             fprintf(stderr, "\nerror: %s\nNothing is lost yet: the model is in memory, and this is tried again for %.3g minutes. "
                     "Make room, or give up with Ctrl-C.\n", run->error->text, run->retry_seconds / 60);
@@ -264,16 +266,17 @@ EX_API bool ex_run_write(ex_run *run, bool (*writes)(void *user), void *user)
     return true;
 }
 
-static bool exi_run_log_line(void *user)
+static apt_result exi_run_log_line(void *user)
 {
     ex_run *run = (ex_run *)user;
-    return ex_log_write(&run->log, run->error);
+    return ex_log_write(&run->log, run->error) ? APT_OK : APT_E_IO;
 }
 
 /* Instead of ex_log_end */
 EX_API bool ex_run_log_end(ex_run *run)
 {
-    return ex_log_end(&run->log, run->error) || ex_run_write(run, exi_run_log_line, run);
+    ex_log_close_line(&run->log);
+    return ex_run_write(run, exi_run_log_line, run);
 }
 
 /* The layer that a parameter belongs to by its name, or -1: encoder.layer.3, model.layers.3, and of T5 encoder.block.3 and
@@ -320,11 +323,12 @@ static void exi_run_peak(ex_run *run)
     if (peak > run->state.peak_bytes) run->state.peak_bytes = peak;
 }
 
-static bool exi_run_write_checkpoint(void *user)
+static apt_result exi_run_write_checkpoint(void *user)
 {
     ex_run *run = (ex_run *)user;
-    return apt_checkpoint_save(run->trainer, run->checkpoint, &run->state, sizeof(run->state)) == APT_OK ||
-           ex_fail(run->error, "%s", apt_error(run->ctx));
+    const apt_result result = apt_checkpoint_save(run->trainer, run->checkpoint, &run->state, sizeof(run->state));
+    if (result != APT_OK) ex_fail(run->error, "%s", apt_error(run->ctx));
+    return result;
 }
 
 static bool exi_run_save(ex_run *run)
@@ -476,7 +480,7 @@ static void exi_run_sweep(const char *dir)
         const char *mark = strstr(entry->d_name, ".tmp-");
         char *end = NULL;
         const long process = mark != NULL ? strtol(mark + 5, &end, 10) : 0;
-        if (process <= 0 || process > INT32_MAX || *end != '-' || strspn(end + 1, "0123456789") != strlen(end + 1)) continue;
+        if (process <= 0 || process > INT32_MAX || *end != '-' || end[1 + strspn(end + 1, "0123456789")] != 0) continue;
         if (kill((pid_t)process, 0) == 0 || errno != ESRCH) continue;
         char *path = ex_path(dir, entry->d_name);
         if (remove(path) == 0) fprintf(stderr, "removed %s, the beginning of a file from a run that was killed\n", path);
@@ -620,24 +624,25 @@ static bool exi_run_quantize(ex_run *run)
 
 typedef struct exi_result { ex_run *run; const char *tokenizer_dir; } exi_result;
 
-static bool exi_run_write_result(void *user)
+static apt_result exi_run_write_result(void *user)
 {
-    const exi_result *result = (const exi_result *)user;
-    const ex_run *run = result->run;
-    if ((run->sparse ? apt_model_save_sparse(run->model, run->dir, NULL) : apt_model_save(run->model, run->dir)) != APT_OK)
-        return ex_fail(run->error, "%s", apt_error(run->ctx));
-    return result->tokenizer_dir == NULL || ex_copy_tokenizer(result->tokenizer_dir, run->dir, run->error);
+    const exi_result *job = (const exi_result *)user;
+    const ex_run *run = job->run;
+    const apt_result result = run->sparse ? apt_model_save_sparse(run->model, run->dir, NULL) : apt_model_save(run->model, run->dir);
+    if (result != APT_OK) ex_fail(run->error, "%s", apt_error(run->ctx));
+    else if (job->tokenizer_dir != NULL && !ex_copy_tokenizer(job->tokenizer_dir, run->dir, run->error)) return APT_E_IO;
+    return result;
 }
 
 /* Ends the training and writes the model, adapters folded in, into run->dir, with the tokenizer of another folder. */
 EX_API bool ex_run_save(ex_run *run, const char *tokenizer_dir)
 {
-    exi_result result = {run, tokenizer_dir};
+    exi_result job = {run, tokenizer_dir};
     apt_trainer_destroy(run->trainer);
     run->trainer = NULL;
     if (apt_model_merge(run->model, NULL, NULL) != APT_OK || !exi_run_quantize(run))
         return ex_fail(run->error, "%s", apt_error(run->ctx));
-    return ex_run_write(run, exi_run_write_result, &result);
+    return ex_run_write(run, exi_run_write_result, &job);
 }
 
 #endif /* EX_RUN_H */
