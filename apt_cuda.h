@@ -231,6 +231,16 @@ APTC_BOTH void aptc_store(void *data, apt_dtype type, int64_t i, float value)
     else ((uint16_t *)data)[i] = type == APT_BF16 ? aptc_f32_to_bf16(value) : aptc_f32_to_f16(value);
 }
 
+/* A matrix in the device's memory: element (i, j) is the one at i * ld + j, of `type`. */
+typedef struct aptc_view { void *data; int64_t ld, type; } aptc_view;
+
+APTC_BOTH float aptc_get(const aptc_view *x, int64_t i, int64_t j) { return aptc_load(x->data, (apt_dtype)x->type, i * x->ld + j); }
+
+APTC_BOTH void aptc_set(const aptc_view *x, int64_t i, int64_t j, float value)
+{
+    aptc_store(x->data, (apt_dtype)x->type, i * x->ld + j, value);
+}
+
 /* ---------------------------------------------------------------------------------------------------------------------
    The queue
    ------------------------------------------------------------------------------------------------------------------ */
@@ -305,11 +315,11 @@ typedef enum aptc_waits {
 typedef struct aptc_matrix { const float *x; int64_t ld, rows, n; } aptc_matrix;
 
 typedef struct aptc_attention {
-    const float *q, *k, *v, *d_o, *lse, *bias, *mask, *dot;
-    float *o, *lse_out, *dq, *dk, *dv, *dbias;        /* dbias: (sequences, heads, 2*span - 1) */
+    aptc_view q, k, v, o, d_o, dq, dk, dv;        /* dq, dk, dv: data NULL, not wanted */
+    const float *lse, *bias, *mask, *dot;
+    float *lse_out, *dot_out, *dbias;             /* dbias: (sequences, heads, 2*span - 1) */
     float *sizes, *sums;              /* (sequences * blocks, heads * dim) or NULL: of |o| (backward: |d_o|) and o in a block */
     const int32_t *q_offsets, *k_offsets, *k_ends;
-    int64_t ldq, ldk, ldv, ldo, lddq, lddk, lddv;
     int64_t pairs;                    /* rows times heads */
     int64_t blocks;                   /* of queries of the longest sequence */
     int32_t heads, share, dim, span, sequences, causal;
@@ -1940,22 +1950,22 @@ APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int3
 #define APTC_FLOATS(at) ((float *)((char *)room + (at)))
 #define APTC_OPERAND(at) ((void *)((char *)room + (at)))
 
-/* Thread t's share of tile(height, a->wide) = factor * x(rows, a->dim), zeros around it. A warp has a row. */
-APTC_DEVICE void aptc_tile_load(const aptc_attention *a, int32_t t, void *tile, int32_t ld_tile, int32_t height, const float *x,
-                                int64_t ld, int64_t rows, float factor)
+/* Thread t's share of tile(height, a->wide) = factor * x(rows, a->dim) from (row, column) on, zeros around it. A warp has a row. */
+APTC_DEVICE void aptc_tile_load(const aptc_attention *a, int32_t t, void *tile, int32_t ld_tile, int32_t height,
+                                const aptc_view *x, int64_t row, int64_t column, int64_t rows, float factor)
 {
     for (int32_t i = t / APTC_WARP; i < height; i += APTC_WARPS)
         for (int32_t j = t % APTC_WARP; j < a->wide; j += APTC_WARP)
-            aptc_store(tile, a->type, i * ld_tile + j, i < rows && j < a->dim ? factor * x[i * ld + j] : 0.0f);
+            aptc_store(tile, a->type, i * ld_tile + j, i < rows && j < a->dim ? factor * aptc_get(x, row + i, column + j) : 0.0f);
 }
 
 /* The tiles at (q0, k0) of one head */
-#define APTC_LOAD_QUERIES(to, x, ld, p, factor)                                                                         \
-    APTC_THREADS(t) aptc_tile_load(&job, t, APTC_OPERAND(to), r.ld_operand, job.rows,                                   \
-                                   (x) + ((p).q_row + q0) * (ld) + (p).head * job.dim, ld, (p).queries - q0, factor)
-#define APTC_LOAD_KEYS(to, x, ld, p)                                                                                    \
-    APTC_THREADS(t) aptc_tile_load(&job, t, APTC_OPERAND(to), r.ld_operand, job.tile,                                   \
-                                   (x) + ((p).k_row + k0) * (ld) + (p).group * job.dim, ld, (p).keys - k0, 1.0f)
+#define APTC_LOAD_QUERIES(to, x, p, factor)                                                                             \
+    APTC_THREADS(t) aptc_tile_load(&job, t, APTC_OPERAND(to), r.ld_operand, job.rows, &(x), (p).q_row + q0,             \
+                                   (int64_t)(p).head * job.dim, (p).queries - q0, factor)
+#define APTC_LOAD_KEYS(to, x, p)                                                                                        \
+    APTC_THREADS(t) aptc_tile_load(&job, t, APTC_OPERAND(to), r.ld_operand, job.tile, &(x), (p).k_row + k0,             \
+                                   (int64_t)(p).group * job.dim, (p).keys - k0, 1.0f)
 #define APTC_ZERO_SUM(at) \
     APTC_THREADS(t) for (int32_t e = t; e < job.rows * r.ld_sum; e += APTC_BLOCK) APTC_FLOATS(at)[e] = 0
 
@@ -2007,17 +2017,19 @@ APTC_DEVICE void aptc_softmax_tile(const aptc_attention *a, const aptc_place *p,
     }
 }
 
-/* Thread t's share of the sums over the rows of x, a block's tile of o or d_o with as many columns as a head */
-APTC_DEVICE void aptc_attention_sums(const aptc_attention *a, int64_t bx, int64_t by, int32_t t, const float *x, int64_t ld,
-                                     int64_t rows)
+/* Thread t's share of the sums over the rows of x, a block's tile of o or d_o, which has as many columns as a head and begins at
+   (row, column) */
+APTC_DEVICE void aptc_attention_sums(const aptc_attention *a, int64_t bx, int64_t by, int32_t t, aptc_view x, int64_t row,
+                                     int64_t column, int64_t rows)
 {
     if (a->sizes == NULL && a->sums == NULL) return;
     for (int32_t c = t; c < a->dim; c += APTC_BLOCK) {
         const int64_t at = ((by / a->heads * a->blocks + bx) * a->heads + by % a->heads) * a->dim + c;
         float size = 0, sum = 0;
         for (int64_t i = 0; i < rows; i++) {
-            size += fabsf(x[i * ld + c]);
-            sum += x[i * ld + c];
+            const float value = aptc_get(&x, row + i, column + c);
+            size += fabsf(value);
+            sum += value;
         }
         if (a->sizes != NULL) a->sizes[at] = size;
         if (a->sums != NULL) a->sums[at] = sum;
@@ -2037,11 +2049,12 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
     const int64_t q0 = APTC_BX * job.rows, seen = aptc_seen_keys(&job, &p, q0);
     const int64_t rows = aptc_min(job.rows, p.queries - q0);
+    const aptc_view out = {acc, r.ld_sum, APT_F32};
     if (rows <= 0) {
-        APTC_THREADS(t) aptc_attention_sums(&job, APTC_BX, APTC_BY, t, acc, 0, 0);
+        APTC_THREADS(t) aptc_attention_sums(&job, APTC_BX, APTC_BY, t, out, 0, 0, 0);
         return;
     }
-    APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);
+    APTC_LOAD_QUERIES(r.operand[0], job.q, p, 1.0f);
     APTC_ZERO_SUM(r.sum[0]);
     APTC_THREADS(t) if (t < job.rows) {
         max[t] = -INFINITY;
@@ -2049,12 +2062,12 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
     }
     for (int64_t k0 = 0; k0 < seen; k0 += job.tile) {
         APTC_BARRIER;
-        APTC_LOAD_KEYS(r.operand[1], job.k, job.ldk, p);
+        APTC_LOAD_KEYS(r.operand[1], job.k, p);
         APTC_BARRIER;
         aptc_tile_multiply(&logits, job.type);
         APTC_BARRIER;
         aptc_softmax_tile(&job, &p, q0, k0, room, &r);
-        APTC_LOAD_KEYS(r.operand[1], job.v, job.ldv, p);
+        APTC_LOAD_KEYS(r.operand[1], job.v, p);
         APTC_BARRIER;
         aptc_tile_multiply(&values, job.type);
     }
@@ -2062,17 +2075,17 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
     APTC_THREADS(t) {
         const float mask = job.mask != NULL ? job.mask[p.group] : 1.0f;
         for (int32_t i = t / APTC_WARP; i < rows; i += APTC_WARPS) {
-            float *o = job.o + (p.q_row + q0 + i) * job.ldo + p.head * job.dim, *x = acc + i * r.ld_sum;
+            float *x = acc + i * r.ld_sum;
             for (int32_t c = t % APTC_WARP; c < job.dim; c += APTC_WARP) {
                 x[c] = sum[i] != 0 ? x[c] * (mask / sum[i]) : 0.0f;
-                o[c] = x[c];
+                aptc_set(&job.o, p.q_row + q0 + i, (int64_t)p.head * job.dim + c, x[c]);
             }
             if (job.lse_out != NULL && t % APTC_WARP == 0)
                 job.lse_out[(p.q_row + q0 + i) * job.heads + p.head] = sum[i] != 0 ? max[i] + logf(sum[i]) : 0.0f;
         }
     }
     APTC_BARRIER;
-    APTC_THREADS(t) aptc_attention_sums(&job, APTC_BX, APTC_BY, t, acc, r.ld_sum, rows);
+    APTC_THREADS(t) aptc_attention_sums(&job, APTC_BX, APTC_BY, t, out, 0, 0, rows);
 }
 APTC_LAUNCHER(aptc_attention_forward_kernel, aptc_attention)
 
@@ -2084,12 +2097,12 @@ APTC_KERNEL(aptc_attention_dot_kernel, aptc_attention)
         const int64_t pair = APTC_BX * APTC_WARPS + t / APTC_WARP, row = pair / job.heads, column = pair % job.heads * job.dim;
         APTC_MINE(sum, t) = 0;
         for (int32_t c = t % APTC_WARP; pair < job.pairs && c < job.dim; c += APTC_WARP)
-            APTC_MINE(sum, t) += job.d_o[row * job.lddq + column + c] * job.q[row * job.ldo + column + c];
+            APTC_MINE(sum, t) += aptc_get(&job.d_o, row, column + c) * aptc_get(&job.o, row, column + c);
     }
     APTC_WARP_SUM(sum);
     APTC_THREADS(t) {
         const int64_t pair = APTC_BX * APTC_WARPS + t / APTC_WARP;
-        if (pair < job.pairs && t % APTC_WARP == 0) job.o[pair] = APTC_MINE(sum, t);
+        if (pair < job.pairs && t % APTC_WARP == 0) job.dot_out[pair] = APTC_MINE(sum, t);
     }
 }
 APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
@@ -2117,11 +2130,11 @@ APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p
 
 /* The tiles of queries: operands 0, q, and 3, d_o times the head mask; of keys: 1, k, and 2, v */
 #define APTC_LOAD_GIVEN(p)                                                                                              \
-    APTC_LOAD_QUERIES(r.operand[0], job.q, job.ldq, p, 1.0f);                                                           \
-    APTC_LOAD_QUERIES(r.operand[3], job.d_o, job.ldo, p, job.mask != NULL ? job.mask[(p).group] : 1.0f)
+    APTC_LOAD_QUERIES(r.operand[0], job.q, p, 1.0f);                                                           \
+    APTC_LOAD_QUERIES(r.operand[3], job.d_o, p, job.mask != NULL ? job.mask[(p).group] : 1.0f)
 #define APTC_LOAD_SEEN(p)                                                                                               \
-    APTC_LOAD_KEYS(r.operand[1], job.k, job.ldk, p);                                                                    \
-    APTC_LOAD_KEYS(r.operand[2], job.v, job.ldv, p)
+    APTC_LOAD_KEYS(r.operand[1], job.k, p);                                                                    \
+    APTC_LOAD_KEYS(r.operand[2], job.v, p)
 
 /* x(tile, tile) = left right^T of two operands */
 #define APTC_TILE_DOTS(x, left, right)                                                                                  \
@@ -2179,7 +2192,7 @@ APTC_KERNEL(aptc_attention_sweep_kernel, aptc_attention)
     }
     APTC_BARRIER;
     APTC_THREADS(t) if (t < job.tile && q0 + t < p.queries)
-        job.o[(p.q_row + q0 + t) * job.heads + p.head] = sum[t] > 0 ? dot[t] / sum[t] : dot[t];
+        job.dot_out[(p.q_row + q0 + t) * job.heads + p.head] = sum[t] > 0 ? dot[t] / sum[t] : dot[t];
 }
 APTC_LAUNCHER(aptc_attention_sweep_kernel, aptc_attention)
 
@@ -2194,7 +2207,7 @@ APTC_KERNEL(aptc_attention_dq_kernel, aptc_attention)
     const int64_t q0 = APTC_BX * job.tile, seen = aptc_seen_keys(&job, &p, q0);
     const int64_t rows = aptc_max(0, aptc_min(job.tile, p.queries - q0));
     APTC_THREADS(t)
-        aptc_attention_sums(&job, APTC_BX, APTC_BY, t, job.d_o + (p.q_row + q0) * job.ldo + p.head * job.dim, job.ldo, rows);
+        aptc_attention_sums(&job, APTC_BX, APTC_BY, t, job.d_o, p.q_row + q0, (int64_t)p.head * job.dim, rows);
     if (rows == 0) return;
     APTC_LOAD_GIVEN(p);
     APTC_ZERO_SUM(r.sum[0]);
@@ -2209,7 +2222,7 @@ APTC_KERNEL(aptc_attention_dq_kernel, aptc_attention)
     APTC_BARRIER;
     APTC_THREADS(t) for (int32_t i = t / APTC_WARP; i < rows; i += APTC_WARPS)
         for (int32_t c = t % APTC_WARP; c < job.dim; c += APTC_WARP)
-            job.dq[(p.q_row + q0 + i) * job.lddq + p.head * job.dim + c] = job.scale * acc[i * r.ld_sum + c];
+            aptc_set(&job.dq, p.q_row + q0 + i, (int64_t)p.head * job.dim + c, job.scale * acc[i * r.ld_sum + c]);
 }
 APTC_LAUNCHER(aptc_attention_dq_kernel, aptc_attention)
 
@@ -2246,8 +2259,8 @@ APTC_KERNEL(aptc_attention_dkv_kernel, aptc_attention)
     APTC_THREADS(t) for (int32_t i = t / APTC_WARP; i < job.tile && k0 + i < p.keys; i += APTC_WARPS)
         for (int32_t c = t % APTC_WARP; c < job.dim; c += APTC_WARP) {
             const int64_t row = p.k_row + k0 + i, column = group * job.dim + c;
-            if (job.dk != NULL) job.dk[row * job.lddk + column] = job.scale * acc_k[i * r.ld_sum + c];
-            if (job.dv != NULL) job.dv[row * job.lddv + column] = acc_v[i * r.ld_sum + c];
+            if (job.dk.data != NULL) aptc_set(&job.dk, row, column, job.scale * acc_k[i * r.ld_sum + c]);
+            if (job.dv.data != NULL) aptc_set(&job.dv, row, column, acc_v[i * r.ld_sum + c]);
         }
 }
 APTC_LAUNCHER(aptc_attention_dkv_kernel, aptc_attention)
@@ -2296,17 +2309,20 @@ APTC_KERNEL(aptc_attention_dbias_kernel, aptc_attention)
 }
 APTC_LAUNCHER(aptc_attention_dbias_kernel, aptc_attention)
 
+static aptc_view aptc_floats(const float *x, int64_t ld)
+{
+    const aptc_view v = {(void *)(uintptr_t)x, ld, APT_F32};
+    return v;
+}
+
 static aptc_attention aptc_attention_of(const aptc_device *d, const apti_attention_job *op)
 {
     const apti_attention_op *o = op->op;
     aptc_attention a;
     memset(&a, 0, sizeof a);
-    a.q = op->q;
-    a.k = op->k;
-    a.v = op->v;
-    a.ldq = op->ldq;
-    a.ldk = op->ldk;
-    a.ldv = op->ldv;
+    a.q = aptc_floats(op->q, op->ldq);
+    a.k = aptc_floats(op->k, op->ldk);
+    a.v = aptc_floats(op->v, op->ldv);
     a.bias = o->bias;
     a.mask = o->head_mask;
     a.q_offsets = o->q_offsets;
@@ -2346,11 +2362,10 @@ static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *
     APTC_TILE_CHOOSE(d, a, op->longest_q, longest_k, APTC_FORWARD_ROOM, fits);
     if (!fits) return false;
     a.blocks = aptc_ceil(op->longest_q, a.rows);
-    a.o = op->out;
-    a.ldo = op->ldo;
+    a.o = aptc_floats(op->out, op->ldo);
     a.lse_out = op->lse;
     d->waiting.attention = a;
-    aptc_wait(d, APTC_ATTENTION, a.o, a.ldo, op->rows_q, (int64_t)a.heads * a.dim);
+    aptc_wait(d, APTC_ATTENTION, op->out, op->ldo, op->rows_q, (int64_t)a.heads * a.dim);
     return true;
 }
 
@@ -2371,16 +2386,14 @@ static void aptc_attention_forward_run(aptc_device *d, aptc_attention *a, const 
 static void aptc_attention_dots(aptc_device *d, const apti_attention_job *op, const aptc_attention *given, float *dot)
 {
     aptc_attention a = *given;
-    a.o = dot;
+    a.dot_out = dot;
     a.dot = NULL;
     if (op->o == NULL || d->math == APT_CUDA_FP32) {
         APTC_LAUNCH_DYNAMIC(d, aptc_attention_sweep_kernel, a, aptc_ceil(op->longest_q, a.tile), (int64_t)a.sequences * a.heads,
                             APTC_SWEEP_ROOM(&a).end);
         return;
     }
-    a.q = op->o;                      /* this kernel's two matrices are d_o and o */
-    a.ldo = op->ldo;
-    a.lddq = op->lddo;
+    a.o = aptc_floats(op->o, op->ldo);
     a.pairs = op->rows_q * a.heads;
     APTC_LAUNCH(d, aptc_attention_dot_kernel, a, aptc_ceil(a.pairs, APTC_WARPS), 1);
 }
@@ -2397,15 +2410,11 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
     float *dot = (float *)aptc_take(d, op->rows_q * a.heads * (int64_t)sizeof(float));
     a.dbias = op->dbias == NULL ? NULL : (float *)aptc_take(d, pairs * wide * (int64_t)sizeof(float));
     if (dot == NULL || (op->dbias != NULL && a.dbias == NULL)) return false;
-    a.d_o = op->d_o;
-    a.ldo = op->lddo;
+    a.d_o = aptc_floats(op->d_o, op->lddo);
     a.lse = op->saved;
-    a.dq = op->dq;
-    a.dk = op->dk;
-    a.dv = op->dv;
-    a.lddq = op->lddq;
-    a.lddk = op->lddk;
-    a.lddv = op->lddv;
+    a.dq = aptc_floats(op->dq, op->lddq);
+    a.dk = aptc_floats(op->dk, op->lddk);
+    a.dv = aptc_floats(op->dv, op->lddv);
     aptc_attention_dots(d, op, &a, dot);
     a.dot = dot;
     aptc_attention queries = a;       /* the kernel of dq adds up d_o, too */
