@@ -1555,7 +1555,17 @@ struct apt_backend {
     void *(*alloc)(void *self, size_t bytes);                          /* 256-byte aligned; NULL: no memory */
     void (*release)(void *self, void *memory, size_t bytes);           /* as many as asked for; the queue uses it no more */
     bool (*run)(void *self, apti_op op, const void *job);
-    apt_result (*sync)(void *self, char message[APTI_BACKEND_MESSAGE]);
+    /* Activations: what operations write into these bytes the CPU does not look at before a sync with `look`, so that the backend
+       may hold it in a form of its own. Takes the place of what was said about the same address before. */
+    void (*own)(void *self, const void *memory, size_t bytes);
+    void (*forget)(void *self, const void *memory, size_t bytes);      /* what lies there is not wanted any more */
+    /* Small arrays that change with every batch, without moving pages between the two: what is uploaded (in the order of the queue;
+       `from` is the CPU's, and free again on return) is written by nothing else, and read by both sides where `share` said so; share
+       with 0 bytes takes back what was said about that address. fetch waits, and copies to memory of the CPU. */
+    void (*upload)(void *self, void *to, const void *from, size_t bytes);
+    void (*share)(void *self, const void *memory, size_t bytes);
+    void (*fetch)(void *self, void *to, const void *from, size_t bytes);
+    apt_result (*sync)(void *self, bool look, char message[APTI_BACKEND_MESSAGE]);
     void (*close)(void *self);                                         /* ends the backend, self included */
 };
 
@@ -1703,7 +1713,7 @@ typedef struct apti_attention_job {
     float *dq, *dk, *dv, *dbias;
     const float *d_o;
     int64_t lddq, lddk, lddv, lddo;
-    int64_t rows_q;                   /* of all sequences */
+    int64_t rows_q, rows_k;           /* of all sequences */
     int64_t longest_q, longest_k;     /* of a sequence; longest_k says nothing where there are k_ends */
     int64_t blocks;                   /* the CPU's: blocks of the longest sequence */
 } apti_attention_job;
@@ -2042,6 +2052,9 @@ typedef struct apti_pool apti_pool;
 struct apti_kernels;
 struct apti_quant_kernels;
 
+/* Bytes on a backend and a copy of them for the CPU: see apti_host_of. */
+typedef struct apti_mirror { const char *device; char *host; int64_t bytes; struct apti_mirror *next; } apti_mirror;
+
 struct apt_ctx {
     apt_desc desc;                               /* the caller's, or zeros; desc.kernels is not kept */
     apti_pool *pool;                             /* NULL: one thread, or the caller's parallel_for */
@@ -2051,6 +2064,7 @@ struct apt_ctx {
     void *scratch[APTI_MAX_THREADS];             /* one per thread, scratch_bytes each, 64-byte aligned */
     size_t scratch_bytes;
     int64_t bytes, peak_bytes, blocks;           /* held from the allocator, overhead included */
+    apti_mirror *mirrors;                        /* backends: of passes */
     double *device_sums;                         /* backends: where losses and norms come out, APTI_DEVICE_SUMS of them */
     uint64_t fallbacks;                          /* bit per apti_op that the backend did not have; said once */
     apt_result device_result;                    /* first failure of the backend */
@@ -2114,6 +2128,15 @@ static void apti_log(apt_ctx *ctx, apt_log_level level, const char *format, ...)
    Memory: 64-byte aligned, counted, reference-counted blocks
    ------------------------------------------------------------------------------------------------------------------ */
 
+/* Arrays that the CPU has uploaded, and may read here while the queue still has to do it. */
+static const int32_t *apti_host_of(const apt_ctx *ctx, const int32_t *array)
+{
+    for (const apti_mirror *m = ctx->mirrors; m != NULL; m = m->next)
+        if ((uintptr_t)array - (uintptr_t)m->device < (uintptr_t)m->bytes)
+            return (const int32_t *)(const void *)(m->host + ((const char *)array - m->device));
+    return array;
+}
+
 /* Lies directly before the block. References let two models share frozen weights; only the API thread touches them. */
 typedef struct apti_block {
     void *base;                                  /* what the allocator returned */
@@ -2130,16 +2153,22 @@ APTI_INLINE apti_block *apti_block_of(const void *block)
 }
 
 /* Waits until the device has done everything it was asked for; nothing to do on a context without one. A failure of the device
-   is kept: apti_device_check reports it. */
-static void apti_sync(apt_ctx *ctx)
+   is kept: apti_device_check reports it. look: activations will be looked at, too, which the backend may first have to bring into
+   the CPU's form. */
+static void apti_sync_for(apt_ctx *ctx, bool look)
 {
     apt_backend *backend = ctx->desc.backend;
     char message[APTI_BACKEND_MESSAGE] = "";
     if (backend == NULL) return;
-    const apt_result r = backend->sync(backend->self, message);
+    const apt_result r = backend->sync(backend->self, look, message);
     if (r == APT_OK || ctx->device_result != APT_OK) return;
     ctx->device_result = apti_fail(ctx, r, "%s: %.400s", backend->name, message);
 }
+
+static void apti_sync(apt_ctx *ctx) { apti_sync_for(ctx, true); }
+
+/* For what happens in every step: losses, norms, parameters, but no activations of a pass. */
+static void apti_sync_results(apt_ctx *ctx) { apti_sync_for(ctx, false); }
 
 /* Waits, and says whether the device has failed; once it has, its contents are not to be trusted. */
 static apt_result apti_device_check(apt_ctx *ctx)
@@ -2224,7 +2253,7 @@ static void apti_free(apt_ctx *ctx, void *block)
     ctx->bytes -= total;
     ctx->blocks--;
     if (backend != NULL) {
-        apti_sync(ctx);
+        apti_sync_results(ctx);
         backend->release(backend->self, base, (size_t)total);
     } else if (ctx->desc.release != NULL) ctx->desc.release(base, ctx->desc.alloc_user);
     else free(base);
@@ -2582,15 +2611,15 @@ static void apti_run_inline(int64_t count, int32_t thread, apt_task task, void *
 }
 
 /* task(i, thread, arg) for every i in [0, count), in any order; returns when all are done. From inside a task it runs
-   its tasks inline, as the same thread. */
-static void apti_parallel_for(apt_ctx *ctx, int64_t count, apt_task task, void *arg)
+   its tasks inline, as the same thread. look: see apti_sync_for. */
+static void apti_parallel_run(apt_ctx *ctx, int64_t count, apt_task task, void *arg, bool look)
 {
     if (count <= 0) return;
     if (APTI_LOAD(&ctx->busy) != 0) {
         apti_run_inline(count, apti_thread_self(ctx), task, arg);
         return;
     }
-    apti_sync(ctx);
+    apti_sync_for(ctx, look);
     APTI_STORE(&ctx->busy, 1);
     const bool alone = count == 1 || ctx->threads == 1;
     if (!alone && ctx->desc.parallel_for != NULL) {
@@ -2609,6 +2638,11 @@ static void apti_parallel_for(apt_ctx *ctx, int64_t count, apt_task task, void *
         apti_run_inline(count, 0, task, arg);
     }
     APTI_STORE(&ctx->busy, 0);
+}
+
+static void apti_parallel_for(apt_ctx *ctx, int64_t count, apt_task task, void *arg)
+{
+    apti_parallel_run(ctx, count, task, arg, true);
 }
 
 /* Gives an operation to the backend. False: the CPU must do it, and may. */
@@ -7549,6 +7583,16 @@ static int64_t apti_attention_longest(const int32_t *offsets, int32_t sequences)
     return longest;
 }
 
+static void apti_attention_sizes(apti_attention_job *job)
+{
+    const int32_t n = job->op->sequences, *q = apti_host_of(job->ctx, job->op->q_offsets);
+    const int32_t *k = apti_host_of(job->ctx, job->op->k_offsets);
+    job->longest_q = apti_attention_longest(q, n);
+    job->longest_k = apti_attention_longest(k, n);
+    job->rows_q = q[n];
+    job->rows_k = k[n];
+}
+
 /* o(rows_q, heads*dh) from q(rows_q, heads*dh), k and v(rows_k, kv_heads*dh); lse(rows_q, heads) for the backward, or NULL */
 static void apti_attention_forward(apt_ctx *ctx, const apti_attention_op *op, float *o, int64_t ldo, float *lse, const float *q,
                                    int64_t ldq, const float *k, int64_t ldk, const float *v, int64_t ldv)
@@ -7565,9 +7609,7 @@ static void apti_attention_forward(apt_ctx *ctx, const apti_attention_op *op, fl
     job.out = o;
     job.ldo = ldo;
     job.lse = lse;
-    job.rows_q = op->q_offsets[op->sequences];
-    job.longest_q = apti_attention_longest(op->q_offsets, op->sequences);
-    job.longest_k = apti_attention_longest(op->k_offsets, op->sequences);
+    apti_attention_sizes(&job);
     job.blocks = apti_ceil_div(job.longest_q, APTI_ATTN_BLOCK);
     if (op->heads == 0 || apti_device_run(ctx, APTI_OP_ATTENTION_FORWARD, &job)) return;
     apti_parallel_for(ctx, (int64_t)op->sequences * op->heads * job.blocks, apti_attention_forward_task, &job);
@@ -7765,12 +7807,10 @@ static void apti_attention_backward(apt_ctx *ctx, const apti_attention_op *op, f
 {
     const int64_t pairs = (int64_t)op->sequences * op->kv_heads;
     apti_attention_job job = APT_ZERO;
-    job.longest_q = apti_attention_longest(op->q_offsets, op->sequences);
-    job.longest_k = apti_attention_longest(op->k_offsets, op->sequences);
-    job.rows_q = op->q_offsets[op->sequences];
-    const int64_t longest = apti_max_i64(job.longest_q, job.longest_k);
     job.ctx = ctx;
     job.op = op;
+    apti_attention_sizes(&job);
+    const int64_t longest = apti_max_i64(job.longest_q, job.longest_k);
     job.q = q;
     job.ldq = ldq;
     job.k = k;
@@ -8215,14 +8255,18 @@ static void apti_cross_entropy_task(int64_t index, int32_t thread, void *arg)
     job->correct[index] = correct;
 }
 
-/* The backend adds to the sums here; they are read after apti_sync. */
+/* The backend adds to the sums here. */
 enum { APTI_DEVICE_LOSS = 0, APTI_DEVICE_HITS, APTI_DEVICE_SQUARES, APTI_DEVICE_SUMS = 8 };
 
 static void apti_device_clear(apt_ctx *ctx, int32_t first, int32_t count)
 {
-    if (ctx->desc.backend == NULL) return;
-    apti_sync(ctx);
-    for (int32_t i = 0; i < count; i++) ctx->device_sums[first + i] = 0;
+    if (ctx->desc.backend != NULL) apti_zero(ctx, (float *)(void *)(ctx->device_sums + first), 2 * count);
+}
+
+static void apti_device_sums(apt_ctx *ctx, double *sums, int32_t first, int32_t count)
+{
+    apti_sync_results(ctx);
+    ctx->desc.backend->fetch(ctx->desc.backend->self, sums, ctx->device_sums + first, (size_t)count * sizeof(double));
 }
 
 /* Cross entropy on the backend: its sums go on growing, chunk after chunk, until somebody reads them. */
@@ -8235,19 +8279,20 @@ static bool apti_loss_device(apti_loss_job *job)
 
 static double apti_loss_read(apt_ctx *ctx, int64_t *correct)
 {
-    apti_sync(ctx);
-    *correct = (int64_t)ctx->device_sums[APTI_DEVICE_HITS];
-    return ctx->device_sums[APTI_DEVICE_LOSS];
+    double sums[2];
+    apti_device_sums(ctx, sums, APTI_DEVICE_LOSS, 2);
+    *correct = (int64_t)sums[APTI_DEVICE_HITS - APTI_DEVICE_LOSS];
+    return sums[0];
 }
 
-/* Cuts the rows into at most APTI_OPS_PARTS tasks and adds their sums in order. */
+/* Cuts the rows into at most APTI_OPS_PARTS tasks and adds their sums in order. Logits are no activations. */
 static double apti_loss_run(apti_loss_job *job, apt_task task, int64_t *correct)
 {
     double total = 0;
     *correct = 0;
     job->chunk = apti_max_i64(1, apti_ceil_div(job->rows, APTI_OPS_PARTS));
     const int64_t tasks = apti_ceil_div(job->rows, job->chunk);
-    apti_parallel_for(job->ctx, tasks, task, job);
+    apti_parallel_run(job->ctx, tasks, task, job, false);
     for (int64_t t = 0; t < tasks; t++) {
         total += job->sum[0][t] + job->sum[1][t];
         *correct += job->correct[t];
@@ -8263,7 +8308,8 @@ static double apti_cross_entropy(apt_ctx *ctx, float *dlogits, int64_t ldd, cons
 {
     apti_loss_job job = APT_ZERO;
     *count = 0;
-    for (int64_t i = 0; i < rows; i++) *count += apti_loss_counts(labels[i], classes, ignore_label);
+    const int32_t *known = apti_host_of(ctx, labels);
+    for (int64_t i = 0; i < rows; i++) *count += apti_loss_counts(known[i], classes, ignore_label);
     job.ctx = ctx;
     job.dlogits = dlogits;
     job.ldd = ldd;
@@ -8283,7 +8329,7 @@ static double apti_cross_entropy(apt_ctx *ctx, float *dlogits, int64_t ldd, cons
 static double apti_regression(apt_ctx *ctx, float *dpred, const float *pred, const float *targets, int64_t n, float grad_scale)
 {
     double total = 0;
-    apti_sync(ctx);
+    apti_sync_results(ctx);
     for (int64_t i = 0; i < n; i++) {
         const double difference = (double)pred[i] - (double)targets[i];
         total += difference * difference;
@@ -8431,7 +8477,8 @@ static double apti_lm_loss(apt_ctx *ctx, const apti_lm_op *op, float *dh, int64_
     apti_loss_job job = APT_ZERO;
     double total = 0;
     *count = *correct = 0;
-    for (int64_t i = 0; i < rows; i++) *count += apti_loss_counts(labels[i], vocab, ignore_label);
+    const int32_t *known = apti_host_of(ctx, labels);
+    for (int64_t i = 0; i < rows; i++) *count += apti_loss_counts(known[i], vocab, ignore_label);
     job.ctx = ctx;
     job.dlogits = grad ? work : NULL;
     job.logits = work;
@@ -14521,12 +14568,20 @@ typedef struct apti_cache {
     int32_t *start, *end, *source_start, *source_end, *before;
 } apti_cache;
 
+/* Bytes first .. end - 1 */
+typedef struct apti_span { int64_t first, end; } apti_span;
+
 struct apti_pass {
     apt_model *model;
     uint32_t mode;
     uint64_t structure;               /* of the model when the plan was made */
     char *block;
     int64_t block_bytes;
+    apti_span activations, shared;    /* of the block: all layers'; what layers that recompute share */
+    apti_span index;                  /* of the block: what the CPU writes for every batch, all of it */
+    apti_span told;                   /* backends: the index as it was shared last */
+    apti_mirror mirror;               /* backends: where the CPU writes it, before it is uploaded */
+    int64_t mirror_bytes;             /* that there are for it */
     int32_t layers;
     apti_acts *acts;                  /* [layers] */
     /* the batch */
@@ -14682,6 +14737,8 @@ static void apti_plan_kept_layers(apti_bump *b, apti_pass *pass, int64_t sequenc
         end = apti_max_i64(end, b->used);
     }
     b->used = end;
+    pass->shared.first = start;
+    pass->shared.end = shared ? end : start;
 }
 
 /* Inference: one set of buffers; a layer's output takes the place of its input. */
@@ -14770,9 +14827,6 @@ static void apti_plan_stack_buffers(apti_bump *b, apti_pass *pass, bool full)
     const int64_t d = m->config.hidden, f = (int64_t)sizeof(float);
     for (int32_t i = 0; i < pass->stacks; i++) {
         apti_stack *stack = &pass->stack[i];
-        stack->positions = (int32_t *)apti_bump_take(b, stack->rows, (int64_t)sizeof(int32_t));
-        if (m->block->relative)
-            stack->bucket = (int32_t *)apti_bump_take(b, 2 * (int64_t)m->config.max_distance + 1, (int64_t)sizeof(int32_t));
         stack->rope = m->block->rotary ? (float *)apti_bump_take(b, stack->rows * m->config.head_dim, f) : NULL;
         pass->acts[stack->first].x = apti_bump_matrix(b, stack->rows, d);
         if (!m->block->pre_norm) continue;
@@ -14802,42 +14856,81 @@ static void apti_plan_backward(apti_bump *b, apti_pass *pass, const apti_widths 
     pass->narrowed = apti_bump_matrix(b, rows, w->narrowed);
 }
 
+/* What apti_index_batch writes. A backend's pages of it hold nothing else: see apt_backend.share. */
+static void apti_plan_index(apti_bump *b, apti_pass *pass, int64_t sequences)
+{
+    enum { PAGE = 65536 };
+    const apt_model *m = pass->model;
+    const bool backend = m->ctx->desc.backend != NULL, each = m->config.task == APT_TASK_MLM || m->config.task == APT_TASK_LM;
+    const int64_t i = (int64_t)sizeof(int32_t), labels = each ? pass->stack[pass->stacks - 1].rows : 0;
+    if (backend) b->used += PAGE;
+    pass->index.first = b->used;
+    pass->first = (int32_t *)apti_bump_take(b, sequences, i);
+    pass->one_each = (int32_t *)apti_bump_take(b, sequences + 1, i);
+    pass->mlm_index = (int32_t *)apti_bump_take(b, labels, i);
+    pass->mlm_labels = (int32_t *)apti_bump_take(b, labels, i);
+    pass->target_tokens = (int32_t *)apti_bump_take(b, pass->stack[1].rows, i);
+    pass->copies = !backend ? NULL : (int32_t *)apti_bump_take(b, 2 * pass->stack[0].rows + 4 * sequences + 2, i);
+    pass->frequency = (float *)apti_bump_take(b, APTI_HEAD_MAX / 2, (int64_t)sizeof(float));
+    for (int32_t k = 0; k < pass->stacks; k++) {
+        apti_stack *stack = &pass->stack[k];
+        stack->positions = (int32_t *)apti_bump_take(b, stack->rows, i);
+        if (m->block->relative) stack->bucket = (int32_t *)apti_bump_take(b, 2 * (int64_t)m->config.max_distance + 1, i);
+    }
+    pass->index.end = b->used;
+    if (backend) b->used += PAGE;
+}
+
 /* Lays out all buffers for `rows` tokens (T5: and target_rows) in `sequences` sequences; with block NULL it only counts. */
 static int64_t apti_plan(apti_pass *pass, char *block, int64_t rows, int64_t target_rows, int64_t sequences)
 {
     apt_model *m = pass->model;
     const apti_widths w = apti_widest(m);
-    const int64_t f = (int64_t)sizeof(float), i = (int64_t)sizeof(int32_t);
+    const int64_t f = (int64_t)sizeof(float);
     const bool kept = (pass->mode & APTI_PASS_KEEP) != 0, full = (pass->mode & APTI_PASS_FULL) != 0;
     apti_bump b = {block, 0};
+    pass->shared.first = pass->shared.end = 0;
     apti_plan_stacks(pass, rows, target_rows);
-    const int64_t last_rows = pass->stack[pass->stacks - 1].rows;
-    const int64_t labels = m->config.task == APT_TASK_MLM || m->config.task == APT_TASK_LM ? last_rows : 0;
-    pass->first = (int32_t *)apti_bump_take(&b, sequences, i);
-    pass->one_each = (int32_t *)apti_bump_take(&b, sequences + 1, i);
-    pass->mlm_index = (int32_t *)apti_bump_take(&b, labels, i);
-    pass->mlm_labels = (int32_t *)apti_bump_take(&b, labels, i);
-    pass->target_tokens = (int32_t *)apti_bump_take(&b, pass->stack[1].rows, i);
-    pass->copies = m->ctx->desc.backend == NULL ? NULL
-                   : (int32_t *)apti_bump_take(&b, 2 * rows + 4 * sequences + 2, i);
-    pass->frequency = (float *)apti_bump_take(&b, APTI_HEAD_MAX / 2, f);
-    const int64_t bias = m->block->relative ? (int64_t)m->config.bias_heads * (2 * (int64_t)m->config.max_distance + 1) : 0;
-    pass->bias = (float *)apti_bump_take(&b, bias, f);
-    pass->dbias = (float *)apti_bump_take(&b, full ? bias : 0, f);
     apti_plan_stack_buffers(&b, pass, full);
     if (kept) apti_plan_kept_layers(&b, pass, sequences, full);
     else apti_plan_shared_layers(&b, pass, sequences, &w);
-    apti_plan_head(&b, pass, last_rows, sequences, kept);
     pass->ctx = apti_bump_matrix(&b, pass->most_rows, w.query);
     pass->act = apti_bump_matrix(&b, pass->most_rows, w.neurons);
     if (kept) apti_plan_backward(&b, pass, &w);
+    pass->activations.end = b.used;
+    const int64_t last_rows = pass->stack[pass->stacks - 1].rows;
+    apti_plan_index(&b, pass, sequences);
+    const int64_t bias = m->block->relative ? (int64_t)m->config.bias_heads * (2 * (int64_t)m->config.max_distance + 1) : 0;
+    pass->bias = (float *)apti_bump_take(&b, bias, f);
+    pass->dbias = (float *)apti_bump_take(&b, full ? bias : 0, f);
+    apti_plan_head(&b, pass, last_rows, sequences, kept);
     return b.used;
+}
+
+/* These activations are not wanted any more. */
+static void apti_pass_forget(const apti_pass *pass, apti_span span)
+{
+    apt_backend *backend = pass->model->ctx->desc.backend;
+    if (backend != NULL) backend->forget(backend->self, pass->block + span.first, (size_t)(span.end - span.first));
+}
+
+/* Gives the block back; the next apti_pass_prepare takes a new one. */
+static void apti_pass_shrink(apt_ctx *ctx, apti_pass *pass)
+{
+    apti_mirror **at = &ctx->mirrors;
+    while (*at != NULL && *at != &pass->mirror) at = &(*at)->next;
+    if (*at != NULL) *at = pass->mirror.next;
+    apti_free(ctx, pass->block);
+    pass->block = NULL;
+    pass->block_bytes = 0;
+    pass->told.first = pass->told.end = 0;
 }
 
 static void apti_pass_free(apt_ctx *ctx, apti_pass *pass)
 {
     if (pass == NULL) return;
-    apti_free(ctx, pass->block);
+    apti_pass_shrink(ctx, pass);
+    apti_free(ctx, pass->mirror.host);
     apti_free(ctx, pass->acts);
     apti_free(ctx, pass);
 }
@@ -14858,12 +14951,34 @@ static apt_result apti_pass_create(apt_model *model, apti_pass **out)
     return APT_OK;
 }
 
-/* Gives the block back; the next apti_pass_prepare takes a new one. */
-static void apti_pass_shrink(apti_pass *pass)
+/* What a backend has to know of the block. */
+static apt_result apti_pass_tell(apti_pass *pass)
 {
-    apti_free(pass->model->ctx, pass->block);
-    pass->block = NULL;
-    pass->block_bytes = 0;
+    apt_ctx *ctx = pass->model->ctx;
+    apt_backend *backend = ctx->desc.backend;
+    const apti_span index = pass->index;
+    apti_mirror *mirror = &pass->mirror;
+    if (backend == NULL) return APT_OK;
+    if (index.end - index.first > pass->mirror_bytes) {
+        apti_free(ctx, mirror->host);
+        pass->mirror_bytes = mirror->bytes = 0;
+        mirror->host = (char *)apti_alloc(ctx, index.end - index.first, 1);
+        if (mirror->host == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory for the indices of a batch");
+        pass->mirror_bytes = index.end - index.first;
+    }
+    if (pass->told.end == 0) {
+        mirror->next = ctx->mirrors;
+        ctx->mirrors = mirror;
+    }
+    mirror->device = pass->block + index.first;
+    mirror->bytes = index.end - index.first;
+    backend->own(backend->self, pass->block, (size_t)pass->activations.end);
+    apti_pass_forget(pass, pass->activations);
+    if (index.first == pass->told.first && index.end == pass->told.end) return APT_OK;
+    if (pass->told.end > 0) backend->share(backend->self, pass->block + pass->told.first, 0);
+    backend->share(backend->self, mirror->device, (size_t)mirror->bytes);
+    pass->told = index;
+    return APT_OK;
 }
 
 static apt_result apti_pass_prepare(apti_pass *pass, const apt_batch *batch, uint32_t mode)
@@ -14876,7 +14991,7 @@ static apt_result apti_pass_prepare(apti_pass *pass, const apt_batch *batch, uin
     pass->batch = batch;
     const int64_t bytes = apti_plan(pass, NULL, rows, target_rows, batch->sequences);
     if (bytes > pass->block_bytes) {
-        apti_pass_shrink(pass);
+        apti_pass_shrink(ctx, pass);
         pass->block = (char *)apti_data(ctx, bytes, 1);
         if (pass->block == NULL)
             return apti_fail(ctx, APT_E_MEMORY, "no memory for the activations of %lld tokens: %lld bytes",
@@ -14884,7 +14999,7 @@ static apt_result apti_pass_prepare(apti_pass *pass, const apt_batch *batch, uin
         pass->block_bytes = bytes;
     }
     (void)apti_plan(pass, pass->block, rows, target_rows, batch->sequences);
-    return APT_OK;
+    return apti_pass_tell(pass);
 }
 
 /* ------------------------------------------------------------------------------------------------ checking a batch */
@@ -15251,16 +15366,17 @@ static void apti_cache_store(const apti_pass *p, int32_t l, int64_t ldk)
     const apti_acts *a = &p->acts[l];
     const apti_cache *cache = p->cache;
     apt_ctx *ctx = p->model->ctx;
+    const int64_t width = apti_kv_width(p->model, l);
     if (apti_is_cross(&p->model->config, l)) {
-        apti_copy_rows(ctx, cache->k[l], ldk, a->k, ldk, a->rows_k, ldk);
-        apti_copy_rows(ctx, cache->v[l], ldk, a->v, ldk, a->rows_k, ldk);
+        apti_copy_rows(ctx, cache->k[l], ldk, a->k, ldk, a->rows_k, width);
+        apti_copy_rows(ctx, cache->v[l], ldk, a->v, ldk, a->rows_k, width);
         return;
     }
-    const int32_t *offsets = p->stack[a->stack].offsets;
+    const int32_t *offsets = apti_host_of(ctx, p->stack[a->stack].offsets);
     for (int32_t s = 0; s < p->batch->sequences; s++) {
         const int64_t n = offsets[s + 1] - offsets[s], to = (cache->start[s] + cache->before[s]) * ldk, from = offsets[s] * ldk;
-        apti_copy_rows(ctx, cache->k[l] + to, ldk, a->k + from, ldk, n, ldk);
-        apti_copy_rows(ctx, cache->v[l] + to, ldk, a->v + from, ldk, n, ldk);
+        apti_copy_rows(ctx, cache->k[l] + to, ldk, a->k + from, ldk, n, width);
+        apti_copy_rows(ctx, cache->v[l] + to, ldk, a->v + from, ldk, n, width);
     }
 }
 
@@ -15358,17 +15474,30 @@ static void apti_rotary_frequencies(float *frequency, const apt_rope *rope, int3
     }
 }
 
+/* Where the CPU writes an array of the index */
+static int32_t *apti_index_host(const apti_pass *p, const void *array)
+{
+    return (int32_t *)(uintptr_t)apti_host_of(p->model->ctx, (const int32_t *)array);
+}
+
+/* The caller's offsets of a stack */
+static const int32_t *apti_index_offsets(const apti_pass *p, int32_t stack)
+{
+    return stack > 0 ? p->batch->target_offsets : p->batch->offsets;
+}
+
 /* What the decoder reads: the target, or the labels moved by one. */
 static void apti_index_target(apti_pass *p)
 {
     const apt_batch *b = p->batch;
     const apt_config *c = &p->model->config;
+    int32_t *tokens = apti_index_host(p, p->target_tokens);
     for (int32_t s = 0; s < b->sequences; s++)
         for (int32_t i = b->target_offsets[s]; i < b->target_offsets[s + 1]; i++) {
             const int32_t before = b->target_tokens != NULL ? b->target_tokens[i]
                                    : i == b->target_offsets[s] ? c->start_id
                                                                : b->labels[i - 1];
-            p->target_tokens[i] = before == -100 ? c->pad_id : before;
+            tokens[i] = before == -100 ? c->pad_id : before;
         }
     if (p->copies == NULL) p->stack[1].offsets = b->target_offsets;
     p->stack[1].tokens = p->target_tokens;
@@ -15379,39 +15508,41 @@ static void apti_index_labels(apti_pass *p)
 {
     const apt_batch *b = p->batch;
     const apt_config *c = &p->model->config;
-    const apti_stack *stack = &p->stack[p->stacks - 1];
+    const int32_t *offsets = apti_index_offsets(p, p->stacks - 1);
     const bool next = c->task == APT_TASK_LM && p->stacks == 1;
+    int32_t *index = apti_index_host(p, p->mlm_index), *labels = apti_index_host(p, p->mlm_labels);
     p->labelled = 0;
     if (b->labels == NULL || (c->task != APT_TASK_MLM && c->task != APT_TASK_LM)) return;
     for (int32_t s = 0; s < b->sequences; s++)
-        for (int32_t i = stack->offsets[s] + next; i < stack->offsets[s + 1]; i++) {
+        for (int32_t i = offsets[s] + next; i < offsets[s + 1]; i++) {
             if (b->labels[i] == -100) continue;
-            p->mlm_index[p->labelled] = i - next;
-            p->mlm_labels[p->labelled++] = b->labels[i];
+            index[p->labelled] = i - next;
+            labels[p->labelled++] = b->labels[i];
         }
 }
 
-/* What all layers of a stack know of positions: angles of its rows, buckets of distances. */
-static void apti_index_positions(apti_pass *p, const apti_stack *stack)
+/* What all layers of a stack know of positions: buckets of distances, and where its tokens stand. */
+static void apti_index_positions(apti_pass *p, int32_t which)
 {
     const apt_model *m = p->model;
-    const int32_t dim = m->config.head_dim;
-    if (m->block->rotary) {
-        apti_rotary_frequencies(p->frequency, &m->config.rope, dim);
-        apti_rotary_table(m->ctx, stack->rope, stack->positions, p->frequency, stack->rows, dim);
-    }
-    if (m->block->relative) {
-        const apti_relative_op op = apti_relative_of(p, stack->first);
-        apti_relative_buckets(stack->bucket, &op);
-    }
+    const apt_config *c = &m->config;
+    const int32_t base = c->family == APT_ROBERTA ? c->pad_id + 1 : 0, *offsets = apti_index_offsets(p, which);
+    const apti_stack *stack = &p->stack[which];
+    int32_t *positions = apti_index_host(p, stack->positions);
+    for (int32_t s = 0; s < p->batch->sequences; s++)
+        for (int32_t i = offsets[s]; i < offsets[s + 1]; i++)
+            positions[i] = base + i - offsets[s] + (p->cache != NULL && which == p->stacks - 1 ? p->cache->before[s] : 0);
+    if (!m->block->relative) return;
+    const apti_relative_op op = apti_relative_of(p, stack->first);
+    apti_relative_buckets(apti_index_host(p, stack->bucket), &op);
 }
 
 /* The next `n` of the copies; from NULL: none. */
-static const int32_t *apti_index_copy(int32_t **at, const int32_t *from, int64_t n)
+static const int32_t *apti_index_copy(const apti_pass *p, int32_t **at, const int32_t *from, int64_t n)
 {
     int32_t *copy = *at;
     if (from == NULL) return NULL;
-    memcpy(copy, from, (size_t)n * sizeof(int32_t));
+    memcpy(apti_index_host(p, copy), from, (size_t)n * sizeof(int32_t));
     *at += n;
     return copy;
 }
@@ -15428,34 +15559,33 @@ static void apti_index_arrays(apti_pass *p)
     p->types = b->types;
     p->labels = b->labels;
     if (at == NULL) return;
-    p->stack[0].offsets = apti_index_copy(&at, b->offsets, b->sequences + 1);
-    p->stack[0].tokens = apti_index_copy(&at, b->tokens, b->offsets[b->sequences]);
-    p->types = apti_index_copy(&at, b->types, b->offsets[b->sequences]);
-    if (task == APT_TASK_CLASSIFY) p->labels = apti_index_copy(&at, b->labels, b->sequences);
-    if (p->stacks > 1) p->stack[1].offsets = apti_index_copy(&at, b->target_offsets, b->sequences + 1);
+    p->stack[0].offsets = apti_index_copy(p, &at, b->offsets, b->sequences + 1);
+    p->stack[0].tokens = apti_index_copy(p, &at, b->tokens, b->offsets[b->sequences]);
+    p->types = apti_index_copy(p, &at, b->types, b->offsets[b->sequences]);
+    if (task == APT_TASK_CLASSIFY) p->labels = apti_index_copy(p, &at, b->labels, b->sequences);
+    if (p->stacks > 1) p->stack[1].offsets = apti_index_copy(p, &at, b->target_offsets, b->sequences + 1);
 }
 
-/* Positions, first rows, labelled rows. */
+/* Positions, first rows, labelled rows. On a backend all of it is written here and goes over at once. */
 static void apti_index_batch(apti_pass *p)
 {
     const apt_batch *b = p->batch;
     const apt_model *m = p->model;
-    const apt_config *c = &m->config;
-    const int32_t base = c->family == APT_ROBERTA ? c->pad_id + 1 : 0;
-    apti_sync(m->ctx);                /* what is written here may still be read for the last batch */
+    apt_backend *backend = m->ctx->desc.backend;
+    int32_t *first = apti_index_host(p, p->first), *one_each = apti_index_host(p, p->one_each);
     apti_index_arrays(p);
     if (p->stacks > 1) apti_index_target(p);
-    for (int32_t s = 0; s < b->sequences; s++) {
-        p->first[s] = b->offsets[s];
-        p->one_each[s] = s;
-        for (int32_t k = 0; k < p->stacks; k++)
-            for (int32_t i = p->stack[k].offsets[s]; i < p->stack[k].offsets[s + 1]; i++)
-                p->stack[k].positions[i] =
-                    base + i - p->stack[k].offsets[s] + (p->cache != NULL && k == p->stacks - 1 ? p->cache->before[s] : 0);
+    for (int32_t s = 0; s <= b->sequences; s++) {
+        if (s < b->sequences) first[s] = b->offsets[s];
+        one_each[s] = s;
     }
-    p->one_each[b->sequences] = b->sequences;
     apti_index_labels(p);
-    for (int32_t k = 0; k < p->stacks; k++) apti_index_positions(p, &p->stack[k]);
+    for (int32_t k = 0; k < p->stacks; k++) apti_index_positions(p, k);
+    if (m->block->rotary) apti_rotary_frequencies((float *)(void *)apti_index_host(p, p->frequency), &m->config.rope, m->config.head_dim);
+    if (backend != NULL)
+        backend->upload(backend->self, p->block + p->index.first, p->mirror.host, (size_t)(p->index.end - p->index.first));
+    for (int32_t k = 0; k < p->stacks && m->block->rotary; k++)
+        apti_rotary_table(m->ctx, p->stack[k].rope, p->stack[k].positions, p->frequency, p->stack[k].rows, m->config.head_dim);
 }
 
 /* A task of apti_embed for tables of which this model reads some columns only, or that exist as panels because they are the LM
@@ -15593,6 +15723,7 @@ static void apti_layer_forward(apti_pass *pass, int32_t l)
     const apti_acts *a = &pass->acts[l];
     const int64_t d = m->config.hidden, ld = apti_ld(d);
     const bool post = !m->block->pre_norm;
+    if (pass->shared.first < pass->shared.end) apti_pass_forget(pass, pass->shared);
     if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * l), a->x, ld, pass->stack[a->stack].rows, d);
     apti_attention_sublayer(pass, l);
     if (post) apti_probe_act(pass, apti_probe_hidden(m, 2 * l + 1), a->y1, ld, a->rows_q, d);
@@ -15978,6 +16109,7 @@ static void apti_backward(apti_pass *p)
         apti_copy_rows(m->ctx, p->g, ld, p->dmemory, ld, p->stack[0].rows, d);
     }
     apti_stack_backward(p, 0, lowest);
+    apti_pass_forget(p, p->activations);
 }
 
 /* ------------------------------------------------------------------------------------------------ inference */
@@ -15995,7 +16127,7 @@ static void apti_output_rows(apti_pass *p, const apti_lm_op *op, float *logits, 
     for (int64_t first = 0; first < n; first += p->mlm_chunk) {
         const int64_t rows = apti_min_i64(p->mlm_chunk, n - first);
         apti_lm_logits(ctx, op, p->mlm_work, ld, h + first * ldh, ldh, rows);
-        apti_sync(ctx);
+        apti_sync_results(ctx);
         for (int64_t i = 0; i < rows; i++)
             memcpy(logits + (first + i) * vocab, p->mlm_work + i * ld, (size_t)vocab * sizeof(float));
     }
@@ -16811,7 +16943,7 @@ APT_API apt_result apt_model_compact(apt_model *model)
     apti_survivors s;
     apti_compressed_drop(model);
     apti_rounded_drop(model);
-    if (model->pass != NULL) apti_pass_shrink(model->pass);
+    if (model->pass != NULL) apti_pass_shrink(model->ctx, model->pass);
     apt_result r = apti_survivors_make(model, &s);
     const int64_t most = apti_largest_linear(model);
     apti_param *fresh = (apti_param *)apti_calloc(ctx, model->param_count, (int64_t)sizeof(apti_param));
@@ -17700,8 +17832,9 @@ static double apti_gradient_norm(apt_trainer *t)
             sum += (double)t->ctx->kernels->dot(g, g, apti_min_i64(4096, n - at));
         }
     }
-    apti_sync(t->ctx);
-    return sqrt(t->ctx->desc.backend != NULL ? sum + t->ctx->device_sums[APTI_DEVICE_SQUARES] : sum);
+    double squares = 0;
+    if (t->ctx->desc.backend != NULL) apti_device_sums(t->ctx, &squares, APTI_DEVICE_SQUARES, 1);
+    return sqrt(sum + squares);
 }
 
 static double apti_learning_rate(const apt_train_desc *d, int64_t step)
@@ -17769,7 +17902,7 @@ static void apti_zero_moments(apt_trainer *t)
 {
     apti_param *p;
     t->adam_steps = 0;
-    apti_sync(t->ctx);
+    apti_sync_results(t->ctx);
     for (int32_t i = 0; (p = apti_trained(t, i)) != NULL; i++) {
         if (!apti_is_trained(p)) continue;
         memset(p->moment1, 0, (size_t)apti_param_count(p) * sizeof(float));
@@ -17793,7 +17926,7 @@ static void apti_gradients_scale(apt_trainer *t, double factor)
 static bool apti_probe_overflow(const apt_trainer *t)
 {
     if (!apti_is_scaled(t)) return false;
-    apti_sync(t->ctx);
+    apti_sync_results(t->ctx);
     return !apti_finite_all(t->probe.grad, apti_probe_count(t->model));
 }
 
@@ -17825,7 +17958,7 @@ static void apti_optimize(apt_trainer *t, double norm, bool finite)
     t->info.skipped = !finite;
     if (finite) apti_adam_update(t, clip > 0 && norm > clip ? clip / norm : 1.0, t->info.learning_rate);
     apti_zero_gradients(t);
-    apti_sync(t->ctx);                /* the CPU may look at everything again */
+    apti_sync_results(t->ctx);        /* the CPU may look at everything again: apti_backward has let the activations go */
 }
 /* ------------------------------------------------------------------------------------------------ self-distillation */
 
@@ -18017,6 +18150,7 @@ static apt_result apti_teacher_finite(const apt_trainer *t)
     const bool vocabulary = c->task == APT_TASK_MLM || c->task == APT_TASK_LM;
     const int64_t rows = vocabulary ? p->labelled : c->task == APT_TASK_SPAN ? p->rows : p->batch->sequences;
     const int64_t width = vocabulary ? c->hidden : apti_head_width(c), ld = vocabulary ? apti_ld(width) : width;
+    apti_sync_results(t->ctx);
     for (int64_t i = 0; i < rows; i++)
         if (!apti_finite_all((vocabulary ? p->head_norm : p->logits) + i * ld, width))
             return apti_fail(t->ctx, APT_E_NONFINITE, "the teacher's output is NaN or infinite in row %lld of this batch",
@@ -18051,6 +18185,7 @@ static apt_result apti_teacher_forward(apt_trainer *t, const apt_batch *batch, c
     }
     t->teacher_pass->capture = t->capture;
     r = apti_forward(t->teacher_pass, batch, last ? APTI_PASS_ALL_ROWS : 0);
+    if (r == APT_OK) apti_pass_forget(t->teacher_pass, t->teacher_pass->activations);
     if (r == APT_OK && t->external.given) r = apti_teacher_finite(t);
     t->info.teacher_milliseconds += 1e3 * (apti_seconds() - start);
     return r;
@@ -18110,7 +18245,7 @@ static double apti_distill_lm(apt_trainer *t, float temperature, double scale)
         apti_lm_logits(t->ctx, &y, teacher->mlm_work, ld, teacher->head_norm + first * ldy, ldy, n);
         job.rows = n;
         if (!apti_device_run(t->ctx, APTI_OP_KL, &job)) apti_parallel_for(t->ctx, n, apti_kl_task, &job);
-        apti_sync(t->ctx);
+        apti_sync_results(t->ctx);
         for (int64_t i = 0; i < n; i++) total += row_loss[i] * each;
         apti_lm_grads(t->ctx, &x, s->dhead + first * ldx, ldx, true, s->kl_work, ld, h, ldx, n, &grad);
     }
@@ -18125,7 +18260,7 @@ static double apti_distill_pred(apt_trainer *t, const apti_mixture *mix, float s
     const int64_t width = apti_head_width(&t->model->config), n = s->batch->sequences;
     const float *teacher = t->teacher_pass->logits;
     double loss = 0;
-    apti_sync(t->ctx);
+    apti_sync_results(t->ctx);
     switch (t->model->config.task) {
     case APT_TASK_CLASSIFY:
         (void)apt_distill_kl(&loss, s->dlogits, width, s->logits, width, teacher, width, NULL, n, width,
@@ -18212,7 +18347,7 @@ static void apti_distill_inject(void *user, int32_t layer, float *dy, int64_t ld
         if (!apti_device_run(ctx, APTI_OP_LAYER_LOSS, &job))
             apti_parallel_for(ctx, apti_ceil_div(rows, APTI_LAYER_LOSS_ROWS), apti_layer_loss_task, &job);
         double sum = 0;
-        apti_sync(ctx);
+        apti_sync_results(ctx);
         for (int64_t r = 0; r < rows; r++) sum += b.row_sum[r];
         t->distill_loss += t->desc.distill_layer * sum / ((double)rows * (double)dt);
         apti_plain_product(ctx, tr->b.grad, k, true, dt, k, rows, b.mapped, 1, ldm, b.u, k, APTI_B_PLAIN);
@@ -18362,7 +18497,7 @@ static apt_result apti_salience_update(apt_trainer *t)
     apt_units u;
     apt_model_units(t->model, &u);
     float *now = t->salience + u.total;
-    apti_sync(t->ctx);
+    apti_sync_results(t->ctx);
     apt_result r = apti_salience_now(t, now, now + u.total);
     if (r == APT_OK) r = apt_salience_ema(t->salience, now, u.total, t->desc.salience_momentum);
     if (r == APT_OK) t->observed = true;
@@ -18510,7 +18645,7 @@ static apt_result apti_shrink(apt_trainer *t)
     apti_survivors s = APT_ZERO;
     apti_transform tr = APT_ZERO;
     int32_t left = 0;
-    apti_pass_shrink(t->pass);
+    apti_pass_shrink(t->ctx, t->pass);
     for (int32_t i = 0; i < u.total; i++) left += m->masks[i] != 0;
     apt_result r = apti_unit_arrays_make(m, &arrays, left, apti_probe_count(m));
     if (r == APT_OK) r = apti_survivors_make(m, &s);
@@ -19442,11 +19577,6 @@ static int64_t apti_frame_cost(const apt_model *m)
            (columns > 0 ? apti_cost(layers * columns * (int64_t)sizeof(int32_t)) : 0);
 }
 
-static int64_t apti_pass_frame_cost(const apt_model *m)
-{
-    return apti_cost((int64_t)sizeof(apti_pass)) + apti_cost(m->config.layers * (int64_t)sizeof(apti_acts));
-}
-
 /* Values and panels of a parameter, as apti_param_reserve takes them. */
 static int64_t apti_storage_cost(const apt_model *m, const apti_param *p)
 {
@@ -19463,16 +19593,32 @@ static void apti_note_param(apti_rehearsal *r, const apti_param *p, int64_t sign
     if (p->trainable && n > 0) apti_note(r, APTI_USE_OPTIMIZER, sign * 3 * apti_cost(n * (int64_t)sizeof(float)));
 }
 
-static int64_t apti_plan_cost(const apti_rehearsal *r, apt_model *m, apti_acts *acts, uint32_t mode)
+/* The block of a pass in this mode; *mirror: what a backend's takes of the CPU's memory beside it */
+static int64_t apti_plan_costs(const apti_rehearsal *r, const apt_model *m, apti_acts *acts, uint32_t mode, int64_t *mirror)
 {
     apti_pass pass;
     memset(&pass, 0, sizeof(pass));
-    pass.model = m;
+    pass.model = (apt_model *)(uintptr_t)m;      /* a plan changes nothing of it */
     pass.acts = acts;
     pass.layers = m->config.layers;
     pass.mode = mode;
     pass.lean = apti_lean(m, mode);
-    return apti_cost(apti_plan(&pass, NULL, r->tokens, r->target_tokens, r->sequences));
+    const int64_t bytes = apti_cost(apti_plan(&pass, NULL, r->tokens, r->target_tokens, r->sequences));
+    *mirror = m->ctx->desc.backend != NULL ? apti_cost(pass.index.end - pass.index.first) : 0;
+    return bytes;
+}
+
+static int64_t apti_plan_cost(const apti_rehearsal *r, const apt_model *m, apti_acts *acts, uint32_t mode)
+{
+    int64_t mirror;
+    return apti_plan_costs(r, m, acts, mode, &mirror);
+}
+
+static int64_t apti_pass_frame_cost(const apti_rehearsal *r, const apt_model *m, apti_acts *acts)
+{
+    int64_t mirror;
+    (void)apti_plan_costs(r, m, acts, 0, &mirror);
+    return apti_cost((int64_t)sizeof(apti_pass)) + apti_cost(m->config.layers * (int64_t)sizeof(apti_acts)) + mirror;
 }
 
 /* Grows the block of a pass when the plan needs more; the old one goes first. */
@@ -19539,7 +19685,7 @@ static void apti_rehearse_attach(apti_rehearsal *r)
     const apti_arrays_cost arrays = apti_unit_arrays_cost(m);
     apti_note_host(r, APTI_USE_OPTIMIZER, apti_cost((int64_t)sizeof(apt_trainer)) + apti_cost(importance) + arrays.host);
     apti_note(r, APTI_USE_OPTIMIZER, arrays.data);
-    apti_note_host(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(m));
+    apti_note_host(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(r, m, r->acts));
     for (int32_t i = 0; i < m->param_count; i++) {
         apti_param *p = &m->params[i], old = *p;
         if (apti_is_adapter(p) || !apti_trains(&r->t, p)) continue;
@@ -19574,7 +19720,7 @@ static void apti_rehearse_teacher(apti_rehearsal *r)
     const apt_model *m = r->m;
     const int64_t d = m->config.hidden, f = (int64_t)sizeof(float), layers = m->config.layers;
     int64_t bytes = apti_cost(d * f) + 8 * apti_cost(APTI_TRANSFORM_RANK * d * f);
-    r->teacher_host = apti_frame_cost(m) + apti_pass_frame_cost(m) + apti_cost(layers * (int64_t)sizeof(float *));
+    r->teacher_host = apti_frame_cost(m) + apti_pass_frame_cost(r, m, r->acts) + apti_cost(layers * (int64_t)sizeof(float *));
     apti_note_host(r, APTI_USE_TEACHER, r->teacher_host);
     for (int32_t i = 0; i < m->param_count; i++) {
         apti_param copy = m->params[i];
@@ -19604,7 +19750,7 @@ static void apti_rehearse_external(apti_rehearsal *r)
 static void apti_rehearse_external_pass(apti_rehearsal *r)
 {
     if (r->external == NULL) return;
-    apti_note_host(r, APTI_USE_TEACHER, apti_pass_frame_cost(r->external));
+    apti_note_host(r, APTI_USE_TEACHER, apti_pass_frame_cost(r, r->external, r->external_acts));
     apti_note(r, APTI_USE_TEACHER, apti_distill_cost(r, r->external, 0) + apti_plan_cost(r, r->external, r->external_acts, 0));
 }
 
@@ -19811,7 +19957,7 @@ static apt_result apti_rehearse(apti_rehearsal *r, const apt_train_desc *desc)
     apti_rehearse_external(r);
     apti_rehearse_model(r);
     if (desc == NULL) {
-        apti_note_host(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(r->m));
+        apti_note_host(r, APTI_USE_ACTIVATIONS, apti_pass_frame_cost(r, r->m, r->acts));
         apti_note_pass(r, 0);
         apti_rehearse_magnitude(r);
         return APT_OK;

@@ -218,17 +218,25 @@ static bool aptc_has(apt_dtype type) { return type == APT_F32 || type == APT_BF1
 
 APTC_BOTH int64_t aptc_size(apt_dtype type) { return type == APT_F32 ? 4 : 2; }
 
+APTC_BOTH float aptc_from_half(uint16_t half, apt_dtype type)
+{
+    return type == APT_BF16 ? aptc_bf16_to_f32(half) : aptc_f16_to_f32(half);
+}
+
+APTC_BOTH uint16_t aptc_to_half(float value, apt_dtype type)
+{
+    return type == APT_BF16 ? aptc_f32_to_bf16(value) : aptc_f32_to_f16(value);
+}
+
 APTC_BOTH float aptc_load(const void *data, apt_dtype type, int64_t i)
 {
-    if (type == APT_F32) return ((const float *)data)[i];
-    const uint16_t half = ((const uint16_t *)data)[i];
-    return type == APT_BF16 ? aptc_bf16_to_f32(half) : aptc_f16_to_f32(half);
+    return type == APT_F32 ? ((const float *)data)[i] : aptc_from_half(((const uint16_t *)data)[i], type);
 }
 
 APTC_BOTH void aptc_store(void *data, apt_dtype type, int64_t i, float value)
 {
     if (type == APT_F32) ((float *)data)[i] = value;
-    else ((uint16_t *)data)[i] = type == APT_BF16 ? aptc_f32_to_bf16(value) : aptc_f32_to_f16(value);
+    else ((uint16_t *)data)[i] = aptc_to_half(value, type);
 }
 
 /* A matrix in the device's memory: element (i, j) is the one at i * ld + j, of `type`. */
@@ -239,6 +247,61 @@ APTC_BOTH float aptc_get(const aptc_view *x, int64_t i, int64_t j) { return aptc
 APTC_BOTH void aptc_set(const aptc_view *x, int64_t i, int64_t j, float value)
 {
     aptc_store(x->data, (apt_dtype)x->type, i * x->ld + j, value);
+}
+
+/* Adjacent columns, which a thread reads and writes at once where they are all there and lie so that it can. */
+enum { APTC_FOUR = 4 };
+typedef struct aptc_four { float x[APTC_FOUR]; } aptc_four;
+
+/* Elements j .. j + count - 1 of row i, and 0 */
+APTC_DEVICE aptc_four aptc_get_four(const aptc_view *v, int64_t i, int64_t j, int32_t count)
+{
+    const apt_dtype type = (apt_dtype)v->type;
+    const int64_t at = i * v->ld + j;
+    aptc_four f = {{0, 0, 0, 0}};
+#ifndef APT_CUDA_EMULATE
+    const char *p = (const char *)v->data + at * aptc_size(type);
+    if (count == APTC_FOUR && (uintptr_t)p % (uintptr_t)(APTC_FOUR * aptc_size(type)) == 0) {
+        if (type == APT_F32) {
+            const float4 x = *(const float4 *)p;
+            f.x[0] = x.x, f.x[1] = x.y, f.x[2] = x.z, f.x[3] = x.w;
+        } else {
+            const ushort4 x = *(const ushort4 *)p;
+            f.x[0] = aptc_from_half(x.x, type), f.x[1] = aptc_from_half(x.y, type);
+            f.x[2] = aptc_from_half(x.z, type), f.x[3] = aptc_from_half(x.w, type);
+        }
+        return f;
+    }
+#endif
+    for (int32_t c = 0; c < APTC_FOUR; c++)
+        if (c < count) f.x[c] = aptc_load(v->data, type, at + c);
+    return f;
+}
+
+APTC_DEVICE void aptc_set_four(const aptc_view *v, int64_t i, int64_t j, int32_t count, const aptc_four *f)
+{
+    const apt_dtype type = (apt_dtype)v->type;
+    const int64_t at = i * v->ld + j;
+#ifndef APT_CUDA_EMULATE
+    char *p = (char *)v->data + at * aptc_size(type);
+    if (count == APTC_FOUR && (uintptr_t)p % (uintptr_t)(APTC_FOUR * aptc_size(type)) == 0) {
+        if (type == APT_F32) *(float4 *)p = make_float4(f->x[0], f->x[1], f->x[2], f->x[3]);
+        else
+            *(ushort4 *)p = make_ushort4(aptc_to_half(f->x[0], type), aptc_to_half(f->x[1], type), aptc_to_half(f->x[2], type),
+                                         aptc_to_half(f->x[3], type));
+        return;
+    }
+#endif
+    for (int32_t c = 0; c < APTC_FOUR; c++)
+        if (c < count) aptc_store(v->data, type, at + c, f->x[c]);
+}
+
+/* The same of a vector; NULL: ones */
+APTC_DEVICE aptc_four aptc_vector_four(const float *x, int64_t j, int32_t count)
+{
+    const aptc_view v = {(void *)(uintptr_t)x, 0, APT_F32};
+    const aptc_four ones = {{1, 1, 1, 1}};
+    return x != NULL ? aptc_get_four(&v, 0, j, count) : ones;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -255,6 +318,8 @@ enum {
     APTC_SEEN_SETS = 8192,
     APTC_SEEN_WAYS = 4,
     APTC_KEPT = 2,
+    APTC_OWNED = 16,
+    APTC_SHARED_RANGES = 16,
     APTC_KEPT_ELEMENTS = 16384        /* smaller ones are soon converted */
 };
 
@@ -301,10 +366,43 @@ typedef struct aptc_scalars { float grad_scale, step_size, eps, decay; } aptc_sc
 /* What follows a product: pre = z;  c = (act(z) + residual) * mask. z may be c, pre or residual. The sizes are c's: see
    APTC_EACH_SIZED. */
 typedef struct aptc_finish {
-    float *c, *pre, *sizes;
-    const float *z, *residual, *mask;
-    int64_t ldc, ld_pre, ldz, ld_residual, rows, n, act;
+    aptc_view c, pre, z, residual;    /* pre, residual: data NULL, none */
+    const float *mask;
+    float *sizes;
+    int64_t rows, n, act;
 } aptc_finish;
+
+/* The sizes of the other kernels that can add up are those of what is read or, if `written`, of what is written. */
+typedef struct aptc_act_backward {
+    aptc_view du, da, pre;
+    const float *mask;
+    float *sizes;
+    int64_t rows, n, act, written;
+} aptc_act_backward;
+
+typedef struct aptc_residual {
+    aptc_view y, x, r;
+    const float *mask;
+    float *sizes;
+    int64_t rows, n, written;
+} aptc_residual;
+
+/* Forward: h = a v mask, whose sizes are added up; backward: those of dh */
+typedef struct aptc_gate {
+    aptc_view h, a, v, u, dh, du, dv;
+    const float *mask;
+    float *sizes;
+    int64_t rows, n, act;
+} aptc_gate;
+
+/* Forward: y = norm(z), its sizes; backward: y = dz, the sizes of dy */
+typedef struct aptc_norm {
+    aptc_view y, z, dy;
+    float *stats, *sizes;
+    const float *saved, *gamma, *beta, *mask;
+    int64_t rows, d, rms;
+    float eps, unused;
+} aptc_norm;
 
 /* What waits for the operation behind it, see aptc_settle */
 typedef enum aptc_waits {
@@ -332,6 +430,11 @@ typedef struct aptc_attention {
    and 0: nothing), rows, columns and stride. It is kept until something may have been written there. */
 typedef struct aptc_kept { uintptr_t first, end; int64_t rows, cols, ld; } aptc_kept;
 
+typedef struct aptc_range { uintptr_t first, end; } aptc_range;
+
+/* A matrix that is held in bfloat16, see "Where matrices are": (rows, n) with ld floats from row to row. */
+typedef struct aptc_half { uintptr_t first, end; int64_t ld, rows, n; } aptc_half;
+
 typedef struct aptc_device {
     apt_backend backend;
     apt_cuda_desc desc;
@@ -353,10 +456,10 @@ typedef struct aptc_device {
     aptc_waits waits;
     union {
         aptc_finish finish;
-        apti_gate_job gate;
-        apti_act_job act;
-        apti_residual_job residual;
-        apti_norm_job norm;
+        aptc_gate gate;
+        aptc_act_backward act;
+        aptc_residual residual;
+        aptc_norm norm;
         aptc_attention attention;
         apti_column_job sum;
     } waiting;
@@ -366,6 +469,10 @@ typedef struct aptc_device {
     char *kept_work;                  /* APTC_KEPT places of kept_bytes */
     int64_t kept_bytes;
     int32_t kept_next;                /* the place for the next one */
+    aptc_range owned[APTC_OWNED];     /* end 0: a free place */
+    aptc_range shared[APTC_SHARED_RANGES];        /* likewise */
+    aptc_half *half;                  /* [halves] of half_capacity, by address; they do not overlap */
+    int32_t halves, half_capacity;
     aptc_scalars *scalars;            /* [APTC_SCALARS], the device's */
     aptc_scalars given[APTC_SCALARS]; /* what they hold when the queue is done, `givens` of them */
     int32_t givens;
@@ -373,6 +480,7 @@ typedef struct aptc_device {
     aptc_launch *queue;
     int32_t queued, capacity;
     int64_t launched, replayed;       /* launches so far; those that were part of a graph */
+    int64_t widened;                  /* matrices of halves that were made floats */
 #else
     int32_t device;
     cudaStream_t stream;
@@ -688,6 +796,209 @@ static void aptc_issue_all(aptc_device *d)
 #define APTC_LAUNCH(d, name, job, bx, by) APTC_LAUNCH_DYNAMIC(d, name, job, bx, by, 0)
 
 /* ---------------------------------------------------------------------------------------------------------------------
+   Where matrices are
+
+   With APT_CUDA_BF16 what operations write into memory that the CPU does not look at (see `own` in apt.h) is held in bfloat16: half
+   the bytes, and products read it as it is. Such a matrix keeps the place that it has on the CPU. Each of its rows has the first
+   half of the row of floats that it stands for, so that its view has twice the stride, and making floats of it moves nothing but
+   the row's own numbers.
+   Every operation asks for views of its matrices, aptc_in before it reads and aptc_out before it writes. A matrix that is asked for
+   in another form than it was written in becomes floats first, as all do when the CPU wants to look.
+   ------------------------------------------------------------------------------------------------------------------ */
+
+/* x(rows, n) of floats from its halves. Block: rows APTC_BY, ...; from behind, since a float lies where later halves were. */
+typedef struct aptc_widen { float *x; int64_t ld, rows, n; } aptc_widen;
+
+APTC_KERNEL(aptc_widen_kernel, aptc_widen)
+{
+    APTC_PRIVATE(float, value);
+    for (int64_t i = APTC_BY; i < job.rows; i += APTC_ROWS) {
+        float *row = job.x + i * job.ld;
+        for (int64_t first = (job.n - 1) / APTC_BLOCK * APTC_BLOCK; first >= 0; first -= APTC_BLOCK) {
+            APTC_THREADS(t) APTC_MINE(value, t) = first + t < job.n ? aptc_load(row, APT_BF16, first + t) : 0.0f;
+            APTC_BARRIER;
+            APTC_THREADS(t) if (first + t < job.n) row[first + t] = APTC_MINE(value, t);
+            APTC_BARRIER;
+        }
+    }
+}
+APTC_LAUNCHER(aptc_widen_kernel, aptc_widen)
+
+static aptc_view aptc_floats(const float *x, int64_t ld)
+{
+    const aptc_view v = {(void *)(uintptr_t)x, ld, APT_F32};
+    return v;
+}
+
+static uintptr_t aptc_matrix_end(const float *x, int64_t ld, int64_t rows, int64_t n)
+{
+    return (uintptr_t)(x + (rows - 1) * ld + n);
+}
+
+/* The first matrix of halves that ends behind an address */
+static int32_t aptc_half_behind(const aptc_device *d, uintptr_t address)
+{
+    int32_t low = 0, high = d->halves;
+    while (low < high) {
+        const int32_t middle = low + (high - low) / 2;
+        if (d->half[middle].end > address) high = middle;
+        else low = middle + 1;
+    }
+    return low;
+}
+
+static void aptc_half_drop(aptc_device *d, int32_t i)
+{
+    d->halves--;
+    memmove(d->half + i, d->half + i + 1, (size_t)(d->halves - i) * sizeof(aptc_half));
+}
+
+static void aptc_half_widen(aptc_device *d, int32_t i)
+{
+    const aptc_half h = d->half[i];
+    const aptc_widen job = {(float *)h.first, h.ld, h.rows, h.n};
+    APTC_LAUNCH(d, aptc_widen_kernel, job, 1, aptc_min(h.rows, APTC_GRID_ROWS));
+    aptc_half_drop(d, i);
+#ifdef APT_CUDA_EMULATE
+    d->widened++;
+#endif
+}
+
+static void aptc_half_add(aptc_device *d, const aptc_half *h)
+{
+    const int32_t at = aptc_half_behind(d, h->first);
+    memmove(d->half + at + 1, d->half + at, (size_t)(d->halves - at) * sizeof(aptc_half));
+    d->half[at] = *h;
+    d->halves++;
+}
+
+static bool aptc_half_room(aptc_device *d)
+{
+    if (d->halves < d->half_capacity) return true;
+    const int32_t capacity = d->half_capacity > 0 ? 2 * d->half_capacity : 256;
+    aptc_half *half = (aptc_half *)realloc(d->half, (size_t)capacity * sizeof(aptc_half));
+    if (half == NULL) return false;
+    d->half = half;
+    d->half_capacity = capacity;
+    return true;
+}
+
+/* The view of x(rows, n) inside of a matrix of halves, if it is a part of it; else data NULL */
+static aptc_view aptc_half_part(const aptc_half *h, const float *x, int64_t ld, int64_t rows, int64_t n)
+{
+    aptc_view v = {NULL, 0, APT_BF16};
+    if ((uintptr_t)x < h->first || (ld != h->ld && rows > 1)) return v;
+    const int64_t at = (int64_t)((uintptr_t)x - h->first) / 4, row = at / h->ld, column = at % h->ld;
+    if (row + rows > h->rows || column + n > h->n) return v;
+    v.data = (char *)h->first + 4 * row * h->ld + 2 * column;
+    v.ld = 2 * h->ld;
+    return v;
+}
+
+/* x(rows, n), with ld floats from row to row, as it is now; NULL: no matrix */
+static aptc_view aptc_in(aptc_device *d, const float *x, int64_t ld, int64_t rows, int64_t n)
+{
+    if (x == NULL || rows < 1 || n < 1) return aptc_floats(x, ld);
+    const uintptr_t end = aptc_matrix_end(x, ld, rows, n);
+    for (;;) {
+        const int32_t i = aptc_half_behind(d, (uintptr_t)x);
+        if (i == d->halves || d->half[i].first >= end) return aptc_floats(x, ld);
+        const aptc_view part = aptc_half_part(&d->half[i], x, ld, rows, n);
+        if (part.data != NULL) return part;
+        aptc_half_widen(d, i);
+    }
+}
+
+/* The same of as many rows as there are, which are not known: those of the first one's matrix */
+static aptc_view aptc_in_rows(aptc_device *d, const float *x, int64_t ld, int64_t n)
+{
+    const int32_t i = aptc_half_behind(d, (uintptr_t)x);
+    return aptc_in(d, x, ld, i < d->halves && d->half[i].ld != ld ? 2 : 1, n);
+}
+
+/* Something else than a part of them will be written from x up to `end`: matrices that it covers, or that begin there as well, are
+   gone; what reaches beyond is made floats before. */
+static void aptc_half_clear(aptc_device *d, uintptr_t x, uintptr_t end)
+{
+    for (;;) {
+        const int32_t i = aptc_half_behind(d, x);
+        if (i == d->halves || d->half[i].first >= end) return;
+        if (d->half[i].first == x || (d->half[i].first > x && d->half[i].end <= end)) aptc_half_drop(d, i);
+        else aptc_half_widen(d, i);
+    }
+}
+
+static bool aptc_owned(const aptc_device *d, uintptr_t first, uintptr_t end)
+{
+    for (int32_t i = 0; i < APTC_OWNED; i++)
+        if (d->owned[i].first <= first && end <= d->owned[i].end) return true;
+    return false;
+}
+
+/* x(rows, n) before all of it is written, as halves where they may be. The operation must not read it in another form: what is
+   written in place goes into the view that was read. */
+static aptc_view aptc_out_as(aptc_device *d, float *x, int64_t ld, int64_t rows, int64_t n, bool halves)
+{
+    if (x == NULL || rows < 1 || n < 1) return aptc_floats(x, ld);
+    const aptc_half whole = {(uintptr_t)x, aptc_matrix_end(x, ld, rows, n), ld, rows, n};
+    const int32_t i = aptc_half_behind(d, whole.first);
+    if (i < d->halves) {
+        const aptc_half *h = &d->half[i];
+        const aptc_view part = aptc_half_part(h, x, ld, rows, n);
+        if (part.data != NULL && (halves || rows < h->rows || n < h->n)) return part;
+    }
+    aptc_half_clear(d, whole.first, whole.end);
+    if (!halves || d->math != APT_CUDA_BF16 || ld < n || !aptc_owned(d, whole.first, whole.end) || !aptc_half_room(d))
+        return aptc_floats(x, ld);
+    aptc_half_add(d, &whole);
+    return aptc_half_part(&whole, x, ld, rows, n);
+}
+
+static aptc_view aptc_out(aptc_device *d, float *x, int64_t ld, int64_t rows, int64_t n)
+{
+    return aptc_out_as(d, x, ld, rows, n, true);
+}
+
+/* `count` floats before they are written as such */
+static void aptc_out_floats(aptc_device *d, const float *x, int64_t count)
+{
+    if (x != NULL && count > 0) aptc_half_clear(d, (uintptr_t)x, (uintptr_t)(x + count));
+}
+
+/* y = x in place, or another matrix */
+static aptc_view aptc_out_over(aptc_device *d, float *y, int64_t ldy, int64_t rows, int64_t n, const float *x, const aptc_view *from)
+{
+    return y == x ? *from : aptc_out(d, y, ldy, rows, n);
+}
+
+static void aptc_own(void *self, const void *memory, size_t bytes)
+{
+    aptc_device *d = (aptc_device *)self;
+    const aptc_range range = {(uintptr_t)memory, (uintptr_t)memory + bytes};
+    aptc_range *place = &d->owned[0];
+    for (int32_t i = 0; i < APTC_OWNED; i++)
+        if (d->owned[i].end == 0) place = &d->owned[i];
+    for (int32_t i = 0; i < APTC_OWNED; i++)
+        if (d->owned[i].end != 0 && d->owned[i].first == range.first) place = &d->owned[i];
+    *place = range;
+}
+
+/* Nothing is widened there any more. */
+static void aptc_half_forget(aptc_device *d, uintptr_t first, uintptr_t end)
+{
+    int32_t i = aptc_half_behind(d, first);
+    while (i < d->halves && d->half[i].first < end) aptc_half_drop(d, i);
+}
+
+static void aptc_forget(void *self, const void *memory, size_t bytes)
+{
+    aptc_device *d = (aptc_device *)self;
+    d->used = 0;
+    aptc_settle(d);                   /* it may read there */
+    aptc_half_forget(d, (uintptr_t)memory, (uintptr_t)memory + bytes);
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
    Element by element
    ------------------------------------------------------------------------------------------------------------------ */
 
@@ -717,148 +1028,202 @@ APTC_DEVICE float aptc_act(float x, int32_t act, float *slope)
     return x;
 }
 
-/* Matrices that are read and written element by element: a thread per column and, of the rows, every APTC_ROWS-th. Blocks of one
-   row each would be over before they have begun. */
-enum { APTC_EACH_BLOCKS = 4096 };
+/* Matrices that are read and written element by element. Threads of a block have APTC_FOUR columns each, side by side, and what is
+   left of them further rows; a block goes on to other rows, because blocks of a few would be over before they have begun. */
+enum { APTC_EACH_BLOCKS = 1024, APTC_EACH_GROUPS = 64 };
+typedef struct aptc_each { int64_t i, j, step; int32_t count; } aptc_each;
 
-static int64_t aptc_columns(int64_t n) { return aptc_ceil(n, APTC_BLOCK); }
+/* Threads side by side: a power of two */
+APTC_BOTH int32_t aptc_groups(int64_t n)
+{
+    int32_t groups = 1;
+    while (groups < APTC_EACH_GROUPS && groups * APTC_FOUR < n) groups *= 2;
+    return groups;
+}
+
+/* The first row of thread t of block (bx, by), from which it goes on by `step`, and its columns */
+APTC_BOTH aptc_each aptc_each_first(int64_t n, int32_t t, int64_t bx, int64_t by, int64_t row_blocks)
+{
+    const int32_t groups = aptc_groups(n), lanes = APTC_BLOCK / groups;
+    aptc_each e;
+    e.i = by * lanes + t / groups;
+    e.j = (bx * groups + t % groups) * APTC_FOUR;
+    e.step = row_blocks * lanes;
+    e.count = (int32_t)aptc_max(0, aptc_min(APTC_FOUR, n - e.j));
+    return e;
+}
+
+static int64_t aptc_columns(int64_t n) { return n < 1 ? 0 : aptc_ceil(n, (int64_t)aptc_groups(n) * APTC_FOUR); }
 
 static int64_t aptc_row_blocks(int64_t rows, int64_t n)
 {
-    return n < 1 ? 0 : aptc_min(rows, aptc_max(1, APTC_EACH_BLOCKS / aptc_columns(n)));
+    if (n < 1 || rows < 1) return 0;
+    return aptc_min(aptc_ceil(rows, APTC_BLOCK / aptc_groups(n)), aptc_max(1, APTC_EACH_BLOCKS / aptc_columns(n)));
 }
 
-#define APTC_EACH(job_rows, job_n)                                                                                      \
-    for (int64_t i = APTC_BY; i < (job_rows); i += APTC_ROWS)                                                           \
-        APTC_THREADS(t)                                                                                                 \
-            for (int64_t j = APTC_BX * APTC_BLOCK + t, aptc_last = 0; j < (job_n) && aptc_last == 0; aptc_last = 1)
+#define APTC_EACH_OF(t, job_rows, job_n)                                                                                \
+    for (aptc_each e = aptc_each_first(job_n, t, APTC_BX, APTC_BY, APTC_ROWS); e.count > 0 && e.i < (job_rows); e.i += e.step)
+#define APTC_EACH(job_rows, job_n) APTC_THREADS(t) APTC_EACH_OF(t, job_rows, job_n)
+/* Element (i, j) by element */
+#define APTC_EACH_ONE(job_rows, job_n)                                                                                  \
+    APTC_EACH(job_rows, job_n) for (int64_t i = e.i, j = e.j; j < e.j + e.count; j++)
 #define APTC_LAUNCH_ROWS(d, name, job, rows, n) APTC_LAUNCH(d, name, job, aptc_columns(n), aptc_row_blocks(rows, n))
 #define APTC_LAUNCH_EACH(d, name, job) APTC_LAUNCH_ROWS(d, name, job, (job).rows, (job).n)
+#define APTC_GET(v) aptc_get_four(&(v), e.i, e.j, e.count)
+#define APTC_SET(v, four) aptc_set_four(&(v), e.i, e.j, e.count, &(four))
+#define APTC_VECTOR_GET(x) aptc_vector_four(x, e.j, e.count)
 
 /* The same for kernels that can also add up what salience asks for: sizes(APTC_ROWS, n), the sums of |x| over the rows of each
-   block; NULL: none. APTC_SIZE(x) is to be the last there. */
+   block; NULL: none. APTC_ADD(x) is to be the last there, x the sums' terms. */
 #define APTC_EACH_SIZED(job_rows, job_n)                                                                                \
-    APTC_PRIVATE(float, total);                                                                                         \
-    APTC_THREADS(t) APTC_MINE(total, t) = 0;                                                                            \
+    APTC_SHARED(aptc_four, aptc_part, APTC_BLOCK);                                                                      \
+    APTC_PRIVATE(aptc_four, total);                                                                                     \
+    APTC_THREADS(t) for (int32_t c = 0; c < APTC_FOUR; c++) APTC_MINE(total, t).x[c] = 0;                               \
     APTC_EACH(job_rows, job_n)
-#define APTC_SIZE(x) APTC_MINE(total, t) += fabsf(x)
+#define APTC_ADD(c, value) APTC_MINE(total, t).x[c] += (value)
 #define APTC_SIZES_END(job_n)                                                                                           \
-    APTC_THREADS(t) {                                                                                                   \
-        const int64_t j = APTC_BX * APTC_BLOCK + t;                                                                     \
-        if (job.sizes != NULL && j < (job_n)) job.sizes[APTC_BY * (job_n) + j] = APTC_MINE(total, t);                   \
-    }
+    if (job.sizes == NULL) return;                                                                                      \
+    APTC_THREADS(t) aptc_part[t] = APTC_MINE(total, t);                                                                 \
+    APTC_BARRIER;                                                                                                       \
+    APTC_THREADS(t) aptc_add_lanes(job.sizes, aptc_part, job_n, t, APTC_BX, APTC_BY)
+
+/* The sums of the block's threads that have the same columns, in their order */
+APTC_DEVICE void aptc_add_lanes(float *sizes, const aptc_four *part, int64_t n, int32_t t, int64_t bx, int64_t by)
+{
+    const int32_t groups = aptc_groups(n);
+    const aptc_each e = aptc_each_first(n, t, bx, by, 1);
+    aptc_four sum = part[t];
+    if (t >= groups) return;
+    for (int32_t lane = t + groups; lane < APTC_BLOCK; lane += groups)
+        for (int32_t c = 0; c < APTC_FOUR; c++) sum.x[c] += part[lane].x[c];
+    for (int32_t c = 0; c < e.count; c++) sizes[by * n + e.j + c] = sum.x[c];
+}
 
 APTC_KERNEL(aptc_finish_kernel, aptc_finish)
 {
     APTC_EACH_SIZED(job.rows, job.n) {
-        float x = job.z[i * job.ldz + j], slope;
-        if (job.pre != NULL && job.pre != job.z) job.pre[i * job.ld_pre + j] = x;
-        x = aptc_act(x, (int32_t)job.act, &slope);
-        if (job.residual != NULL) x += job.residual[i * job.ld_residual + j];
-        if (job.mask != NULL) x *= job.mask[j];
-        job.c[i * job.ldc + j] = x;
-        APTC_SIZE(x);
+        const aptc_four mask = APTC_VECTOR_GET(job.mask);
+        aptc_four x = APTC_GET(job.z), added = {{0, 0, 0, 0}};
+        if (job.pre.data != NULL && job.pre.data != job.z.data) APTC_SET(job.pre, x);
+        if (job.residual.data != NULL) added = APTC_GET(job.residual);
+        for (int32_t c = 0; c < APTC_FOUR; c++) {
+            float slope;
+            x.x[c] = (aptc_act(x.x[c], (int32_t)job.act, &slope) + added.x[c]) * mask.x[c];
+            APTC_ADD(c, fabsf(x.x[c]));
+        }
+        APTC_SET(job.c, x);
     }
-    APTC_SIZES_END(job.n)
+    APTC_SIZES_END(job.n);
 }
 APTC_LAUNCHER(aptc_finish_kernel, aptc_finish)
 
-/* to(rows, n) = from in another type; of a transposed `from` (rows are its columns) as well */
-typedef struct aptc_cast {
-    void *to;
-    const void *from;
-    int64_t ld_to, ld_from, rows, n;
-    apt_dtype to_type, from_type;
-} aptc_cast;
+/* to(rows, n) = from in another type, 0 where it has no data; of a transposed `from` (rows are its columns) as well */
+typedef struct aptc_cast { aptc_view to, from; int64_t rows, n; } aptc_cast;
 
 APTC_KERNEL(aptc_cast_kernel, aptc_cast)
 {
-    APTC_EACH(job.rows, job.n)
-        aptc_store(job.to, job.to_type, i * job.ld_to + j, aptc_load(job.from, job.from_type, i * job.ld_from + j));
+    APTC_EACH(job.rows, job.n) {
+        aptc_four x = {{0, 0, 0, 0}};
+        if (job.from.data != NULL) x = APTC_GET(job.from);
+        APTC_SET(job.to, x);
+    }
 }
 APTC_LAUNCHER(aptc_cast_kernel, aptc_cast)
 
-APTC_KERNEL(aptc_copy_kernel, apti_copy_job)
-{
-    APTC_EACH(job.rows, job.n) job.y[i * job.ldy + j] = job.x != NULL ? job.x[i * job.ldx + j] : 0.0f;
-}
-APTC_LAUNCHER(aptc_copy_kernel, apti_copy_job)
-
-/* The sizes are da's or, if written, du's. */
-typedef struct aptc_act_backward { apti_act_job op; float *sizes; int64_t written; } aptc_act_backward;
-
 APTC_KERNEL(aptc_act_backward_kernel, aptc_act_backward)
 {
-    APTC_EACH_SIZED(job.op.rows, job.op.n) {
-        const float da = job.op.da[i * job.op.ldda + j];
-        float slope = 1;
-        if (job.op.act >= 0) (void)aptc_act(job.op.pre[i * job.op.ld_pre + j], job.op.act, &slope);
-        const float du = da * slope * (job.op.mask != NULL ? job.op.mask[j] : 1.0f);
-        job.op.du[i * job.op.lddu + j] = du;
-        APTC_SIZE(job.written ? du : da);
+    APTC_EACH_SIZED(job.rows, job.n) {
+        const aptc_four mask = APTC_VECTOR_GET(job.mask), da = APTC_GET(job.da);
+        aptc_four u = {{0, 0, 0, 0}};
+        if (job.act >= 0) u = APTC_GET(job.pre);
+        for (int32_t c = 0; c < APTC_FOUR; c++) {
+            float slope = 1;
+            if (job.act >= 0) (void)aptc_act(u.x[c], (int32_t)job.act, &slope);
+            u.x[c] = da.x[c] * slope * mask.x[c];
+            APTC_ADD(c, fabsf(job.written ? u.x[c] : da.x[c]));
+        }
+        APTC_SET(job.du, u);
     }
-    APTC_SIZES_END(job.op.n)
+    APTC_SIZES_END(job.n);
 }
 APTC_LAUNCHER(aptc_act_backward_kernel, aptc_act_backward)
 
-/* The sizes are x's or, if written, y's. */
-typedef struct aptc_residual { apti_residual_job op; float *sizes; int64_t written; } aptc_residual;
-
 APTC_KERNEL(aptc_residual_kernel, aptc_residual)
 {
-    APTC_EACH_SIZED(job.op.rows, job.op.n) {
-        const float x = job.op.x[i * job.op.ldx + j], sum = x + job.op.r[i * job.op.ldr + j];
-        const float y = job.op.mask != NULL ? sum * job.op.mask[j] : sum;
-        job.op.y[i * job.op.ldy + j] = y;
-        APTC_SIZE(job.written ? y : x);
+    APTC_EACH_SIZED(job.rows, job.n) {
+        const aptc_four mask = APTC_VECTOR_GET(job.mask), x = APTC_GET(job.x);
+        aptc_four y = APTC_GET(job.r);
+        for (int32_t c = 0; c < APTC_FOUR; c++) {
+            y.x[c] = (x.x[c] + y.x[c]) * mask.x[c];
+            APTC_ADD(c, fabsf(job.written ? y.x[c] : x.x[c]));
+        }
+        APTC_SET(job.y, y);
     }
-    APTC_SIZES_END(job.op.n)
+    APTC_SIZES_END(job.n);
 }
 APTC_LAUNCHER(aptc_residual_kernel, aptc_residual)
 
-/* The sizes are those of h, backward of dh. */
-typedef struct aptc_gate { apti_gate_job op; float *sizes; } aptc_gate;
-
 APTC_KERNEL(aptc_gate_forward_kernel, aptc_gate)
 {
-    APTC_EACH_SIZED(job.op.rows, job.op.n) {
-        float x = job.op.a[i * job.op.lda + j] * job.op.v[i * job.op.ldv + j];
-        if (job.op.mask != NULL) x *= job.op.mask[j];
-        job.op.h[i * job.op.ldh + j] = x;
-        APTC_SIZE(x);
+    APTC_EACH_SIZED(job.rows, job.n) {
+        const aptc_four mask = APTC_VECTOR_GET(job.mask), a = APTC_GET(job.a);
+        aptc_four h = APTC_GET(job.v);
+        for (int32_t c = 0; c < APTC_FOUR; c++) {
+            h.x[c] = h.x[c] * a.x[c] * mask.x[c];
+            APTC_ADD(c, fabsf(h.x[c]));
+        }
+        APTC_SET(job.h, h);
     }
-    APTC_SIZES_END(job.op.n)
+    APTC_SIZES_END(job.n);
 }
 APTC_LAUNCHER(aptc_gate_forward_kernel, aptc_gate)
 
 APTC_KERNEL(aptc_gate_backward_kernel, aptc_gate)
 {
-    APTC_EACH_SIZED(job.op.rows, job.op.n) {
-        float slope;
-        const float act = aptc_act(job.op.u[i * job.op.ldu + j], job.op.act, &slope), given = job.op.dh[i * job.op.lddh + j];
-        const float dh = given * (job.op.mask != NULL ? job.op.mask[j] : 1.0f), v = job.op.v[i * job.op.ldv + j];
-        job.op.dv[i * job.op.lddv + j] = dh * act;
-        job.op.du[i * job.op.lddu + j] = dh * v * slope;
-        APTC_SIZE(given);
+    APTC_EACH_SIZED(job.rows, job.n) {
+        const aptc_four mask = APTC_VECTOR_GET(job.mask), given = APTC_GET(job.dh);
+        aptc_four u = APTC_GET(job.u), v = APTC_GET(job.v);
+        for (int32_t c = 0; c < APTC_FOUR; c++) {
+            float slope;
+            const float act = aptc_act(u.x[c], (int32_t)job.act, &slope), dh = given.x[c] * mask.x[c];
+            u.x[c] = dh * v.x[c] * slope;
+            v.x[c] = dh * act;
+            APTC_ADD(c, fabsf(given.x[c]));
+        }
+        APTC_SET(job.dv, v);
+        APTC_SET(job.du, u);
     }
-    APTC_SIZES_END(job.op.n)
+    APTC_SIZES_END(job.n);
 }
 APTC_LAUNCHER(aptc_gate_backward_kernel, aptc_gate)
 
 APTC_KERNEL(aptc_tanh_forward_kernel, apti_tanh_job)
 {
-    APTC_EACH(job.rows, job.n) job.out[i * job.ld + j] = tanhf(job.x[i * job.ld + j]);
+    APTC_EACH_ONE(job.rows, job.n) job.out[i * job.ld + j] = tanhf(job.x[i * job.ld + j]);
 }
 APTC_LAUNCHER(aptc_tanh_forward_kernel, apti_tanh_job)
 
 APTC_KERNEL(aptc_tanh_backward_kernel, apti_tanh_job)
 {
-    APTC_EACH(job.rows, job.n) {
+    APTC_EACH_ONE(job.rows, job.n) {
         const float y = job.x[i * job.ld + j];
         job.out[i * job.ld + j] = job.dy[i * job.ld + j] * (1.0f - y * y);
     }
 }
 APTC_LAUNCHER(aptc_tanh_backward_kernel, apti_tanh_job)
+
+/* x(rows, n) *= s */
+typedef struct aptc_scale { aptc_view x; int64_t rows, n; float s, unused; } aptc_scale;
+
+APTC_KERNEL(aptc_scale_kernel, aptc_scale)
+{
+    APTC_EACH(job.rows, job.n) {
+        aptc_four x = APTC_GET(job.x);
+        for (int32_t c = 0; c < APTC_FOUR; c++) x.x[c] *= job.s;
+        APTC_SET(job.x, x);
+    }
+}
+APTC_LAUNCHER(aptc_scale_kernel, aptc_scale)
 
 /* Long vectors: a thread per element of each round. */
 enum { APTC_VECTOR_BLOCKS = 1024 };
@@ -866,12 +1231,6 @@ enum { APTC_VECTOR_BLOCKS = 1024 };
     APTC_THREADS(t) for (int64_t i = APTC_BX * APTC_BLOCK + t; i < (count); i += (int64_t)APTC_VECTOR_BLOCKS * APTC_BLOCK)
 #define APTC_LAUNCH_VECTOR(d, name, job, count) \
     APTC_LAUNCH(d, name, job, aptc_min(aptc_ceil(count, APTC_BLOCK), APTC_VECTOR_BLOCKS), 1)
-
-APTC_KERNEL(aptc_scale_kernel, apti_scale_job)
-{
-    APTC_VECTOR(job.n) job.x[i] *= job.s;
-}
-APTC_LAUNCHER(aptc_scale_kernel, apti_scale_job)
 
 typedef struct aptc_adam {
     apti_adam_job op;
@@ -966,53 +1325,39 @@ APTC_KERNEL(aptc_fold_kernel, aptc_fold)
 APTC_LAUNCHER(aptc_fold_kernel, aptc_fold)
 #define APTC_LAUNCH_FOLD(d, fold) APTC_LAUNCH(d, aptc_fold_kernel, fold, aptc_ceil((fold).n, APTC_FOLD_COLUMNS), 1)
 
-/* partial(chunks, n): sums over a chunk of rows of x, |x|, x^2, or of a norm's dy * (z - mean) * rstd */
+/* Sums over the rows of x, |x|, x^2, or of a norm's x * (z - mean) * rstd */
 typedef struct aptc_column {
-    float *partial;
-    const float *x, *z, *stats;       /* z NULL: plain sums */
-    int64_t ldx, ldz, rows, n, chunk;
-    apti_column_kind kind;
+    aptc_view x, z;                   /* z: data NULL, plain sums */
+    const float *stats;
+    float *sizes;
+    int64_t rows, n, kind;            /* apti_column_kind */
 } aptc_column;
 
-APTC_DEVICE float aptc_column_term(const aptc_column *job, int64_t i, int64_t j)
-{
-    const float x = job->x[i * job->ldx + j];
-    if (job->z != NULL) return x * (job->z[i * job->ldz + j] - job->stats[2 * i]) * job->stats[2 * i + 1];
-    return job->kind == APTI_COLUMN_ABS ? fabsf(x) : job->kind == APTI_COLUMN_SQUARE ? x * x : x;
-}
-
-/* Block: APTC_CHUNK_COLUMNS columns (BX) of a chunk (BY); APTC_CHUNK_LANES threads share a column */
 APTC_KERNEL(aptc_column_kernel, aptc_column)
 {
-    APTC_SHARED(float, sum, APTC_BLOCK);
-    APTC_THREADS(t) {
-        const int64_t j = APTC_BX * APTC_CHUNK_COLUMNS + t % APTC_CHUNK_COLUMNS, first = APTC_BY * job.chunk;
-        const int64_t end = aptc_min(job.rows, first + job.chunk);
-        float total = 0;
-        for (int64_t i = first + t / APTC_CHUNK_COLUMNS; j < job.n && i < end; i += APTC_CHUNK_LANES)
-            total += aptc_column_term(&job, i, j);
-        sum[t] = total;
+    APTC_EACH_SIZED(job.rows, job.n) {
+        const aptc_four x = APTC_GET(job.x);
+        aptc_four z = {{0, 0, 0, 0}};
+        if (job.z.data != NULL) z = APTC_GET(job.z);
+        for (int32_t c = 0; c < APTC_FOUR; c++) {
+            if (job.z.data != NULL) APTC_ADD(c, x.x[c] * (z.x[c] - job.stats[2 * e.i]) * job.stats[2 * e.i + 1]);
+            else APTC_ADD(c, job.kind == APTI_COLUMN_ABS ? fabsf(x.x[c]) : job.kind == APTI_COLUMN_SQUARE ? x.x[c] * x.x[c] : x.x[c]);
+        }
     }
-    APTC_BARRIER;
-    APTC_THREADS(t) {
-        const int64_t j = APTC_BX * APTC_CHUNK_COLUMNS + t;
-        float total = 0;
-        for (int32_t lane = 0; t < APTC_CHUNK_COLUMNS && lane < APTC_CHUNK_LANES; lane++)
-            total += sum[lane * APTC_CHUNK_COLUMNS + t];
-        if (t < APTC_CHUNK_COLUMNS && j < job.n) job.partial[APTC_BY * job.n + j] = total;
-    }
+    APTC_SIZES_END(job.n);
 }
 APTC_LAUNCHER(aptc_column_kernel, aptc_column)
+
+/* Bytes of the workspace for the sums of each block */
+static int64_t aptc_sizes_bytes(int64_t rows, int64_t n) { return aptc_row_blocks(rows, n) * n * (int64_t)sizeof(float); }
 
 /* acc(n) += mask * column sums; false: the workspace is too small */
 static bool aptc_column_run(aptc_device *d, float *acc, aptc_column *job, const float *mask, bool binary)
 {
-    job->chunk = aptc_max(APTC_CHUNK_ROWS, aptc_ceil(job->rows, APTC_CHUNKS));
-    const int64_t chunks = aptc_ceil(job->rows, job->chunk);
-    job->partial = (float *)aptc_take(d, chunks * job->n * (int64_t)sizeof(float));
-    if (job->partial == NULL) return false;
-    const aptc_fold fold = {acc, job->partial, mask, chunks, job->n, job->n, binary};
-    APTC_LAUNCH(d, aptc_column_kernel, *job, aptc_ceil(job->n, APTC_CHUNK_COLUMNS), chunks);
+    job->sizes = (float *)aptc_take(d, aptc_sizes_bytes(job->rows, job->n));
+    if (job->sizes == NULL) return false;
+    const aptc_fold fold = {acc, job->sizes, mask, aptc_row_blocks(job->rows, job->n), job->n, job->n, binary};
+    APTC_LAUNCH_EACH(d, aptc_column_kernel, *job);
     APTC_LAUNCH_FOLD(d, fold);
     return true;
 }
@@ -1021,8 +1366,7 @@ static bool aptc_column_op(aptc_device *d, const apti_column_job *op)
 {
     aptc_column job;
     memset(&job, 0, sizeof job);
-    job.x = op->x;
-    job.ldx = op->ldx;
+    job.x = aptc_in(d, op->x, op->ldx, op->rows, op->n);
     job.rows = op->rows;
     job.n = op->n;
     job.kind = op->kind;
@@ -1062,57 +1406,135 @@ static void aptc_finish_run(aptc_device *d, aptc_finish *f, const apti_column_jo
     aptc_sizes_add(d, f->sizes, sum, blocks);
 }
 
-static void aptc_gate_run(aptc_device *d, const apti_gate_job *op, bool backward, const apti_column_job *sum)
+static aptc_gate aptc_gate_of(aptc_device *d, const apti_gate_job *op, bool backward)
 {
-    const int64_t blocks = aptc_row_blocks(op->rows, op->n);
-    const aptc_gate g = {*op, aptc_sizes_for(d, sum, blocks)};
-    if (backward) APTC_LAUNCH_ROWS(d, aptc_gate_backward_kernel, g, op->rows, op->n);
-    else APTC_LAUNCH_ROWS(d, aptc_gate_forward_kernel, g, op->rows, op->n);
-    aptc_sizes_add(d, g.sizes, sum, blocks);
+    aptc_gate g;
+    memset(&g, 0, sizeof g);
+    g.v = aptc_in(d, op->v, op->ldv, op->rows, op->n);
+    g.mask = op->mask;
+    g.rows = op->rows;
+    g.n = op->n;
+    g.act = op->act;
+    if (!backward) {
+        g.a = aptc_in(d, op->a, op->lda, op->rows, op->n);
+        g.h = aptc_out_over(d, op->h, op->ldh, op->rows, op->n, op->a, &g.a);
+        return g;
+    }
+    g.u = aptc_in(d, op->u, op->ldu, op->rows, op->n);
+    g.dh = aptc_in(d, op->dh, op->lddh, op->rows, op->n);
+    g.du = aptc_out_over(d, op->du, op->lddu, op->rows, op->n, op->dh, &g.dh);
+    g.dv = aptc_out_over(d, op->dv, op->lddv, op->rows, op->n, op->dh, &g.dh);
+    return g;
+}
+
+static void aptc_gate_run(aptc_device *d, aptc_gate *g, bool backward, const apti_column_job *sum)
+{
+    const int64_t blocks = aptc_row_blocks(g->rows, g->n);
+    g->sizes = aptc_sizes_for(d, sum, blocks);
+    if (backward) APTC_LAUNCH_EACH(d, aptc_gate_backward_kernel, *g);
+    else APTC_LAUNCH_EACH(d, aptc_gate_forward_kernel, *g);
+    aptc_sizes_add(d, g->sizes, sum, blocks);
 }
 
 static void aptc_gate_forward_op(aptc_device *d, const apti_gate_job *op)
 {
-    d->waiting.gate = *op;
+    d->waiting.gate = aptc_gate_of(d, op, false);
     aptc_wait(d, APTC_GATE, op->h, op->ldh, op->rows, op->n);
 }
 
-static void aptc_act_backward_run(aptc_device *d, const apti_act_job *op, const apti_column_job *sum, bool written)
+static void aptc_gate_backward_op(aptc_device *d, const apti_gate_job *op, const apti_column_job *sum)
 {
-    const int64_t blocks = aptc_row_blocks(op->rows, op->n);
-    const aptc_act_backward a = {*op, aptc_sizes_for(d, sum, blocks), written};
-    APTC_LAUNCH_ROWS(d, aptc_act_backward_kernel, a, op->rows, op->n);
-    aptc_sizes_add(d, a.sizes, sum, blocks);
+    aptc_gate g = aptc_gate_of(d, op, true);
+    aptc_gate_run(d, &g, true, sum);
+}
+
+static void aptc_act_backward_run(aptc_device *d, aptc_act_backward *a, const apti_column_job *sum)
+{
+    const int64_t blocks = aptc_row_blocks(a->rows, a->n);
+    a->sizes = aptc_sizes_for(d, sum, blocks);
+    APTC_LAUNCH_EACH(d, aptc_act_backward_kernel, *a);
+    aptc_sizes_add(d, a->sizes, sum, blocks);
 }
 
 /* sum: of what it reads; without one it waits for one of what it writes. */
 static void aptc_act_backward_op(aptc_device *d, const apti_act_job *op, const apti_column_job *sum)
 {
+    aptc_act_backward a;
+    memset(&a, 0, sizeof a);
+    a.da = aptc_in(d, op->da, op->ldda, op->rows, op->n);
+    a.pre = op->act >= 0 ? aptc_in(d, op->pre, op->ld_pre, op->rows, op->n) : a.da;
+    a.du = aptc_out_over(d, op->du, op->lddu, op->rows, op->n, op->da, &a.da);
+    a.mask = op->mask;
+    a.rows = op->rows;
+    a.n = op->n;
+    a.act = op->act;
+    a.written = sum == NULL;
     if (sum != NULL) {
-        aptc_act_backward_run(d, op, sum, false);
+        aptc_act_backward_run(d, &a, sum);
         return;
     }
-    d->waiting.act = *op;
+    d->waiting.act = a;
     aptc_wait(d, APTC_ACT, op->du, op->lddu, op->rows, op->n);
 }
 
-static void aptc_residual_run(aptc_device *d, const apti_residual_job *op, const apti_column_job *sum, bool written)
+static void aptc_residual_run(aptc_device *d, aptc_residual *r, const apti_column_job *sum)
 {
-    const int64_t blocks = aptc_row_blocks(op->rows, op->n);
-    const aptc_residual r = {*op, aptc_sizes_for(d, sum, blocks), written};
-    APTC_LAUNCH_ROWS(d, aptc_residual_kernel, r, op->rows, op->n);
-    aptc_sizes_add(d, r.sizes, sum, blocks);
+    const int64_t blocks = aptc_row_blocks(r->rows, r->n);
+    r->sizes = aptc_sizes_for(d, sum, blocks);
+    APTC_LAUNCH_EACH(d, aptc_residual_kernel, *r);
+    aptc_sizes_add(d, r->sizes, sum, blocks);
 }
 
 /* As aptc_act_backward_op */
 static void aptc_residual_op(aptc_device *d, const apti_residual_job *op, const apti_column_job *sum)
 {
+    aptc_residual r;
+    memset(&r, 0, sizeof r);
+    r.x = aptc_in(d, op->x, op->ldx, op->rows, op->n);
+    r.r = aptc_in(d, op->r, op->ldr, op->rows, op->n);
+    r.y = op->y == op->r ? r.r : aptc_out_over(d, op->y, op->ldy, op->rows, op->n, op->x, &r.x);
+    r.mask = op->mask;
+    r.rows = op->rows;
+    r.n = op->n;
+    r.written = sum == NULL;
     if (sum != NULL) {
-        aptc_residual_run(d, op, sum, false);
+        aptc_residual_run(d, &r, sum);
         return;
     }
-    d->waiting.residual = *op;
+    d->waiting.residual = r;
     aptc_wait(d, APTC_RESIDUAL, op->y, op->ldy, op->rows, op->n);
+}
+
+/* The rows of a matrix of halves, with their padding if any; or a vector of floats, which is cut into rows, so that blocks have
+   some, and what is left of it. */
+static void aptc_scale_op(aptc_device *d, const apti_scale_job *op)
+{
+    const int32_t i = aptc_half_behind(d, (uintptr_t)op->x);
+    if (i < d->halves && op->n % d->half[i].ld == 0) {
+        const aptc_half *h = &d->half[i];
+        const aptc_scale job = {aptc_half_part(h, op->x, h->ld, op->n / h->ld, h->n), op->n / h->ld, h->n, op->s, 0};
+        if (job.x.data != NULL) {
+            APTC_LAUNCH_EACH(d, aptc_scale_kernel, job);
+            return;
+        }
+    }
+    const int64_t width = APTC_EACH_GROUPS * APTC_FOUR, rows = op->n / width, rest = op->n % width;
+    const aptc_view x = aptc_in(d, op->x, op->n, 1, op->n);
+    const aptc_scale body = {{x.data, width, x.type}, rows, width, op->s, 0};
+    const aptc_scale tail = {{(char *)x.data + rows * width * aptc_size((apt_dtype)x.type), rest, x.type}, 1, rest, op->s, 0};
+    if (rows > 0) APTC_LAUNCH_EACH(d, aptc_scale_kernel, body);
+    if (rest > 0) APTC_LAUNCH_EACH(d, aptc_scale_kernel, tail);
+}
+
+static void aptc_copy_op(aptc_device *d, const apti_copy_job *op)
+{
+    aptc_cast job;
+    memset(&job, 0, sizeof job);
+    job.from = aptc_in(d, op->x, op->ldx, op->rows, op->n);
+    job.rows = op->rows;
+    job.n = op->n;
+    job.to = aptc_out_as(d, op->y, op->ldy, op->rows, op->n, op->x != NULL);        /* zeros: sums begin with them */
+    APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
 }
 
 /* partial[block] = sum of squares of the block's elements */
@@ -1172,70 +1594,96 @@ static bool aptc_squares_op(aptc_device *d, const apti_squares_job *op)
 
 enum { APTC_NORM_BLOCKS = 1024 };     /* as many as a device holds */
 
-/* The sizes, (APTC_ROWS, d) or NULL, are y's, backward dy's. */
-typedef struct aptc_norm { apti_norm_job op; float *sizes; } aptc_norm;
-
 /* first, first + APTC_WARPS, ...: the first rows of a block's rounds */
 #define APTC_NORM_ROUNDS(first) \
-    for (int64_t first = APTC_BY * APTC_WARPS; first < job.op.rows; first += APTC_ROWS * APTC_WARPS)
+    for (int64_t first = APTC_BY * APTC_WARPS; first < job.rows; first += APTC_ROWS * APTC_WARPS)
 
 /* Thread t's share of the block's sums of |x(rows, d)| over the rows of a round: columns t, t + APTC_BLOCK, ... */
-APTC_DEVICE void aptc_norm_sizes(const apti_norm_job *op, float *sizes, const float *x, int64_t ld, int64_t first, bool begins,
-                                 int32_t t)
+APTC_DEVICE void aptc_norm_sizes(const aptc_norm *job, const aptc_view *x, int64_t first, int64_t by, int32_t t)
 {
-    const int64_t end = aptc_min(op->rows, first + APTC_WARPS);
-    for (int64_t j = t; j < op->d; j += APTC_BLOCK) {
-        float total = begins ? 0.0f : sizes[j];
-        for (int64_t i = first; i < end; i++) total += fabsf(x[i * ld + j]);
+    const int64_t end = aptc_min(job->rows, first + APTC_WARPS);
+    float *sizes = job->sizes + by * job->d;
+    for (int64_t j = t; j < job->d; j += APTC_BLOCK) {
+        float total = first == by * APTC_WARPS ? 0.0f : sizes[j];
+        for (int64_t i = first; i < end; i++) total += fabsf(aptc_get(x, i, j));
         sizes[j] = total;
     }
 }
 
-#define APTC_NORM_SIZES(x, ld, first)                                                                                   \
-    APTC_THREADS(t) aptc_norm_sizes(&job.op, job.sizes + APTC_BY * job.op.d, x, ld, first, first == APTC_BY * APTC_WARPS, t)
+/* Thread t's columns of its warp's row of a round, four by four */
+#define APTC_NORM_COLUMNS(t, j, count)                                                                                  \
+    for (int64_t j = (t) % APTC_WARP * APTC_FOUR; row < job->rows && j < job->d; j += APTC_WARP * APTC_FOUR)            \
+        for (int32_t count = (int32_t)aptc_min(APTC_FOUR, job->d - j), once = 1; once == 1; once = 0)
 
-APTC_DEVICE bool aptc_alive(const float *mask, int64_t j) { return mask == NULL || mask[j] != 0.0f; }
+/* 1 where the column takes part in the statistics */
+APTC_DEVICE aptc_four aptc_alive(const float *mask, int64_t j, int32_t count)
+{
+    aptc_four alive = aptc_vector_four(mask, j, count);
+    for (int32_t c = 0; c < APTC_FOUR; c++) alive.x[c] = c < count && alive.x[c] != 0 ? 1.0f : 0.0f;
+    return alive;
+}
+
+/* What is multiplied with gamma and beta: the mask; of RMS norms whether there is any */
+APTC_DEVICE aptc_four aptc_norm_factor(const aptc_norm *job, int64_t j, int32_t count)
+{
+    return job->rms ? aptc_alive(job->mask, j, count) : aptc_vector_four(job->mask, j, count);
+}
+
+APTC_DEVICE float aptc_sum_four(const aptc_four *f) { return f->x[0] + f->x[1] + (f->x[2] + f->x[3]); }
 
 /* A round of rows from `first` on */
-APTC_DEVICE void aptc_norm_forward_rows(const apti_norm_job *op, int64_t first)
+APTC_DEVICE void aptc_norm_forward_rows(const aptc_norm *job, int64_t first)
 {
     APTC_PRIVATE(float, sum);
-    APTC_PRIVATE(float, count);
+    APTC_PRIVATE(float, number);
     APTC_PRIVATE(float, mean);
     APTC_THREADS(t) {
         const int64_t row = first + t / APTC_WARP;
-        APTC_MINE(sum, t) = APTC_MINE(count, t) = 0;
-        for (int64_t j = t % APTC_WARP; row < op->rows && j < op->d; j += APTC_WARP) {
-            if (!aptc_alive(op->mask, j)) continue;
-            APTC_MINE(sum, t) += op->z[row * op->ldz + j];
-            APTC_MINE(count, t) += 1;
+        APTC_MINE(sum, t) = APTC_MINE(number, t) = 0;
+        APTC_NORM_COLUMNS(t, j, count) {
+            const aptc_four alive = aptc_alive(job->mask, j, count);
+            aptc_four z = aptc_get_four(&job->z, row, j, count);
+            for (int32_t c = 0; c < APTC_FOUR; c++)
+                if (alive.x[c] == 0) z.x[c] = 0;
+            APTC_MINE(sum, t) += aptc_sum_four(&z);
+            APTC_MINE(number, t) += aptc_sum_four(&alive);
         }
     }
     APTC_WARP_SUM(sum);
-    APTC_WARP_SUM(count);
+    APTC_WARP_SUM(number);
     APTC_THREADS(t) {
         const int64_t row = first + t / APTC_WARP;
-        APTC_MINE(mean, t) = op->rms || APTC_MINE(count, t) == 0 ? 0.0f : APTC_MINE(sum, t) / APTC_MINE(count, t);
+        APTC_MINE(mean, t) = job->rms || APTC_MINE(number, t) == 0 ? 0.0f : APTC_MINE(sum, t) / APTC_MINE(number, t);
         APTC_MINE(sum, t) = 0;
-        for (int64_t j = t % APTC_WARP; row < op->rows && j < op->d; j += APTC_WARP) {
-            const float x = op->z[row * op->ldz + j] - APTC_MINE(mean, t);
-            if (aptc_alive(op->mask, j)) APTC_MINE(sum, t) += x * x;
+        APTC_NORM_COLUMNS(t, j, count) {
+            const aptc_four alive = aptc_alive(job->mask, j, count);
+            aptc_four z = aptc_get_four(&job->z, row, j, count);
+            for (int32_t c = 0; c < APTC_FOUR; c++) {
+                const float x = z.x[c] - APTC_MINE(mean, t);
+                z.x[c] = alive.x[c] != 0 ? x * x : 0.0f;
+            }
+            APTC_MINE(sum, t) += aptc_sum_four(&z);
         }
     }
     APTC_WARP_SUM(sum);
     APTC_THREADS(t) {
         const int64_t row = first + t / APTC_WARP;
-        const float variance = APTC_MINE(count, t) == 0 ? 0.0f : APTC_MINE(sum, t) / APTC_MINE(count, t) + op->eps;
-        const float rstd = variance == 0 ? 0.0f : 1.0f / sqrtf(variance), mu = APTC_MINE(mean, t);
-        for (int64_t j = t % APTC_WARP; row < op->rows && j < op->d; j += APTC_WARP) {
-            float m = op->mask != NULL ? op->mask[j] : 1.0f;
-            if (op->rms && m != 0) m = 1;
-            const float beta = op->beta != NULL ? op->beta[j] : 0.0f;
-            op->y[row * op->ldy + j] = op->gamma[j] * m * ((op->z[row * op->ldz + j] - mu) * rstd) + beta * m;
+        const double number_t = (double)APTC_MINE(number, t);             /* what a row has in common had better not be off */
+        const double variance = number_t == 0 ? 0.0 : (double)APTC_MINE(sum, t) / number_t + (double)job->eps;
+        const float rstd = variance == 0 ? 0.0f : (float)(1.0 / sqrt(variance)), mu = APTC_MINE(mean, t);
+        APTC_NORM_COLUMNS(t, j, count) {
+            const aptc_four m = aptc_norm_factor(job, j, count), gamma = aptc_vector_four(job->gamma, j, count);
+            const aptc_four beta = aptc_vector_four(job->beta, j, count);
+            aptc_four z = aptc_get_four(&job->z, row, j, count);
+            for (int32_t c = 0; c < APTC_FOUR; c++) {
+                z.x[c] = gamma.x[c] * m.x[c] * ((z.x[c] - mu) * rstd);
+                if (job->beta != NULL) z.x[c] += beta.x[c] * m.x[c];
+            }
+            aptc_set_four(&job->y, row, j, count, &z);
         }
-        if (op->stats != NULL && row < op->rows && t % APTC_WARP == 0) {
-            op->stats[2 * row] = mu;
-            op->stats[2 * row + 1] = rstd;
+        if (job->stats != NULL && row < job->rows && t % APTC_WARP == 0) {
+            job->stats[2 * row] = mu;
+            job->stats[2 * row + 1] = rstd;
         }
     }
 }
@@ -1243,50 +1691,53 @@ APTC_DEVICE void aptc_norm_forward_rows(const apti_norm_job *op, int64_t first)
 APTC_KERNEL(aptc_norm_forward_kernel, aptc_norm)
 {
     APTC_NORM_ROUNDS(first) {
-        aptc_norm_forward_rows(&job.op, first);
+        aptc_norm_forward_rows(&job, first);
         if (job.sizes == NULL) continue;
         APTC_BARRIER;
-        APTC_NORM_SIZES(job.op.y, job.op.ldy, first);
+        APTC_THREADS(t) aptc_norm_sizes(&job, &job.y, first, APTC_BY, t);
     }
 }
 APTC_LAUNCHER(aptc_norm_forward_kernel, aptc_norm)
 
-/* gamma times what the forward has put on it */
-APTC_DEVICE float aptc_norm_gamma(const apti_norm_job *job, int64_t j)
-{
-    if (job->mask == NULL) return job->gamma[j];
-    if (job->rms) return job->mask[j] != 0.0f ? job->gamma[j] : 0.0f;
-    return job->gamma[j] * job->mask[j];
-}
-
-APTC_DEVICE void aptc_norm_backward_rows(const apti_norm_job *op, int64_t first)
+APTC_DEVICE void aptc_norm_backward_rows(const aptc_norm *job, int64_t first)
 {
     APTC_PRIVATE(float, sum);
     APTC_PRIVATE(float, dot);
-    APTC_PRIVATE(float, count);
+    APTC_PRIVATE(float, number);
     APTC_THREADS(t) {
         const int64_t row = first + t / APTC_WARP;
-        APTC_MINE(sum, t) = APTC_MINE(dot, t) = APTC_MINE(count, t) = 0;
-        for (int64_t j = t % APTC_WARP; row < op->rows && j < op->d; j += APTC_WARP) {
-            if (!aptc_alive(op->mask, j)) continue;
-            const float x = (op->z[row * op->ldz + j] - op->saved[2 * row]) * op->saved[2 * row + 1];
-            const float g = op->dy[row * op->lddy + j] * aptc_norm_gamma(op, j);
-            APTC_MINE(sum, t) += g;
-            APTC_MINE(dot, t) += g * x;
-            APTC_MINE(count, t) += 1;
+        APTC_MINE(sum, t) = APTC_MINE(dot, t) = APTC_MINE(number, t) = 0;
+        APTC_NORM_COLUMNS(t, j, count) {
+            const aptc_four alive = aptc_alive(job->mask, j, count), m = aptc_norm_factor(job, j, count);
+            const aptc_four gamma = aptc_vector_four(job->gamma, j, count);
+            aptc_four z = aptc_get_four(&job->z, row, j, count), dy = aptc_get_four(&job->dy, row, j, count);
+            for (int32_t c = 0; c < APTC_FOUR; c++) {
+                const float x = (z.x[c] - job->saved[2 * row]) * job->saved[2 * row + 1];
+                dy.x[c] = alive.x[c] != 0 ? dy.x[c] * (gamma.x[c] * m.x[c]) : 0.0f;
+                z.x[c] = alive.x[c] != 0 ? dy.x[c] * x : 0.0f;
+            }
+            APTC_MINE(sum, t) += aptc_sum_four(&dy);
+            APTC_MINE(dot, t) += aptc_sum_four(&z);
+            APTC_MINE(number, t) += aptc_sum_four(&alive);
         }
     }
     APTC_WARP_SUM(sum);
     APTC_WARP_SUM(dot);
-    APTC_WARP_SUM(count);
+    APTC_WARP_SUM(number);
     APTC_THREADS(t) {
         const int64_t row = first + t / APTC_WARP;
-        const float n = APTC_MINE(count, t) > 1 ? APTC_MINE(count, t) : 1.0f;
-        const float average = op->rms ? 0.0f : APTC_MINE(sum, t) / n, slope = APTC_MINE(dot, t) / n;
-        for (int64_t j = t % APTC_WARP; row < op->rows && j < op->d; j += APTC_WARP) {
-            const float rstd = op->saved[2 * row + 1], x = (op->z[row * op->ldz + j] - op->saved[2 * row]) * rstd;
-            const float g = op->dy[row * op->lddy + j] * aptc_norm_gamma(op, j);
-            op->y[row * op->ldy + j] = aptc_alive(op->mask, j) ? rstd * (g - average - x * slope) : 0.0f;
+        const float n = APTC_MINE(number, t) > 1 ? APTC_MINE(number, t) : 1.0f;
+        const float average = job->rms ? 0.0f : APTC_MINE(sum, t) / n, slope = APTC_MINE(dot, t) / n;
+        APTC_NORM_COLUMNS(t, j, count) {
+            const aptc_four alive = aptc_alive(job->mask, j, count), m = aptc_norm_factor(job, j, count);
+            const aptc_four gamma = aptc_vector_four(job->gamma, j, count), dy = aptc_get_four(&job->dy, row, j, count);
+            const float rstd = job->saved[2 * row + 1];
+            aptc_four z = aptc_get_four(&job->z, row, j, count);
+            for (int32_t c = 0; c < APTC_FOUR; c++) {
+                const float x = (z.x[c] - job->saved[2 * row]) * rstd, g = dy.x[c] * (gamma.x[c] * m.x[c]);
+                z.x[c] = alive.x[c] != 0 ? rstd * (g - average - x * slope) : 0.0f;
+            }
+            aptc_set_four(&job->y, row, j, count, &z);
         }
     }
 }
@@ -1295,46 +1746,73 @@ APTC_KERNEL(aptc_norm_backward_kernel, aptc_norm)
 {
     APTC_NORM_ROUNDS(first) {
         if (job.sizes != NULL) {
-            APTC_NORM_SIZES(job.op.dy, job.op.lddy, first);
+            APTC_THREADS(t) aptc_norm_sizes(&job, &job.dy, first, APTC_BY, t);
             APTC_BARRIER;                         /* dz may be dy */
         }
-        aptc_norm_backward_rows(&job.op, first);
+        aptc_norm_backward_rows(&job, first);
     }
 }
 APTC_LAUNCHER(aptc_norm_backward_kernel, aptc_norm)
 
-static void aptc_norm_run(aptc_device *d, const apti_norm_job *op, bool backward, const apti_column_job *sum)
+static aptc_norm aptc_norm_of(const apti_norm_job *op)
 {
-    const int64_t blocks = aptc_min(aptc_ceil(op->rows, APTC_WARPS), APTC_NORM_BLOCKS);
-    const aptc_norm n = {*op, aptc_sizes_for(d, sum, blocks)};
-    if (backward) APTC_LAUNCH(d, aptc_norm_backward_kernel, n, 1, blocks);
-    else APTC_LAUNCH(d, aptc_norm_forward_kernel, n, 1, blocks);
-    aptc_sizes_add(d, n.sizes, sum, blocks);
+    aptc_norm n;
+    memset(&n, 0, sizeof n);
+    n.stats = op->stats;
+    n.saved = op->saved;
+    n.gamma = op->gamma;
+    n.beta = op->beta;
+    n.mask = op->mask;
+    n.rows = op->rows;
+    n.d = op->d;
+    n.rms = op->rms;
+    n.eps = op->eps;
+    return n;
+}
+
+static int64_t aptc_norm_blocks(const aptc_norm *n) { return aptc_min(aptc_ceil(n->rows, APTC_WARPS), APTC_NORM_BLOCKS); }
+
+static void aptc_norm_forward_run(aptc_device *d, aptc_norm *n, const apti_column_job *sum)
+{
+    const int64_t blocks = aptc_norm_blocks(n);
+    n->sizes = aptc_sizes_for(d, sum, blocks);
+    APTC_LAUNCH(d, aptc_norm_forward_kernel, *n, 1, blocks);
+    aptc_sizes_add(d, n->sizes, sum, blocks);
 }
 
 static void aptc_norm_forward_op(aptc_device *d, const apti_norm_job *op)
 {
-    d->waiting.norm = *op;
+    aptc_norm n = aptc_norm_of(op);
+    n.z = aptc_in(d, op->z, op->ldz, op->rows, op->d);
+    n.y = aptc_out_over(d, op->y, op->ldy, op->rows, op->d, op->z, &n.z);
+    aptc_out_floats(d, op->stats, 2 * op->rows);
+    d->waiting.norm = n;
     aptc_wait(d, APTC_NORM, op->y, op->ldy, op->rows, op->d);
 }
 
-/* dgamma and dbeta first: dz may be dy. They use the same room in turn, so that it is enough for both or for none. */
+/* dgamma, dbeta and, where it has no room in passing, the sum of |dy| first: dz may be dy. They use the same room in turn. */
 static bool aptc_norm_backward_op(aptc_device *d, const apti_norm_job *op, const apti_column_job *sum)
 {
     const size_t used = d->used;
+    aptc_norm n = aptc_norm_of(op);
     aptc_column job;
     memset(&job, 0, sizeof job);
-    job.x = op->dy;
-    job.ldx = op->lddy;
+    job.x = n.dy = aptc_in(d, op->dy, op->lddy, op->rows, op->d);
+    n.z = aptc_in(d, op->z, op->ldz, op->rows, op->d);
     job.rows = op->rows;
     job.n = op->d;
     if (op->dbeta != NULL && !aptc_column_run(d, op->dbeta, &job, op->mask, false)) return false;
-    job.z = op->z;
-    job.ldz = op->ldz;
+    job.z = n.z;
     job.stats = op->saved;
     d->used = used;
     if (op->dgamma != NULL && !aptc_column_run(d, op->dgamma, &job, op->mask, op->rms)) return false;
-    if (op->y != NULL) aptc_norm_run(d, op, true, sum);
+    if (op->y == NULL) return true;
+    const int64_t blocks = aptc_norm_blocks(&n);
+    n.y = aptc_out_over(d, op->y, op->ldy, op->rows, op->d, op->dy, &n.dy);
+    n.sizes = aptc_sizes_for(d, sum, blocks);
+    if (n.sizes == NULL) aptc_sizes_add(d, NULL, sum, 0);
+    APTC_LAUNCH(d, aptc_norm_backward_kernel, n, 1, blocks);
+    if (n.sizes != NULL) aptc_sizes_add(d, n.sizes, sum, blocks);
     return true;
 }
 
@@ -1343,17 +1821,18 @@ static bool aptc_norm_backward_op(aptc_device *d, const apti_norm_job *op, const
    ------------------------------------------------------------------------------------------------------------------ */
 
 typedef struct aptc_rotary {
-    float *x, *table;
+    aptc_view x;
+    float *table;
     const float *angles, *frequency;
     const int32_t *positions;
-    int64_t ldx, rows, n;             /* n: pairs of a row */
+    int64_t rows, n;                  /* n: pairs of a row */
     int32_t half, interleaved;
     float direction;
 } aptc_rotary;
 
 APTC_KERNEL(aptc_rotary_table_kernel, aptc_rotary)
 {
-    APTC_EACH(job.rows, job.n) {
+    APTC_EACH_ONE(job.rows, job.n) {
         const float angle = (float)job.positions[i] * job.frequency[j];
         job.table[2 * i * job.half + j] = cosf(angle);
         job.table[(2 * i + 1) * job.half + j] = sinf(angle);
@@ -1363,14 +1842,14 @@ APTC_LAUNCHER(aptc_rotary_table_kernel, aptc_rotary)
 
 APTC_KERNEL(aptc_rotary_kernel, aptc_rotary)
 {
-    APTC_EACH(job.rows, job.n) {
+    APTC_EACH_ONE(job.rows, job.n) {
         const int64_t head = j / job.half, k = j % job.half;
         const int64_t step = job.interleaved ? 2 : 1, partner = job.interleaved ? 1 : job.half;
-        float *x = job.x + i * job.ldx + head * 2 * job.half + k * step;
+        const int64_t at = head * 2 * job.half + k * step;
         const float co = job.angles[2 * i * job.half + k], si = job.direction * job.angles[(2 * i + 1) * job.half + k];
-        const float a = x[0], b = x[partner];
-        x[0] = a * co - b * si;
-        x[partner] = b * co + a * si;
+        const float a = aptc_get(&job.x, i, at), b = aptc_get(&job.x, i, at + partner);
+        aptc_set(&job.x, i, at, a * co - b * si);
+        aptc_set(&job.x, i, at + partner, b * co + a * si);
     }
 }
 APTC_LAUNCHER(aptc_rotary_kernel, aptc_rotary)
@@ -1379,12 +1858,12 @@ static bool aptc_rotary_op(aptc_device *d, const apti_rotary_job *op, bool table
 {
     aptc_rotary job;
     memset(&job, 0, sizeof job);
-    job.x = op->x;
+    if (table) aptc_out_floats(d, op->table, op->rows * op->op->dim);
+    else job.x = aptc_in(d, op->x, op->ldx, op->rows, (int64_t)op->op->heads * op->op->dim);
     job.table = op->table;
     job.angles = op->op->table;
     job.frequency = op->frequency;
     job.positions = op->positions;
-    job.ldx = op->ldx;
     job.rows = op->rows;
     job.half = op->op->dim / 2;
     job.n = table ? job.half : (int64_t)op->op->heads * job.half;
@@ -1405,7 +1884,7 @@ typedef struct aptc_relative {
 /* Rows: heads; columns: distances */
 APTC_KERNEL(aptc_relative_forward_kernel, aptc_relative)
 {
-    APTC_EACH(job.rows, job.n)
+    APTC_EACH_ONE(job.rows, job.n)
         job.out[i * job.wide + j] = job.in[job.bucket[j] * job.table_heads + (job.column != NULL ? job.column[i] : i)];
 }
 APTC_LAUNCHER(aptc_relative_forward_kernel, aptc_relative)
@@ -1413,7 +1892,7 @@ APTC_LAUNCHER(aptc_relative_forward_kernel, aptc_relative)
 /* Rows: heads; columns: buckets, each of which takes its distances in order */
 APTC_KERNEL(aptc_relative_backward_kernel, aptc_relative)
 {
-    APTC_EACH(job.rows, job.n) {
+    APTC_EACH_ONE(job.rows, job.n) {
         float total = 0;
         for (int64_t u = 0; u < job.wide; u++)
             if (job.bucket[u] == j) total += job.in[i * job.wide + u];
@@ -1443,38 +1922,57 @@ static bool aptc_relative_op(aptc_device *d, const apti_relative_job *op, bool b
    Rows that are looked up
    ------------------------------------------------------------------------------------------------------------------ */
 
-APTC_KERNEL(aptc_embed_kernel, apti_embed_job)
+typedef struct aptc_embed { apti_embed_job op; aptc_view x; } aptc_embed;
+
+APTC_KERNEL(aptc_embed_kernel, aptc_embed)
 {
-    APTC_EACH(job.rows, job.d) {
+    APTC_EACH_ONE(job.op.rows, job.op.d) {
         float x = 0;
         for (int32_t k = 0; k < 3; k++) {
-            if (job.table[k].data == NULL) continue;
-            const int64_t id = job.table[k].id != NULL ? job.table[k].id[i] : 0;
-            const int64_t column = job.table[k].columns != NULL ? job.table[k].columns[j] : j;
-            x += aptc_load(job.table[k].data, job.table[k].type, id * job.table[k].stride + column);
+            if (job.op.table[k].data == NULL) continue;
+            const int64_t id = job.op.table[k].id != NULL ? job.op.table[k].id[i] : 0;
+            const int64_t column = job.op.table[k].columns != NULL ? job.op.table[k].columns[j] : j;
+            x += aptc_load(job.op.table[k].data, job.op.table[k].type, id * job.op.table[k].stride + column);
         }
-        job.x[i * job.ldx + j] = x;
+        aptc_set(&job.x, i, j, x);
     }
 }
-APTC_LAUNCHER(aptc_embed_kernel, apti_embed_job)
+APTC_LAUNCHER(aptc_embed_kernel, aptc_embed)
 
 static bool aptc_embed_op(aptc_device *d, const apti_embed_job *op)
 {
     for (int32_t k = 0; k < 3; k++)
         if (op->table[k].data != NULL && op->table[k].nr != 1) return false;
-    APTC_LAUNCH_ROWS(d, aptc_embed_kernel, *op, op->rows, op->d);
+    aptc_embed job;
+    memset(&job, 0, sizeof job);
+    job.op = *op;
+    job.x = aptc_out(d, op->x, op->ldx, op->rows, op->d);
+    APTC_LAUNCH_ROWS(d, aptc_embed_kernel, job, op->rows, op->d);
     return true;
 }
 
-APTC_KERNEL(aptc_gather_kernel, apti_rows_job)
+/* x(rows, n) and from(rows, n), one of which is meant by its rows' names */
+typedef struct aptc_named { aptc_view x, from; const int32_t *index; int64_t rows, n; } aptc_named;
+
+APTC_KERNEL(aptc_gather_kernel, aptc_named)
 {
-    APTC_EACH(job.rows, job.d) job.x[i * job.ldx + j] = job.from[job.index[i] * job.ld_from + j];
+    APTC_EACH(job.rows, job.n) {
+        const aptc_four x = aptc_get_four(&job.from, job.index[e.i], e.j, e.count);
+        APTC_SET(job.x, x);
+    }
 }
-APTC_LAUNCHER(aptc_gather_kernel, apti_rows_job)
+APTC_LAUNCHER(aptc_gather_kernel, aptc_named)
 
 static bool aptc_gather_op(aptc_device *d, const apti_rows_job *op)
 {
-    APTC_LAUNCH_ROWS(d, aptc_gather_kernel, *op, op->rows, op->d);
+    aptc_named job;
+    memset(&job, 0, sizeof job);
+    job.from = aptc_in_rows(d, op->from, op->ld_from, op->d);
+    job.x = aptc_out(d, op->x, op->ldx, op->rows, op->d);
+    job.index = op->index;
+    job.rows = op->rows;
+    job.n = op->d;
+    APTC_LAUNCH_EACH(d, aptc_gather_kernel, job);
     return true;
 }
 
@@ -1489,7 +1987,7 @@ APTC_DEVICE int64_t aptc_axis_source(const apt_axis *axis, int64_t i)
 
 APTC_KERNEL(aptc_cut_kernel, aptc_cut)
 {
-    APTC_EACH(job.rows, job.n) {
+    APTC_EACH_ONE(job.rows, job.n) {
         const int64_t to = i * job.n + j, row = aptc_axis_source(&job.op.rows, i);
         const int64_t from = row * job.op.ld_from + aptc_axis_source(&job.op.cols, j);
         if (job.op.type == APT_F32) ((float *)job.op.to)[to] = ((const float *)job.op.from)[from];
@@ -1509,10 +2007,9 @@ static bool aptc_cut_op(aptc_device *d, const apti_cut_job *op)
 /* Row APTC_BY of x takes the rows of `from` that name it, in their order: no two blocks write to the same place. The list of
    names is read piece by piece; index NULL: all are for row 0. */
 typedef struct aptc_scatter {
-    float *x;
-    const float *from;
+    aptc_view x, from;
     const int32_t *index;
-    int64_t ldx, ld_from, rows, zero_rows, targets, n;
+    int64_t rows, zero_rows, targets, n;
 } aptc_scatter;
 
 APTC_KERNEL(aptc_scatter_kernel, aptc_scatter)
@@ -1534,16 +2031,16 @@ APTC_KERNEL(aptc_scatter_kernel, aptc_scatter)
                 const int64_t j = APTC_BX * APTC_BLOCK + t;
                 for (int64_t i = 0; j < job.n && i < count; i++) {
                     if (name[i] != target) continue;
-                    APTC_MINE(sum, t) += job.from[(first + i) * job.ld_from + j];
+                    APTC_MINE(sum, t) += aptc_get(&job.from, first + i, j);
                     APTC_MINE(hits, t)++;
                 }
             }
         }
         APTC_THREADS(t) {
             const int64_t j = APTC_BX * APTC_BLOCK + t;
-            float *x = job.x + target * job.ldx + j;
-            if (j < job.n && target < job.zero_rows) *x = APTC_MINE(sum, t);
-            else if (j < job.n && APTC_MINE(hits, t) > 0) *x += APTC_MINE(sum, t);
+            if (j < job.n && target < job.zero_rows) aptc_set(&job.x, target, j, APTC_MINE(sum, t));
+            else if (j < job.n && APTC_MINE(hits, t) > 0)
+                aptc_set(&job.x, target, j, aptc_get(&job.x, target, j) + APTC_MINE(sum, t));
         }
         APTC_BARRIER;
     }
@@ -1551,32 +2048,31 @@ APTC_KERNEL(aptc_scatter_kernel, aptc_scatter)
 APTC_LAUNCHER(aptc_scatter_kernel, aptc_scatter)
 
 /* Names that differ: each row has a place of its own. */
-APTC_KERNEL(aptc_place_kernel, apti_rows_job)
+APTC_KERNEL(aptc_place_kernel, aptc_named)
 {
-    APTC_EACH(job.rows, job.d) job.x[job.index[i] * job.ldx + j] += job.from[i * job.ld_from + j];
+    APTC_EACH(job.rows, job.n) {
+        const aptc_four from = APTC_GET(job.from);
+        aptc_four x = aptc_get_four(&job.x, job.index[e.i], e.j, e.count);
+        for (int32_t c = 0; c < APTC_FOUR; c++) x.x[c] += from.x[c];
+        aptc_set_four(&job.x, job.index[e.i], e.j, e.count, &x);
+    }
 }
-APTC_LAUNCHER(aptc_place_kernel, apti_rows_job)
+APTC_LAUNCHER(aptc_place_kernel, aptc_named)
 
 static bool aptc_scatter_op(aptc_device *d, const apti_rows_job *op)
 {
+    const aptc_view from = aptc_in(d, op->from, op->ld_from, op->rows, op->d);
+    const bool all = op->zero_rows > 0 && op->zero_rows >= op->targets;
+    const aptc_view x = all ? aptc_out(d, op->x, op->ldx, op->zero_rows, op->d) : aptc_in_rows(d, op->x, op->ldx, op->d);
     if (op->unique) {
-        const apti_copy_job zero = {op->x, NULL, op->ldx, 0, op->zero_rows, op->d};
-        if (op->zero_rows > 0) APTC_LAUNCH_EACH(d, aptc_copy_kernel, zero);
-        if (op->rows > 0) APTC_LAUNCH_ROWS(d, aptc_place_kernel, *op, op->rows, op->d);
+        const aptc_cast zero = {x, {NULL, 0, APT_F32}, op->zero_rows, op->d};
+        const aptc_named place = {x, from, op->index, op->rows, op->d};
+        if (op->zero_rows > 0) APTC_LAUNCH_EACH(d, aptc_cast_kernel, zero);
+        if (op->rows > 0) APTC_LAUNCH_EACH(d, aptc_place_kernel, place);
         return true;
     }
-    aptc_scatter job;
-    memset(&job, 0, sizeof job);
-    job.x = op->x;
-    job.from = op->from;
-    job.index = op->index;
-    job.ldx = op->ldx;
-    job.ld_from = op->ld_from;
-    job.rows = op->rows;
-    job.zero_rows = op->zero_rows;
-    job.n = op->d;
-    job.targets = op->targets;
-    APTC_LAUNCH(d, aptc_scatter_kernel, job, aptc_columns(op->d), aptc_min(op->targets, APTC_GRID_ROWS));
+    const aptc_scatter job = {x, from, op->index, op->rows, op->zero_rows, op->targets, op->d};
+    APTC_LAUNCH(d, aptc_scatter_kernel, job, aptc_ceil(op->d, APTC_BLOCK), aptc_min(op->targets, APTC_GRID_ROWS));
     return true;
 }
 
@@ -1695,29 +2191,31 @@ APTC_KERNEL(aptc_kl_kernel, apti_kl_job)
 }
 APTC_LAUNCHER(aptc_kl_kernel, apti_kl_job)
 
-APTC_KERNEL(aptc_layer_loss_kernel, apti_layer_loss)
+typedef struct aptc_layer_loss { apti_layer_loss op; aptc_view h, dy; } aptc_layer_loss;
+
+APTC_KERNEL(aptc_layer_loss_kernel, aptc_layer_loss)
 {
     APTC_SHARED(double, term, APTC_BLOCK);
     APTC_SHARED(double, square, APTC_BLOCK);
     const int64_t row = APTC_BX;
-    float *m = job.mapped + row * job.ld_mapped, *dy = job.dy + row * job.ld;
-    const float *h = job.h + row * job.ld, *y = job.teacher + row * job.dt;
+    float *m = job.op.mapped + row * job.op.ld_mapped;
+    const float *y = job.op.teacher + row * job.op.dt;
     APTC_THREADS(t) {
-        for (int64_t i = t; i < job.d; i += APTC_BLOCK) m[job.place[i]] += h[i];                  /* no two i have one place */
+        for (int64_t i = t; i < job.op.d; i += APTC_BLOCK) m[job.op.place[i]] += aptc_get(&job.h, row, i);                  /* no two i have one place */
         square[t] = 0;
-        for (int64_t i = t; i < job.dt; i += APTC_BLOCK) square[t] += (double)y[i] * (double)y[i];
+        for (int64_t i = t; i < job.op.dt; i += APTC_BLOCK) square[t] += (double)y[i] * (double)y[i];
     }
     APTC_BARRIER;
     APTC_THREADS(t) {
         double total = 0;
         for (int32_t k = 0; t == 0 && k < APTC_BLOCK; k++) total += square[k];
-        if (t == 0) square[0] = job.relative ? total > 0 ? (double)job.dt / total : 0.0 : 1.0;    /* u */
+        if (t == 0) square[0] = job.op.relative ? total > 0 ? (double)job.op.dt / total : 0.0 : 1.0;    /* u */
     }
     APTC_BARRIER;
     APTC_THREADS(t) {
-        const float scale = (float)((double)job.coefficient * square[0]);
+        const float scale = (float)((double)job.op.coefficient * square[0]);
         term[t] = 0;
-        for (int64_t i = t; i < job.dt; i += APTC_BLOCK) {
+        for (int64_t i = t; i < job.op.dt; i += APTC_BLOCK) {
             const float e = m[i] - y[i];
             term[t] += (double)e * (double)e;
             m[i] = e * scale;
@@ -1726,12 +2224,23 @@ APTC_KERNEL(aptc_layer_loss_kernel, apti_layer_loss)
     APTC_BARRIER;
     APTC_THREADS(t) {
         double total = 0;
-        for (int64_t i = t; i < job.d; i += APTC_BLOCK) dy[i] += m[job.place[i]];
+        for (int64_t i = t; i < job.op.d; i += APTC_BLOCK)
+            aptc_set(&job.dy, row, i, aptc_get(&job.dy, row, i) + m[job.op.place[i]]);
         for (int32_t k = 0; t == 0 && k < APTC_BLOCK; k++) total += term[k];
-        if (t == 0) job.row_sum[row] = square[0] * total;
+        if (t == 0) job.op.row_sum[row] = square[0] * total;
     }
 }
-APTC_LAUNCHER(aptc_layer_loss_kernel, apti_layer_loss)
+APTC_LAUNCHER(aptc_layer_loss_kernel, aptc_layer_loss)
+
+static void aptc_layer_loss_op(aptc_device *d, const apti_layer_loss *op)
+{
+    aptc_layer_loss job;
+    memset(&job, 0, sizeof job);
+    job.op = *op;
+    job.h = aptc_in(d, op->h, op->ld, op->rows, op->d);
+    job.dy = aptc_in(d, op->dy, op->ld, op->rows, op->d);
+    APTC_LAUNCH(d, aptc_layer_loss_kernel, job, op->rows, 1);
+}
 
 /* ---------------------------------------------------------------------------------------------------------------------
    Tiles: products inside a block, of operands in its shared memory
@@ -2309,20 +2818,15 @@ APTC_KERNEL(aptc_attention_dbias_kernel, aptc_attention)
 }
 APTC_LAUNCHER(aptc_attention_dbias_kernel, aptc_attention)
 
-static aptc_view aptc_floats(const float *x, int64_t ld)
-{
-    const aptc_view v = {(void *)(uintptr_t)x, ld, APT_F32};
-    return v;
-}
-
-static aptc_attention aptc_attention_of(const aptc_device *d, const apti_attention_job *op)
+static aptc_attention aptc_attention_of(aptc_device *d, const apti_attention_job *op)
 {
     const apti_attention_op *o = op->op;
     aptc_attention a;
     memset(&a, 0, sizeof a);
-    a.q = aptc_floats(op->q, op->ldq);
-    a.k = aptc_floats(op->k, op->ldk);
-    a.v = aptc_floats(op->v, op->ldv);
+    const int64_t keys = (int64_t)o->kv_heads * o->head_dim;
+    a.q = aptc_in(d, op->q, op->ldq, op->rows_q, (int64_t)o->heads * o->head_dim);
+    a.k = aptc_in_rows(d, op->k, op->ldk, keys);
+    a.v = aptc_in_rows(d, op->v, op->ldv, keys);
     a.bias = o->bias;
     a.mask = o->head_mask;
     a.q_offsets = o->q_offsets;
@@ -2362,7 +2866,8 @@ static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *
     APTC_TILE_CHOOSE(d, a, op->longest_q, longest_k, APTC_FORWARD_ROOM, fits);
     if (!fits) return false;
     a.blocks = aptc_ceil(op->longest_q, a.rows);
-    a.o = aptc_floats(op->out, op->ldo);
+    a.o = aptc_out(d, op->out, op->ldo, op->rows_q, (int64_t)a.heads * a.dim);
+    aptc_out_floats(d, op->lse, op->rows_q * a.heads);
     a.lse_out = op->lse;
     d->waiting.attention = a;
     aptc_wait(d, APTC_ATTENTION, op->out, op->ldo, op->rows_q, (int64_t)a.heads * a.dim);
@@ -2393,7 +2898,7 @@ static void aptc_attention_dots(aptc_device *d, const apti_attention_job *op, co
                             APTC_SWEEP_ROOM(&a).end);
         return;
     }
-    a.o = aptc_floats(op->o, op->ldo);
+    a.o = aptc_in(d, op->o, op->ldo, op->rows_q, (int64_t)a.heads * a.dim);
     a.pairs = op->rows_q * a.heads;
     APTC_LAUNCH(d, aptc_attention_dot_kernel, a, aptc_ceil(a.pairs, APTC_WARPS), 1);
 }
@@ -2410,11 +2915,12 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
     float *dot = (float *)aptc_take(d, op->rows_q * a.heads * (int64_t)sizeof(float));
     a.dbias = op->dbias == NULL ? NULL : (float *)aptc_take(d, pairs * wide * (int64_t)sizeof(float));
     if (dot == NULL || (op->dbias != NULL && a.dbias == NULL)) return false;
-    a.d_o = aptc_floats(op->d_o, op->lddo);
+    const int64_t width = (int64_t)a.heads * a.dim, keys = width / a.share;
+    a.d_o = aptc_in(d, op->d_o, op->lddo, op->rows_q, width);
     a.lse = op->saved;
-    a.dq = aptc_floats(op->dq, op->lddq);
-    a.dk = aptc_floats(op->dk, op->lddk);
-    a.dv = aptc_floats(op->dv, op->lddv);
+    a.dq = aptc_out(d, op->dq, op->lddq, op->rows_q, width);
+    a.dk = aptc_out(d, op->dk, op->lddk, op->rows_k, keys);
+    a.dv = aptc_out(d, op->dv, op->lddv, op->rows_k, keys);
     aptc_attention_dots(d, op, &a, dot);
     a.dot = dot;
     aptc_attention queries = a;       /* the kernel of dq adds up d_o, too */
@@ -2449,9 +2955,9 @@ typedef struct aptc_operand {
 /* c(m, n) = a b [+ c] [+ bias], all row-major. */
 typedef struct aptc_product {
     aptc_operand a, b;
-    float *c;
-    const float *bias;
-    int64_t m, n, k, ldc, accumulate;
+    aptc_view c;
+    const void *bias;                 /* of c's type, or NULL */
+    int64_t m, n, k, accumulate;
 } aptc_product;
 
 #ifdef APT_CUDA_EMULATE
@@ -2460,11 +2966,12 @@ APTC_KERNEL(aptc_product_kernel, aptc_product)
 {
     const int64_t i = APTC_BX;
     for (int64_t j = 0; j < job.n; j++) {
-        double sum = job.accumulate != 0 ? (double)job.c[i * job.ldc + j] : 0.0;
+        double sum = job.accumulate != 0 ? (double)aptc_get(&job.c, i, j) : 0.0;
         for (int64_t p = 0; p < job.k; p++)
             sum += (double)aptc_load(job.a.data, job.a.type, job.a.transposed ? p * job.a.ld + i : i * job.a.ld + p) *
                    (double)aptc_load(job.b.data, job.b.type, job.b.transposed ? j * job.b.ld + p : p * job.b.ld + j);
-        job.c[i * job.ldc + j] = (float)(sum + (job.bias != NULL ? (double)job.bias[j] : 0.0));
+        if (job.bias != NULL) sum += (double)aptc_load(job.bias, (apt_dtype)job.c.type, j);
+        aptc_set(&job.c, i, j, (float)sum);
     }
 }
 APTC_LAUNCHER(aptc_product_kernel, aptc_product)
@@ -2502,30 +3009,34 @@ static void aptc_blas_free(aptc_blas *x)
     if (x->desc != NULL) cublasLtMatmulDescDestroy(x->desc);
 }
 
+static cudaDataType_t aptc_blas_type(apt_dtype type)
+{
+    return type == APT_BF16 ? CUDA_R_16BF : type == APT_F16 ? CUDA_R_16F : CUDA_R_32F;
+}
+
 static void aptc_blas_make(aptc_device *d, aptc_blas *x, const aptc_product *p)
 {
     const cublasComputeType_t compute = d->math == APT_CUDA_TF32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
-    const cudaDataType_t type = p->a.type == APT_BF16 ? CUDA_R_16BF : p->a.type == APT_F16 ? CUDA_R_16F : CUDA_R_32F;
+    const cudaDataType_t type = aptc_blas_type(p->a.type), type_c = aptc_blas_type((apt_dtype)p->c.type);
     const cublasOperation_t first = p->b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     const cublasOperation_t second = p->a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     const cublasLtEpilogue_t bias = CUBLASLT_EPILOGUE_BIAS;
-    const cudaDataType_t bias_type = CUDA_R_32F;
     const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;    /* no atomics */
-    const uint32_t align_a = aptc_alignment(p->b.data), align_b = aptc_alignment(p->a.data), align_c = aptc_alignment(p->c);
+    const uint32_t align_a = aptc_alignment(p->b.data), align_b = aptc_alignment(p->a.data), align_c = aptc_alignment(p->c.data);
     aptc_blas_check(d, cublasLtMatmulDescCreate(&x->desc, compute, CUDA_R_32F), "cublasLtMatmulDescCreate");
     if (x->desc == NULL) return;
     cublasLtMatmulDescSetAttribute(x->desc, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first);
     cublasLtMatmulDescSetAttribute(x->desc, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second);
     if (p->bias != NULL) {
         cublasLtMatmulDescSetAttribute(x->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &bias, sizeof bias);
-        cublasLtMatmulDescSetAttribute(x->desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof bias_type);
+        cublasLtMatmulDescSetAttribute(x->desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type_c, sizeof type_c);
         cublasLtMatmulDescSetAttribute(x->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias);
     }
     aptc_blas_check(d, cublasLtMatrixLayoutCreate(&x->a, type, (uint64_t)(p->b.transposed ? p->k : p->n),
                                                   (uint64_t)(p->b.transposed ? p->n : p->k), p->b.ld), "layout of B");
     aptc_blas_check(d, cublasLtMatrixLayoutCreate(&x->b, type, (uint64_t)(p->a.transposed ? p->m : p->k),
                                                   (uint64_t)(p->a.transposed ? p->k : p->m), p->a.ld), "layout of A");
-    aptc_blas_check(d, cublasLtMatrixLayoutCreate(&x->c, CUDA_R_32F, (uint64_t)p->n, (uint64_t)p->m, p->ldc), "layout of C");
+    aptc_blas_check(d, cublasLtMatrixLayoutCreate(&x->c, type_c, (uint64_t)p->n, (uint64_t)p->m, p->c.ld), "layout of C");
     aptc_blas_check(d, cublasLtMatmulPreferenceCreate(&x->preference), "cublasLtMatmulPreferenceCreate");
     if (x->preference == NULL) return;
     cublasLtMatmulPreferenceSetAttribute(x->preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &d->blas_bytes,
@@ -2547,10 +3058,10 @@ static const cublasLtMatmulAlgo_t *aptc_blas_algorithm(aptc_device *d, const apt
     key.k = p->k;
     key.lda = p->a.ld;
     key.ldb = p->b.ld;
-    key.ldc = p->ldc;
+    key.ldc = p->c.ld;
     key.form = 1 | p->a.transposed << 1 | p->b.transposed << 2 | (p->bias != NULL) << 3 | (p->accumulate != 0) << 4 |
-               (p->a.type == APT_BF16) << 5 | (p->a.type == APT_F16) << 6 |
-               (int32_t)(aptc_alignment(p->a.data) << 8 | aptc_alignment(p->b.data) << 16 | aptc_alignment(p->c) << 24);
+               (p->a.type == APT_BF16) << 5 | (p->a.type == APT_F16) << 6 | (p->c.type == APT_BF16) << 7 |
+               (int32_t)(aptc_alignment(p->a.data) << 8 | aptc_alignment(p->b.data) << 16 | aptc_alignment(p->c.data) << 24);
     uint64_t hash = 1469598103934665603u;
     for (size_t i = 0; i < offsetof(aptc_algorithm, algorithm); i++) hash = (hash ^ ((const uint8_t *)&key)[i]) * 1099511628211u;
     aptc_algorithm *slot = NULL;
@@ -2583,7 +3094,7 @@ static void aptc_product_issue(aptc_device *d, const void *job)
     aptc_blas_make(d, &x, p);
     const cublasLtMatmulAlgo_t *algorithm = d->result == APT_OK ? aptc_blas_algorithm(d, &x, p) : NULL;
     if (algorithm != NULL)
-        aptc_blas_check(d, cublasLtMatmul(d->blas, x.desc, &one, p->b.data, x.a, p->a.data, x.b, &beta, p->c, x.c, p->c, x.c,
+        aptc_blas_check(d, cublasLtMatmul(d->blas, x.desc, &one, p->b.data, x.a, p->a.data, x.b, &beta, p->c.data, x.c, p->c.data, x.c,
                                           algorithm, d->blas_work, d->blas_bytes, d->stream), "cublasLtMatmul");
     aptc_blas_free(&x);
 }
@@ -2605,15 +3116,16 @@ static void aptc_unkeep(aptc_device *d, const void *data, int64_t bytes)
 /* Where the converted form of an operand goes when it is kept; *here: there it is already. NULL: not kept */
 static void *aptc_keep(aptc_device *d, const aptc_cast *job, bool *here)
 {
+    const int64_t size_from = aptc_size((apt_dtype)job->from.type), size_to = aptc_size((apt_dtype)job->to.type);
     aptc_kept want;
     memset(&want, 0, sizeof want);
-    want.first = (uintptr_t)job->from;
-    want.end = want.first + (uintptr_t)(((job->rows - 1) * job->ld_from + job->n) * aptc_size(job->from_type));
+    want.first = (uintptr_t)job->from.data;
+    want.end = want.first + (uintptr_t)(((job->rows - 1) * job->from.ld + job->n) * size_from);
     want.rows = job->rows;
     want.cols = job->n;
-    want.ld = job->ld_from;
+    want.ld = job->from.ld;
     *here = false;
-    if (job->rows * job->n < APTC_KEPT_ELEMENTS || job->rows * job->ld_to * aptc_size(job->to_type) > d->kept_bytes) return NULL;
+    if (job->rows * job->n < APTC_KEPT_ELEMENTS || job->rows * job->to.ld * size_to > d->kept_bytes) return NULL;
     for (int32_t i = 0; i < APTC_KEPT && !*here; i++) {
         *here = memcmp(&d->kept[i], &want, sizeof want) == 0;
         if (*here) d->kept_next = i;
@@ -2630,44 +3142,52 @@ static aptc_operand aptc_convert(aptc_device *d, aptc_operand x, int64_t rows, i
 {
     if (x.type == type) return x;
     const int64_t ld = (cols + 7) / 8 * 8;
-    aptc_cast job = {NULL, x.data, ld, x.ld, rows, cols, type, x.type};
+    aptc_cast job = {{NULL, ld, type}, {(void *)(uintptr_t)x.data, x.ld, x.type}, rows, cols};
     bool here = false;
-    if (keep) job.to = aptc_keep(d, &job, &here);
-    if (job.to == NULL) job.to = aptc_take(d, rows * ld * aptc_size(type));
-    if (job.to != NULL && !here) APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
-    x.data = job.to;
+    if (keep) job.to.data = aptc_keep(d, &job, &here);
+    if (job.to.data == NULL) job.to.data = aptc_take(d, rows * ld * aptc_size(type));
+    if (job.to.data != NULL && !here) APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
+    x.data = job.to.data;
     x.type = type;
     x.ld = ld;
     return x;
 }
 
-static aptc_operand aptc_left(const apti_gemm_part *part)
+static aptc_operand aptc_operand_of(aptc_view x, bool transposed)
 {
-    aptc_operand x = {part->a, part->a_row, APT_F32, 0};
-    if (part->a_col != 1) {
-        x.ld = part->a_col;
-        x.transposed = 1;
-    }
-    return x;
+    const aptc_operand o = {x.data, x.ld, (apt_dtype)x.type, transposed};
+    return o;
 }
 
-static aptc_operand aptc_right(const apti_gemm_part *part)
+static aptc_operand aptc_left(aptc_device *d, const apti_gemm *g, const apti_gemm_part *part)
 {
-    const bool packed = part->kind == APTI_B_PACKED || part->kind == APTI_B_PACKED_T;
-    aptc_operand x = {packed ? part->packed->data : part->b, packed ? part->packed->k : part->ldb,
-                      packed ? part->packed->type : APT_F32, part->kind == APTI_B_PACKED || part->kind == APTI_B_PLAIN_T};
-    return x;
+    if (part->a_col != 1) return aptc_operand_of(aptc_in(d, part->a, part->a_col, part->k, g->m), true);
+    return aptc_operand_of(aptc_in(d, part->a, part->a_row, g->m, part->k), false);
+}
+
+static aptc_operand aptc_right(aptc_device *d, const apti_gemm *g, const apti_gemm_part *part)
+{
+    const bool transposed = part->kind == APTI_B_PACKED || part->kind == APTI_B_PLAIN_T;
+    if (part->kind == APTI_B_PACKED || part->kind == APTI_B_PACKED_T) {
+        const aptc_view packed = {part->packed->data, part->packed->k, part->packed->type};
+        return aptc_operand_of(packed, transposed);
+    }
+    return aptc_operand_of(aptc_in(d, part->b, part->ldb, transposed ? g->n : part->k, transposed ? part->k : g->n), transposed);
 }
 
 static int64_t aptc_bytes(int64_t rows, int64_t cols) { return (rows * ((cols + 7) / 8 * 8) * 4 + 255) / 256 * 256; }
 
-/* One part of a product. Where the workspace cannot take the whole of an operand, the reduction or the rows are cut. */
-static bool aptc_part_run(aptc_device *d, const apti_gemm *g, const apti_gemm_part *part, float *c, int64_t ldc, bool accumulate,
-                          const float *bias)
+/* The operands of a part of a product. */
+typedef struct aptc_factors { aptc_operand a, b; int64_t k; bool packed; } aptc_factors;
+
+/* c [= or +=] one part of a product [+ bias]. Where the workspace cannot take the whole of an operand, the reduction or the rows are
+   cut. */
+static bool aptc_part_run(aptc_device *d, const apti_gemm *g, const aptc_factors *part, aptc_view c, bool accumulate,
+                          const void *bias)
 {
     const apt_dtype type = aptc_math_type(d);
-    aptc_operand a = aptc_left(part), b = aptc_right(part);
-    const int64_t room = (int64_t)(d->work_bytes - d->used) / 2;
+    const aptc_operand a = part->a, b = part->b;
+    const int64_t room = (int64_t)(d->work_bytes - d->used) / 2, size_a = aptc_size(a.type), size_b = aptc_size(b.type);
     int64_t step_k = part->k, step_m = g->m;
     if (b.type != type || a.type != type) {
         while (step_k > 64 && aptc_bytes(b.transposed ? g->n : step_k, b.transposed ? step_k : g->n) > room)
@@ -2678,19 +3198,19 @@ static bool aptc_part_run(aptc_device *d, const apti_gemm *g, const apti_gemm_pa
     const size_t used = d->used;
     const bool keep = step_k == part->k && step_m == g->m;
     for (int64_t p0 = 0; p0 < part->k; p0 += step_k) {
-        const int64_t k = aptc_min(step_k, part->k - p0), size = aptc_size(b.type);
+        const int64_t k = aptc_min(step_k, part->k - p0);
         aptc_operand right = b;
-        right.data = (const char *)b.data + (b.transposed ? p0 : p0 * b.ld) * size;
-        right = aptc_convert(d, right, b.transposed ? g->n : k, b.transposed ? k : g->n, type, keep && part->packed == NULL);
+        right.data = (const char *)b.data + (b.transposed ? p0 : p0 * b.ld) * size_b;
+        right = aptc_convert(d, right, b.transposed ? g->n : k, b.transposed ? k : g->n, type, keep && !part->packed);
         const size_t beside = d->used;
         for (int64_t i0 = 0; i0 < g->m; i0 += step_m) {
             const int64_t m = aptc_min(step_m, g->m - i0);
             aptc_operand left = a;
-            left.data = (const float *)a.data + (a.transposed ? p0 * a.ld + i0 : i0 * a.ld + p0);
+            left.data = (const char *)a.data + (a.transposed ? p0 * a.ld + i0 : i0 * a.ld + p0) * size_a;
             left = aptc_convert(d, left, a.transposed ? k : m, a.transposed ? m : k, type, keep);
             if (left.data == NULL || right.data == NULL) return false;
-            const aptc_product product = {left, right, c + i0 * ldc, p0 == 0 ? bias : NULL, m, g->n, k, ldc,
-                                          accumulate || p0 > 0};
+            const aptc_view rows = {(char *)c.data + i0 * c.ld * aptc_size((apt_dtype)c.type), c.ld, c.type};
+            const aptc_product product = {left, right, rows, p0 == 0 ? bias : NULL, m, g->n, k, accumulate || p0 > 0};
             aptc_product_run(d, &product);
             d->used = beside;
         }
@@ -2699,55 +3219,95 @@ static bool aptc_part_run(aptc_device *d, const apti_gemm *g, const apti_gemm_pa
     return true;
 }
 
-/* The rows of z when nothing is multiplied: c, 0, or the bias alone. */
-static void aptc_start(aptc_device *d, const apti_gemm *g, float *z, int64_t ldz)
+/* The bias as cuBLASLt wants it, in the type of what it is added to; NULL: none, or there is no room */
+static const void *aptc_bias(aptc_device *d, const float *bias, int64_t n, apt_dtype type)
 {
-    if (g->accumulate) return;
-    const apti_copy_job job = {z, g->bias, ldz, 0, g->m, g->n};
-    APTC_LAUNCH_EACH(d, aptc_copy_kernel, job);
+    if (bias == NULL || type == APT_F32) return bias;
+    const aptc_cast job = {{aptc_take(d, n * aptc_size(type)), n, type}, aptc_floats(bias, n), 1, n};
+    if (job.to.data != NULL) APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
+    return job.to.data;
 }
 
-/* The sums grow where z is wanted: in pre, else in c; where c still holds the residual, which is added without an activation
-   before it, they grow on top of that. */
+/* The views of a product's matrices. z, where the sums grow: pre where that is wanted, else c; where c still holds the residual,
+   which is added without an activation before it, they grow on top of that (onto). All that is read is asked for before what is
+   written. */
+typedef struct aptc_gemm { aptc_factors part[2]; aptc_view z, c, pre, residual; bool onto; } aptc_gemm;
+
+static aptc_gemm aptc_gemm_of(aptc_device *d, const apti_gemm *g)
+{
+    aptc_gemm v;
+    memset(&v, 0, sizeof v);
+    for (int32_t q = 0; q < 2; q++) {
+        v.part[q].k = g->part[q].k;
+        if (g->part[q].k == 0) continue;
+        v.part[q].a = aptc_left(d, g, &g->part[q]);
+        v.part[q].b = aptc_right(d, g, &g->part[q]);
+        v.part[q].packed = g->part[q].packed != NULL;
+    }
+    v.onto = g->residual != NULL && g->residual == g->c && g->pre == NULL;
+    v.residual = aptc_in(d, g->residual, g->ld_residual, g->m, g->n);
+    if (g->accumulate) v.c = aptc_in(d, g->c, g->ldc, g->m, g->n);
+    else v.c = aptc_out_over(d, g->c, g->ldc, g->m, g->n, g->residual, &v.residual);
+    v.pre = aptc_out(d, g->pre, g->ld_pre, g->m, g->n);
+    v.z = g->pre != NULL ? v.pre : v.c;
+    return v;
+}
+
+/* z when nothing is multiplied: c, or the bias in every row, or 0 */
+static void aptc_gemm_start(aptc_device *d, const apti_gemm *g, const aptc_gemm *v)
+{
+    const aptc_cast job = {v->z, aptc_floats(g->bias, 0), g->m, g->n};
+    if (!g->accumulate) APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
+}
+
+/* z += the bias, which no product has added: as a residual of one row */
+static void aptc_gemm_bias(aptc_device *d, const apti_gemm *g, const aptc_gemm *v)
+{
+    aptc_residual job;
+    memset(&job, 0, sizeof job);
+    job.y = job.x = v->z;
+    job.r = aptc_floats(g->bias, 0);
+    job.rows = g->m;
+    job.n = g->n;
+    aptc_residual_run(d, &job, NULL);
+}
+
 static bool aptc_gemm_op(aptc_device *d, const apti_gemm *g)
 {
-    const bool onto = g->residual != NULL && g->residual == g->c && g->pre == NULL;
-    if (onto && (g->act >= 0 || g->accumulate)) return false;
-    float *z = g->pre != NULL ? g->pre : g->c;
-    const int64_t ldz = g->pre != NULL ? g->ld_pre : g->ldc;
+    const bool same = g->residual != NULL && g->residual == g->c && g->pre == NULL;
+    if (same && (g->act >= 0 || g->accumulate)) return false;
+    const aptc_gemm v = aptc_gemm_of(d, g);
     aptc_unkeep(d, g->c, ((g->m - 1) * g->ldc + g->n) * 4);
     if (g->pre != NULL) aptc_unkeep(d, g->pre, ((g->m - 1) * g->ld_pre + g->n) * 4);
-    bool more = g->accumulate || onto, biased = g->bias == NULL;
+    const void *bias = aptc_bias(d, g->bias, g->n, (apt_dtype)v.z.type);
+    bool more = g->accumulate || v.onto, biased = bias == NULL;
     if (g->pre != NULL && g->accumulate) {
-        const apti_copy_job job = {g->pre, g->c, g->ld_pre, g->ldc, g->m, g->n};
-        APTC_LAUNCH_EACH(d, aptc_copy_kernel, job);
+        const aptc_cast job = {v.pre, v.c, g->m, g->n};
+        APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
     }
     for (int32_t q = 0; q < 2; q++) {
         if (g->part[q].k == 0) continue;
-        if (!aptc_part_run(d, g, &g->part[q], z, ldz, more, biased ? NULL : g->bias)) {
+        if (!aptc_part_run(d, g, &v.part[q], v.z, more, biased ? NULL : bias)) {
             aptc_fail(d, APT_E_MEMORY, "a product %lld x %lld x %lld does not fit the workspace", (long long)g->m,
                       (long long)g->n, (long long)g->part[q].k);
             return true;
         }
         more = biased = true;
     }
-    const aptc_finish f = {g->c, NULL, NULL, z, onto ? NULL : g->residual, g->mask, g->ldc, 0, ldz, g->ld_residual, g->m, g->n,
-                           g->act};
-    if (!more) aptc_start(d, g, z, ldz);
-    else if (!biased) {                           /* an empty product onto c, with a bias: as a residual of one row */
-        const apti_residual_job job = {NULL, z, z, g->bias, NULL, ldz, ldz, 0, g->m, g->n, 0};
-        aptc_residual_run(d, &job, NULL, false);
-    }
-    if (g->pre == NULL && g->act < 0 && f.residual == NULL && g->mask == NULL) return true;
+    if (!more) aptc_gemm_start(d, g, &v);
+    else if (g->bias != NULL && (bias == NULL || !biased)) aptc_gemm_bias(d, g, &v);
+    if (g->pre == NULL && g->act < 0 && (v.onto || g->residual == NULL) && g->mask == NULL) return true;
+    const aptc_view none = aptc_floats(NULL, 0);
+    const aptc_finish f = {v.c, none, v.z, v.onto ? none : v.residual, g->mask, NULL, g->m, g->n, g->act};
     d->waiting.finish = f;
-    aptc_wait(d, APTC_FINISH, f.c, f.ldc, f.rows, f.n);
+    aptc_wait(d, APTC_FINISH, g->c, g->ldc, g->m, g->n);
     return true;
 }
 
 static bool aptc_pack_op(aptc_device *d, const apti_pack_job *op)
 {
     const apti_packed *p = op->packed;
-    const aptc_cast job = {p->data, op->w, p->k, op->ldw, p->n, p->k, p->type, APT_F32};
+    const aptc_cast job = {{p->data, p->k, p->type}, aptc_floats(op->w, op->ldw), p->n, p->k};
     if (!aptc_has(p->type)) return false;
     if (job.rows > 0 && job.n > 0) APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
     return true;
@@ -2777,9 +3337,9 @@ static void aptc_settle(aptc_device *d)
     case APTC_NOTHING: return;
     case APTC_FINISH: aptc_finish_run(d, &d->waiting.finish, sizes); break;
     case APTC_GATE: aptc_gate_run(d, &d->waiting.gate, false, sizes); break;
-    case APTC_ACT: aptc_act_backward_run(d, &d->waiting.act, sizes, true); break;
-    case APTC_RESIDUAL: aptc_residual_run(d, &d->waiting.residual, sizes, true); break;
-    case APTC_NORM: aptc_norm_run(d, &d->waiting.norm, false, sizes); break;
+    case APTC_ACT: aptc_act_backward_run(d, &d->waiting.act, sizes); break;
+    case APTC_RESIDUAL: aptc_residual_run(d, &d->waiting.residual, sizes); break;
+    case APTC_NORM: aptc_norm_forward_run(d, &d->waiting.norm, sizes); break;
     case APTC_ATTENTION: aptc_attention_forward_run(d, &d->waiting.attention, sizes, sums); break;
     case APTC_SUM: (void)aptc_column_op(d, &d->waiting.sum); break;           /* which has room: see aptc_sum_op */
     }
@@ -2820,7 +3380,7 @@ static const apti_column_job *aptc_sum_for(aptc_device *d, apti_op op, const voi
 
 static bool aptc_sum_op(aptc_device *d, const apti_column_job *op)
 {
-    const bool fits = (size_t)(APTC_CHUNKS * op->n) * sizeof(float) <= d->work_bytes;      /* alone, if need be */
+    const bool fits = (size_t)aptc_sizes_bytes(op->rows, op->n) <= d->work_bytes;      /* alone, if need be */
     const bool sizes = op->kind == APTI_COLUMN_ABS, sums = op->kind == APTI_COLUMN_SUM && d->waits == APTC_ATTENTION;
     const aptc_matrix *w = &d->written;
     apti_column_job *asked = &d->asked[sizes ? 0 : 1];
@@ -2850,10 +3410,8 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     switch (op) {
     case APTI_OP_GEMM: return aptc_gemm_op(d, (const apti_gemm *)job);
     case APTI_OP_PACK: return aptc_pack_op(d, (const apti_pack_job *)job);
-    case APTI_OP_COPY: APTC_LAUNCH_EACH(d, aptc_copy_kernel, *(const apti_copy_job *)job); return true;
-    case APTI_OP_SCALE:
-        APTC_LAUNCH_VECTOR(d, aptc_scale_kernel, *(const apti_scale_job *)job, ((const apti_scale_job *)job)->n);
-        return true;
+    case APTI_OP_COPY: aptc_copy_op(d, (const apti_copy_job *)job); return true;
+    case APTI_OP_SCALE: aptc_scale_op(d, (const apti_scale_job *)job); return true;
     case APTI_OP_COLUMN: return aptc_sum_op(d, (const apti_column_job *)job);
     case APTI_OP_NORM_FORWARD: aptc_norm_forward_op(d, (const apti_norm_job *)job); return true;
     case APTI_OP_NORM_BACKWARD: done = aptc_norm_backward_op(d, (const apti_norm_job *)job, sum); break;
@@ -2866,7 +3424,7 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     case APTI_OP_ACT_BACKWARD: aptc_act_backward_op(d, (const apti_act_job *)job, sum); return true;
     case APTI_OP_RESIDUAL: aptc_residual_op(d, (const apti_residual_job *)job, sum); return true;
     case APTI_OP_GATE_FORWARD: aptc_gate_forward_op(d, (const apti_gate_job *)job); return true;
-    case APTI_OP_GATE_BACKWARD: aptc_gate_run(d, (const apti_gate_job *)job, true, sum); return true;
+    case APTI_OP_GATE_BACKWARD: aptc_gate_backward_op(d, (const apti_gate_job *)job, sum); return true;
     case APTI_OP_TANH_FORWARD: APTC_LAUNCH_EACH(d, aptc_tanh_forward_kernel, *(const apti_tanh_job *)job); return true;
     case APTI_OP_TANH_BACKWARD: APTC_LAUNCH_EACH(d, aptc_tanh_backward_kernel, *(const apti_tanh_job *)job); return true;
     case APTI_OP_EMBED: return aptc_embed_op(d, (const apti_embed_job *)job);
@@ -2874,9 +3432,7 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     case APTI_OP_SCATTER: return aptc_scatter_op(d, (const apti_rows_job *)job);
     case APTI_OP_CROSS_ENTROPY: return aptc_cross_entropy_op(d, (const apti_loss_job *)job);
     case APTI_OP_KL: APTC_LAUNCH(d, aptc_kl_kernel, *(const apti_kl_job *)job, ((const apti_kl_job *)job)->rows, 1); return true;
-    case APTI_OP_LAYER_LOSS:
-        APTC_LAUNCH(d, aptc_layer_loss_kernel, *(const apti_layer_loss *)job, ((const apti_layer_loss *)job)->rows, 1);
-        return true;
+    case APTI_OP_LAYER_LOSS: aptc_layer_loss_op(d, (const apti_layer_loss *)job); return true;
     case APTI_OP_SQUARES: return aptc_squares_op(d, (const apti_squares_job *)job);
     case APTI_OP_ADAM: return aptc_adam_op(d, (const apti_adam_job *)job);
     case APTI_OP_CUT: return aptc_cut_op(d, (const apti_cut_job *)job);
@@ -2886,16 +3442,26 @@ static bool aptc_run(void *self, apti_op op, const void *job)
     return done;
 }
 
-static apt_result aptc_sync(void *self, char message[APTI_BACKEND_MESSAGE])
+#ifdef APT_CUDA_EMULATE
+static void aptc_queue_run(aptc_device *d)
+{
+    for (int32_t i = 0; i < d->queued; i++) d->queue[i].kernel(d->queue[i].job.bytes, d->queue[i].bx, d->queue[i].by);
+    d->queued = 0;
+}
+#endif
+
+static apt_result aptc_sync(void *self, bool look, char message[APTI_BACKEND_MESSAGE])
 {
     aptc_device *d = (aptc_device *)self;
     aptc_enter(d);
+    d->used = 0;
+    aptc_settle(d);
+    while (look && d->halves > 0) aptc_half_widen(d, d->halves - 1);
     aptc_issue_all(d);
     d->givens = 0;
     memset(d->kept, 0, sizeof d->kept);           /* the CPU may write next */
 #ifdef APT_CUDA_EMULATE
-    for (int32_t i = 0; i < d->queued; i++) d->queue[i].kernel(d->queue[i].job.bytes, d->queue[i].bx, d->queue[i].by);
-    d->queued = 0;
+    aptc_queue_run(d);
 #else
     aptc_check(d, cudaStreamSynchronize(d->stream), "cudaStreamSynchronize");
 #endif
@@ -2903,6 +3469,57 @@ static apt_result aptc_sync(void *self, char message[APTI_BACKEND_MESSAGE])
     memcpy(message, d->message, sizeof d->message);
     d->result = APT_OK;
     return r;
+}
+
+#ifdef APT_CUDA_EMULATE
+typedef struct aptc_upload { void *to, *copy; size_t bytes; } aptc_upload;
+
+static void aptc_upload_run(const void *job, int64_t bx, int64_t by)
+{
+    aptc_upload u;
+    (void)bx, (void)by;
+    memcpy(&u, job, sizeof u);
+    memcpy(u.to, u.copy, u.bytes);
+    free(u.copy);
+}
+#endif
+
+/* Between the launches in front of it and those behind it, and in no graph */
+static void aptc_upload_op(void *self, void *to, const void *from, size_t bytes)
+{
+    aptc_device *d = (aptc_device *)self;
+    aptc_enter(d);
+    aptc_issue_all(d);
+#ifdef APT_CUDA_EMULATE
+    aptc_launch l;
+    const aptc_upload u = {to, malloc(bytes), bytes};
+    memset(&l, 0, sizeof l);
+    if (u.copy == NULL) {
+        aptc_fail(d, APT_E_MEMORY, "no memory for an upload");
+        return;
+    }
+    memcpy(u.copy, from, bytes);
+    memcpy(l.job.bytes, &u, sizeof u);
+    l.bytes = sizeof u;
+    l.kernel = aptc_upload_run;
+    aptc_issue(d, &l);
+#else
+    aptc_check(d, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, d->stream), "cudaMemcpyAsync");
+#endif
+}
+
+static void aptc_fetch(void *self, void *to, const void *from, size_t bytes)
+{
+    aptc_device *d = (aptc_device *)self;
+    aptc_enter(d);
+    aptc_issue_all(d);
+#ifdef APT_CUDA_EMULATE
+    aptc_queue_run(d);
+    memcpy(to, from, bytes);
+#else
+    aptc_check(d, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, d->stream), "cudaMemcpyAsync");
+    aptc_check(d, cudaStreamSynchronize(d->stream), "cudaStreamSynchronize");
+#endif
 }
 
 static void *aptc_managed(size_t bytes)
@@ -2915,6 +3532,39 @@ static void *aptc_managed(size_t bytes)
     (void)cudaGetLastError();         /* no memory is not a failure of the device */
     return NULL;
 #endif
+}
+
+/* Pages that are read by both sides have a copy on each. */
+static void aptc_advise(const aptc_device *d, const aptc_range *range, bool on)
+{
+#ifdef APT_CUDA_EMULATE
+    (void)d, (void)range, (void)on;
+#else
+    const cudaMemoryAdvise advice = on ? cudaMemAdviseSetReadMostly : cudaMemAdviseUnsetReadMostly;
+#if CUDART_VERSION >= 13000
+    const cudaMemLocation where = {cudaMemLocationTypeDevice, {d->device}};
+#else
+    const int where = d->device;
+#endif
+    (void)cudaMemAdvise((const void *)range->first, range->end - range->first, advice, where);
+    (void)cudaGetLastError();
+#endif
+}
+
+/* Advice alone: what comes of it is no failure. Where there is no managed memory there are no pages to move. */
+static void aptc_share(void *self, const void *memory, size_t bytes)
+{
+    aptc_device *d = (aptc_device *)self;
+    aptc_range *place = NULL;
+    for (int32_t i = 0; i < APTC_SHARED_RANGES; i++)
+        if (place == NULL && d->shared[i].end == 0) place = &d->shared[i];
+    for (int32_t i = 0; i < APTC_SHARED_RANGES; i++)
+        if (d->shared[i].end != 0 && d->shared[i].first == (uintptr_t)memory) place = &d->shared[i];
+    if (place == NULL || d->desc.alloc != NULL) return;
+    if (place->end != 0) aptc_advise(d, place, false);
+    place->first = (uintptr_t)memory;
+    place->end = bytes > 0 ? (uintptr_t)memory + bytes : 0;
+    if (place->end != 0) aptc_advise(d, place, true);
 }
 
 static void *aptc_alloc(void *self, size_t bytes)
@@ -2931,6 +3581,13 @@ static void *aptc_alloc(void *self, size_t bytes)
 static void aptc_release(void *self, void *memory, size_t bytes)
 {
     aptc_device *d = (aptc_device *)self;
+    aptc_half_forget(d, (uintptr_t)memory, (uintptr_t)memory + bytes);
+    for (int32_t i = 0; i < APTC_OWNED; i++)
+        if (d->owned[i].first >= (uintptr_t)memory && d->owned[i].end <= (uintptr_t)memory + bytes)
+            memset(&d->owned[i], 0, sizeof d->owned[i]);
+    for (int32_t i = 0; i < APTC_SHARED_RANGES; i++)
+        if (d->shared[i].first >= (uintptr_t)memory && d->shared[i].end <= (uintptr_t)memory + bytes)
+            memset(&d->shared[i], 0, sizeof d->shared[i]);
     if (d->desc.release != NULL) {
         d->desc.release(memory, d->desc.alloc_user);
         return;
@@ -3002,6 +3659,7 @@ static void aptc_close(void *self)
 #endif
     free(d->record);
     free(d->seen);
+    free(d->half);
     free(d);
 }
 
@@ -3089,6 +3747,11 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *given, char *message, size_t cap
     d->backend.alloc = aptc_alloc;
     d->backend.release = aptc_release;
     d->backend.run = aptc_run;
+    d->backend.own = aptc_own;
+    d->backend.forget = aptc_forget;
+    d->backend.upload = aptc_upload_op;
+    d->backend.share = aptc_share;
+    d->backend.fetch = aptc_fetch;
     d->backend.sync = aptc_sync;
     d->backend.close = aptc_close;
     return &d->backend;

@@ -87,7 +87,7 @@ static bool test_run_eagerly(void *self, apti_op op, const void *job)
 {
     char message[APTI_BACKEND_MESSAGE];
     const bool done = test_real_backend.run(self, op, job);
-    if (test_real_backend.sync(self, message) != APT_OK) fail_msg("operation %d: %s", (int)op, message);
+    if (test_real_backend.sync(self, true, message) != APT_OK) fail_msg("operation %d: %s", (int)op, message);
     return done;
 }
 #endif
