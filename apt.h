@@ -18201,7 +18201,7 @@ static double apti_distill_span(apt_trainer *t, float temperature, double scale)
     const double each = 1.0 / (2.0 * b->sequences);
     float *row = s->g, *target = s->t;                /* free until the backward begins */
     double sum = 0, loss = 0;
-    apti_sync(t->ctx);
+    apti_sync_results(t->ctx);
     for (int32_t q = 0; q < 2 * b->sequences; q++) {
         const int64_t at = b->offsets[q / 2], n = b->offsets[q / 2 + 1] - at, c = q % 2;
         float *grad = s->dq;
