@@ -103,9 +103,14 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *desc, char *message, size_t capa
    APTC_SHARED(type, x, n)   an array of the block; APTC_DYNAMIC: the one whose size is given at the launch, n at most
    APTC_PRIVATE(type, x)     a variable of each thread that outlives a phase; APTC_MINE(x, t) is t's
    APTC_WARP_SUM(x)          x of every thread = the sum of x over its warp, in a fixed order; likewise APTC_WARP_MAX
+   APTC_INLINE               a function that becomes part of its callers, so that its loops (APTC_UNROLL) have constant bounds there
+   APTC_FRAGMENT(type, x)    registers of each thread, APTC_MINE(x, t)[i] with constant i: those that are used are there, at most
+                             APTC_REGISTERS; APTC_FRAGMENTS(type, x): as a parameter
+   APTC_WARPS_BELOW(n)       leaves a function without barriers in all other warps
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum { APTC_BLOCK = 256, APTC_WARP = 32, APTC_WARPS = APTC_BLOCK / APTC_WARP, APTC_GRID_ROWS = 65535 /* at most */ };
+enum { APTC_REGISTERS = 64 };
 
 #ifdef APT_CUDA_EMULATE
 #define APTC_DEVICE static
@@ -124,6 +129,11 @@ enum { APTC_BLOCK = 256, APTC_WARP = 32, APTC_WARPS = APTC_BLOCK / APTC_WARP, AP
 #define APTC_MINE(x, t) x[t]
 #define APTC_WARP_SUM(x) aptc_warp_reduce(x, false)
 #define APTC_WARP_MAX(x) aptc_warp_reduce(x, true)
+#define APTC_INLINE static inline
+#define APTC_UNROLL
+#define APTC_FRAGMENT(type, x) type x[APTC_BLOCK][APTC_REGISTERS]
+#define APTC_FRAGMENTS(type, x) type (*x)[APTC_REGISTERS]
+#define APTC_WARPS_BELOW(n) ((void)(n))
 
 /* The butterfly that the warp's shuffles do. */
 static void aptc_warp_reduce(float *x, bool max)
@@ -151,6 +161,11 @@ static void aptc_warp_reduce(float *x, bool max)
 #define APTC_MINE(x, t) x
 #define APTC_WARP_SUM(x) x = aptc_warp_reduce(x, false)
 #define APTC_WARP_MAX(x) x = aptc_warp_reduce(x, true)
+#define APTC_INLINE static __device__ __forceinline__
+#define APTC_UNROLL _Pragma("unroll")
+#define APTC_FRAGMENT(type, x) type x[APTC_REGISTERS]
+#define APTC_FRAGMENTS(type, x) type *x
+#define APTC_WARPS_BELOW(n) if ((int32_t)threadIdx.x / APTC_WARP >= (n)) return
 
 static __device__ float aptc_warp_reduce(float x, bool max)
 {
@@ -1744,7 +1759,8 @@ enum {
 };
 
 /* c(m, n) = [c +] a b with m, n and k multiples of 16; a_t: a is (k, m) in memory, b_t: b is (n, k). All threads call it, and
-   barriers stand around it. Operands are of `type`; halves are 32-byte aligned, their strides multiples of 8, ldc of 4. */
+   barriers stand around it. Operands are of `type`; of halves there are only products c = a b^T, 32-byte aligned, with strides
+   that are multiples of 8, ldc of 4. */
 typedef struct aptc_tile_product {
     float *c;
     const void *a, *b;
@@ -1794,38 +1810,25 @@ static __device__ void aptc_tile_plain(const aptc_tile_product *p)
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 /* On tensor cores: a warp has 16 x 16 elements of c. */
-template <class half_type, class a_layout, class b_layout>
+template <class half_type>
 static __device__ void aptc_tile_halves(const aptc_tile_product *p)
 {
     namespace wmma = nvcuda::wmma;
     const half_type *a = (const half_type *)p->a, *b = (const half_type *)p->b;
-    const int32_t ai = p->a_t ? 1 : p->lda, ax = p->a_t ? p->lda : 1, bj = p->b_t ? p->ldb : 1, bx = p->b_t ? 1 : p->ldb;
     for (int32_t o = (int32_t)threadIdx.x / APTC_WARP; o < p->m / 16 * (p->n / 16); o += APTC_WARPS) {
         const int32_t i = o / (p->n / 16) * 16, j = o % (p->n / 16) * 16;
         wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum;
-        if (p->keep) wmma::load_matrix_sync(sum, p->c + i * p->ldc + j, (unsigned)p->ldc, wmma::mem_row_major);
-        else wmma::fill_fragment(sum, 0.0f);
+        wmma::fill_fragment(sum, 0.0f);
         for (int32_t x = 0; x < p->k; x += 16) {
-            wmma::fragment<wmma::matrix_a, 16, 16, 16, half_type, a_layout> left;
-            wmma::fragment<wmma::matrix_b, 16, 16, 16, half_type, b_layout> right;
-            wmma::load_matrix_sync(left, a + i * ai + x * ax, (unsigned)p->lda);
-            wmma::load_matrix_sync(right, b + j * bj + x * bx, (unsigned)p->ldb);
+            wmma::fragment<wmma::matrix_a, 16, 16, 16, half_type, wmma::row_major> left;
+            wmma::fragment<wmma::matrix_b, 16, 16, 16, half_type, wmma::col_major> right;
+            wmma::load_matrix_sync(left, a + i * p->lda + x, (unsigned)p->lda);
+            wmma::load_matrix_sync(right, b + j * p->ldb + x, (unsigned)p->ldb);
             wmma::mma_sync(sum, left, right, sum);
         }
         wmma::store_matrix_sync(p->c + i * p->ldc + j, sum, (unsigned)p->ldc, wmma::mem_row_major);
     }
 }
-
-template <class half_type>
-static __device__ void aptc_tile_layouts(const aptc_tile_product *p)
-{
-    using nvcuda::wmma::col_major;
-    using nvcuda::wmma::row_major;
-    if (p->a_t) aptc_tile_halves<half_type, col_major, row_major>(p);       /* with a b that is transposed: nobody asks for it */
-    else if (p->b_t) aptc_tile_halves<half_type, row_major, col_major>(p);
-    else aptc_tile_halves<half_type, row_major, row_major>(p);
-}
-
 #endif
 
 /* Code for devices before sm_80, which is what nvcc makes when it is told nothing, has no tensor cores for bfloat16. */
@@ -1833,13 +1836,191 @@ static __device__ void aptc_tile_multiply(const aptc_tile_product *p, apt_dtype 
 {
     if (type == APT_F32) aptc_tile_plain<APT_F32>(p);
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-    else if (type == APT_BF16) aptc_tile_layouts<__nv_bfloat16>(p);
-    else aptc_tile_layouts<__half>(p);
+    else if (type == APT_BF16) aptc_tile_halves<__nv_bfloat16>(p);
+    else aptc_tile_halves<__half>(p);
 #else
     else if (type == APT_BF16) aptc_tile_plain<APT_BF16>(p);
     else aptc_tile_plain<APT_F16>(p);
 #endif
 }
+#endif
+
+/* Products of a warp on tensor cores, whose operands and results are in its registers. With g = lane / 4 and c = lane % 4 a lane has
+   a(16, 16)   in register 0 (g, 2c) and (g, 2c + 1), in 1 those of row g + 8, in 2 and 3 those 8 columns further
+   b(16, 8)    in register 0 (2c, g) and (2c + 1, g), in 1 those 8 rows further
+   d(16, 8)    (g, 2c), (g, 2c + 1), and those of row g + 8
+   Two halves are a register, the first one in its lower bits.
+
+   aptc_mma             d += a b, from register di, ai and bi on
+   aptc_ldmatrix        registers r = 0 .. 3 from four matrices (8, 8) of halves in shared memory; lane 8 r + i says where row i of
+                        matrix r begins, x + at, on 16 bytes. A lane gets (g, 2c) and (g, 2c + 1); turned: (2c, g) and (2c + 1, g)
+   aptc_quad_reduce     x[i] = the sum or the largest over the lanes that have the same rows
+   aptc_read16, aptc_write16    16 bytes, aligned; aptc_copy_async: from global to shared memory, there after APTC_COPIES_WAIT(n) and a
+                        barrier; all but the n last groups are waited for, and APTC_COPIES_END ends a group. */
+APTC_INLINE float aptc_half(apt_dtype type, uint32_t bits)
+{
+    return type == APT_BF16 ? aptc_bf16_to_f32((uint16_t)bits) : aptc_f16_to_f32((uint16_t)bits);
+}
+
+#ifdef APT_CUDA_EMULATE
+static uint32_t aptc_pack(apt_dtype type, float x, float y)
+{
+    if (type == APT_BF16) return (uint32_t)aptc_f32_to_bf16(x) | (uint32_t)aptc_f32_to_bf16(y) << 16;
+    return (uint32_t)aptc_f32_to_f16(x) | (uint32_t)aptc_f32_to_f16(y) << 16;
+}
+
+static void aptc_read16(uint32_t *to, const void *from) { memcpy(to, from, 16); }
+static void aptc_write16(void *to, const uint32_t *from) { memcpy(to, from, 16); }
+static void aptc_copy_async(void *to, const void *from) { memcpy(to, from, 16); }
+#define APTC_COPIES_END ((void)0)
+#define APTC_COPIES_WAIT(n) ((void)0)
+
+static void aptc_quad_reduce(float (*x)[APTC_REGISTERS], int32_t i, bool max)
+{
+    for (int32_t step = 2; step > 0; step /= 2) {
+        float old[APTC_BLOCK];
+        for (int32_t t = 0; t < APTC_BLOCK; t++) old[t] = x[t][i];
+        for (int32_t t = 0; t < APTC_BLOCK; t++) x[t][i] = max ? fmaxf(old[t], old[t ^ step]) : old[t] + old[t ^ step];
+    }
+}
+
+static void aptc_ldmatrix(int32_t warps, uint32_t (*to)[APTC_REGISTERS], const uint16_t *x, const int32_t *at, bool turned)
+{
+    for (int32_t t = 0; t < warps * APTC_WARP; t++)
+        for (int32_t r = 0; r < 4; r++) {
+            const int32_t g = t % APTC_WARP / 4, c = t % 4, first = t / APTC_WARP * APTC_WARP + 8 * r;
+            uint16_t half[2];
+            for (int32_t h = 0; h < 2; h++) {
+                const int32_t row = turned ? 2 * c + h : g, column = turned ? g : 2 * c + h;
+                memcpy(&half[h], x + at[first + row] + column, sizeof half[h]);
+            }
+            to[t][r] = (uint32_t)half[0] | (uint32_t)half[1] << 16;
+        }
+}
+
+/* Not under the sanitizers, which would take most of the time. */
+__attribute__((no_sanitize("address", "undefined")))
+static void aptc_mma(apt_dtype type, int32_t warps, float (*d)[APTC_REGISTERS], int32_t di, uint32_t (*a)[APTC_REGISTERS],
+                     int32_t ai, uint32_t (*b)[APTC_REGISTERS], int32_t bi)
+{
+    for (int32_t warp = 0; warp < warps; warp++) {
+        float left[16][16], right[16][8], sum[16][8];
+        for (int32_t lane = 0; lane < APTC_WARP; lane++) {
+            const int32_t t = warp * APTC_WARP + lane, g = lane / 4, c = lane % 4;
+            for (int32_t r = 0; r < 4; r++)
+                for (int32_t h = 0; h < 2; h++) {
+                    left[g + r % 2 * 8][2 * c + r / 2 * 8 + h] = aptc_half(type, a[t][ai + r] >> 16 * h);
+                    if (r < 2) right[2 * c + r * 8 + h][g] = aptc_half(type, b[t][bi + r] >> 16 * h);
+                    sum[g + r / 2 * 8][2 * c + r % 2] = d[t][di + r];
+                }
+        }
+        for (int32_t i = 0; i < 16; i++)
+            for (int32_t x = 0; x < 16; x++)
+                for (int32_t j = 0; j < 8; j++) sum[i][j] += left[i][x] * right[x][j];
+        for (int32_t lane = 0; lane < APTC_WARP; lane++)
+            for (int32_t r = 0; r < 4; r++)
+                d[warp * APTC_WARP + lane][di + r] = sum[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
+    }
+}
+#else
+static __device__ __forceinline__ uint32_t aptc_pack(apt_dtype type, float x, float y)
+{
+    union { __nv_bfloat162 b; __half2 h; uint32_t bits; } pair = {__nv_bfloat162()};
+    if (type == APT_BF16) pair.b = __floats2bfloat162_rn(x, y);
+    else pair.h = __floats2half2_rn(x, y);
+    return pair.bits;
+}
+
+static __device__ __forceinline__ void aptc_read16(uint32_t *to, const void *from)
+{
+    const uint4 x = *(const uint4 *)from;
+    to[0] = x.x;
+    to[1] = x.y;
+    to[2] = x.z;
+    to[3] = x.w;
+}
+
+static __device__ __forceinline__ void aptc_write16(void *to, const uint32_t *from)
+{
+    *(uint4 *)to = make_uint4(from[0], from[1], from[2], from[3]);
+}
+
+static __device__ __forceinline__ void aptc_quad_reduce(float *x, int32_t i, bool max)
+{
+    for (int32_t step = 2; step > 0; step /= 2) {
+        const float other = __shfl_xor_sync(0xffffffffu, x[i], step);
+        x[i] = max ? fmaxf(x[i], other) : x[i] + other;
+    }
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+static __device__ __forceinline__ void aptc_copy_async(void *to, const void *from)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
+#define APTC_COPIES_END asm volatile("cp.async.commit_group;" ::: "memory")
+#define APTC_COPIES_WAIT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")
+
+static __device__ __forceinline__ void aptc_ldmatrix(int32_t, uint32_t *to, const uint16_t *x, int32_t at, bool turned)
+{
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(x + at);
+    if (turned)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+
+#define APTC_MMA(type)                                                                                                  \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                                         \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                      \
+                 : "+f"(d[di]), "+f"(d[di + 1]), "+f"(d[di + 2]), "+f"(d[di + 3])                                       \
+                 : "r"(a[ai]), "r"(a[ai + 1]), "r"(a[ai + 2]), "r"(a[ai + 3]), "r"(b[bi]), "r"(b[bi + 1]))
+
+static __device__ __forceinline__ void aptc_mma(apt_dtype type, int32_t, float *d, int32_t di, const uint32_t *a, int32_t ai,
+                                                const uint32_t *b, int32_t bi)
+{
+    if (type == APT_BF16) APTC_MMA("bf16");
+    else APTC_MMA("f16");
+}
+#else
+/* The same of shuffles, for code that no tensor core will run. */
+static __device__ __forceinline__ void aptc_copy_async(void *to, const void *from)
+{
+    uint32_t x[4];
+    aptc_read16(x, from);
+    aptc_write16(to, x);
+}
+
+#define APTC_COPIES_END ((void)0)
+#define APTC_COPIES_WAIT(n) ((void)0)
+
+static __device__ __forceinline__ void aptc_ldmatrix(int32_t, uint32_t *to, const uint16_t *x, int32_t at, bool turned)
+{
+    const int32_t g = (int32_t)threadIdx.x % APTC_WARP / 4, c = (int32_t)threadIdx.x % 4;
+    for (int32_t r = 0; r < 4; r++) {
+        const int32_t first = __shfl_sync(0xffffffffu, at, 8 * r + (turned ? 2 * c : g));
+        const int32_t second = __shfl_sync(0xffffffffu, at, 8 * r + (turned ? 2 * c + 1 : g));
+        to[r] = (uint32_t)x[first + (turned ? g : 2 * c)] | (uint32_t)x[second + (turned ? g : 2 * c + 1)] << 16;
+    }
+}
+
+static __device__ __forceinline__ void aptc_mma(apt_dtype type, int32_t, float *d, int32_t di, const uint32_t *a, int32_t ai,
+                                                const uint32_t *b, int32_t bi)
+{
+    const int32_t g = (int32_t)threadIdx.x % APTC_WARP / 4, c = (int32_t)threadIdx.x % 4;
+    for (int32_t x = 0; x < 4; x++)                       /* the lane of each quad that has columns of a, rows of b */
+        for (int32_t r = 0; r < 4; r++)
+            for (int32_t v = 0; v < 2; v++) {
+                const uint32_t left = __shfl_sync(0xffffffffu, a[ai + r], 4 * g + x);
+                const uint32_t right = __shfl_sync(0xffffffffu, b[bi + r / 2], 4 * (2 * c + v) + x);
+                d[di + r % 2 * 2 + v] += aptc_half(type, left & 0xffff) * aptc_half(type, right & 0xffff) +
+                                         aptc_half(type, left >> 16) * aptc_half(type, right >> 16);
+            }
+}
+#endif
 #endif
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -1887,11 +2068,16 @@ APTC_DEVICE int64_t aptc_distance(const aptc_attention *a, const aptc_place *p, 
     return aptc_max(-last, aptc_min(last, j - i - p->shift)) + last;
 }
 
+APTC_DEVICE float aptc_bias(const aptc_attention *a, const aptc_place *p, int64_t i, int64_t j)
+{
+    return a->bias[p->head * (2 * (int64_t)a->span - 1) + aptc_distance(a, p, i, j)];
+}
+
 /* The logit of query i and key j from their product */
 APTC_DEVICE float aptc_logit(const aptc_attention *a, const aptc_place *p, int64_t i, int64_t j, float product)
 {
     float s = a->scale * product;
-    if (a->bias != NULL) s += a->bias[p->head * (2 * (int64_t)a->span - 1) + aptc_distance(a, p, i, j)];
+    if (a->bias != NULL) s += aptc_bias(a, p, i, j);
     return s;
 }
 
@@ -2088,6 +2274,290 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
     APTC_THREADS(t) aptc_attention_sums(&job, APTC_BX, APTC_BY, t, out, 0, 0, rows);
 }
 APTC_LAUNCHER(aptc_attention_forward_kernel, aptc_attention)
+
+/* ---- Halves: what a block holds is 128 rows, 16 of each warp, and everything between two products stays in registers. Rows of
+   halves in shared memory are `wide` long, 32, 64 or 128 with zeros behind a head's dim, and lie wide + 8 apart, so that eight rows
+   of 16 bytes are in different banks. Own rows are queries (forward and dq) or keys (dk and dv), and the block walks over the other
+   side. */
+enum { APTC_FLASH_ROWS = 16 * APTC_WARPS, APTC_FLASH_PAD = 8, APTC_FLASH_KEYS = 64 /* of a tile, forward */ };
+enum { APTC_FLASH_STEP = 32 /* rows of the other side that are in registers at a time, backward */ };
+
+/* Rows of the other side in a tile of the backward */
+APTC_BOTH int32_t aptc_flash_tile(int32_t wide) { return wide > 64 ? APTC_FLASH_STEP : 2 * APTC_FLASH_STEP; }
+
+/* Shared memory: own rows and a tile of the forward or backward; results lie there as float in the end. */
+APTC_BOTH int32_t aptc_flash_bytes(int32_t wide, bool backward)
+{
+    const int32_t ld = wide + APTC_FLASH_PAD, tile = aptc_flash_tile(wide);
+    if (!backward) return (APTC_FLASH_ROWS + 2 * APTC_FLASH_KEYS) * ld * 2;
+    return 2 * (APTC_FLASH_ROWS + tile) * ld * 2 + 2 * tile * 4;
+}
+
+/* Element e of a lane's registers, of a product of 16 rows: its row among the block's, and its column */
+APTC_BOTH int32_t aptc_flash_row(int32_t t, int32_t e) { return t / APTC_WARP * 16 + t % APTC_WARP / 4 + e / 2 % 2 * 8; }
+APTC_BOTH int32_t aptc_flash_column(int32_t t, int32_t e) { return e / 4 * 8 + t % 4 * 2 + e % 2; }
+
+/* Can 8 elements from column `column` on, and from every 8th further one, be read or written 16 bytes at a time? */
+APTC_BOTH bool aptc_flash_aligned(const aptc_view *x, int64_t column)
+{
+    const int64_t size = aptc_size((apt_dtype)x->type);
+    return (((uint64_t)(uintptr_t)x->data | (uint64_t)(x->ld * size) | (uint64_t)(column * size)) & 15) == 0;
+}
+
+/* f = count <= 8 elements of x from (row, column) on, zeros behind them */
+APTC_INLINE void aptc_flash_take(float *f, const aptc_view *x, int64_t row, int64_t column, int32_t count, bool aligned)
+{
+    const apt_dtype type = (apt_dtype)x->type;
+    const int64_t at = row * x->ld + column;
+    union { uint32_t bits[8]; float value[8]; } w;
+    if (count == 8 && aligned && type == APT_F32) {
+        aptc_read16(w.bits, (const float *)x->data + at);
+        aptc_read16(w.bits + 4, (const float *)x->data + at + 4);
+        APTC_UNROLL for (int32_t u = 0; u < 8; u++) f[u] = w.value[u];
+    } else if (count == 8 && aligned) {
+        aptc_read16(w.bits, (const uint16_t *)x->data + at);
+        APTC_UNROLL for (int32_t u = 0; u < 8; u++) f[u] = aptc_half(type, w.bits[u / 2] >> 16 * (u % 2) & 0xffff);
+    } else APTC_UNROLL for (int32_t u = 0; u < 8; u++) f[u] = u < count ? aptc_load(x->data, type, at + u) : 0.0f;
+}
+
+/* Thread t's share of a tile of `height` rows = factor * x(rows, a->dim) from (row, column) on, zeros around it; to be waited for */
+APTC_INLINE void aptc_flash_load(const aptc_attention *a, apt_dtype type, int32_t t, uint16_t *tile, int32_t wide, int32_t height,
+                                 const aptc_view *x, int64_t row, int64_t column, int64_t rows, float factor)
+{
+    const bool aligned = aptc_flash_aligned(x, column), same = x->type == (int64_t)type && factor == 1;
+    for (int32_t e = t; e < height * (wide / 8); e += APTC_BLOCK) {
+        const int32_t i = e / (wide / 8), j = e % (wide / 8) * 8;
+        const int32_t count = i < rows ? (int32_t)aptc_max(0, aptc_min(8, a->dim - j)) : 0;
+        uint16_t *to = tile + i * (wide + APTC_FLASH_PAD) + j;
+        if (same && aligned && count == 8) {
+            aptc_copy_async(to, (const uint16_t *)x->data + (row + i) * x->ld + column + j);
+            continue;
+        }
+        float f[8];
+        uint32_t pair[4];
+        aptc_flash_take(f, x, row + i, column + j, count, aligned);
+        APTC_UNROLL for (int32_t u = 0; u < 4; u++) pair[u] = aptc_pack(type, factor * f[2 * u], factor * f[2 * u + 1]);
+        aptc_write16(to, pair);
+    }
+}
+
+#define APTC_FLASH_LOAD_QUERIES(to, x, height, factor)                                                                  \
+    APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.q_row + q0, (int64_t)p.head * a->dim, p.queries - q0, factor)
+#define APTC_FLASH_LOAD_KEYS(to, x, height, k0)                                                                         \
+    APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.k_row + (k0), (int64_t)p.group * a->dim, p.keys - (k0), 1.0f)
+
+/* Thread t's share of x(rows, a->dim) from (row, column) on = the floats of shared memory, in rows of wide + 4 */
+APTC_INLINE void aptc_flash_store(const aptc_attention *a, int32_t t, const float *from, int32_t wide, const aptc_view *x,
+                                  int64_t row, int64_t column, int64_t rows)
+{
+    const apt_dtype type = (apt_dtype)x->type;
+    const bool aligned = aptc_flash_aligned(x, column);
+    for (int32_t e = t; e < APTC_FLASH_ROWS * (wide / 8); e += APTC_BLOCK) {
+        const int32_t i = e / (wide / 8), j = e % (wide / 8) * 8;
+        const int64_t at = (row + i) * x->ld + column + j;
+        const float *f = from + i * (wide + 4) + j;
+        uint32_t w[4];
+        if (i >= rows) break;
+        if (!aligned || j + 8 > a->dim) {
+            for (int32_t u = 0; u < 8 && j + u < a->dim; u++) aptc_store(x->data, type, at + u, f[u]);
+        } else if (type == APT_F32) {
+            APTC_UNROLL for (int32_t u = 0; u < 8; u += 4) {
+                aptc_read16(w, f + u);
+                aptc_write16((float *)x->data + at + u, w);
+            }
+        } else {
+            APTC_UNROLL for (int32_t u = 0; u < 4; u++) w[u] = aptc_pack(type, f[2 * u], f[2 * u + 1]);
+            aptc_write16((uint16_t *)x->data + at, w);
+        }
+    }
+}
+
+/* Thread t's share of a sum lies down as float, in rows of wide + 4. */
+APTC_INLINE void aptc_flash_lay(int32_t t, float *to, int32_t wide, const float *sum, float factor)
+{
+    APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++)
+        to[aptc_flash_row(t, e) * (wide + 4) + aptc_flash_column(t, e)] = factor * sum[e];
+}
+
+/* The warps' 16 rows of s = own other^T; other has `count` rows. */
+APTC_INLINE void aptc_flash_dots(apt_dtype type, int32_t warps, APTC_FRAGMENTS(float, s), const uint16_t *own,
+                                 const uint16_t *other, int32_t wide, int32_t count)
+{
+    const int32_t ld = wide + APTC_FLASH_PAD;
+    APTC_FRAGMENT(uint32_t, left);
+    APTC_FRAGMENT(uint32_t, right);
+    APTC_PRIVATE(int32_t, down);                 /* matrices 0 and 1 are rows 0 to 15 */
+    APTC_PRIVATE(int32_t, across);               /* matrices 0 and 1 are columns 0 to 15 */
+    APTC_THREADS(t) {
+        const int32_t lane = t % APTC_WARP;
+        APTC_MINE(down, t) = (t / APTC_WARP * 16 + lane % 16) * ld + lane / 16 * 8;
+        APTC_MINE(across, t) = (lane / 16 * 8 + lane % 8) * ld + lane / 8 % 2 * 8;
+        APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) APTC_MINE(s, t)[e] = 0;
+    }
+    APTC_WARPS_BELOW(warps);
+    APTC_UNROLL for (int32_t x = 0; x < wide; x += 16) {
+        aptc_ldmatrix(warps, left, own + x, down, false);
+        APTC_UNROLL for (int32_t j = 0; j < count; j += 16) {
+            aptc_ldmatrix(warps, right, other + j * ld + x, across, false);
+            aptc_mma(type, warps, s, j / 2, left, 0, right, 0);
+            aptc_mma(type, warps, s, j / 2 + 4, left, 0, right, 2);
+        }
+    }
+}
+
+/* The warps' 16 rows of sum += s other; other has `count` rows. The registers of a product, in pairs, are those of a left operand. */
+APTC_INLINE void aptc_flash_add(apt_dtype type, int32_t warps, APTC_FRAGMENTS(float, sum), APTC_FRAGMENTS(uint32_t, s),
+                                const uint16_t *other, int32_t wide, int32_t count)
+{
+    const int32_t ld = wide + APTC_FLASH_PAD;
+    APTC_FRAGMENT(uint32_t, right);
+    APTC_PRIVATE(int32_t, down);
+    APTC_THREADS(t) APTC_MINE(down, t) = t % 16 * ld + t % APTC_WARP / 16 * 8;
+    APTC_WARPS_BELOW(warps);
+    APTC_UNROLL for (int32_t j = 0; j < count; j += 16)
+        APTC_UNROLL for (int32_t x = 0; x < wide; x += 16) {
+            aptc_ldmatrix(warps, right, other + j * ld + x, down, true);
+            aptc_mma(type, warps, sum, x / 2, s, j / 4, right, 0);
+            aptc_mma(type, warps, sum, x / 2 + 4, s, j / 4, right, 2);
+        }
+}
+
+/* Thread t's share of products with `count` others -> logits; rows are queries, or keys (turned) */
+APTC_INLINE void aptc_flash_logits(const aptc_attention *a, const aptc_place *p, int32_t t, float *s, int64_t q0, int64_t k0,
+                                   int32_t count, bool turned)
+{
+    APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) s[e] *= a->scale;
+    if (a->bias == NULL) return;
+    APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) {
+        const int32_t row = aptc_flash_row(t, e), column = aptc_flash_column(t, e);
+        s[e] += aptc_bias(a, p, q0 + (turned ? column : row), k0 + (turned ? row : column));
+    }
+}
+
+/* Logits s of the keys from k0 on -> exp of them less the largest so far, in pairs; the sums of a thread's share of them and the
+   outputs so far are brought to the new largest. */
+APTC_INLINE void aptc_flash_softmax(const aptc_attention *a, const aptc_place *p, apt_dtype type, int64_t q0, int64_t k0,
+                                    int32_t wide, APTC_FRAGMENTS(float, s), APTC_FRAGMENTS(uint32_t, prob),
+                                    APTC_FRAGMENTS(float, top), APTC_FRAGMENTS(float, sum), APTC_FRAGMENTS(float, out))
+{
+    APTC_FRAGMENT(float, max);
+    APTC_THREADS(t) {
+        int32_t seen[2];
+        APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
+            seen[h] = (int32_t)aptc_min(aptc_limit(a, p, q0 + aptc_flash_row(t, 2 * h)) - k0, APTC_FLASH_KEYS);
+            APTC_MINE(max, t)[h] = APTC_MINE(top, t)[h];
+        }
+        aptc_flash_logits(a, p, t, APTC_MINE(s, t), q0, k0, APTC_FLASH_KEYS, false);
+        APTC_UNROLL for (int32_t e = 0; e < APTC_FLASH_KEYS / 2; e++) {
+            if (aptc_flash_column(t, e) >= seen[e / 2 % 2]) APTC_MINE(s, t)[e] = -INFINITY;
+            APTC_MINE(max, t)[e / 2 % 2] = fmaxf(APTC_MINE(max, t)[e / 2 % 2], APTC_MINE(s, t)[e]);
+        }
+    }
+    for (int32_t h = 0; h < 2; h++) aptc_quad_reduce(max, h, true);
+    APTC_THREADS(t) {
+        float base[2], shrink[2];
+        APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
+            base[h] = APTC_MINE(max, t)[h] > -INFINITY ? APTC_MINE(max, t)[h] : 0.0f;       /* no key is seen so far: all exps are 0 */
+            shrink[h] = expf(APTC_MINE(top, t)[h] - base[h]);
+            APTC_MINE(top, t)[h] = APTC_MINE(max, t)[h];
+            APTC_MINE(sum, t)[h] *= shrink[h];
+        }
+        APTC_UNROLL for (int32_t e = 0; e < APTC_FLASH_KEYS / 2; e++) {
+            APTC_MINE(s, t)[e] = expf(APTC_MINE(s, t)[e] - base[e / 2 % 2]);
+            APTC_MINE(sum, t)[e / 2 % 2] += APTC_MINE(s, t)[e];
+        }
+        APTC_UNROLL for (int32_t e = 0; e < APTC_FLASH_KEYS / 4; e++)
+            APTC_MINE(prob, t)[e] = aptc_pack(type, APTC_MINE(s, t)[2 * e], APTC_MINE(s, t)[2 * e + 1]);
+        APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(out, t)[e] *= shrink[e / 2 % 2];
+    }
+}
+
+/* Block: BX = tile of queries, BY = (sequence, head) */
+APTC_INLINE void aptc_flash_forward(const aptc_attention *a, int32_t wide, apt_dtype type, int64_t bx, int64_t by)
+{
+    APTC_DYNAMIC(float, room, APTC_ROOM_BYTES / 4);
+    APTC_FRAGMENT(float, s);
+    APTC_FRAGMENT(float, top);
+    APTC_FRAGMENT(float, sum);
+    APTC_FRAGMENT(float, out);
+    APTC_FRAGMENT(uint32_t, prob);
+    const aptc_place p = aptc_place_of(a, by / a->heads, (int32_t)(by % a->heads));
+    const int64_t q0 = bx * APTC_FLASH_ROWS, seen = aptc_seen_keys(a, &p, q0);
+    const int64_t rows = aptc_max(0, aptc_min(APTC_FLASH_ROWS, p.queries - q0));
+    const int32_t warps = (int32_t)aptc_ceil(rows, 16), ld = wide + APTC_FLASH_PAD;
+    uint16_t *q = (uint16_t *)room, *k = q + APTC_FLASH_ROWS * ld, *v = k + APTC_FLASH_KEYS * ld;
+    const aptc_view result = {room, wide + 4, APT_F32};
+    if (rows == 0) {
+        APTC_THREADS(t) aptc_attention_sums(a, bx, by, t, result, 0, 0, 0);
+        return;
+    }
+    APTC_THREADS(t) {
+        APTC_MINE(top, t)[0] = APTC_MINE(top, t)[1] = -INFINITY;
+        APTC_MINE(sum, t)[0] = APTC_MINE(sum, t)[1] = 0;
+        APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(out, t)[e] = 0;
+    }
+    APTC_FLASH_LOAD_QUERIES(q, a->q, 16 * warps, 1.0f);
+    APTC_FLASH_LOAD_KEYS(k, a->k, APTC_FLASH_KEYS, 0);
+    APTC_COPIES_END;
+    for (int64_t k0 = 0; k0 < seen; k0 += APTC_FLASH_KEYS) {
+        APTC_FLASH_LOAD_KEYS(v, a->v, APTC_FLASH_KEYS, k0);           /* come while the others are used */
+        APTC_COPIES_END;
+        APTC_COPIES_WAIT(1);
+        APTC_BARRIER;
+        aptc_flash_dots(type, warps, s, q, k, wide, APTC_FLASH_KEYS);
+        APTC_BARRIER;
+        if (k0 + APTC_FLASH_KEYS < seen) APTC_FLASH_LOAD_KEYS(k, a->k, APTC_FLASH_KEYS, k0 + APTC_FLASH_KEYS);
+        APTC_COPIES_END;
+        aptc_flash_softmax(a, &p, type, q0, k0, wide, s, prob, top, sum, out);
+        APTC_COPIES_WAIT(1);
+        APTC_BARRIER;
+        aptc_flash_add(type, warps, out, prob, v, wide, APTC_FLASH_KEYS);
+        APTC_BARRIER;
+    }
+    APTC_COPIES_WAIT(0);
+    for (int32_t h = 0; h < 2; h++) aptc_quad_reduce(sum, h, false);
+    APTC_BARRIER;
+    APTC_THREADS(t) {
+        const float mask = a->mask != NULL ? a->mask[p.group] : 1.0f;
+        APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) {
+            const float total = APTC_MINE(sum, t)[e / 2 % 2];
+            APTC_MINE(out, t)[e] = total != 0 ? APTC_MINE(out, t)[e] * (mask / total) : 0.0f;
+        }
+        aptc_flash_lay(t, room, wide, APTC_MINE(out, t), 1.0f);
+        APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
+            const int32_t i = aptc_flash_row(t, 2 * h);
+            const float total = APTC_MINE(sum, t)[h];
+            if (a->lse_out != NULL && t % 4 == 0 && i < rows)
+                a->lse_out[(p.q_row + q0 + i) * a->heads + p.head] = total != 0 ? APTC_MINE(top, t)[h] + logf(total) : 0.0f;
+        }
+    }
+    APTC_BARRIER;
+    APTC_THREADS(t) {
+        aptc_flash_store(a, t, room, wide, &a->o, p.q_row + q0, (int64_t)p.head * a->dim, rows);
+        aptc_attention_sums(a, bx, by, t, result, 0, 0, rows);
+    }
+}
+
+/* A kernel for each width and both types */
+#define APTC_FLASH_KERNEL(name, wide)                                                                                   \
+    APTC_KERNEL(name##_##wide, aptc_attention)                                                                          \
+    {                                                                                                                   \
+        if (job.type == APT_BF16) name(&job, wide, APT_BF16, APTC_BX, APTC_BY);                                         \
+        else name(&job, wide, APT_F16, APTC_BX, APTC_BY);                                                               \
+    }                                                                                                                   \
+    APTC_LAUNCHER(name##_##wide, aptc_attention)
+#define APTC_FLASH_KERNELS(name)                                                                                        \
+    APTC_FLASH_KERNEL(name, 32)                                                                                         \
+    APTC_FLASH_KERNEL(name, 64)                                                                                         \
+    APTC_FLASH_KERNEL(name, 128)
+#define APTC_LAUNCH_FLASH(d, name, job, bx, by, bytes)                                                                  \
+    do {                                                                                                                \
+        if ((job).wide == 32) APTC_LAUNCH_DYNAMIC(d, name##_32, job, bx, by, bytes);                                    \
+        else if ((job).wide == 64) APTC_LAUNCH_DYNAMIC(d, name##_64, job, bx, by, bytes);                               \
+        else APTC_LAUNCH_DYNAMIC(d, name##_128, job, bx, by, bytes);                                                    \
+    } while (0)
+
+APTC_FLASH_KERNELS(aptc_flash_forward)
 
 /* dot(rows, heads) = d_o . o of each query and head: a warp each */
 APTC_KERNEL(aptc_attention_dot_kernel, aptc_attention)
@@ -2353,13 +2823,22 @@ static aptc_attention aptc_attention_of(const aptc_device *d, const apti_attenti
         fits = layout(&(a)).end <= (d)->room;                                                                           \
     } while (0)
 
+/* The same for halves, whose tiles are what they are */
+static bool aptc_flash_choose(const aptc_device *d, aptc_attention *a, bool backward)
+{
+    a->wide = a->dim > 64 ? 128 : a->dim > 32 ? 64 : 32;
+    a->rows = APTC_FLASH_ROWS;
+    return aptc_flash_bytes(a->wide, backward) <= d->room;
+}
+
 static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *op)
 {
     aptc_attention a = aptc_attention_of(d, op);
     bool fits;
     if (a.dim > APTC_HEAD_MAX || (int64_t)a.sequences * a.heads > APTC_GRID_ROWS) return false;
     const int64_t longest_k = a.k_ends != NULL ? (int64_t)APTC_TILE_MAX : op->longest_k;      /* a cache has room for many */
-    APTC_TILE_CHOOSE(d, a, op->longest_q, longest_k, APTC_FORWARD_ROOM, fits);
+    if (a.type == APT_F32) APTC_TILE_CHOOSE(d, a, op->longest_q, longest_k, APTC_FORWARD_ROOM, fits);
+    else fits = aptc_flash_choose(d, &a, false);
     if (!fits) return false;
     a.blocks = aptc_ceil(op->longest_q, a.rows);
     a.o = aptc_floats(op->out, op->ldo);
@@ -2376,8 +2855,10 @@ static void aptc_attention_forward_run(aptc_device *d, aptc_attention *a, const 
     a->sizes = aptc_sizes_for(d, sizes, rows);
     a->sums = aptc_sizes_for(d, sums, rows);
     if (sums != NULL && a->sums == NULL) a->sizes = NULL;            /* room for both or for none */
-    APTC_LAUNCH_DYNAMIC(d, aptc_attention_forward_kernel, *a, a->blocks, (int64_t)a->sequences * a->heads,
-                        APTC_FORWARD_ROOM(a).end);
+    const int64_t pairs = (int64_t)a->sequences * a->heads;
+    if (a->type == APT_F32)
+        APTC_LAUNCH_DYNAMIC(d, aptc_attention_forward_kernel, *a, a->blocks, pairs, APTC_FORWARD_ROOM(a).end);
+    else APTC_LAUNCH_FLASH(d, aptc_flash_forward, *a, a->blocks, pairs, aptc_flash_bytes(a->wide, false));
     aptc_sizes_add(d, a->sizes, sizes, rows);
     aptc_sizes_add(d, a->sums, sums, rows);
 }
@@ -3036,9 +3517,9 @@ static void aptc_device_start(aptc_device *d)
     aptc_work_split(d);
     aptc_check(d, cudaMemGetInfo(&vacant, &total), "cudaMemGetInfo");
     d->memory_left = vacant - vacant / 32;        /* graphs and the code of kernels lie on the device, too */
-    void (*const attention[])(aptc_attention) = {aptc_attention_forward_kernel, aptc_attention_dq_kernel,
-                                                 aptc_attention_sweep_kernel, aptc_attention_dkv_kernel,
-                                                 aptc_attention_dbias_kernel};
+    void (*const attention[])(aptc_attention) = {
+        aptc_attention_forward_kernel, aptc_attention_dq_kernel, aptc_attention_sweep_kernel, aptc_attention_dkv_kernel,
+        aptc_attention_dbias_kernel, aptc_flash_forward_32, aptc_flash_forward_64, aptc_flash_forward_128};
     int room = 0;
     aptc_check(d, cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, d->device), "cudaDeviceGetAttribute");
     for (size_t i = 0; i < sizeof attention / sizeof *attention; i++)
