@@ -103,7 +103,8 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *desc, char *message, size_t capa
    APTC_SHARED(type, x, n)   an array of the block; APTC_DYNAMIC: the one whose size is given at the launch, n at most
    APTC_PRIVATE(type, x)     a variable of each thread that outlives a phase; APTC_MINE(x, t) is t's
    APTC_WARP_SUM(x)          x of every thread = the sum of x over its warp, in a fixed order; likewise APTC_WARP_MAX
-   APTC_INLINE               a function that becomes part of its callers, so that its loops (APTC_UNROLL) have constant bounds there
+   APTC_INLINE               a function that becomes part of its callers, so that its loops (APTC_UNROLL) have constant bounds there;
+                             APTC_NO_UNROLL: one that had better stay a loop
    APTC_FRAGMENT(type, x)    registers of each thread, APTC_MINE(x, t)[i] with constant i: those that are used are there, at most
                              APTC_REGISTERS; APTC_FRAGMENTS(type, x): as a parameter
    APTC_WARPS_BELOW(n)       leaves a function without barriers in all other warps
@@ -131,6 +132,7 @@ enum { APTC_REGISTERS = 64 };
 #define APTC_WARP_MAX(x) aptc_warp_reduce(x, true)
 #define APTC_INLINE static inline
 #define APTC_UNROLL
+#define APTC_NO_UNROLL
 #define APTC_FRAGMENT(type, x) type x[APTC_BLOCK][APTC_REGISTERS]
 #define APTC_FRAGMENTS(type, x) type (*x)[APTC_REGISTERS]
 #define APTC_WARPS_BELOW(n) ((void)(n))
@@ -163,6 +165,7 @@ static void aptc_warp_reduce(float *x, bool max)
 #define APTC_WARP_MAX(x) x = aptc_warp_reduce(x, true)
 #define APTC_INLINE static __device__ __forceinline__
 #define APTC_UNROLL _Pragma("unroll")
+#define APTC_NO_UNROLL _Pragma("unroll 1")
 #define APTC_FRAGMENT(type, x) type x[APTC_REGISTERS]
 #define APTC_FRAGMENTS(type, x) type *x
 #define APTC_WARPS_BELOW(n) if ((int32_t)threadIdx.x / APTC_WARP >= (n)) return
@@ -1857,12 +1860,12 @@ static __device__ void aptc_tile_multiply(const aptc_tile_product *p, apt_dtype 
    aptc_quad_reduce     x[i] = the sum or the largest over the lanes that have the same rows
    aptc_read16, aptc_write16    16 bytes, aligned; aptc_copy_async: from global to shared memory, there after APTC_COPIES_WAIT(n) and a
                         barrier; all but the n last groups are waited for, and APTC_COPIES_END ends a group. */
-APTC_INLINE float aptc_half(apt_dtype type, uint32_t bits)
+#ifdef APT_CUDA_EMULATE
+static float aptc_half(apt_dtype type, uint32_t bits)
 {
     return type == APT_BF16 ? aptc_bf16_to_f32((uint16_t)bits) : aptc_f16_to_f32((uint16_t)bits);
 }
 
-#ifdef APT_CUDA_EMULATE
 static uint32_t aptc_pack(apt_dtype type, float x, float y)
 {
     if (type == APT_BF16) return (uint32_t)aptc_f32_to_bf16(x) | (uint32_t)aptc_f32_to_bf16(y) << 16;
@@ -1923,6 +1926,11 @@ static void aptc_mma(apt_dtype type, int32_t warps, float (*d)[APTC_REGISTERS], 
     }
 }
 #else
+static __device__ __forceinline__ float aptc_half(apt_dtype type, uint32_t bits)
+{
+    return type == APT_BF16 ? aptc_bf16_to_f32((uint16_t)bits) : __half2float(__ushort_as_half((uint16_t)bits));
+}
+
 static __device__ __forceinline__ uint32_t aptc_pack(apt_dtype type, float x, float y)
 {
     union { __nv_bfloat162 b; __half2 h; uint32_t bits; } pair = {__nv_bfloat162()};
@@ -2068,16 +2076,11 @@ APTC_DEVICE int64_t aptc_distance(const aptc_attention *a, const aptc_place *p, 
     return aptc_max(-last, aptc_min(last, j - i - p->shift)) + last;
 }
 
-APTC_DEVICE float aptc_bias(const aptc_attention *a, const aptc_place *p, int64_t i, int64_t j)
-{
-    return a->bias[p->head * (2 * (int64_t)a->span - 1) + aptc_distance(a, p, i, j)];
-}
-
 /* The logit of query i and key j from their product */
 APTC_DEVICE float aptc_logit(const aptc_attention *a, const aptc_place *p, int64_t i, int64_t j, float product)
 {
     float s = a->scale * product;
-    if (a->bias != NULL) s += aptc_bias(a, p, i, j);
+    if (a->bias != NULL) s += a->bias[p->head * (2 * (int64_t)a->span - 1) + aptc_distance(a, p, i, j)];
     return s;
 }
 
@@ -2275,22 +2278,27 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
 }
 APTC_LAUNCHER(aptc_attention_forward_kernel, aptc_attention)
 
-/* ---- Halves: what a block holds is 128 rows, 16 of each warp, and everything between two products stays in registers. Rows of
-   halves in shared memory are `wide` long, 32, 64 or 128 with zeros behind a head's dim, and lie wide + 8 apart, so that eight rows
-   of 16 bytes are in different banks. Own rows are queries (forward and dq) or keys (dk and dv), and the block walks over the other
-   side. */
-enum { APTC_FLASH_ROWS = 16 * APTC_WARPS, APTC_FLASH_PAD = 8, APTC_FLASH_KEYS = 64 /* of a tile, forward */ };
-enum { APTC_FLASH_STEP = 32 /* rows of the other side that are in registers at a time, backward */ };
+/* ---- Halves: a block has 128 rows of its own, 16 of each warp, queries (forward and dq) or keys (dk and dv), walks over tiles of the
+   other side, and keeps everything between two products in registers. Rows of halves in shared memory are `wide` long, 32, 64 or
+   128 with zeros behind a head's dim, and lie 8 further apart, so that eight times 16 bytes below each other are in different
+   banks. The next tile is on its way while one is used, where there is room for two (stages). */
+enum { APTC_FLASH_ROWS = 16 * APTC_WARPS, APTC_FLASH_PAD = 8, APTC_FLASH_STEP = 32 /* others in registers at a time, backward */ };
 
-/* Rows of the other side in a tile of the backward */
-APTC_BOTH int32_t aptc_flash_tile(int32_t wide) { return wide > 64 ? APTC_FLASH_STEP : 2 * APTC_FLASH_STEP; }
+/* What lies in shared memory: own rows of one or two matrices, and per stage a tile of two matrices, the bias, and what the backward
+   knows of queries. The result takes the place of the first ones as float in the end. */
+typedef struct aptc_flash { int32_t ld, tile, stages, own, other, floats, bytes; } aptc_flash;
 
-/* Shared memory: own rows and a tile of the forward or backward; results lie there as float in the end. */
-APTC_BOTH int32_t aptc_flash_bytes(int32_t wide, bool backward)
+APTC_BOTH aptc_flash aptc_flash_of(int32_t wide, bool backward)
 {
-    const int32_t ld = wide + APTC_FLASH_PAD, tile = aptc_flash_tile(wide);
-    if (!backward) return (APTC_FLASH_ROWS + 2 * APTC_FLASH_KEYS) * ld * 2;
-    return 2 * (APTC_FLASH_ROWS + tile) * ld * 2 + 2 * tile * 4;
+    aptc_flash f;
+    f.ld = wide + APTC_FLASH_PAD;
+    f.tile = wide > 64 ? 32 : 64;
+    f.stages = backward && wide > 64 ? 1 : 2;
+    f.own = APTC_FLASH_ROWS * f.ld;                       /* elements of one matrix */
+    f.other = f.tile * f.ld;
+    f.floats = APTC_FLASH_ROWS + f.tile + (backward ? 2 * f.tile : 0);
+    f.bytes = ((backward ? 2 : 1) * f.own + 2 * f.stages * f.other) * 2 + f.stages * f.floats * 4;
+    return f;
 }
 
 /* Element e of a lane's registers, of a product of 16 rows: its row among the block's, and its column */
@@ -2304,47 +2312,54 @@ APTC_BOTH bool aptc_flash_aligned(const aptc_view *x, int64_t column)
     return (((uint64_t)(uintptr_t)x->data | (uint64_t)(x->ld * size) | (uint64_t)(column * size)) & 15) == 0;
 }
 
-/* f = count <= 8 elements of x from (row, column) on, zeros behind them */
-APTC_INLINE void aptc_flash_take(float *f, const aptc_view *x, int64_t row, int64_t column, int32_t count, bool aligned)
+/* 8 halves of shared memory = factor times 8 elements of x from element `at` on */
+APTC_INLINE void aptc_flash_convert(apt_dtype type, uint16_t *to, const aptc_view *x, int64_t at, float factor)
 {
-    const apt_dtype type = (apt_dtype)x->type;
-    const int64_t at = row * x->ld + column;
     union { uint32_t bits[8]; float value[8]; } w;
-    if (count == 8 && aligned && type == APT_F32) {
+    uint32_t pair[4];
+    if (x->type == APT_F32) {
         aptc_read16(w.bits, (const float *)x->data + at);
         aptc_read16(w.bits + 4, (const float *)x->data + at + 4);
-        APTC_UNROLL for (int32_t u = 0; u < 8; u++) f[u] = w.value[u];
-    } else if (count == 8 && aligned) {
-        aptc_read16(w.bits, (const uint16_t *)x->data + at);
-        APTC_UNROLL for (int32_t u = 0; u < 8; u++) f[u] = aptc_half(type, w.bits[u / 2] >> 16 * (u % 2) & 0xffff);
-    } else APTC_UNROLL for (int32_t u = 0; u < 8; u++) f[u] = u < count ? aptc_load(x->data, type, at + u) : 0.0f;
+    } else {
+        aptc_read16(pair, (const uint16_t *)x->data + at);
+        APTC_UNROLL for (int32_t u = 0; u < 8; u++)
+            w.value[u] = aptc_half((apt_dtype)x->type, pair[u / 2] >> 16 * (u % 2) & 0xffff);
+    }
+    APTC_UNROLL for (int32_t u = 0; u < 4; u++) pair[u] = aptc_pack(type, factor * w.value[2 * u], factor * w.value[2 * u + 1]);
+    aptc_write16(to, pair);
 }
 
 /* Thread t's share of a tile of `height` rows = factor * x(rows, a->dim) from (row, column) on, zeros around it; to be waited for */
 APTC_INLINE void aptc_flash_load(const aptc_attention *a, apt_dtype type, int32_t t, uint16_t *tile, int32_t wide, int32_t height,
                                  const aptc_view *x, int64_t row, int64_t column, int64_t rows, float factor)
 {
+    const uint32_t zeros[4] = {0, 0, 0, 0};
     const bool aligned = aptc_flash_aligned(x, column), same = x->type == (int64_t)type && factor == 1;
-    for (int32_t e = t; e < height * (wide / 8); e += APTC_BLOCK) {
-        const int32_t i = e / (wide / 8), j = e % (wide / 8) * 8;
-        const int32_t count = i < rows ? (int32_t)aptc_max(0, aptc_min(8, a->dim - j)) : 0;
+    const int32_t parts = wide / 8, j = t % parts * 8;            /* APTC_BLOCK is a multiple of parts */
+    for (int32_t i = t / parts; i < height; i += APTC_BLOCK / parts) {
+        const int32_t count = i < rows ? a->dim - j : 0;
+        const int64_t at = (row + i) * x->ld + column + j;
         uint16_t *to = tile + i * (wide + APTC_FLASH_PAD) + j;
-        if (same && aligned && count == 8) {
-            aptc_copy_async(to, (const uint16_t *)x->data + (row + i) * x->ld + column + j);
-            continue;
-        }
-        float f[8];
-        uint32_t pair[4];
-        aptc_flash_take(f, x, row + i, column + j, count, aligned);
-        APTC_UNROLL for (int32_t u = 0; u < 4; u++) pair[u] = aptc_pack(type, factor * f[2 * u], factor * f[2 * u + 1]);
-        aptc_write16(to, pair);
+        if (count < 8) aptc_write16(to, zeros);
+        if (count >= 8 && aligned && same) aptc_copy_async(to, (const uint16_t *)x->data + at);
+        else if (count >= 8 && aligned) aptc_flash_convert(type, to, x, at, factor);
+        else APTC_NO_UNROLL for (int32_t u = 0; u < 8 && u < count; u++)
+            aptc_store(to, type, u, factor * aptc_load(x->data, (apt_dtype)x->type, at + u));
     }
 }
 
-#define APTC_FLASH_LOAD_QUERIES(to, x, height, factor)                                                                  \
-    APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.q_row + q0, (int64_t)p.head * a->dim, p.queries - q0, factor)
-#define APTC_FLASH_LOAD_KEYS(to, x, height, k0)                                                                         \
-    APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.k_row + (k0), (int64_t)p.group * a->dim, p.keys - (k0), 1.0f)
+#define APTC_FLASH_LOAD_QUERIES(to, x, q0, height, factor)                                                              \
+    APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.q_row + (q0), (int64_t)p.head * a->dim,       \
+                                    p.queries - (q0), factor)
+#define APTC_FLASH_LOAD_KEYS(to, x, k0, height)                                                                         \
+    APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.k_row + (k0), (int64_t)p.group * a->dim,      \
+                                    p.keys - (k0), 1.0f)
+#define APTC_FLASH_WAIT(f)                               /* for all tiles but the one of the next turn */               \
+    do {                                                                                                                \
+        if ((f).stages > 1) APTC_COPIES_WAIT(1);                                                                        \
+        else APTC_COPIES_WAIT(0);                                                                                       \
+        APTC_BARRIER;                                                                                                   \
+    } while (0)
 
 /* Thread t's share of x(rows, a->dim) from (row, column) on = the floats of shared memory, in rows of wide + 4 */
 APTC_INLINE void aptc_flash_store(const aptc_attention *a, int32_t t, const float *from, int32_t wide, const aptc_view *x,
@@ -2352,12 +2367,11 @@ APTC_INLINE void aptc_flash_store(const aptc_attention *a, int32_t t, const floa
 {
     const apt_dtype type = (apt_dtype)x->type;
     const bool aligned = aptc_flash_aligned(x, column);
-    for (int32_t e = t; e < APTC_FLASH_ROWS * (wide / 8); e += APTC_BLOCK) {
-        const int32_t i = e / (wide / 8), j = e % (wide / 8) * 8;
+    const int32_t parts = wide / 8, j = t % parts * 8;
+    for (int32_t i = t / parts; i < rows; i += APTC_BLOCK / parts) {
         const int64_t at = (row + i) * x->ld + column + j;
         const float *f = from + i * (wide + 4) + j;
         uint32_t w[4];
-        if (i >= rows) break;
         if (!aligned || j + 8 > a->dim) {
             for (int32_t u = 0; u < 8 && j + u < a->dim; u++) aptc_store(x->data, type, at + u, f[u]);
         } else if (type == APT_F32) {
@@ -2377,6 +2391,16 @@ APTC_INLINE void aptc_flash_lay(int32_t t, float *to, int32_t wide, const float 
 {
     APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++)
         to[aptc_flash_row(t, e) * (wide + 4) + aptc_flash_column(t, e)] = factor * sum[e];
+}
+
+/* x(rows, a->dim) from (row, column) on = factor * sum, by way of the shared memory, which nobody needs any more */
+APTC_INLINE void aptc_flash_end(const aptc_attention *a, int32_t wide, float *room, APTC_FRAGMENTS(float, sum), float factor,
+                                const aptc_view *x, int64_t row, int64_t column, int64_t rows)
+{
+    APTC_BARRIER;
+    APTC_THREADS(t) aptc_flash_lay(t, room, wide, APTC_MINE(sum, t), factor);
+    APTC_BARRIER;
+    APTC_THREADS(t) aptc_flash_store(a, t, room, wide, x, row, column, rows);
 }
 
 /* The warps' 16 rows of s = own other^T; other has `count` rows. */
@@ -2422,33 +2446,42 @@ APTC_INLINE void aptc_flash_add(apt_dtype type, int32_t warps, APTC_FRAGMENTS(fl
         }
 }
 
-/* Thread t's share of products with `count` others -> logits; rows are queries, or keys (turned) */
-APTC_INLINE void aptc_flash_logits(const aptc_attention *a, const aptc_place *p, int32_t t, float *s, int64_t q0, int64_t k0,
-                                   int32_t count, bool turned)
+/* Thread t's share of the bias of the block's rows and `count` others, which hangs on key - query only: where own row i and
+   other j meet, element j - i + APTC_FLASH_ROWS - 1, or, own rows being keys (turned), i - j + count - 1 */
+APTC_INLINE void aptc_flash_bias(const aptc_attention *a, const aptc_place *p, int32_t t, float *diagonal, int64_t q0, int64_t k0,
+                                 int32_t count, bool turned)
+{
+    const int64_t last = a->span - 1, distance = k0 - q0 - p->shift + t - (turned ? count : APTC_FLASH_ROWS) + 1;
+    if (a->bias != NULL && t < APTC_FLASH_ROWS + count)
+        diagonal[t] = a->bias[p->head * (2 * last + 1) + aptc_max(-last, aptc_min(last, distance)) + last];
+}
+
+/* Thread t's share of products with `count` others -> logits; diagonal is the one of these others, the first of `tile` or further ones */
+APTC_INLINE void aptc_flash_logits(const aptc_attention *a, int32_t t, float *s, const float *diagonal, int32_t count, bool turned)
 {
     APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) s[e] *= a->scale;
     if (a->bias == NULL) return;
     APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) {
-        const int32_t row = aptc_flash_row(t, e), column = aptc_flash_column(t, e);
-        s[e] += aptc_bias(a, p, q0 + (turned ? column : row), k0 + (turned ? row : column));
+        const int32_t along = aptc_flash_column(t, e) - aptc_flash_row(t, e);
+        s[e] += diagonal[turned ? -along : along];
     }
 }
 
-/* Logits s of the keys from k0 on -> exp of them less the largest so far, in pairs; the sums of a thread's share of them and the
-   outputs so far are brought to the new largest. */
-APTC_INLINE void aptc_flash_softmax(const aptc_attention *a, const aptc_place *p, apt_dtype type, int64_t q0, int64_t k0,
-                                    int32_t wide, APTC_FRAGMENTS(float, s), APTC_FRAGMENTS(uint32_t, prob),
+/* Logits s of the `tile` keys from k0 on -> exp of them less the largest so far, in pairs; the sums of a thread's share of them and
+   the outputs so far are brought to the new largest. */
+APTC_INLINE void aptc_flash_softmax(const aptc_attention *a, const aptc_place *p, apt_dtype type, int64_t q0, int64_t k0, int32_t tile,
+                                    int32_t wide, const float *diagonal, APTC_FRAGMENTS(float, s), APTC_FRAGMENTS(uint32_t, prob),
                                     APTC_FRAGMENTS(float, top), APTC_FRAGMENTS(float, sum), APTC_FRAGMENTS(float, out))
 {
     APTC_FRAGMENT(float, max);
     APTC_THREADS(t) {
         int32_t seen[2];
         APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
-            seen[h] = (int32_t)aptc_min(aptc_limit(a, p, q0 + aptc_flash_row(t, 2 * h)) - k0, APTC_FLASH_KEYS);
+            seen[h] = (int32_t)aptc_min(aptc_limit(a, p, q0 + aptc_flash_row(t, 2 * h)) - k0, tile);
             APTC_MINE(max, t)[h] = APTC_MINE(top, t)[h];
         }
-        aptc_flash_logits(a, p, t, APTC_MINE(s, t), q0, k0, APTC_FLASH_KEYS, false);
-        APTC_UNROLL for (int32_t e = 0; e < APTC_FLASH_KEYS / 2; e++) {
+        aptc_flash_logits(a, t, APTC_MINE(s, t), diagonal + APTC_FLASH_ROWS - 1, tile, false);
+        APTC_UNROLL for (int32_t e = 0; e < tile / 2; e++) {
             if (aptc_flash_column(t, e) >= seen[e / 2 % 2]) APTC_MINE(s, t)[e] = -INFINITY;
             APTC_MINE(max, t)[e / 2 % 2] = fmaxf(APTC_MINE(max, t)[e / 2 % 2], APTC_MINE(s, t)[e]);
         }
@@ -2462,11 +2495,11 @@ APTC_INLINE void aptc_flash_softmax(const aptc_attention *a, const aptc_place *p
             APTC_MINE(top, t)[h] = APTC_MINE(max, t)[h];
             APTC_MINE(sum, t)[h] *= shrink[h];
         }
-        APTC_UNROLL for (int32_t e = 0; e < APTC_FLASH_KEYS / 2; e++) {
+        APTC_UNROLL for (int32_t e = 0; e < tile / 2; e++) {
             APTC_MINE(s, t)[e] = expf(APTC_MINE(s, t)[e] - base[e / 2 % 2]);
             APTC_MINE(sum, t)[e / 2 % 2] += APTC_MINE(s, t)[e];
         }
-        APTC_UNROLL for (int32_t e = 0; e < APTC_FLASH_KEYS / 4; e++)
+        APTC_UNROLL for (int32_t e = 0; e < tile / 4; e++)
             APTC_MINE(prob, t)[e] = aptc_pack(type, APTC_MINE(s, t)[2 * e], APTC_MINE(s, t)[2 * e + 1]);
         APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(out, t)[e] *= shrink[e / 2 % 2];
     }
@@ -2481,49 +2514,49 @@ APTC_INLINE void aptc_flash_forward(const aptc_attention *a, int32_t wide, apt_d
     APTC_FRAGMENT(float, sum);
     APTC_FRAGMENT(float, out);
     APTC_FRAGMENT(uint32_t, prob);
+    const aptc_flash f = aptc_flash_of(wide, false);
     const aptc_place p = aptc_place_of(a, by / a->heads, (int32_t)(by % a->heads));
     const int64_t q0 = bx * APTC_FLASH_ROWS, seen = aptc_seen_keys(a, &p, q0);
     const int64_t rows = aptc_max(0, aptc_min(APTC_FLASH_ROWS, p.queries - q0));
-    const int32_t warps = (int32_t)aptc_ceil(rows, 16), ld = wide + APTC_FLASH_PAD;
-    uint16_t *q = (uint16_t *)room, *k = q + APTC_FLASH_ROWS * ld, *v = k + APTC_FLASH_KEYS * ld;
+    const int32_t warps = (int32_t)aptc_ceil(rows, 16);
     const aptc_view result = {room, wide + 4, APT_F32};
+    uint16_t *q = (uint16_t *)room, *others = q + f.own;
+    float *diagonals = (float *)(others + 2 * f.stages * f.other);
     if (rows == 0) {
         APTC_THREADS(t) aptc_attention_sums(a, bx, by, t, result, 0, 0, 0);
         return;
     }
+    APTC_FLASH_LOAD_QUERIES(q, a->q, q0, 16 * warps, 1.0f);
     APTC_THREADS(t) {
         APTC_MINE(top, t)[0] = APTC_MINE(top, t)[1] = -INFINITY;
         APTC_MINE(sum, t)[0] = APTC_MINE(sum, t)[1] = 0;
         APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(out, t)[e] = 0;
     }
-    APTC_FLASH_LOAD_QUERIES(q, a->q, 16 * warps, 1.0f);
-    APTC_FLASH_LOAD_KEYS(k, a->k, APTC_FLASH_KEYS, 0);
-    APTC_COPIES_END;
-    for (int64_t k0 = 0; k0 < seen; k0 += APTC_FLASH_KEYS) {
-        APTC_FLASH_LOAD_KEYS(v, a->v, APTC_FLASH_KEYS, k0);           /* come while the others are used */
+    for (int64_t turn = 1 - f.stages; turn * f.tile < seen; turn++) {
+        const int64_t k0 = turn * f.tile, next = k0 + (f.stages - 1) * f.tile;
+        uint16_t *coming = others + (turn + f.stages - 1) % f.stages * 2 * f.other;
+        const uint16_t *k = others + (turn + f.stages) % f.stages * 2 * f.other, *v = k + f.other;
+        if (next < seen) {
+            APTC_FLASH_LOAD_KEYS(coming, a->k, next, f.tile);
+            APTC_FLASH_LOAD_KEYS(coming + f.other, a->v, next, f.tile);
+            APTC_THREADS(t) aptc_flash_bias(a, &p, t, diagonals + (turn + f.stages - 1) % f.stages * f.floats, q0, next, f.tile, false);
+        }
         APTC_COPIES_END;
-        APTC_COPIES_WAIT(1);
-        APTC_BARRIER;
-        aptc_flash_dots(type, warps, s, q, k, wide, APTC_FLASH_KEYS);
-        APTC_BARRIER;
-        if (k0 + APTC_FLASH_KEYS < seen) APTC_FLASH_LOAD_KEYS(k, a->k, APTC_FLASH_KEYS, k0 + APTC_FLASH_KEYS);
-        APTC_COPIES_END;
-        aptc_flash_softmax(a, &p, type, q0, k0, wide, s, prob, top, sum, out);
-        APTC_COPIES_WAIT(1);
-        APTC_BARRIER;
-        aptc_flash_add(type, warps, out, prob, v, wide, APTC_FLASH_KEYS);
+        if (turn < 0) continue;
+        APTC_FLASH_WAIT(f);
+        aptc_flash_dots(type, warps, s, q, k, wide, f.tile);
+        aptc_flash_softmax(a, &p, type, q0, k0, f.tile, wide, diagonals + turn % f.stages * f.floats, s, prob, top, sum, out);
+        aptc_flash_add(type, warps, out, prob, v, wide, f.tile);
         APTC_BARRIER;
     }
     APTC_COPIES_WAIT(0);
     for (int32_t h = 0; h < 2; h++) aptc_quad_reduce(sum, h, false);
-    APTC_BARRIER;
     APTC_THREADS(t) {
         const float mask = a->mask != NULL ? a->mask[p.group] : 1.0f;
         APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) {
             const float total = APTC_MINE(sum, t)[e / 2 % 2];
             APTC_MINE(out, t)[e] = total != 0 ? APTC_MINE(out, t)[e] * (mask / total) : 0.0f;
         }
-        aptc_flash_lay(t, room, wide, APTC_MINE(out, t), 1.0f);
         APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
             const int32_t i = aptc_flash_row(t, 2 * h);
             const float total = APTC_MINE(sum, t)[h];
@@ -2531,11 +2564,8 @@ APTC_INLINE void aptc_flash_forward(const aptc_attention *a, int32_t wide, apt_d
                 a->lse_out[(p.q_row + q0 + i) * a->heads + p.head] = total != 0 ? APTC_MINE(top, t)[h] + logf(total) : 0.0f;
         }
     }
-    APTC_BARRIER;
-    APTC_THREADS(t) {
-        aptc_flash_store(a, t, room, wide, &a->o, p.q_row + q0, (int64_t)p.head * a->dim, rows);
-        aptc_attention_sums(a, bx, by, t, result, 0, 0, rows);
-    }
+    aptc_flash_end(a, wide, room, out, 1.0f, &a->o, p.q_row + q0, (int64_t)p.head * a->dim, rows);
+    APTC_THREADS(t) aptc_attention_sums(a, bx, by, t, result, 0, 0, rows);
 }
 
 /* A kernel for each width and both types */
@@ -2735,6 +2765,176 @@ APTC_KERNEL(aptc_attention_dkv_kernel, aptc_attention)
 }
 APTC_LAUNCHER(aptc_attention_dkv_kernel, aptc_attention)
 
+/* Thread t's share of P and dS of 16 rows and `count` others, from Q K^T in s and dO V^T in slope, in pairs; lse and dot belong to
+   the two rows, and so does `seen`, the keys that they see among these */
+APTC_INLINE void aptc_flash_slopes(apt_dtype type, uint32_t *ds, const float *s, float *slope, const float *lse, const float *dot,
+                                   const int32_t *seen, int32_t t, int32_t count)
+{
+    APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) {
+        const int32_t h = e / 2 % 2;
+        slope[e] = aptc_flash_column(t, e) < seen[h] ? expf(s[e] - lse[h]) * (slope[e] - dot[h]) : 0.0f;
+    }
+    APTC_UNROLL for (int32_t e = 0; e < count / 4; e++) ds[e] = aptc_pack(type, slope[2 * e], slope[2 * e + 1]);
+}
+
+/* Block: BX = tile of queries, BY = (sequence, head) */
+APTC_INLINE void aptc_flash_dq(const aptc_attention *a, int32_t wide, apt_dtype type, int64_t bx, int64_t by)
+{
+    APTC_DYNAMIC(float, room, APTC_ROOM_BYTES / 4);
+    APTC_FRAGMENT(float, s);
+    APTC_FRAGMENT(float, slope);
+    APTC_FRAGMENT(float, lse);
+    APTC_FRAGMENT(float, dot);
+    APTC_FRAGMENT(float, dq);
+    APTC_FRAGMENT(uint32_t, ds);
+    const aptc_flash f = aptc_flash_of(wide, true);
+    const aptc_place p = aptc_place_of(a, by / a->heads, (int32_t)(by % a->heads));
+    const int64_t q0 = bx * APTC_FLASH_ROWS, seen = aptc_seen_keys(a, &p, q0);
+    const int64_t rows = aptc_max(0, aptc_min(APTC_FLASH_ROWS, p.queries - q0));
+    const int32_t warps = (int32_t)aptc_ceil(rows, 16);
+    uint16_t *q = (uint16_t *)room, *d_o = q + f.own, *others = d_o + f.own;
+    float *diagonals = (float *)(others + 2 * f.stages * f.other);
+    APTC_THREADS(t) aptc_attention_sums(a, bx, by, t, a->d_o, p.q_row + q0, (int64_t)p.head * a->dim, rows);
+    if (rows == 0) return;
+    APTC_FLASH_LOAD_QUERIES(q, a->q, q0, 16 * warps, 1.0f);
+    APTC_FLASH_LOAD_QUERIES(d_o, a->d_o, q0, 16 * warps, a->mask != NULL ? a->mask[p.group] : 1.0f);
+    APTC_THREADS(t) {
+        APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
+            const int64_t i = q0 + aptc_flash_row(t, 2 * h), at = (p.q_row + i) * a->heads + p.head;
+            APTC_MINE(lse, t)[h] = i < p.queries ? a->lse[at] : 0.0f;
+            APTC_MINE(dot, t)[h] = i < p.queries ? a->dot[at] : 0.0f;
+        }
+        APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(dq, t)[e] = 0;
+    }
+    for (int64_t turn = 1 - f.stages; turn * f.tile < seen; turn++) {
+        const int64_t k0 = turn * f.tile, next = k0 + (f.stages - 1) * f.tile;
+        const int32_t here = (int32_t)((turn + f.stages) % f.stages), coming = (int32_t)((turn + f.stages - 1) % f.stages);
+        uint16_t *to = others + coming * 2 * f.other;
+        if (next < seen) {
+            APTC_FLASH_LOAD_KEYS(to, a->k, next, f.tile);
+            APTC_FLASH_LOAD_KEYS(to + f.other, a->v, next, f.tile);
+            APTC_THREADS(t) aptc_flash_bias(a, &p, t, diagonals + coming * f.floats, q0, next, f.tile, false);
+        }
+        APTC_COPIES_END;
+        if (turn < 0) continue;
+        APTC_FLASH_WAIT(f);
+        APTC_NO_UNROLL for (int32_t n = 0; n < f.tile && k0 + n < seen; n += APTC_FLASH_STEP) {
+            const uint16_t *k = others + here * 2 * f.other + n * f.ld;
+            aptc_flash_dots(type, warps, s, q, k, wide, APTC_FLASH_STEP);
+            aptc_flash_dots(type, warps, slope, d_o, k + f.other, wide, APTC_FLASH_STEP);
+            APTC_THREADS(t) {
+                int32_t limit[2];
+                APTC_UNROLL for (int32_t h = 0; h < 2; h++)
+                    limit[h] = (int32_t)aptc_min(aptc_limit(a, &p, q0 + aptc_flash_row(t, 2 * h)) - k0 - n, APTC_FLASH_STEP);
+                aptc_flash_logits(a, t, APTC_MINE(s, t), diagonals + here * f.floats + APTC_FLASH_ROWS - 1 + n, APTC_FLASH_STEP, false);
+                aptc_flash_slopes(type, APTC_MINE(ds, t), APTC_MINE(s, t), APTC_MINE(slope, t), APTC_MINE(lse, t), APTC_MINE(dot, t),
+                                  limit, t, APTC_FLASH_STEP);
+            }
+            aptc_flash_add(type, warps, dq, ds, k, wide, APTC_FLASH_STEP);
+        }
+        APTC_BARRIER;
+    }
+    APTC_COPIES_WAIT(0);
+    aptc_flash_end(a, wide, room, dq, a->scale, &a->dq, p.q_row + q0, (int64_t)p.head * a->dim, rows);
+}
+
+APTC_FLASH_KERNELS(aptc_flash_dq)
+
+/* Thread t's share of what the block needs to know of the queries from q0 on: 0 where there are none */
+APTC_INLINE void aptc_flash_given(const aptc_attention *a, const aptc_place *p, int32_t t, float *lse, float *dot, int64_t q0, int32_t tile)
+{
+    const int64_t at = (p->q_row + q0 + t) * a->heads + p->head;
+    if (t < tile) lse[t] = q0 + t < p->queries ? a->lse[at] : 0.0f;
+    if (t < tile) dot[t] = q0 + t < p->queries ? a->dot[at] : 0.0f;
+}
+
+/* Thread t's share of P^T and dS^T of 16 keys and the queries q0 .. q0 + APTC_FLASH_STEP, as above; here lse and dot are the queries'.
+   Keys from k0 on are the block's. */
+APTC_INLINE void aptc_flash_slopes_turned(const aptc_attention *a, const aptc_place *p, apt_dtype type, uint32_t *prob, uint32_t *ds, float *s,
+                                          float *slope, const float *lse, const float *dot, int64_t q0, int64_t k0, int32_t t)
+{
+    const int32_t end = (int32_t)aptc_min(APTC_FLASH_STEP, p->queries - q0);
+    int32_t first[2];                            /* query that sees the key */
+    APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
+        const int64_t j = k0 + aptc_flash_row(t, 2 * h), i = a->causal ? j - p->shift - q0 : 0;
+        first[h] = j < p->keys ? (int32_t)aptc_max(0, aptc_min(APTC_FLASH_STEP, i)) : APTC_FLASH_STEP;
+    }
+    APTC_UNROLL for (int32_t e = 0; e < APTC_FLASH_STEP / 2; e++) {
+        const int32_t column = aptc_flash_column(t, e);
+        const bool sees = column >= first[e / 2 % 2] && column < end;
+        s[e] = sees ? expf(s[e] - lse[column]) : 0.0f;
+        slope[e] = sees ? s[e] * (slope[e] - dot[column]) : 0.0f;
+    }
+    APTC_UNROLL for (int32_t e = 0; e < APTC_FLASH_STEP / 4; e++) {
+        prob[e] = aptc_pack(type, s[2 * e], s[2 * e + 1]);
+        ds[e] = aptc_pack(type, slope[2 * e], slope[2 * e + 1]);
+    }
+}
+
+/* Block: BX = tile of keys, BY = (sequence, key head). It walks over the queries of all heads of the group that see a key of it. */
+APTC_INLINE void aptc_flash_dkv(const aptc_attention *a, int32_t wide, apt_dtype type, int64_t bx, int64_t by)
+{
+    APTC_DYNAMIC(float, room, APTC_ROOM_BYTES / 4);
+    APTC_FRAGMENT(float, s);
+    APTC_FRAGMENT(float, slope);
+    APTC_FRAGMENT(float, dk);
+    APTC_FRAGMENT(float, dv);
+    APTC_FRAGMENT(uint32_t, prob);
+    APTC_FRAGMENT(uint32_t, ds);
+    const aptc_flash f = aptc_flash_of(wide, true);
+    const int32_t groups = a->heads / a->share, group = (int32_t)(by % groups);
+    aptc_place p = aptc_place_of(a, by / groups, group * a->share);
+    const int64_t k0 = bx * APTC_FLASH_ROWS, rows = aptc_min(APTC_FLASH_ROWS, p.keys - k0);
+    const int64_t skipped = a->causal ? aptc_max(0, k0 - p.shift) / f.tile : 0;           /* tiles of queries that see no key of the block */
+    const int64_t tiles = aptc_max(0, aptc_ceil(p.queries, f.tile) - skipped), turns = rows > 0 ? tiles * a->share : 0;
+    const int32_t warps = (int32_t)aptc_ceil(rows, 16);
+    uint16_t *k = (uint16_t *)room, *v = k + f.own, *others = v + f.own;
+    float *floats = (float *)(others + 2 * f.stages * f.other);
+    if (rows <= 0) return;
+    APTC_FLASH_LOAD_KEYS(k, a->k, k0, 16 * warps);
+    APTC_FLASH_LOAD_KEYS(v, a->v, k0, 16 * warps);
+    APTC_THREADS(t) APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(dk, t)[e] = APTC_MINE(dv, t)[e] = 0;
+    for (int64_t turn = 1 - f.stages; turn < turns; turn++) {
+        const int64_t next = turn + f.stages - 1;
+        const int32_t here = (int32_t)((turn + f.stages) % f.stages), coming = (int32_t)(next % f.stages);
+        if (next < turns) {
+            const int64_t q0 = (skipped + next % tiles) * f.tile;
+            uint16_t *to = others + coming * 2 * f.other;
+            float *known = floats + coming * f.floats;
+            p.head = group * a->share + (int32_t)(next / tiles);
+            APTC_FLASH_LOAD_QUERIES(to, a->q, q0, f.tile, 1.0f);
+            APTC_FLASH_LOAD_QUERIES(to + f.other, a->d_o, q0, f.tile, a->mask != NULL ? a->mask[group] : 1.0f);
+            APTC_THREADS(t) {
+                aptc_flash_given(a, &p, t, known, known + f.tile, q0, f.tile);
+                aptc_flash_bias(a, &p, t, known + 2 * f.tile, q0, k0, f.tile, true);
+            }
+        }
+        APTC_COPIES_END;
+        if (turn < 0) continue;
+        APTC_FLASH_WAIT(f);
+        const int64_t q0 = (skipped + turn % tiles) * f.tile;
+        APTC_NO_UNROLL for (int32_t n = 0; n < f.tile && q0 + n < p.queries; n += APTC_FLASH_STEP) {
+            const uint16_t *q = others + here * 2 * f.other + n * f.ld, *d_o = q + f.other;
+            const float *known = floats + here * f.floats + n;
+            aptc_flash_dots(type, warps, s, k, q, wide, APTC_FLASH_STEP);
+            aptc_flash_dots(type, warps, slope, v, d_o, wide, APTC_FLASH_STEP);
+            APTC_THREADS(t) {
+                aptc_flash_logits(a, t, APTC_MINE(s, t), known + 3 * f.tile - 1 - 2 * n, APTC_FLASH_STEP, true);
+                aptc_flash_slopes_turned(a, &p, type, APTC_MINE(prob, t), APTC_MINE(ds, t), APTC_MINE(s, t), APTC_MINE(slope, t), known,
+                                         known + f.tile, q0 + n, k0, t);
+            }
+            if (a->dv.data != NULL) aptc_flash_add(type, warps, dv, prob, d_o, wide, APTC_FLASH_STEP);
+            if (a->dk.data != NULL) aptc_flash_add(type, warps, dk, ds, q, wide, APTC_FLASH_STEP);
+        }
+        APTC_BARRIER;
+    }
+    APTC_COPIES_WAIT(0);
+    if (a->dk.data != NULL) aptc_flash_end(a, wide, room, dk, a->scale, &a->dk, p.k_row + k0, (int64_t)group * a->dim, rows);
+    if (a->dv.data != NULL) aptc_flash_end(a, wide, room, dv, 1.0f, &a->dv, p.k_row + k0, (int64_t)group * a->dim, rows);
+}
+
+APTC_FLASH_KERNELS(aptc_flash_dkv)
+
 /* Block: BY = (sequence, head): its row of dbias, tile after tile; thread u of a tile takes the diagonal u */
 APTC_KERNEL(aptc_attention_dbias_kernel, aptc_attention)
 {
@@ -2828,7 +3028,7 @@ static bool aptc_flash_choose(const aptc_device *d, aptc_attention *a, bool back
 {
     a->wide = a->dim > 64 ? 128 : a->dim > 32 ? 64 : 32;
     a->rows = APTC_FLASH_ROWS;
-    return aptc_flash_bytes(a->wide, backward) <= d->room;
+    return aptc_flash_of(a->wide, backward).bytes <= d->room;
 }
 
 static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *op)
@@ -2858,7 +3058,7 @@ static void aptc_attention_forward_run(aptc_device *d, aptc_attention *a, const 
     const int64_t pairs = (int64_t)a->sequences * a->heads;
     if (a->type == APT_F32)
         APTC_LAUNCH_DYNAMIC(d, aptc_attention_forward_kernel, *a, a->blocks, pairs, APTC_FORWARD_ROOM(a).end);
-    else APTC_LAUNCH_FLASH(d, aptc_flash_forward, *a, a->blocks, pairs, aptc_flash_bytes(a->wide, false));
+    else APTC_LAUNCH_FLASH(d, aptc_flash_forward, *a, a->blocks, pairs, aptc_flash_of(a->wide, false).bytes);
     aptc_sizes_add(d, a->sizes, sizes, rows);
     aptc_sizes_add(d, a->sums, sums, rows);
 }
@@ -2879,9 +3079,26 @@ static void aptc_attention_dots(aptc_device *d, const apti_attention_job *op, co
     APTC_LAUNCH(d, aptc_attention_dot_kernel, a, aptc_ceil(a.pairs, APTC_WARPS), 1);
 }
 
+/* dq, which also adds up d_o, dk and dv */
+static void aptc_attention_backward_run(aptc_device *d, const apti_attention_job *op, aptc_attention *queries, aptc_attention *keys)
+{
+    const int64_t pairs = (int64_t)keys->sequences * keys->heads, groups = pairs / keys->share;
+    const int64_t blocks = aptc_ceil(op->longest_k, keys->type == APT_F32 ? keys->tile : APTC_FLASH_ROWS);
+    const bool wanted = op->dk != NULL || op->dv != NULL;
+    if (keys->type == APT_F32) {
+        if (op->dq != NULL)
+            APTC_LAUNCH_DYNAMIC(d, aptc_attention_dq_kernel, *queries, queries->blocks, pairs, APTC_DQ_ROOM(queries).end);
+        if (wanted) APTC_LAUNCH_DYNAMIC(d, aptc_attention_dkv_kernel, *keys, blocks, groups, APTC_DKV_ROOM(keys).end);
+    } else {
+        const int64_t bytes = aptc_flash_of(keys->wide, true).bytes;
+        if (op->dq != NULL) APTC_LAUNCH_FLASH(d, aptc_flash_dq, *queries, queries->blocks, pairs, bytes);
+        if (wanted) APTC_LAUNCH_FLASH(d, aptc_flash_dkv, *keys, blocks, groups, bytes);
+    }
+}
+
 static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job *op, const apti_column_job *sum)
 {
-    aptc_attention a = aptc_attention_of(d, op);
+    aptc_attention a = aptc_attention_of(d, op), keys;
     const int64_t pairs = (int64_t)a.sequences * a.heads, wide = 2 * (int64_t)a.span - 1;
     bool fits;
     if (a.dim > APTC_HEAD_MAX || pairs > APTC_GRID_ROWS) return false;
@@ -2896,16 +3113,14 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
     a.dq = aptc_floats(op->dq, op->lddq);
     a.dk = aptc_floats(op->dk, op->lddk);
     a.dv = aptc_floats(op->dv, op->lddv);
+    keys = a;
+    if (a.type != APT_F32 && !aptc_flash_choose(d, &keys, true)) return false;
     aptc_attention_dots(d, op, &a, dot);
-    a.dot = dot;
-    aptc_attention queries = a;       /* the kernel of dq adds up d_o, too */
-    queries.blocks = aptc_ceil(op->longest_q, a.tile);
+    a.dot = keys.dot = dot;
+    aptc_attention queries = keys;
+    queries.blocks = aptc_ceil(op->longest_q, keys.rows);
     queries.sizes = aptc_sizes_for(d, sum, a.sequences * queries.blocks);
-    if (op->dq != NULL)
-        APTC_LAUNCH_DYNAMIC(d, aptc_attention_dq_kernel, queries, queries.blocks, pairs, APTC_DQ_ROOM(&queries).end);
-    if (op->dk != NULL || op->dv != NULL)
-        APTC_LAUNCH_DYNAMIC(d, aptc_attention_dkv_kernel, a, aptc_ceil(op->longest_k, a.tile), pairs / a.share,
-                            APTC_DKV_ROOM(&a).end);
+    aptc_attention_backward_run(d, op, &queries, &keys);
     if (op->dbias != NULL) {
         const aptc_fold fold = {op->dbias, a.dbias, NULL, a.sequences, a.heads * wide, a.heads * wide, false};
         APTC_LAUNCH_DYNAMIC(d, aptc_attention_dbias_kernel, a, 1, pairs, APTC_DBIAS_ROOM(&a).end);
@@ -3519,7 +3734,8 @@ static void aptc_device_start(aptc_device *d)
     d->memory_left = vacant - vacant / 32;        /* graphs and the code of kernels lie on the device, too */
     void (*const attention[])(aptc_attention) = {
         aptc_attention_forward_kernel, aptc_attention_dq_kernel, aptc_attention_sweep_kernel, aptc_attention_dkv_kernel,
-        aptc_attention_dbias_kernel, aptc_flash_forward_32, aptc_flash_forward_64, aptc_flash_forward_128};
+        aptc_attention_dbias_kernel, aptc_flash_forward_32, aptc_flash_forward_64, aptc_flash_forward_128,
+        aptc_flash_dq_32, aptc_flash_dq_64, aptc_flash_dq_128, aptc_flash_dkv_32, aptc_flash_dkv_64, aptc_flash_dkv_128};
     int room = 0;
     aptc_check(d, cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, d->device), "cudaDeviceGetAttribute");
     for (size_t i = 0; i < sizeof attention / sizeof *attention; i++)
