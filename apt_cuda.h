@@ -2305,6 +2305,13 @@ APTC_BOTH aptc_flash aptc_flash_of(int32_t wide, bool backward)
 APTC_BOTH int32_t aptc_flash_row(int32_t t, int32_t e) { return t / APTC_WARP * 16 + t % APTC_WARP / 4 + e / 2 % 2 * 8; }
 APTC_BOTH int32_t aptc_flash_column(int32_t t, int32_t e) { return e / 4 * 8 + t % 4 * 2 + e % 2; }
 
+/* aptc_limit, less what is in front of the key k0 */
+APTC_INLINE int32_t aptc_flash_limit(const aptc_attention *a, const aptc_place *p, int32_t i, int32_t k0)
+{
+    const int32_t keys = (int32_t)p->keys, seen = a->causal ? i + (int32_t)p->shift + 1 : keys;
+    return i < (int32_t)p->queries ? (seen < keys ? seen : keys) - k0 : 0;
+}
+
 /* Can 8 elements from column `column` on, and from every 8th further one, be read or written 16 bytes at a time? */
 APTC_BOTH bool aptc_flash_aligned(const aptc_view *x, int64_t column)
 {
@@ -2331,7 +2338,7 @@ APTC_INLINE void aptc_flash_convert(apt_dtype type, uint16_t *to, const aptc_vie
 
 /* Thread t's share of a tile of `height` rows = factor * x(rows, a->dim) from (row, column) on, zeros around it; to be waited for */
 APTC_INLINE void aptc_flash_load(const aptc_attention *a, apt_dtype type, int32_t t, uint16_t *tile, int32_t wide, int32_t height,
-                                 const aptc_view *x, int64_t row, int64_t column, int64_t rows, float factor)
+                                 const aptc_view *x, int64_t row, int32_t column, int32_t rows, float factor)
 {
     const uint32_t zeros[4] = {0, 0, 0, 0};
     const bool aligned = aptc_flash_aligned(x, column), same = x->type == (int64_t)type && factor == 1;
@@ -2349,11 +2356,11 @@ APTC_INLINE void aptc_flash_load(const aptc_attention *a, apt_dtype type, int32_
 }
 
 #define APTC_FLASH_LOAD_QUERIES(to, x, q0, height, factor)                                                              \
-    APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.q_row + (q0), (int64_t)p.head * a->dim,       \
-                                    p.queries - (q0), factor)
+    APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.q_row + (q0), p.head * a->dim,                \
+                                    (int32_t)p.queries - (q0), factor)
 #define APTC_FLASH_LOAD_KEYS(to, x, k0, height)                                                                         \
-    APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.k_row + (k0), (int64_t)p.group * a->dim,      \
-                                    p.keys - (k0), 1.0f)
+    APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.k_row + (k0), p.group * a->dim,               \
+                                    (int32_t)p.keys - (k0), 1.0f)
 #define APTC_FLASH_WAIT(f)                               /* for all tiles but the one of the next turn */               \
     do {                                                                                                                \
         if ((f).stages > 1) APTC_COPIES_WAIT(1);                                                                        \
@@ -2363,7 +2370,7 @@ APTC_INLINE void aptc_flash_load(const aptc_attention *a, apt_dtype type, int32_
 
 /* Thread t's share of x(rows, a->dim) from (row, column) on = the floats of shared memory, in rows of wide + 4 */
 APTC_INLINE void aptc_flash_store(const aptc_attention *a, int32_t t, const float *from, int32_t wide, const aptc_view *x,
-                                  int64_t row, int64_t column, int64_t rows)
+                                  int64_t row, int32_t column, int32_t rows)
 {
     const apt_dtype type = (apt_dtype)x->type;
     const bool aligned = aptc_flash_aligned(x, column);
@@ -2395,7 +2402,7 @@ APTC_INLINE void aptc_flash_lay(int32_t t, float *to, int32_t wide, const float 
 
 /* x(rows, a->dim) from (row, column) on = factor * sum, by way of the shared memory, which nobody needs any more */
 APTC_INLINE void aptc_flash_end(const aptc_attention *a, int32_t wide, float *room, APTC_FRAGMENTS(float, sum), float factor,
-                                const aptc_view *x, int64_t row, int64_t column, int64_t rows)
+                                const aptc_view *x, int64_t row, int32_t column, int32_t rows)
 {
     APTC_BARRIER;
     APTC_THREADS(t) aptc_flash_lay(t, room, wide, APTC_MINE(sum, t), factor);
@@ -2448,12 +2455,12 @@ APTC_INLINE void aptc_flash_add(apt_dtype type, int32_t warps, APTC_FRAGMENTS(fl
 
 /* Thread t's share of the bias of the block's rows and `count` others, which hangs on key - query only: where own row i and
    other j meet, element j - i + APTC_FLASH_ROWS - 1, or, own rows being keys (turned), i - j + count - 1 */
-APTC_INLINE void aptc_flash_bias(const aptc_attention *a, const aptc_place *p, int32_t t, float *diagonal, int64_t q0, int64_t k0,
+APTC_INLINE void aptc_flash_bias(const aptc_attention *a, const aptc_place *p, int32_t t, float *diagonal, int32_t q0, int32_t k0,
                                  int32_t count, bool turned)
 {
-    const int64_t last = a->span - 1, distance = k0 - q0 - p->shift + t - (turned ? count : APTC_FLASH_ROWS) + 1;
+    const int32_t last = a->span - 1, distance = k0 - q0 - (int32_t)p->shift + t - (turned ? count : APTC_FLASH_ROWS) + 1;
     if (a->bias != NULL && t < APTC_FLASH_ROWS + count)
-        diagonal[t] = a->bias[p->head * (2 * last + 1) + aptc_max(-last, aptc_min(last, distance)) + last];
+        diagonal[t] = a->bias[p->head * (2 * (int64_t)last + 1) + aptc_max(-last, aptc_min(last, distance)) + last];
 }
 
 /* Thread t's share of products with `count` others -> logits; diagonal is the one of these others, the first of `tile` or further ones */
@@ -2469,7 +2476,7 @@ APTC_INLINE void aptc_flash_logits(const aptc_attention *a, int32_t t, float *s,
 
 /* Logits s of the `tile` keys from k0 on -> exp of them less the largest so far, in pairs; the sums of a thread's share of them and
    the outputs so far are brought to the new largest. */
-APTC_INLINE void aptc_flash_softmax(const aptc_attention *a, const aptc_place *p, apt_dtype type, int64_t q0, int64_t k0, int32_t tile,
+APTC_INLINE void aptc_flash_softmax(const aptc_attention *a, const aptc_place *p, apt_dtype type, int32_t q0, int32_t k0, int32_t tile,
                                     int32_t wide, const float *diagonal, APTC_FRAGMENTS(float, s), APTC_FRAGMENTS(uint32_t, prob),
                                     APTC_FRAGMENTS(float, top), APTC_FRAGMENTS(float, sum), APTC_FRAGMENTS(float, out))
 {
@@ -2477,7 +2484,7 @@ APTC_INLINE void aptc_flash_softmax(const aptc_attention *a, const aptc_place *p
     APTC_THREADS(t) {
         int32_t seen[2];
         APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
-            seen[h] = (int32_t)aptc_min(aptc_limit(a, p, q0 + aptc_flash_row(t, 2 * h)) - k0, tile);
+            seen[h] = aptc_flash_limit(a, p, q0 + aptc_flash_row(t, 2 * h), k0);
             APTC_MINE(max, t)[h] = APTC_MINE(top, t)[h];
         }
         aptc_flash_logits(a, t, APTC_MINE(s, t), diagonal + APTC_FLASH_ROWS - 1, tile, false);
@@ -2516,9 +2523,8 @@ APTC_INLINE void aptc_flash_forward(const aptc_attention *a, int32_t wide, apt_d
     APTC_FRAGMENT(uint32_t, prob);
     const aptc_flash f = aptc_flash_of(wide, false);
     const aptc_place p = aptc_place_of(a, by / a->heads, (int32_t)(by % a->heads));
-    const int64_t q0 = bx * APTC_FLASH_ROWS, seen = aptc_seen_keys(a, &p, q0);
-    const int64_t rows = aptc_max(0, aptc_min(APTC_FLASH_ROWS, p.queries - q0));
-    const int32_t warps = (int32_t)aptc_ceil(rows, 16);
+    const int32_t q0 = (int32_t)bx * APTC_FLASH_ROWS, seen = (int32_t)aptc_seen_keys(a, &p, q0);
+    const int32_t rows = (int32_t)aptc_max(0, aptc_min(APTC_FLASH_ROWS, p.queries - q0)), warps = (rows + 15) / 16;
     const aptc_view result = {room, wide + 4, APT_F32};
     uint16_t *q = (uint16_t *)room, *others = q + f.own;
     float *diagonals = (float *)(others + 2 * f.stages * f.other);
@@ -2532,20 +2538,21 @@ APTC_INLINE void aptc_flash_forward(const aptc_attention *a, int32_t wide, apt_d
         APTC_MINE(sum, t)[0] = APTC_MINE(sum, t)[1] = 0;
         APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(out, t)[e] = 0;
     }
-    for (int64_t turn = 1 - f.stages; turn * f.tile < seen; turn++) {
-        const int64_t k0 = turn * f.tile, next = k0 + (f.stages - 1) * f.tile;
-        uint16_t *coming = others + (turn + f.stages - 1) % f.stages * 2 * f.other;
-        const uint16_t *k = others + (turn + f.stages) % f.stages * 2 * f.other, *v = k + f.other;
+    for (int32_t turn = 1 - f.stages; turn * f.tile < seen; turn++) {
+        const int32_t k0 = turn * f.tile, next = k0 + (f.stages - 1) * f.tile, here = turn & (f.stages - 1);
+        const uint16_t *k = others + here * 2 * f.other, *v = k + f.other;
         if (next < seen) {
-            APTC_FLASH_LOAD_KEYS(coming, a->k, next, f.tile);
-            APTC_FLASH_LOAD_KEYS(coming + f.other, a->v, next, f.tile);
-            APTC_THREADS(t) aptc_flash_bias(a, &p, t, diagonals + (turn + f.stages - 1) % f.stages * f.floats, q0, next, f.tile, false);
+            const int32_t coming = (turn + f.stages - 1) & (f.stages - 1);
+            uint16_t *to = others + coming * 2 * f.other;
+            APTC_FLASH_LOAD_KEYS(to, a->k, next, f.tile);
+            APTC_FLASH_LOAD_KEYS(to + f.other, a->v, next, f.tile);
+            APTC_THREADS(t) aptc_flash_bias(a, &p, t, diagonals + coming * f.floats, q0, next, f.tile, false);
         }
         APTC_COPIES_END;
         if (turn < 0) continue;
         APTC_FLASH_WAIT(f);
         aptc_flash_dots(type, warps, s, q, k, wide, f.tile);
-        aptc_flash_softmax(a, &p, type, q0, k0, f.tile, wide, diagonals + turn % f.stages * f.floats, s, prob, top, sum, out);
+        aptc_flash_softmax(a, &p, type, q0, k0, f.tile, wide, diagonals + here * f.floats, s, prob, top, sum, out);
         aptc_flash_add(type, warps, out, prob, v, wide, f.tile);
         APTC_BARRIER;
     }
@@ -2564,7 +2571,7 @@ APTC_INLINE void aptc_flash_forward(const aptc_attention *a, int32_t wide, apt_d
                 a->lse_out[(p.q_row + q0 + i) * a->heads + p.head] = total != 0 ? APTC_MINE(top, t)[h] + logf(total) : 0.0f;
         }
     }
-    aptc_flash_end(a, wide, room, out, 1.0f, &a->o, p.q_row + q0, (int64_t)p.head * a->dim, rows);
+    aptc_flash_end(a, wide, room, out, 1.0f, &a->o, p.q_row + q0, p.head * a->dim, rows);
     APTC_THREADS(t) aptc_attention_sums(a, bx, by, t, result, 0, 0, rows);
 }
 
@@ -2789,9 +2796,8 @@ APTC_INLINE void aptc_flash_dq(const aptc_attention *a, int32_t wide, apt_dtype 
     APTC_FRAGMENT(uint32_t, ds);
     const aptc_flash f = aptc_flash_of(wide, true);
     const aptc_place p = aptc_place_of(a, by / a->heads, (int32_t)(by % a->heads));
-    const int64_t q0 = bx * APTC_FLASH_ROWS, seen = aptc_seen_keys(a, &p, q0);
-    const int64_t rows = aptc_max(0, aptc_min(APTC_FLASH_ROWS, p.queries - q0));
-    const int32_t warps = (int32_t)aptc_ceil(rows, 16);
+    const int32_t q0 = (int32_t)bx * APTC_FLASH_ROWS, seen = (int32_t)aptc_seen_keys(a, &p, q0);
+    const int32_t rows = (int32_t)aptc_max(0, aptc_min(APTC_FLASH_ROWS, p.queries - q0)), warps = (rows + 15) / 16;
     uint16_t *q = (uint16_t *)room, *d_o = q + f.own, *others = d_o + f.own;
     float *diagonals = (float *)(others + 2 * f.stages * f.other);
     APTC_THREADS(t) aptc_attention_sums(a, bx, by, t, a->d_o, p.q_row + q0, (int64_t)p.head * a->dim, rows);
@@ -2806,11 +2812,11 @@ APTC_INLINE void aptc_flash_dq(const aptc_attention *a, int32_t wide, apt_dtype 
         }
         APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(dq, t)[e] = 0;
     }
-    for (int64_t turn = 1 - f.stages; turn * f.tile < seen; turn++) {
-        const int64_t k0 = turn * f.tile, next = k0 + (f.stages - 1) * f.tile;
-        const int32_t here = (int32_t)((turn + f.stages) % f.stages), coming = (int32_t)((turn + f.stages - 1) % f.stages);
-        uint16_t *to = others + coming * 2 * f.other;
+    for (int32_t turn = 1 - f.stages; turn * f.tile < seen; turn++) {
+        const int32_t k0 = turn * f.tile, next = k0 + (f.stages - 1) * f.tile, here = turn & (f.stages - 1);
         if (next < seen) {
+            const int32_t coming = (turn + f.stages - 1) & (f.stages - 1);
+            uint16_t *to = others + coming * 2 * f.other;
             APTC_FLASH_LOAD_KEYS(to, a->k, next, f.tile);
             APTC_FLASH_LOAD_KEYS(to + f.other, a->v, next, f.tile);
             APTC_THREADS(t) aptc_flash_bias(a, &p, t, diagonals + coming * f.floats, q0, next, f.tile, false);
@@ -2825,7 +2831,7 @@ APTC_INLINE void aptc_flash_dq(const aptc_attention *a, int32_t wide, apt_dtype 
             APTC_THREADS(t) {
                 int32_t limit[2];
                 APTC_UNROLL for (int32_t h = 0; h < 2; h++)
-                    limit[h] = (int32_t)aptc_min(aptc_limit(a, &p, q0 + aptc_flash_row(t, 2 * h)) - k0 - n, APTC_FLASH_STEP);
+                    limit[h] = aptc_flash_limit(a, &p, q0 + aptc_flash_row(t, 2 * h), k0 + n);
                 aptc_flash_logits(a, t, APTC_MINE(s, t), diagonals + here * f.floats + APTC_FLASH_ROWS - 1 + n, APTC_FLASH_STEP, false);
                 aptc_flash_slopes(type, APTC_MINE(ds, t), APTC_MINE(s, t), APTC_MINE(slope, t), APTC_MINE(lse, t), APTC_MINE(dot, t),
                                   limit, t, APTC_FLASH_STEP);
@@ -2835,13 +2841,13 @@ APTC_INLINE void aptc_flash_dq(const aptc_attention *a, int32_t wide, apt_dtype 
         APTC_BARRIER;
     }
     APTC_COPIES_WAIT(0);
-    aptc_flash_end(a, wide, room, dq, a->scale, &a->dq, p.q_row + q0, (int64_t)p.head * a->dim, rows);
+    aptc_flash_end(a, wide, room, dq, a->scale, &a->dq, p.q_row + q0, p.head * a->dim, rows);
 }
 
 APTC_FLASH_KERNELS(aptc_flash_dq)
 
 /* Thread t's share of what the block needs to know of the queries from q0 on: 0 where there are none */
-APTC_INLINE void aptc_flash_given(const aptc_attention *a, const aptc_place *p, int32_t t, float *lse, float *dot, int64_t q0, int32_t tile)
+APTC_INLINE void aptc_flash_given(const aptc_attention *a, const aptc_place *p, int32_t t, float *lse, float *dot, int32_t q0, int32_t tile)
 {
     const int64_t at = (p->q_row + q0 + t) * a->heads + p->head;
     if (t < tile) lse[t] = q0 + t < p->queries ? a->lse[at] : 0.0f;
@@ -2851,13 +2857,13 @@ APTC_INLINE void aptc_flash_given(const aptc_attention *a, const aptc_place *p, 
 /* Thread t's share of P^T and dS^T of 16 keys and the queries q0 .. q0 + APTC_FLASH_STEP, as above; here lse and dot are the queries'.
    Keys from k0 on are the block's. */
 APTC_INLINE void aptc_flash_slopes_turned(const aptc_attention *a, const aptc_place *p, apt_dtype type, uint32_t *prob, uint32_t *ds, float *s,
-                                          float *slope, const float *lse, const float *dot, int64_t q0, int64_t k0, int32_t t)
+                                          float *slope, const float *lse, const float *dot, int32_t q0, int32_t k0, int32_t t)
 {
-    const int32_t end = (int32_t)aptc_min(APTC_FLASH_STEP, p->queries - q0);
+    const int32_t end = (int32_t)p->queries - q0;
     int32_t first[2];                            /* query that sees the key */
     APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
-        const int64_t j = k0 + aptc_flash_row(t, 2 * h), i = a->causal ? j - p->shift - q0 : 0;
-        first[h] = j < p->keys ? (int32_t)aptc_max(0, aptc_min(APTC_FLASH_STEP, i)) : APTC_FLASH_STEP;
+        const int32_t j = k0 + aptc_flash_row(t, 2 * h);
+        first[h] = j >= (int32_t)p->keys ? APTC_FLASH_STEP : a->causal ? j - (int32_t)p->shift - q0 : 0;
     }
     APTC_UNROLL for (int32_t e = 0; e < APTC_FLASH_STEP / 2; e++) {
         const int32_t column = aptc_flash_column(t, e);
@@ -2884,35 +2890,38 @@ APTC_INLINE void aptc_flash_dkv(const aptc_attention *a, int32_t wide, apt_dtype
     const aptc_flash f = aptc_flash_of(wide, true);
     const int32_t groups = a->heads / a->share, group = (int32_t)(by % groups);
     aptc_place p = aptc_place_of(a, by / groups, group * a->share);
-    const int64_t k0 = bx * APTC_FLASH_ROWS, rows = aptc_min(APTC_FLASH_ROWS, p.keys - k0);
-    const int64_t skipped = a->causal ? aptc_max(0, k0 - p.shift) / f.tile : 0;           /* tiles of queries that see no key of the block */
-    const int64_t tiles = aptc_max(0, aptc_ceil(p.queries, f.tile) - skipped), turns = rows > 0 ? tiles * a->share : 0;
-    const int32_t warps = (int32_t)aptc_ceil(rows, 16);
+    const int32_t k0 = (int32_t)bx * APTC_FLASH_ROWS, rows = (int32_t)aptc_min(APTC_FLASH_ROWS, p.keys - k0), warps = (rows + 15) / 16;
+    const int32_t first = a->causal ? (int32_t)aptc_max(0, k0 - p.shift) / f.tile * f.tile : 0;    /* queries before see no key of these */
+    const int32_t turns = (int32_t)aptc_max(0, aptc_ceil(p.queries - first, f.tile)) * a->share;
+    int32_t q0 = first, next = first, loaded = first;
     uint16_t *k = (uint16_t *)room, *v = k + f.own, *others = v + f.own;
     float *floats = (float *)(others + 2 * f.stages * f.other);
     if (rows <= 0) return;
     APTC_FLASH_LOAD_KEYS(k, a->k, k0, 16 * warps);
     APTC_FLASH_LOAD_KEYS(v, a->v, k0, 16 * warps);
     APTC_THREADS(t) APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(dk, t)[e] = APTC_MINE(dv, t)[e] = 0;
-    for (int64_t turn = 1 - f.stages; turn < turns; turn++) {
-        const int64_t next = turn + f.stages - 1;
-        const int32_t here = (int32_t)((turn + f.stages) % f.stages), coming = (int32_t)(next % f.stages);
-        if (next < turns) {
-            const int64_t q0 = (skipped + next % tiles) * f.tile;
+    for (int32_t turn = 1 - f.stages; turn < turns; turn++, q0 = loaded) {
+        const int32_t here = turn & (f.stages - 1), coming = (turn + f.stages - 1) & (f.stages - 1);
+        loaded = next;
+        if (turn + f.stages - 1 < turns) {
             uint16_t *to = others + coming * 2 * f.other;
             float *known = floats + coming * f.floats;
-            p.head = group * a->share + (int32_t)(next / tiles);
-            APTC_FLASH_LOAD_QUERIES(to, a->q, q0, f.tile, 1.0f);
-            APTC_FLASH_LOAD_QUERIES(to + f.other, a->d_o, q0, f.tile, a->mask != NULL ? a->mask[group] : 1.0f);
+            APTC_FLASH_LOAD_QUERIES(to, a->q, next, f.tile, 1.0f);
+            APTC_FLASH_LOAD_QUERIES(to + f.other, a->d_o, next, f.tile, a->mask != NULL ? a->mask[group] : 1.0f);
             APTC_THREADS(t) {
-                aptc_flash_given(a, &p, t, known, known + f.tile, q0, f.tile);
-                aptc_flash_bias(a, &p, t, known + 2 * f.tile, q0, k0, f.tile, true);
+                aptc_flash_given(a, &p, t, known, known + f.tile, next, f.tile);
+                aptc_flash_bias(a, &p, t, known + 2 * f.tile, next, k0, f.tile, true);
+            }
+            next += f.tile;
+            if (next >= p.queries) {
+                next = first;
+                p.head++;
             }
         }
         APTC_COPIES_END;
         if (turn < 0) continue;
+        if (f.stages == 1) q0 = loaded;
         APTC_FLASH_WAIT(f);
-        const int64_t q0 = (skipped + turn % tiles) * f.tile;
         APTC_NO_UNROLL for (int32_t n = 0; n < f.tile && q0 + n < p.queries; n += APTC_FLASH_STEP) {
             const uint16_t *q = others + here * 2 * f.other + n * f.ld, *d_o = q + f.other;
             const float *known = floats + here * f.floats + n;
@@ -2929,8 +2938,8 @@ APTC_INLINE void aptc_flash_dkv(const aptc_attention *a, int32_t wide, apt_dtype
         APTC_BARRIER;
     }
     APTC_COPIES_WAIT(0);
-    if (a->dk.data != NULL) aptc_flash_end(a, wide, room, dk, a->scale, &a->dk, p.k_row + k0, (int64_t)group * a->dim, rows);
-    if (a->dv.data != NULL) aptc_flash_end(a, wide, room, dv, 1.0f, &a->dv, p.k_row + k0, (int64_t)group * a->dim, rows);
+    if (a->dk.data != NULL) aptc_flash_end(a, wide, room, dk, a->scale, &a->dk, p.k_row + k0, group * a->dim, rows);
+    if (a->dv.data != NULL) aptc_flash_end(a, wide, room, dv, 1.0f, &a->dv, p.k_row + k0, group * a->dim, rows);
 }
 
 APTC_FLASH_KERNELS(aptc_flash_dkv)
