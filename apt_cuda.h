@@ -97,14 +97,15 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *desc, char *message, size_t capa
    The device, or its emulation
 
    APTC_KERNEL(name, args)   a kernel whose only argument is the struct `args`, called job
+   APTC_KERNEL_SHARING(name, args, blocks)   the same, with so few registers that `blocks` blocks share a multiprocessor
    APTC_BX, APTC_BY          the block's coordinates; APTC_ROWS: how many there are of the second
    APTC_THREADS(t)           a phase: every thread of the block, t = 0 .. APTC_BLOCK - 1
    APTC_BARRIER              between two phases when one reads what another thread has written
    APTC_SHARED(type, x, n)   an array of the block; APTC_DYNAMIC: the one whose size is given at the launch, n at most
    APTC_PRIVATE(type, x)     a variable of each thread that outlives a phase; APTC_MINE(x, t) is t's
    APTC_WARP_SUM(x)          x of every thread = the sum of x over its warp, in a fixed order; likewise APTC_WARP_MAX
-   APTC_INLINE               a function that becomes part of its callers, so that its loops (APTC_UNROLL) have constant bounds there;
-                             APTC_NO_UNROLL: one that had better stay a loop
+   APTC_INLINE               a function that becomes part of its callers, so that its loops (APTC_UNROLL) have constant bounds
+                             there; APTC_NO_UNROLL: one that had better stay a loop
    APTC_FRAGMENT(type, x)    registers of each thread, APTC_MINE(x, t)[i] with constant i: those that are used are there, at most
                              APTC_REGISTERS; APTC_FRAGMENTS(type, x): as a parameter
    APTC_WARPS_BELOW(n)       leaves a function without barriers in all other warps
@@ -118,6 +119,7 @@ enum { APTC_REGISTERS = 64 };
 #define APTC_KERNEL(name, args)                                                                                         \
     static void name(const args job, APTC_MAYBE const int64_t aptc_bx, APTC_MAYBE const int64_t aptc_by,                \
                      APTC_MAYBE const int64_t aptc_rows)
+#define APTC_KERNEL_SHARING(name, args, blocks) APTC_KERNEL(name, args)
 #define APTC_MAYBE __attribute__((unused))
 #define APTC_BX aptc_bx
 #define APTC_BY aptc_by
@@ -152,6 +154,7 @@ static void aptc_warp_reduce(float *x, bool max)
 #else
 #define APTC_DEVICE static __device__
 #define APTC_KERNEL(name, args) static __global__ void __launch_bounds__(APTC_BLOCK) name(const args job)
+#define APTC_KERNEL_SHARING(name, args, blocks) static __global__ void __launch_bounds__(APTC_BLOCK, blocks) name(const args job)
 #define APTC_BX ((int64_t)blockIdx.x)
 #define APTC_BY ((int64_t)blockIdx.y)
 #define APTC_ROWS ((int64_t)gridDim.y)
@@ -252,7 +255,10 @@ APTC_BOTH void aptc_store(void *data, apt_dtype type, int64_t i, float value)
 /* A matrix in the device's memory: element (i, j) is the one at i * ld + j, of `type`. */
 typedef struct aptc_view { void *data; int64_t ld, type; } aptc_view;
 
-APTC_BOTH float aptc_get(const aptc_view *x, int64_t i, int64_t j) { return aptc_load(x->data, (apt_dtype)x->type, i * x->ld + j); }
+APTC_BOTH float aptc_get(const aptc_view *x, int64_t i, int64_t j)
+{
+    return aptc_load(x->data, (apt_dtype)x->type, i * x->ld + j);
+}
 
 APTC_BOTH void aptc_set(const aptc_view *x, int64_t i, int64_t j, float value)
 {
@@ -1848,18 +1854,21 @@ static __device__ void aptc_tile_multiply(const aptc_tile_product *p, apt_dtype 
 }
 #endif
 
-/* Products of a warp on tensor cores, whose operands and results are in its registers. With g = lane / 4 and c = lane % 4 a lane has
+/* Products of a warp on tensor cores, whose operands and results are in its registers. With g = lane / 4 and c = lane % 4 a lane
+   has
    a(16, 16)   in register 0 (g, 2c) and (g, 2c + 1), in 1 those of row g + 8, in 2 and 3 those 8 columns further
    b(16, 8)    in register 0 (2c, g) and (2c + 1, g), in 1 those 8 rows further
    d(16, 8)    (g, 2c), (g, 2c + 1), and those of row g + 8
    Two halves are a register, the first one in its lower bits.
 
    aptc_mma             d += a b, from register di, ai and bi on
-   aptc_ldmatrix        registers r = 0 .. 3 from four matrices (8, 8) of halves in shared memory; lane 8 r + i says where row i of
-                        matrix r begins, x + at, on 16 bytes. A lane gets (g, 2c) and (g, 2c + 1); turned: (2c, g) and (2c + 1, g)
+   aptc_ldmatrix        registers r = 0 .. 3 from four matrices (8, 8) of halves in shared memory; lane 8 r + i says where row i
+                        of matrix r begins: at x + at, on 16 bytes. A lane gets (g, 2c) and (g, 2c + 1); turned: (2c, g) and
+                        (2c + 1, g)
    aptc_quad_reduce     x[i] = the sum or the largest over the lanes that have the same rows
-   aptc_read16, aptc_write16    16 bytes, aligned; aptc_copy_async: from global to shared memory, there after APTC_COPIES_WAIT(n) and a
-                        barrier; all but the n last groups are waited for, and APTC_COPIES_END ends a group. */
+   aptc_read16, aptc_write16    16 bytes, aligned
+   aptc_copy_async      the same from global to shared memory, there after APTC_COPIES_WAIT(n), which waits for all groups but the
+                        last n, and a barrier; APTC_COPIES_END ends a group */
 #ifdef APT_CUDA_EMULATE
 static float aptc_half(apt_dtype type, uint32_t bits)
 {
@@ -2037,7 +2046,8 @@ static __device__ __forceinline__ void aptc_mma(apt_dtype type, int32_t, float *
    A block holds a tile of queries by a tile of keys and walks over the other side, as the CPU does, with a running maximum and
    sum; nothing is ever T x T. The backward has a kernel for dq, which walks over the keys, one for dk and dv, which walks over
    the queries of all heads of a group, and one for the gradient of the bias, summed by sequence and then over them. Products of
-   tiles round their operands as all products do; with bfloat16 and float16 they are the tensor cores'. The rest is float32.
+   tiles round their operands as all products do; the rest is float32. With bfloat16 and float16, forward, dq, dk and dv have
+   kernels of their own, aptc_flash_*, which do the same in the registers of tensor cores' operands.
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* One sequence and head. */
@@ -2085,23 +2095,19 @@ APTC_DEVICE float aptc_logit(const aptc_attention *a, const aptc_place *p, int64
 }
 
 /* What a block has in its shared memory, as bytes from its beginning: operands (rows or tile, wide) of the products' type, sums
-   (rows, wide) and squares (rows, tile) of float, halves (rows, tile), which are squares in the products' type (where that is
-   float, the squares themselves), and vectors (rows). Strides are longer than rows, against bank conflicts. */
+   (rows, wide) and squares (rows, tile) of float, and vectors (rows). Strides are longer than rows, against bank conflicts. */
 typedef struct aptc_room {
-    int32_t operand[4], sum[2], square[2], half[2], vector[2], end;
-    int32_t ld_operand, ld_sum, ld_square, ld_half;
+    int32_t operand[4], sum[2], square[2], vector[2], end;
+    int32_t ld_operand, ld_sum, ld_square;
 } aptc_room;
 
-APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int32_t sums, int32_t squares, int32_t halves,
-                                 int32_t vectors)
+APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int32_t sums, int32_t squares, int32_t vectors)
 {
     aptc_room r;
     int32_t at = 0;
-    const bool floats = a->type == APT_F32;
-    r.ld_operand = floats ? a->wide + 1 : a->wide + 8;
+    r.ld_operand = a->type == APT_F32 ? a->wide + 1 : a->wide + 8;
     r.ld_sum = a->wide + 4;
     r.ld_square = a->tile + 4;
-    r.ld_half = floats ? r.ld_square : a->tile + 8;
     for (int32_t i = 0; i < 4; i++) {
         r.operand[i] = at;
         if (i < operands) at += (a->tile > a->rows ? a->tile : a->rows) * r.ld_operand * (int32_t)aptc_size(a->type);
@@ -2115,10 +2121,6 @@ APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int3
         if (i < squares) at += a->rows * r.ld_square * 4;
     }
     for (int32_t i = 0; i < 2; i++) {
-        r.half[i] = floats ? r.square[i] : at;
-        if (i < halves && !floats) at += a->rows * r.ld_half * 2;
-    }
-    for (int32_t i = 0; i < 2; i++) {
         r.vector[i] = at;
         if (i < vectors) at += a->rows * 4;
     }
@@ -2126,11 +2128,11 @@ APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int3
     return r;
 }
 
-#define APTC_FORWARD_ROOM(a) aptc_room_of(a, 2, 1, 1, 1, 2)
-#define APTC_SWEEP_ROOM(a) aptc_room_of(a, 4, 0, 2, 0, 2)
-#define APTC_DQ_ROOM(a) aptc_room_of(a, 4, 1, 2, 2, 0)
-#define APTC_DKV_ROOM(a) aptc_room_of(a, 4, 2, 2, 2, 0)
-#define APTC_DBIAS_ROOM(a) aptc_room_of(a, 4, 0, 2, 0, 2)
+#define APTC_FORWARD_ROOM(a) aptc_room_of(a, 2, 1, 1, 2)
+#define APTC_SWEEP_ROOM(a) aptc_room_of(a, 4, 0, 2, 2)
+#define APTC_DQ_ROOM(a) aptc_room_of(a, 4, 1, 2, 0)
+#define APTC_DKV_ROOM(a) aptc_room_of(a, 4, 2, 2, 0)
+#define APTC_DBIAS_ROOM(a) aptc_room_of(a, 4, 0, 2, 2)
 
 /* Begins a kernel: its room, and where things are in it */
 #define APTC_ROOM(layout)                                                                                               \
@@ -2139,7 +2141,8 @@ APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int3
 #define APTC_FLOATS(at) ((float *)((char *)room + (at)))
 #define APTC_OPERAND(at) ((void *)((char *)room + (at)))
 
-/* Thread t's share of tile(height, a->wide) = factor * x(rows, a->dim) from (row, column) on, zeros around it. A warp has a row. */
+/* Thread t's share of tile(height, a->wide) = factor * x(rows, a->dim) from (row, column) on, zeros around it. A warp has a
+   row. */
 APTC_DEVICE void aptc_tile_load(const aptc_attention *a, int32_t t, void *tile, int32_t ld_tile, int32_t height,
                                 const aptc_view *x, int64_t row, int64_t column, int64_t rows, float factor)
 {
@@ -2158,8 +2161,8 @@ APTC_DEVICE void aptc_tile_load(const aptc_attention *a, int32_t t, void *tile, 
 #define APTC_ZERO_SUM(at) \
     APTC_THREADS(t) for (int32_t e = t; e < job.rows * r.ld_sum; e += APTC_BLOCK) APTC_FLOATS(at)[e] = 0
 
-/* Phases, of all threads: products of the tile at (q0, k0) -> exp of their logits less the largest so far, in the place of the
-   halves; the rows' largest (vector 0), their sums (vector 1) and the outputs so far (sum 0) are brought to the new largest. A
+/* Phases, of all threads: products of the tile at (q0, k0) -> exp of their logits less the largest so far, in their place; the
+   rows' largest (vector 0), their sums (vector 1) and the outputs so far (sum 0) are brought to the new largest. A
    warp has a row, and nothing of it is another's, so no barriers are needed. */
 APTC_DEVICE void aptc_softmax_tile(const aptc_attention *a, const aptc_place *p, int64_t q0, int64_t k0, float *room,
                                    const aptc_room *r)
@@ -2187,10 +2190,9 @@ APTC_DEVICE void aptc_softmax_tile(const aptc_attention *a, const aptc_place *p,
             APTC_MINE(top, t) = m;
             APTC_MINE(total, t) = 0;
             for (int32_t c = t % APTC_WARP; c < a->tile; c += APTC_WARP) {
-                const float x = APTC_FLOATS(r->square[0])[i * r->ld_square + c];
-                const float e = x == -INFINITY ? 0.0f : expf(x - m);                  /* a NaN stays one */
-                aptc_store(APTC_OPERAND(r->half[0]), a->type, i * r->ld_half + c, e);
-                APTC_MINE(total, t) += e;
+                float *x = APTC_FLOATS(r->square[0]) + i * r->ld_square + c;
+                *x = *x == -INFINITY ? 0.0f : expf(*x - m);                           /* a NaN stays one */
+                APTC_MINE(total, t) += *x;
             }
         }
         APTC_WARP_SUM(total);
@@ -2233,8 +2235,8 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
     float *max = APTC_FLOATS(r.vector[0]), *sum = APTC_FLOATS(r.vector[1]);
     const aptc_tile_product logits = {s,        APTC_OPERAND(r.operand[0]), APTC_OPERAND(r.operand[1]), r.ld_square,
                                       r.ld_operand, r.ld_operand, job.rows, job.tile, job.wide, false, true, false};
-    const aptc_tile_product values = {acc,        APTC_OPERAND(r.half[0]), APTC_OPERAND(r.operand[1]), r.ld_sum,
-                                      r.ld_half, r.ld_operand, job.rows, job.wide, job.tile, false, false, true};
+    const aptc_tile_product values = {acc,        APTC_OPERAND(r.square[0]), APTC_OPERAND(r.operand[1]), r.ld_sum,
+                                      r.ld_square, r.ld_operand, job.rows, job.wide, job.tile, false, false, true};
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
     const int64_t q0 = APTC_BX * job.rows, seen = aptc_seen_keys(&job, &p, q0);
     const int64_t rows = aptc_min(job.rows, p.queries - q0);
@@ -2278,14 +2280,14 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
 }
 APTC_LAUNCHER(aptc_attention_forward_kernel, aptc_attention)
 
-/* ---- Halves: a block has 128 rows of its own, 16 of each warp, queries (forward and dq) or keys (dk and dv), walks over tiles of the
-   other side, and keeps everything between two products in registers. Rows of halves in shared memory are `wide` long, 32, 64 or
-   128 with zeros behind a head's dim, and lie 8 further apart, so that eight times 16 bytes below each other are in different
-   banks. The next tile is on its way while one is used, where there is room for two (stages). */
-enum { APTC_FLASH_ROWS = 16 * APTC_WARPS, APTC_FLASH_PAD = 8, APTC_FLASH_STEP = 32 /* others in registers at a time, backward */ };
+/* ---- Halves: a block has 128 rows of its own, 16 of each warp, queries (forward and dq) or keys (dk and dv), walks over tiles
+   of the other side, and keeps everything between two products in registers. Rows of halves in shared memory are `wide` long, 32,
+   64 or 128 with zeros behind a head's dim, and lie 8 further apart, so that eight times 16 bytes below each other are in
+   different banks. The next tile is on its way while one is used, where there is room for two (stages). */
+enum { APTC_FLASH_ROWS = 16 * APTC_WARPS, APTC_FLASH_PAD = 8, APTC_FLASH_STEP = 32 /* keys in registers at a time, dq */ };
 
-/* What lies in shared memory: own rows of one or two matrices, and per stage a tile of two matrices, the bias, and what the backward
-   knows of queries. The result takes the place of the first ones as float in the end. */
+/* What lies in shared memory: own rows of one or two matrices, and per stage a tile of two matrices, the bias, and what the
+   backward knows of queries. The result takes the place of the first ones as float in the end. */
 typedef struct aptc_flash { int32_t ld, tile, stages, own, other, floats, bytes; } aptc_flash;
 
 APTC_BOTH aptc_flash aptc_flash_of(int32_t wide, bool backward)
@@ -2301,15 +2303,17 @@ APTC_BOTH aptc_flash aptc_flash_of(int32_t wide, bool backward)
     return f;
 }
 
-/* Element e of a lane's registers, of a product of 16 rows: its row among the block's, and its column */
+/* Element e of a lane's registers, of a product of 16 rows: its row among the block's, and its column. Both are as far behind
+   those of lane 0 for every e; loops over e compare with the column of lane 0, a constant, or all columns would stay in
+   registers. */
 APTC_BOTH int32_t aptc_flash_row(int32_t t, int32_t e) { return t / APTC_WARP * 16 + t % APTC_WARP / 4 + e / 2 % 2 * 8; }
 APTC_BOTH int32_t aptc_flash_column(int32_t t, int32_t e) { return e / 4 * 8 + t % 4 * 2 + e % 2; }
 
-/* aptc_limit, less what is in front of the key k0 */
-APTC_INLINE int32_t aptc_flash_limit(const aptc_attention *a, const aptc_place *p, int32_t i, int32_t k0)
+/* Of a product with keys from k0 on: row h of thread t, a query from q0 on, sees the elements whose column in lane 0 is less. */
+APTC_INLINE int32_t aptc_flash_limit(const aptc_attention *a, const aptc_place *p, int32_t t, int32_t h, int32_t q0, int32_t k0)
 {
-    const int32_t keys = (int32_t)p->keys, seen = a->causal ? i + (int32_t)p->shift + 1 : keys;
-    return i < (int32_t)p->queries ? (seen < keys ? seen : keys) - k0 : 0;
+    const int32_t i = q0 + aptc_flash_row(t, 2 * h), keys = (int32_t)p->keys, seen = a->causal ? i + (int32_t)p->shift + 1 : keys;
+    return i < (int32_t)p->queries ? (seen < keys ? seen : keys) - k0 - aptc_flash_column(t, 0) : 0;
 }
 
 /* Can 8 elements from column `column` on, and from every 8th further one, be read or written 16 bytes at a time? */
@@ -2336,7 +2340,8 @@ APTC_INLINE void aptc_flash_convert(apt_dtype type, uint16_t *to, const aptc_vie
     aptc_write16(to, pair);
 }
 
-/* Thread t's share of a tile of `height` rows = factor * x(rows, a->dim) from (row, column) on, zeros around it; to be waited for */
+/* Thread t's share of a tile of `height` rows = factor * x(rows, a->dim) from (row, column) on, zeros around it; to be waited
+   for */
 APTC_INLINE void aptc_flash_load(const aptc_attention *a, apt_dtype type, int32_t t, uint16_t *tile, int32_t wide, int32_t height,
                                  const aptc_view *x, int64_t row, int32_t column, int32_t rows, float factor)
 {
@@ -2436,7 +2441,7 @@ APTC_INLINE void aptc_flash_dots(apt_dtype type, int32_t warps, APTC_FRAGMENTS(f
     }
 }
 
-/* The warps' 16 rows of sum += s other; other has `count` rows. The registers of a product, in pairs, are those of a left operand. */
+/* The warps' 16 rows of sum += s other; other has `count` rows. The registers of a product, in pairs, are a left operand's. */
 APTC_INLINE void aptc_flash_add(apt_dtype type, int32_t warps, APTC_FRAGMENTS(float, sum), APTC_FRAGMENTS(uint32_t, s),
                                 const uint16_t *other, int32_t wide, int32_t count)
 {
@@ -2463,33 +2468,34 @@ APTC_INLINE void aptc_flash_bias(const aptc_attention *a, const aptc_place *p, i
         diagonal[t] = a->bias[p->head * (2 * (int64_t)last + 1) + aptc_max(-last, aptc_min(last, distance)) + last];
 }
 
-/* Thread t's share of products with `count` others -> logits; diagonal is the one of these others, the first of `tile` or further ones */
-APTC_INLINE void aptc_flash_logits(const aptc_attention *a, int32_t t, float *s, const float *diagonal, int32_t count, bool turned)
+/* Thread t's share of products with `count` others -> logits; diagonal is where own row 0 and other 0 meet */
+APTC_INLINE void aptc_flash_logits(const aptc_attention *a, int32_t t, float *s, const float *diagonal, int32_t count,
+                                   bool turned)
 {
+    const int32_t sign = turned ? -1 : 1;
+    const float *mine = diagonal + sign * (aptc_flash_column(t, 0) - aptc_flash_row(t, 0));
     APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) s[e] *= a->scale;
     if (a->bias == NULL) return;
-    APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) {
-        const int32_t along = aptc_flash_column(t, e) - aptc_flash_row(t, e);
-        s[e] += diagonal[turned ? -along : along];
-    }
+    APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) s[e] += mine[sign * (aptc_flash_column(0, e) - aptc_flash_row(0, e))];
 }
 
-/* Logits s of the `tile` keys from k0 on -> exp of them less the largest so far, in pairs; the sums of a thread's share of them and
-   the outputs so far are brought to the new largest. */
-APTC_INLINE void aptc_flash_softmax(const aptc_attention *a, const aptc_place *p, apt_dtype type, int32_t q0, int32_t k0, int32_t tile,
-                                    int32_t wide, const float *diagonal, APTC_FRAGMENTS(float, s), APTC_FRAGMENTS(uint32_t, prob),
-                                    APTC_FRAGMENTS(float, top), APTC_FRAGMENTS(float, sum), APTC_FRAGMENTS(float, out))
+/* Products s with the `tile` keys from k0 on -> exp of the logits less the largest so far, in pairs; the sums of a thread's share
+   of them and the outputs so far are brought to the new largest. */
+APTC_INLINE void aptc_flash_softmax(const aptc_attention *a, const aptc_place *p, apt_dtype type, int32_t q0, int32_t k0,
+                                    int32_t tile, int32_t wide, const float *diagonal, APTC_FRAGMENTS(float, s),
+                                    APTC_FRAGMENTS(uint32_t, prob), APTC_FRAGMENTS(float, top), APTC_FRAGMENTS(float, sum),
+                                    APTC_FRAGMENTS(float, out))
 {
     APTC_FRAGMENT(float, max);
     APTC_THREADS(t) {
         int32_t seen[2];
         APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
-            seen[h] = aptc_flash_limit(a, p, q0 + aptc_flash_row(t, 2 * h), k0);
+            seen[h] = aptc_flash_limit(a, p, t, h, q0, k0);
             APTC_MINE(max, t)[h] = APTC_MINE(top, t)[h];
         }
         aptc_flash_logits(a, t, APTC_MINE(s, t), diagonal + APTC_FLASH_ROWS - 1, tile, false);
         APTC_UNROLL for (int32_t e = 0; e < tile / 2; e++) {
-            if (aptc_flash_column(t, e) >= seen[e / 2 % 2]) APTC_MINE(s, t)[e] = -INFINITY;
+            if (aptc_flash_column(0, e) >= seen[e / 2 % 2]) APTC_MINE(s, t)[e] = -INFINITY;
             APTC_MINE(max, t)[e / 2 % 2] = fmaxf(APTC_MINE(max, t)[e / 2 % 2], APTC_MINE(s, t)[e]);
         }
     }
@@ -2497,7 +2503,7 @@ APTC_INLINE void aptc_flash_softmax(const aptc_attention *a, const aptc_place *p
     APTC_THREADS(t) {
         float base[2], shrink[2];
         APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
-            base[h] = APTC_MINE(max, t)[h] > -INFINITY ? APTC_MINE(max, t)[h] : 0.0f;       /* no key is seen so far: all exps are 0 */
+            base[h] = APTC_MINE(max, t)[h] > -INFINITY ? APTC_MINE(max, t)[h] : 0.0f;       /* no key yet: all exps are 0 */
             shrink[h] = expf(APTC_MINE(top, t)[h] - base[h]);
             APTC_MINE(top, t)[h] = APTC_MINE(max, t)[h];
             APTC_MINE(sum, t)[h] *= shrink[h];
@@ -2575,9 +2581,10 @@ APTC_INLINE void aptc_flash_forward(const aptc_attention *a, int32_t wide, apt_d
     APTC_THREADS(t) aptc_attention_sums(a, bx, by, t, result, 0, 0, rows);
 }
 
-/* A kernel for each width and both types */
+/* A kernel for each width and both types. 128 registers are enough up to a width of 64; sequences are often short, and two blocks
+   hide from each other what each begins and ends with. */
 #define APTC_FLASH_KERNEL(name, wide)                                                                                   \
-    APTC_KERNEL(name##_##wide, aptc_attention)                                                                          \
+    APTC_KERNEL_SHARING(name##_##wide, aptc_attention, (wide) > 64 ? 1 : 2)                                             \
     {                                                                                                                   \
         if (job.type == APT_BF16) name(&job, wide, APT_BF16, APTC_BX, APTC_BY);                                         \
         else name(&job, wide, APT_F16, APTC_BX, APTC_BY);                                                               \
@@ -2614,10 +2621,10 @@ APTC_KERNEL(aptc_attention_dot_kernel, aptc_attention)
 }
 APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
 
-/* Thread t's share of P and dS of the tile at (q0, k0) from Q K^T and dO V^T, which lie in their places; as halves as well where
-   there are some. Where a query does not see a key both are 0. dS is the gradient of the logits. */
+/* Thread t's share of P and dS of the tile at (q0, k0) from Q K^T and dO V^T, which lie in their places.
+   Where a query does not see a key both are 0. dS is the gradient of the logits. */
 APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p, int32_t t, int64_t q0, int64_t k0, float *room,
-                                    const aptc_room *r, bool halves)
+                                    const aptc_room *r)
 {
     for (int32_t i = t / APTC_WARP; i < a->tile; i += APTC_WARPS) {
         const int64_t limit = aptc_limit(a, p, q0 + i), at = (p->q_row + q0 + i) * a->heads + p->head;
@@ -2628,9 +2635,6 @@ APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p
             const bool sees = k0 + c < limit;
             *prob = sees ? expf(aptc_logit(a, p, q0 + i, k0 + c, *prob) - lse) : 0.0f;
             *ds = sees ? *prob * (*ds - mean) : 0.0f;
-            if (!halves || a->type == APT_F32) continue;
-            aptc_store(APTC_OPERAND(r->half[0]), a->type, i * r->ld_half + c, *prob);
-            aptc_store(APTC_OPERAND(r->half[1]), a->type, i * r->ld_half + c, *ds);
         }
     }
 }
@@ -2649,14 +2653,14 @@ APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p
      job.tile,        job.tile,           job.wide,            false,       true,         false}
 
 /* Between barriers, when all four operands are there */
-#define APTC_GRADIENT_TILE(p, halves)                                                                                   \
+#define APTC_GRADIENT_TILE(p)                                                                                           \
     do {                                                                                                                \
         const aptc_tile_product logits = APTC_TILE_DOTS(r.square[0], r.operand[0], r.operand[1]);                       \
         const aptc_tile_product slopes = APTC_TILE_DOTS(r.square[1], r.operand[3], r.operand[2]);                       \
         aptc_tile_multiply(&logits, job.type);                                                                          \
         aptc_tile_multiply(&slopes, job.type);                                                                          \
         APTC_BARRIER;                                                                                                   \
-        APTC_THREADS(t) aptc_gradient_rows(&job, &(p), t, q0, k0, room, &r, halves);                                    \
+        APTC_THREADS(t) aptc_gradient_rows(&job, &(p), t, q0, k0, room, &r);                                            \
     } while (0)
 
 /* dot by a sweep over the keys, dot_i = sum over j of P(i, j) dP(i, j) / sum over j of P(i, j). With it the rows of dS sum to 0
@@ -2678,7 +2682,7 @@ APTC_KERNEL(aptc_attention_sweep_kernel, aptc_attention)
         APTC_BARRIER;
         APTC_LOAD_SEEN(p);
         APTC_BARRIER;
-        APTC_GRADIENT_TILE(p, false);
+        APTC_GRADIENT_TILE(p);
         APTC_BARRIER;
         for (int32_t i0 = 0; i0 < job.tile; i0 += APTC_WARPS) {
             APTC_THREADS(t) {
@@ -2708,8 +2712,8 @@ APTC_KERNEL(aptc_attention_dq_kernel, aptc_attention)
 {
     APTC_ROOM(APTC_DQ_ROOM);
     float *acc = APTC_FLOATS(r.sum[0]);
-    const aptc_tile_product dq = {acc,       APTC_OPERAND(r.half[1]), APTC_OPERAND(r.operand[1]), r.ld_sum,
-                                  r.ld_half, r.ld_operand, job.tile, job.wide, job.tile, false, false, true};
+    const aptc_tile_product dq = {acc,       APTC_OPERAND(r.square[1]), APTC_OPERAND(r.operand[1]), r.ld_sum,
+                                  r.ld_square, r.ld_operand, job.tile, job.wide, job.tile, false, false, true};
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
     const int64_t q0 = APTC_BX * job.tile, seen = aptc_seen_keys(&job, &p, q0);
     const int64_t rows = aptc_max(0, aptc_min(job.tile, p.queries - q0));
@@ -2722,7 +2726,7 @@ APTC_KERNEL(aptc_attention_dq_kernel, aptc_attention)
         APTC_BARRIER;
         APTC_LOAD_SEEN(p);
         APTC_BARRIER;
-        APTC_GRADIENT_TILE(p, true);
+        APTC_GRADIENT_TILE(p);
         APTC_BARRIER;
         aptc_tile_multiply(&dq, job.type);
     }
@@ -2738,10 +2742,10 @@ APTC_KERNEL(aptc_attention_dkv_kernel, aptc_attention)
 {
     APTC_ROOM(APTC_DKV_ROOM);
     float *acc_k = APTC_FLOATS(r.sum[0]), *acc_v = APTC_FLOATS(r.sum[1]);
-    const aptc_tile_product dk = {acc_k,     APTC_OPERAND(r.half[1]), APTC_OPERAND(r.operand[0]), r.ld_sum,
-                                  r.ld_half, r.ld_operand, job.tile, job.wide, job.tile, true, false, true};
-    const aptc_tile_product dv = {acc_v,     APTC_OPERAND(r.half[0]), APTC_OPERAND(r.operand[3]), r.ld_sum,
-                                  r.ld_half, r.ld_operand, job.tile, job.wide, job.tile, true, false, true};
+    const aptc_tile_product dk = {acc_k,     APTC_OPERAND(r.square[1]), APTC_OPERAND(r.operand[0]), r.ld_sum,
+                                  r.ld_square, r.ld_operand, job.tile, job.wide, job.tile, true, false, true};
+    const aptc_tile_product dv = {acc_v,     APTC_OPERAND(r.square[0]), APTC_OPERAND(r.operand[3]), r.ld_sum,
+                                  r.ld_square, r.ld_operand, job.tile, job.wide, job.tile, true, false, true};
     const int32_t groups = job.heads / job.share, group = (int32_t)(APTC_BY % groups);
     aptc_place p = aptc_place_of(&job, APTC_BY / groups, group * job.share);
     const int64_t k0 = APTC_BX * job.tile;
@@ -2756,7 +2760,7 @@ APTC_KERNEL(aptc_attention_dkv_kernel, aptc_attention)
             APTC_BARRIER;
             APTC_LOAD_GIVEN(p);
             APTC_BARRIER;
-            APTC_GRADIENT_TILE(p, true);
+            APTC_GRADIENT_TILE(p);
             APTC_BARRIER;
             aptc_tile_multiply(&dk, job.type);
             aptc_tile_multiply(&dv, job.type);
@@ -2772,14 +2776,14 @@ APTC_KERNEL(aptc_attention_dkv_kernel, aptc_attention)
 }
 APTC_LAUNCHER(aptc_attention_dkv_kernel, aptc_attention)
 
-/* Thread t's share of P and dS of 16 rows and `count` others, from Q K^T in s and dO V^T in slope, in pairs; lse and dot belong to
-   the two rows, and so does `seen`, the keys that they see among these */
+/* Thread t's share of dS of 16 rows and `count` others, from logits in s and dO V^T in slope, in pairs; lse and dot belong to the
+   two rows, and so does `seen`, see aptc_flash_limit. */
 APTC_INLINE void aptc_flash_slopes(apt_dtype type, uint32_t *ds, const float *s, float *slope, const float *lse, const float *dot,
-                                   const int32_t *seen, int32_t t, int32_t count)
+                                   const int32_t *seen, int32_t count)
 {
     APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) {
         const int32_t h = e / 2 % 2;
-        slope[e] = aptc_flash_column(t, e) < seen[h] ? expf(s[e] - lse[h]) * (slope[e] - dot[h]) : 0.0f;
+        slope[e] = aptc_flash_column(0, e) < seen[h] ? expf(s[e] - lse[h]) * (slope[e] - dot[h]) : 0.0f;
     }
     APTC_UNROLL for (int32_t e = 0; e < count / 4; e++) ds[e] = aptc_pack(type, slope[2 * e], slope[2 * e + 1]);
 }
@@ -2831,10 +2835,11 @@ APTC_INLINE void aptc_flash_dq(const aptc_attention *a, int32_t wide, apt_dtype 
             APTC_THREADS(t) {
                 int32_t limit[2];
                 APTC_UNROLL for (int32_t h = 0; h < 2; h++)
-                    limit[h] = aptc_flash_limit(a, &p, q0 + aptc_flash_row(t, 2 * h), k0 + n);
-                aptc_flash_logits(a, t, APTC_MINE(s, t), diagonals + here * f.floats + APTC_FLASH_ROWS - 1 + n, APTC_FLASH_STEP, false);
-                aptc_flash_slopes(type, APTC_MINE(ds, t), APTC_MINE(s, t), APTC_MINE(slope, t), APTC_MINE(lse, t), APTC_MINE(dot, t),
-                                  limit, t, APTC_FLASH_STEP);
+                    limit[h] = aptc_flash_limit(a, &p, t, h, q0, k0 + n);
+                aptc_flash_logits(a, t, APTC_MINE(s, t), diagonals + here * f.floats + APTC_FLASH_ROWS - 1 + n, APTC_FLASH_STEP,
+                                  false);
+                aptc_flash_slopes(type, APTC_MINE(ds, t), APTC_MINE(s, t), APTC_MINE(slope, t), APTC_MINE(lse, t),
+                                  APTC_MINE(dot, t), limit, APTC_FLASH_STEP);
             }
             aptc_flash_add(type, warps, dq, ds, k, wide, APTC_FLASH_STEP);
         }
@@ -2847,37 +2852,39 @@ APTC_INLINE void aptc_flash_dq(const aptc_attention *a, int32_t wide, apt_dtype 
 APTC_FLASH_KERNELS(aptc_flash_dq)
 
 /* Thread t's share of what the block needs to know of the queries from q0 on: 0 where there are none */
-APTC_INLINE void aptc_flash_given(const aptc_attention *a, const aptc_place *p, int32_t t, float *lse, float *dot, int32_t q0, int32_t tile)
+APTC_INLINE void aptc_flash_given(const aptc_attention *a, const aptc_place *p, int32_t t, float *lse, float *dot, int32_t q0,
+                                  int32_t tile)
 {
     const int64_t at = (p->q_row + q0 + t) * a->heads + p->head;
     if (t < tile) lse[t] = q0 + t < p->queries ? a->lse[at] : 0.0f;
     if (t < tile) dot[t] = q0 + t < p->queries ? a->dot[at] : 0.0f;
 }
 
-/* Thread t's share of P^T and dS^T of 16 keys and the queries q0 .. q0 + APTC_FLASH_STEP, as above; here lse and dot are the queries'.
-   Keys from k0 on are the block's. */
-APTC_INLINE void aptc_flash_slopes_turned(const aptc_attention *a, const aptc_place *p, apt_dtype type, uint32_t *prob, uint32_t *ds, float *s,
-                                          float *slope, const float *lse, const float *dot, int32_t q0, int32_t k0, int32_t t)
+/* Thread t's share of P^T and dS^T of 16 keys, of those from k0 on, and `count` queries from q0 on, as above; lse and dot are
+   those of the queries. */
+APTC_INLINE void aptc_flash_slopes_turned(const aptc_attention *a, const aptc_place *p, apt_dtype type, uint32_t *prob,
+                                          uint32_t *ds, float *s, float *slope, const float *lse, const float *dot, int32_t q0,
+                                          int32_t k0, int32_t t, int32_t count)
 {
-    const int32_t end = (int32_t)p->queries - q0;
+    const int32_t c = aptc_flash_column(t, 0), end = (int32_t)p->queries - q0 - c;
     int32_t first[2];                            /* query that sees the key */
     APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
         const int32_t j = k0 + aptc_flash_row(t, 2 * h);
-        first[h] = j >= (int32_t)p->keys ? APTC_FLASH_STEP : a->causal ? j - (int32_t)p->shift - q0 : 0;
+        first[h] = j >= (int32_t)p->keys ? count : a->causal ? j - (int32_t)p->shift - q0 - c : 0;
     }
-    APTC_UNROLL for (int32_t e = 0; e < APTC_FLASH_STEP / 2; e++) {
-        const int32_t column = aptc_flash_column(t, e);
+    APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) {
+        const int32_t column = aptc_flash_column(0, e);
         const bool sees = column >= first[e / 2 % 2] && column < end;
-        s[e] = sees ? expf(s[e] - lse[column]) : 0.0f;
-        slope[e] = sees ? s[e] * (slope[e] - dot[column]) : 0.0f;
+        s[e] = sees ? expf(s[e] - lse[c + column]) : 0.0f;
+        slope[e] = sees ? s[e] * (slope[e] - dot[c + column]) : 0.0f;
     }
-    APTC_UNROLL for (int32_t e = 0; e < APTC_FLASH_STEP / 4; e++) {
+    APTC_UNROLL for (int32_t e = 0; e < count / 4; e++) {
         prob[e] = aptc_pack(type, s[2 * e], s[2 * e + 1]);
         ds[e] = aptc_pack(type, slope[2 * e], slope[2 * e + 1]);
     }
 }
 
-/* Block: BX = tile of keys, BY = (sequence, key head). It walks over the queries of all heads of the group that see a key of it. */
+/* Block: BX = tile of keys, BY = (sequence, key head). It walks over the queries of all heads of the group that see its keys. */
 APTC_INLINE void aptc_flash_dkv(const aptc_attention *a, int32_t wide, apt_dtype type, int64_t bx, int64_t by)
 {
     APTC_DYNAMIC(float, room, APTC_ROOM_BYTES / 4);
@@ -2888,10 +2895,12 @@ APTC_INLINE void aptc_flash_dkv(const aptc_attention *a, int32_t wide, apt_dtype
     APTC_FRAGMENT(uint32_t, prob);
     APTC_FRAGMENT(uint32_t, ds);
     const aptc_flash f = aptc_flash_of(wide, true);
+    const int32_t step = wide == 64 ? 16 : 32;            /* queries in registers at a time: two blocks have room for no more */
     const int32_t groups = a->heads / a->share, group = (int32_t)(by % groups);
     aptc_place p = aptc_place_of(a, by / groups, group * a->share);
-    const int32_t k0 = (int32_t)bx * APTC_FLASH_ROWS, rows = (int32_t)aptc_min(APTC_FLASH_ROWS, p.keys - k0), warps = (rows + 15) / 16;
-    const int32_t first = a->causal ? (int32_t)aptc_max(0, k0 - p.shift) / f.tile * f.tile : 0;    /* queries before see no key of these */
+    const int32_t k0 = (int32_t)bx * APTC_FLASH_ROWS, rows = (int32_t)aptc_min(APTC_FLASH_ROWS, p.keys - k0);
+    const int32_t warps = (rows + 15) / 16;
+    const int32_t first = a->causal ? (int32_t)aptc_max(0, k0 - p.shift) / f.tile * f.tile : 0;    /* queries that see a key */
     const int32_t turns = (int32_t)aptc_max(0, aptc_ceil(p.queries - first, f.tile)) * a->share;
     int32_t q0 = first, next = first, loaded = first;
     uint16_t *k = (uint16_t *)room, *v = k + f.own, *others = v + f.own;
@@ -2922,18 +2931,18 @@ APTC_INLINE void aptc_flash_dkv(const aptc_attention *a, int32_t wide, apt_dtype
         if (turn < 0) continue;
         if (f.stages == 1) q0 = loaded;
         APTC_FLASH_WAIT(f);
-        APTC_NO_UNROLL for (int32_t n = 0; n < f.tile && q0 + n < p.queries; n += APTC_FLASH_STEP) {
+        APTC_NO_UNROLL for (int32_t n = 0; n < f.tile && q0 + n < p.queries; n += step) {
             const uint16_t *q = others + here * 2 * f.other + n * f.ld, *d_o = q + f.other;
             const float *known = floats + here * f.floats + n;
-            aptc_flash_dots(type, warps, s, k, q, wide, APTC_FLASH_STEP);
-            aptc_flash_dots(type, warps, slope, v, d_o, wide, APTC_FLASH_STEP);
+            aptc_flash_dots(type, warps, s, k, q, wide, step);
+            aptc_flash_dots(type, warps, slope, v, d_o, wide, step);
             APTC_THREADS(t) {
-                aptc_flash_logits(a, t, APTC_MINE(s, t), known + 3 * f.tile - 1 - 2 * n, APTC_FLASH_STEP, true);
-                aptc_flash_slopes_turned(a, &p, type, APTC_MINE(prob, t), APTC_MINE(ds, t), APTC_MINE(s, t), APTC_MINE(slope, t), known,
-                                         known + f.tile, q0 + n, k0, t);
+                aptc_flash_logits(a, t, APTC_MINE(s, t), known + 3 * f.tile - 1 - 2 * n, step, true);
+                aptc_flash_slopes_turned(a, &p, type, APTC_MINE(prob, t), APTC_MINE(ds, t), APTC_MINE(s, t), APTC_MINE(slope, t),
+                                         known, known + f.tile, q0 + n, k0, t, step);
             }
-            if (a->dv.data != NULL) aptc_flash_add(type, warps, dv, prob, d_o, wide, APTC_FLASH_STEP);
-            if (a->dk.data != NULL) aptc_flash_add(type, warps, dk, ds, q, wide, APTC_FLASH_STEP);
+            if (a->dv.data != NULL) aptc_flash_add(type, warps, dv, prob, d_o, wide, step);
+            if (a->dk.data != NULL) aptc_flash_add(type, warps, dk, ds, q, wide, step);
         }
         APTC_BARRIER;
     }
@@ -2962,7 +2971,7 @@ APTC_KERNEL(aptc_attention_dbias_kernel, aptc_attention)
             APTC_BARRIER;
             APTC_LOAD_SEEN(p);
             APTC_BARRIER;
-            APTC_GRADIENT_TILE(p, false);
+            APTC_GRADIENT_TILE(p);
             APTC_BARRIER;
             APTC_THREADS(t) if (t < diagonals) {          /* key - query = k0 - q0 + t - (tile - 1) */
                 float total = 0;
@@ -3089,7 +3098,8 @@ static void aptc_attention_dots(aptc_device *d, const apti_attention_job *op, co
 }
 
 /* dq, which also adds up d_o, dk and dv */
-static void aptc_attention_backward_run(aptc_device *d, const apti_attention_job *op, aptc_attention *queries, aptc_attention *keys)
+static void aptc_attention_backward_run(aptc_device *d, const apti_attention_job *op, aptc_attention *queries,
+                                        aptc_attention *keys)
 {
     const int64_t pairs = (int64_t)keys->sequences * keys->heads, groups = pairs / keys->share;
     const int64_t blocks = aptc_ceil(op->longest_k, keys->type == APT_F32 ? keys->tile : APTC_FLASH_ROWS);
