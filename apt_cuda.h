@@ -97,21 +97,29 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *desc, char *message, size_t capa
    The device, or its emulation
 
    APTC_KERNEL(name, args)   a kernel whose only argument is the struct `args`, called job
+   APTC_KERNEL_SHARING(name, args, blocks)   the same, with so few registers that `blocks` blocks share a multiprocessor
    APTC_BX, APTC_BY          the block's coordinates; APTC_ROWS: how many there are of the second
    APTC_THREADS(t)           a phase: every thread of the block, t = 0 .. APTC_BLOCK - 1
    APTC_BARRIER              between two phases when one reads what another thread has written
    APTC_SHARED(type, x, n)   an array of the block; APTC_DYNAMIC: the one whose size is given at the launch, n at most
    APTC_PRIVATE(type, x)     a variable of each thread that outlives a phase; APTC_MINE(x, t) is t's
    APTC_WARP_SUM(x)          x of every thread = the sum of x over its warp, in a fixed order; likewise APTC_WARP_MAX
+   APTC_INLINE               a function that becomes part of its callers, so that its loops (APTC_UNROLL) have constant bounds
+                             there; APTC_NO_UNROLL: one that had better stay a loop
+   APTC_FRAGMENT(type, x)    registers of each thread, APTC_MINE(x, t)[i] with constant i: those that are used are there, at most
+                             APTC_REGISTERS; APTC_FRAGMENTS(type, x): as a parameter
+   APTC_WARPS_BELOW(n)       leaves a function without barriers in all other warps
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum { APTC_BLOCK = 256, APTC_WARP = 32, APTC_WARPS = APTC_BLOCK / APTC_WARP, APTC_GRID_ROWS = 65535 /* at most */ };
+enum { APTC_REGISTERS = 64 };
 
 #ifdef APT_CUDA_EMULATE
 #define APTC_DEVICE static
 #define APTC_KERNEL(name, args)                                                                                         \
     static void name(const args job, APTC_MAYBE const int64_t aptc_bx, APTC_MAYBE const int64_t aptc_by,                \
                      APTC_MAYBE const int64_t aptc_rows)
+#define APTC_KERNEL_SHARING(name, args, blocks) APTC_KERNEL(name, args)
 #define APTC_MAYBE __attribute__((unused))
 #define APTC_BX aptc_bx
 #define APTC_BY aptc_by
@@ -124,6 +132,12 @@ enum { APTC_BLOCK = 256, APTC_WARP = 32, APTC_WARPS = APTC_BLOCK / APTC_WARP, AP
 #define APTC_MINE(x, t) x[t]
 #define APTC_WARP_SUM(x) aptc_warp_reduce(x, false)
 #define APTC_WARP_MAX(x) aptc_warp_reduce(x, true)
+#define APTC_INLINE static inline
+#define APTC_UNROLL
+#define APTC_NO_UNROLL
+#define APTC_FRAGMENT(type, x) type x[APTC_BLOCK][APTC_REGISTERS]
+#define APTC_FRAGMENTS(type, x) type (*x)[APTC_REGISTERS]
+#define APTC_WARPS_BELOW(n) ((void)(n))
 
 /* The butterfly that the warp's shuffles do. */
 static void aptc_warp_reduce(float *x, bool max)
@@ -140,6 +154,7 @@ static void aptc_warp_reduce(float *x, bool max)
 #else
 #define APTC_DEVICE static __device__
 #define APTC_KERNEL(name, args) static __global__ void __launch_bounds__(APTC_BLOCK) name(const args job)
+#define APTC_KERNEL_SHARING(name, args, blocks) static __global__ void __launch_bounds__(APTC_BLOCK, blocks) name(const args job)
 #define APTC_BX ((int64_t)blockIdx.x)
 #define APTC_BY ((int64_t)blockIdx.y)
 #define APTC_ROWS ((int64_t)gridDim.y)
@@ -151,6 +166,12 @@ static void aptc_warp_reduce(float *x, bool max)
 #define APTC_MINE(x, t) x
 #define APTC_WARP_SUM(x) x = aptc_warp_reduce(x, false)
 #define APTC_WARP_MAX(x) x = aptc_warp_reduce(x, true)
+#define APTC_INLINE static __device__ __forceinline__
+#define APTC_UNROLL _Pragma("unroll")
+#define APTC_NO_UNROLL _Pragma("unroll 1")
+#define APTC_FRAGMENT(type, x) type x[APTC_REGISTERS]
+#define APTC_FRAGMENTS(type, x) type *x
+#define APTC_WARPS_BELOW(n) if ((int32_t)threadIdx.x / APTC_WARP >= (n)) return
 
 static __device__ float aptc_warp_reduce(float x, bool max)
 {
@@ -220,12 +241,24 @@ APTC_BOTH int64_t aptc_size(apt_dtype type) { return type == APT_F32 ? 4 : 2; }
 
 APTC_BOTH float aptc_from_half(uint16_t half, apt_dtype type)
 {
+#ifdef __CUDA_ARCH__
+    if (type == APT_F16) return __half2float(__ushort_as_half(half));
+#endif
     return type == APT_BF16 ? aptc_bf16_to_f32(half) : aptc_f16_to_f32(half);
 }
 
-APTC_BOTH uint16_t aptc_to_half(float value, apt_dtype type)
+/* Two of them, the first one in the lower bits */
+APTC_BOTH uint32_t aptc_pack(apt_dtype type, float x, float y)
 {
-    return type == APT_BF16 ? aptc_f32_to_bf16(value) : aptc_f32_to_f16(value);
+#ifdef __CUDA_ARCH__
+    union { __nv_bfloat162 b; __half2 h; uint32_t bits; } pair = {__nv_bfloat162()};
+    if (type == APT_BF16) pair.b = __floats2bfloat162_rn(x, y);
+    else pair.h = __floats2half2_rn(x, y);
+    return pair.bits;
+#else
+    if (type == APT_BF16) return (uint32_t)aptc_f32_to_bf16(x) | (uint32_t)aptc_f32_to_bf16(y) << 16;
+    return (uint32_t)aptc_f32_to_f16(x) | (uint32_t)aptc_f32_to_f16(y) << 16;
+#endif
 }
 
 APTC_BOTH float aptc_load(const void *data, apt_dtype type, int64_t i)
@@ -236,13 +269,16 @@ APTC_BOTH float aptc_load(const void *data, apt_dtype type, int64_t i)
 APTC_BOTH void aptc_store(void *data, apt_dtype type, int64_t i, float value)
 {
     if (type == APT_F32) ((float *)data)[i] = value;
-    else ((uint16_t *)data)[i] = aptc_to_half(value, type);
+    else ((uint16_t *)data)[i] = (uint16_t)aptc_pack(type, value, 0);
 }
 
 /* A matrix in the device's memory: element (i, j) is the one at i * ld + j, of `type`. */
 typedef struct aptc_view { void *data; int64_t ld, type; } aptc_view;
 
-APTC_BOTH float aptc_get(const aptc_view *x, int64_t i, int64_t j) { return aptc_load(x->data, (apt_dtype)x->type, i * x->ld + j); }
+APTC_BOTH float aptc_get(const aptc_view *x, int64_t i, int64_t j)
+{
+    return aptc_load(x->data, (apt_dtype)x->type, i * x->ld + j);
+}
 
 APTC_BOTH void aptc_set(const aptc_view *x, int64_t i, int64_t j, float value)
 {
@@ -266,9 +302,9 @@ APTC_DEVICE aptc_four aptc_get_four(const aptc_view *v, int64_t i, int64_t j, in
             const float4 x = *(const float4 *)p;
             f.x[0] = x.x, f.x[1] = x.y, f.x[2] = x.z, f.x[3] = x.w;
         } else {
-            const ushort4 x = *(const ushort4 *)p;
-            f.x[0] = aptc_from_half(x.x, type), f.x[1] = aptc_from_half(x.y, type);
-            f.x[2] = aptc_from_half(x.z, type), f.x[3] = aptc_from_half(x.w, type);
+            const uint2 x = *(const uint2 *)p;
+            f.x[0] = aptc_from_half((uint16_t)x.x, type), f.x[1] = aptc_from_half((uint16_t)(x.x >> 16), type);
+            f.x[2] = aptc_from_half((uint16_t)x.y, type), f.x[3] = aptc_from_half((uint16_t)(x.y >> 16), type);
         }
         return f;
     }
@@ -286,9 +322,7 @@ APTC_DEVICE void aptc_set_four(const aptc_view *v, int64_t i, int64_t j, int32_t
     char *p = (char *)v->data + at * aptc_size(type);
     if (count == APTC_FOUR && (uintptr_t)p % (uintptr_t)(APTC_FOUR * aptc_size(type)) == 0) {
         if (type == APT_F32) *(float4 *)p = make_float4(f->x[0], f->x[1], f->x[2], f->x[3]);
-        else
-            *(ushort4 *)p = make_ushort4(aptc_to_half(f->x[0], type), aptc_to_half(f->x[1], type), aptc_to_half(f->x[2], type),
-                                         aptc_to_half(f->x[3], type));
+        else *(uint2 *)p = make_uint2(aptc_pack(type, f->x[0], f->x[1]), aptc_pack(type, f->x[2], f->x[3]));
         return;
     }
 #endif
@@ -2253,7 +2287,8 @@ enum {
 };
 
 /* c(m, n) = [c +] a b with m, n and k multiples of 16; a_t: a is (k, m) in memory, b_t: b is (n, k). All threads call it, and
-   barriers stand around it. Operands are of `type`; halves are 32-byte aligned, their strides multiples of 8, ldc of 4. */
+   barriers stand around it. Operands are of `type`; of halves there are only products c = a b^T, 32-byte aligned, with strides
+   that are multiples of 8, ldc of 4. */
 typedef struct aptc_tile_product {
     float *c;
     const void *a, *b;
@@ -2303,38 +2338,25 @@ static __device__ void aptc_tile_plain(const aptc_tile_product *p)
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 /* On tensor cores: a warp has 16 x 16 elements of c. */
-template <class half_type, class a_layout, class b_layout>
+template <class half_type>
 static __device__ void aptc_tile_halves(const aptc_tile_product *p)
 {
     namespace wmma = nvcuda::wmma;
     const half_type *a = (const half_type *)p->a, *b = (const half_type *)p->b;
-    const int32_t ai = p->a_t ? 1 : p->lda, ax = p->a_t ? p->lda : 1, bj = p->b_t ? p->ldb : 1, bx = p->b_t ? 1 : p->ldb;
     for (int32_t o = (int32_t)threadIdx.x / APTC_WARP; o < p->m / 16 * (p->n / 16); o += APTC_WARPS) {
         const int32_t i = o / (p->n / 16) * 16, j = o % (p->n / 16) * 16;
         wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum;
-        if (p->keep) wmma::load_matrix_sync(sum, p->c + i * p->ldc + j, (unsigned)p->ldc, wmma::mem_row_major);
-        else wmma::fill_fragment(sum, 0.0f);
+        wmma::fill_fragment(sum, 0.0f);
         for (int32_t x = 0; x < p->k; x += 16) {
-            wmma::fragment<wmma::matrix_a, 16, 16, 16, half_type, a_layout> left;
-            wmma::fragment<wmma::matrix_b, 16, 16, 16, half_type, b_layout> right;
-            wmma::load_matrix_sync(left, a + i * ai + x * ax, (unsigned)p->lda);
-            wmma::load_matrix_sync(right, b + j * bj + x * bx, (unsigned)p->ldb);
+            wmma::fragment<wmma::matrix_a, 16, 16, 16, half_type, wmma::row_major> left;
+            wmma::fragment<wmma::matrix_b, 16, 16, 16, half_type, wmma::col_major> right;
+            wmma::load_matrix_sync(left, a + i * p->lda + x, (unsigned)p->lda);
+            wmma::load_matrix_sync(right, b + j * p->ldb + x, (unsigned)p->ldb);
             wmma::mma_sync(sum, left, right, sum);
         }
         wmma::store_matrix_sync(p->c + i * p->ldc + j, sum, (unsigned)p->ldc, wmma::mem_row_major);
     }
 }
-
-template <class half_type>
-static __device__ void aptc_tile_layouts(const aptc_tile_product *p)
-{
-    using nvcuda::wmma::col_major;
-    using nvcuda::wmma::row_major;
-    if (p->a_t) aptc_tile_halves<half_type, col_major, row_major>(p);       /* with a b that is transposed: nobody asks for it */
-    else if (p->b_t) aptc_tile_halves<half_type, row_major, col_major>(p);
-    else aptc_tile_halves<half_type, row_major, row_major>(p);
-}
-
 #endif
 
 /* Code for devices before sm_80, which is what nvcc makes when it is told nothing, has no tensor cores for bfloat16. */
@@ -2342,13 +2364,175 @@ static __device__ void aptc_tile_multiply(const aptc_tile_product *p, apt_dtype 
 {
     if (type == APT_F32) aptc_tile_plain<APT_F32>(p);
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-    else if (type == APT_BF16) aptc_tile_layouts<__nv_bfloat16>(p);
-    else aptc_tile_layouts<__half>(p);
+    else if (type == APT_BF16) aptc_tile_halves<__nv_bfloat16>(p);
+    else aptc_tile_halves<__half>(p);
 #else
     else if (type == APT_BF16) aptc_tile_plain<APT_BF16>(p);
     else aptc_tile_plain<APT_F16>(p);
 #endif
 }
+#endif
+
+/* Products of a warp on tensor cores, whose operands and results are in its registers. With g = lane / 4 and c = lane % 4 a lane
+   has
+   a(16, 16)   in register 0 (g, 2c) and (g, 2c + 1), in 1 those of row g + 8, in 2 and 3 those 8 columns further
+   b(16, 8)    in register 0 (2c, g) and (2c + 1, g), in 1 those 8 rows further
+   d(16, 8)    (g, 2c), (g, 2c + 1), and those of row g + 8
+   Two halves are a register, the first one in its lower bits.
+
+   aptc_mma             d += a b, from register di, ai and bi on
+   aptc_ldmatrix        registers r = 0 .. 3 from four matrices (8, 8) of halves in shared memory; lane 8 r + i says where row i
+                        of matrix r begins: at x + at, on 16 bytes. A lane gets (g, 2c) and (g, 2c + 1); turned: (2c, g) and
+                        (2c + 1, g)
+   aptc_quad_reduce     x[i] = the sum or the largest over the lanes that have the same rows
+   aptc_read16, aptc_write16    16 bytes, aligned
+   aptc_copy_async      the same from global to shared memory, there after APTC_COPIES_WAIT(n), which waits for all groups but the
+                        last n, and a barrier; APTC_COPIES_END ends a group */
+#ifdef APT_CUDA_EMULATE
+static void aptc_read16(uint32_t *to, const void *from) { memcpy(to, from, 16); }
+static void aptc_write16(void *to, const uint32_t *from) { memcpy(to, from, 16); }
+static void aptc_copy_async(void *to, const void *from) { memcpy(to, from, 16); }
+#define APTC_COPIES_END ((void)0)
+#define APTC_COPIES_WAIT(n) ((void)0)
+
+static void aptc_quad_reduce(float (*x)[APTC_REGISTERS], int32_t i, bool max)
+{
+    for (int32_t step = 2; step > 0; step /= 2) {
+        float old[APTC_BLOCK];
+        for (int32_t t = 0; t < APTC_BLOCK; t++) old[t] = x[t][i];
+        for (int32_t t = 0; t < APTC_BLOCK; t++) x[t][i] = max ? fmaxf(old[t], old[t ^ step]) : old[t] + old[t ^ step];
+    }
+}
+
+static void aptc_ldmatrix(int32_t warps, uint32_t (*to)[APTC_REGISTERS], const uint16_t *x, const int32_t *at, bool turned)
+{
+    for (int32_t t = 0; t < warps * APTC_WARP; t++)
+        for (int32_t r = 0; r < 4; r++) {
+            const int32_t g = t % APTC_WARP / 4, c = t % 4, first = t / APTC_WARP * APTC_WARP + 8 * r;
+            uint16_t half[2];
+            for (int32_t h = 0; h < 2; h++) {
+                const int32_t row = turned ? 2 * c + h : g, column = turned ? g : 2 * c + h;
+                memcpy(&half[h], x + at[first + row] + column, sizeof half[h]);
+            }
+            to[t][r] = (uint32_t)half[0] | (uint32_t)half[1] << 16;
+        }
+}
+
+/* Not under the sanitizers, which would take most of the time. */
+__attribute__((no_sanitize("address", "undefined")))
+static void aptc_mma(apt_dtype type, int32_t warps, float (*d)[APTC_REGISTERS], int32_t di, uint32_t (*a)[APTC_REGISTERS],
+                     int32_t ai, uint32_t (*b)[APTC_REGISTERS], int32_t bi)
+{
+    for (int32_t warp = 0; warp < warps; warp++) {
+        float left[16][16], right[16][8], sum[16][8];
+        for (int32_t lane = 0; lane < APTC_WARP; lane++) {
+            const int32_t t = warp * APTC_WARP + lane, g = lane / 4, c = lane % 4;
+            for (int32_t r = 0; r < 4; r++)
+                for (int32_t h = 0; h < 2; h++) {
+                    left[g + r % 2 * 8][2 * c + r / 2 * 8 + h] = aptc_from_half((uint16_t)(a[t][ai + r] >> 16 * h), type);
+                    if (r < 2) right[2 * c + r * 8 + h][g] = aptc_from_half((uint16_t)(b[t][bi + r] >> 16 * h), type);
+                    sum[g + r / 2 * 8][2 * c + r % 2] = d[t][di + r];
+                }
+        }
+        for (int32_t i = 0; i < 16; i++)
+            for (int32_t x = 0; x < 16; x++)
+                for (int32_t j = 0; j < 8; j++) sum[i][j] += left[i][x] * right[x][j];
+        for (int32_t lane = 0; lane < APTC_WARP; lane++)
+            for (int32_t r = 0; r < 4; r++)
+                d[warp * APTC_WARP + lane][di + r] = sum[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
+    }
+}
+#else
+static __device__ __forceinline__ void aptc_read16(uint32_t *to, const void *from)
+{
+    const uint4 x = *(const uint4 *)from;
+    to[0] = x.x;
+    to[1] = x.y;
+    to[2] = x.z;
+    to[3] = x.w;
+}
+
+static __device__ __forceinline__ void aptc_write16(void *to, const uint32_t *from)
+{
+    *(uint4 *)to = make_uint4(from[0], from[1], from[2], from[3]);
+}
+
+static __device__ __forceinline__ void aptc_quad_reduce(float *x, int32_t i, bool max)
+{
+    for (int32_t step = 2; step > 0; step /= 2) {
+        const float other = __shfl_xor_sync(0xffffffffu, x[i], step);
+        x[i] = max ? fmaxf(x[i], other) : x[i] + other;
+    }
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+static __device__ __forceinline__ void aptc_copy_async(void *to, const void *from)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
+#define APTC_COPIES_END asm volatile("cp.async.commit_group;" ::: "memory")
+#define APTC_COPIES_WAIT(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")
+
+static __device__ __forceinline__ void aptc_ldmatrix(int32_t, uint32_t *to, const uint16_t *x, int32_t at, bool turned)
+{
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(x + at);
+    if (turned)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+
+#define APTC_MMA(type)                                                                                                  \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                                         \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                      \
+                 : "+f"(d[di]), "+f"(d[di + 1]), "+f"(d[di + 2]), "+f"(d[di + 3])                                       \
+                 : "r"(a[ai]), "r"(a[ai + 1]), "r"(a[ai + 2]), "r"(a[ai + 3]), "r"(b[bi]), "r"(b[bi + 1]))
+
+static __device__ __forceinline__ void aptc_mma(apt_dtype type, int32_t, float *d, int32_t di, const uint32_t *a, int32_t ai,
+                                                const uint32_t *b, int32_t bi)
+{
+    if (type == APT_BF16) APTC_MMA("bf16");
+    else APTC_MMA("f16");
+}
+#else
+/* The same of shuffles, for code that no tensor core will run. */
+static __device__ __forceinline__ void aptc_copy_async(void *to, const void *from)
+{
+    uint32_t x[4];
+    aptc_read16(x, from);
+    aptc_write16(to, x);
+}
+
+#define APTC_COPIES_END ((void)0)
+#define APTC_COPIES_WAIT(n) ((void)0)
+
+static __device__ __forceinline__ void aptc_ldmatrix(int32_t, uint32_t *to, const uint16_t *x, int32_t at, bool turned)
+{
+    const int32_t g = (int32_t)threadIdx.x % APTC_WARP / 4, c = (int32_t)threadIdx.x % 4;
+    for (int32_t r = 0; r < 4; r++) {
+        const int32_t first = __shfl_sync(0xffffffffu, at, 8 * r + (turned ? 2 * c : g));
+        const int32_t second = __shfl_sync(0xffffffffu, at, 8 * r + (turned ? 2 * c + 1 : g));
+        to[r] = (uint32_t)x[first + (turned ? g : 2 * c)] | (uint32_t)x[second + (turned ? g : 2 * c + 1)] << 16;
+    }
+}
+
+static __device__ __forceinline__ void aptc_mma(apt_dtype type, int32_t, float *d, int32_t di, const uint32_t *a, int32_t ai,
+                                                const uint32_t *b, int32_t bi)
+{
+    const int32_t g = (int32_t)threadIdx.x % APTC_WARP / 4, c = (int32_t)threadIdx.x % 4;
+    for (int32_t x = 0; x < 4; x++)                       /* the lane of each quad that has columns of a, rows of b */
+        for (int32_t r = 0; r < 4; r++)
+            for (int32_t v = 0; v < 2; v++) {
+                const uint32_t left = __shfl_sync(0xffffffffu, a[ai + r], 4 * g + x);
+                const uint32_t right = __shfl_sync(0xffffffffu, b[bi + r / 2], 4 * (2 * c + v) + x);
+                d[di + r % 2 * 2 + v] += aptc_from_half((uint16_t)left, type) * aptc_from_half((uint16_t)right, type) +
+                                         aptc_from_half((uint16_t)(left >> 16), type) * aptc_from_half((uint16_t)(right >> 16), type);
+            }
+}
+#endif
 #endif
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -2357,7 +2541,8 @@ static __device__ void aptc_tile_multiply(const aptc_tile_product *p, apt_dtype 
    A block holds a tile of queries by a tile of keys and walks over the other side, as the CPU does, with a running maximum and
    sum; nothing is ever T x T. The backward has a kernel for dq, which walks over the keys, one for dk and dv, which walks over
    the queries of all heads of a group, and one for the gradient of the bias, summed by sequence and then over them. Products of
-   tiles round their operands as all products do; with bfloat16 and float16 they are the tensor cores'. The rest is float32.
+   tiles round their operands as all products do; the rest is float32. With bfloat16 and float16, forward, dq, dk and dv have
+   kernels of their own, aptc_flash_*, which do the same in the registers of tensor cores' operands.
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* One sequence and head. */
@@ -2405,23 +2590,19 @@ APTC_DEVICE float aptc_logit(const aptc_attention *a, const aptc_place *p, int64
 }
 
 /* What a block has in its shared memory, as bytes from its beginning: operands (rows or tile, wide) of the products' type, sums
-   (rows, wide) and squares (rows, tile) of float, halves (rows, tile), which are squares in the products' type (where that is
-   float, the squares themselves), and vectors (rows). Strides are longer than rows, against bank conflicts. */
+   (rows, wide) and squares (rows, tile) of float, and vectors (rows). Strides are longer than rows, against bank conflicts. */
 typedef struct aptc_room {
-    int32_t operand[4], sum[2], square[2], half[2], vector[2], end;
-    int32_t ld_operand, ld_sum, ld_square, ld_half;
+    int32_t operand[4], sum[2], square[2], vector[2], end;
+    int32_t ld_operand, ld_sum, ld_square;
 } aptc_room;
 
-APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int32_t sums, int32_t squares, int32_t halves,
-                                 int32_t vectors)
+APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int32_t sums, int32_t squares, int32_t vectors)
 {
     aptc_room r;
     int32_t at = 0;
-    const bool floats = a->type == APT_F32;
-    r.ld_operand = floats ? a->wide + 1 : a->wide + 8;
+    r.ld_operand = a->type == APT_F32 ? a->wide + 1 : a->wide + 8;
     r.ld_sum = a->wide + 4;
     r.ld_square = a->tile + 4;
-    r.ld_half = floats ? r.ld_square : a->tile + 8;
     for (int32_t i = 0; i < 4; i++) {
         r.operand[i] = at;
         if (i < operands) at += (a->tile > a->rows ? a->tile : a->rows) * r.ld_operand * (int32_t)aptc_size(a->type);
@@ -2435,10 +2616,6 @@ APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int3
         if (i < squares) at += a->rows * r.ld_square * 4;
     }
     for (int32_t i = 0; i < 2; i++) {
-        r.half[i] = floats ? r.square[i] : at;
-        if (i < halves && !floats) at += a->rows * r.ld_half * 2;
-    }
-    for (int32_t i = 0; i < 2; i++) {
         r.vector[i] = at;
         if (i < vectors) at += a->rows * 4;
     }
@@ -2446,11 +2623,11 @@ APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int3
     return r;
 }
 
-#define APTC_FORWARD_ROOM(a) aptc_room_of(a, 2, 1, 1, 1, 2)
-#define APTC_SWEEP_ROOM(a) aptc_room_of(a, 4, 0, 2, 0, 2)
-#define APTC_DQ_ROOM(a) aptc_room_of(a, 4, 1, 2, 2, 0)
-#define APTC_DKV_ROOM(a) aptc_room_of(a, 4, 2, 2, 2, 0)
-#define APTC_DBIAS_ROOM(a) aptc_room_of(a, 4, 0, 2, 0, 2)
+#define APTC_FORWARD_ROOM(a) aptc_room_of(a, 2, 1, 1, 2)
+#define APTC_SWEEP_ROOM(a) aptc_room_of(a, 4, 0, 2, 2)
+#define APTC_DQ_ROOM(a) aptc_room_of(a, 4, 1, 2, 0)
+#define APTC_DKV_ROOM(a) aptc_room_of(a, 4, 2, 2, 0)
+#define APTC_DBIAS_ROOM(a) aptc_room_of(a, 4, 0, 2, 2)
 
 /* Begins a kernel: its room, and where things are in it */
 #define APTC_ROOM(layout)                                                                                               \
@@ -2459,7 +2636,8 @@ APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int3
 #define APTC_FLOATS(at) ((float *)((char *)room + (at)))
 #define APTC_OPERAND(at) ((void *)((char *)room + (at)))
 
-/* Thread t's share of tile(height, a->wide) = factor * x(rows, a->dim) from (row, column) on, zeros around it. A warp has a row. */
+/* Thread t's share of tile(height, a->wide) = factor * x(rows, a->dim) from (row, column) on, zeros around it. A warp has a
+   row. */
 APTC_DEVICE void aptc_tile_load(const aptc_attention *a, int32_t t, void *tile, int32_t ld_tile, int32_t height,
                                 const aptc_view *x, int64_t row, int64_t column, int64_t rows, float factor)
 {
@@ -2478,8 +2656,8 @@ APTC_DEVICE void aptc_tile_load(const aptc_attention *a, int32_t t, void *tile, 
 #define APTC_ZERO_SUM(at) \
     APTC_THREADS(t) for (int32_t e = t; e < job.rows * r.ld_sum; e += APTC_BLOCK) APTC_FLOATS(at)[e] = 0
 
-/* Phases, of all threads: products of the tile at (q0, k0) -> exp of their logits less the largest so far, in the place of the
-   halves; the rows' largest (vector 0), their sums (vector 1) and the outputs so far (sum 0) are brought to the new largest. A
+/* Phases, of all threads: products of the tile at (q0, k0) -> exp of their logits less the largest so far, in their place; the
+   rows' largest (vector 0), their sums (vector 1) and the outputs so far (sum 0) are brought to the new largest. A
    warp has a row, and nothing of it is another's, so no barriers are needed. */
 APTC_DEVICE void aptc_softmax_tile(const aptc_attention *a, const aptc_place *p, int64_t q0, int64_t k0, float *room,
                                    const aptc_room *r)
@@ -2507,10 +2685,9 @@ APTC_DEVICE void aptc_softmax_tile(const aptc_attention *a, const aptc_place *p,
             APTC_MINE(top, t) = m;
             APTC_MINE(total, t) = 0;
             for (int32_t c = t % APTC_WARP; c < a->tile; c += APTC_WARP) {
-                const float x = APTC_FLOATS(r->square[0])[i * r->ld_square + c];
-                const float e = x == -INFINITY ? 0.0f : expf(x - m);                  /* a NaN stays one */
-                aptc_store(APTC_OPERAND(r->half[0]), a->type, i * r->ld_half + c, e);
-                APTC_MINE(total, t) += e;
+                float *x = APTC_FLOATS(r->square[0]) + i * r->ld_square + c;
+                *x = *x == -INFINITY ? 0.0f : expf(*x - m);                           /* a NaN stays one */
+                APTC_MINE(total, t) += *x;
             }
         }
         APTC_WARP_SUM(total);
@@ -2553,8 +2730,8 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
     float *max = APTC_FLOATS(r.vector[0]), *sum = APTC_FLOATS(r.vector[1]);
     const aptc_tile_product logits = {s,        APTC_OPERAND(r.operand[0]), APTC_OPERAND(r.operand[1]), r.ld_square,
                                       r.ld_operand, r.ld_operand, job.rows, job.tile, job.wide, false, true, false};
-    const aptc_tile_product values = {acc,        APTC_OPERAND(r.half[0]), APTC_OPERAND(r.operand[1]), r.ld_sum,
-                                      r.ld_half, r.ld_operand, job.rows, job.wide, job.tile, false, false, true};
+    const aptc_tile_product values = {acc,        APTC_OPERAND(r.square[0]), APTC_OPERAND(r.operand[1]), r.ld_sum,
+                                      r.ld_square, r.ld_operand, job.rows, job.wide, job.tile, false, false, true};
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
     const int64_t q0 = APTC_BX * job.rows, seen = aptc_seen_keys(&job, &p, q0);
     const int64_t rows = aptc_min(job.rows, p.queries - q0);
@@ -2598,6 +2775,329 @@ APTC_KERNEL(aptc_attention_forward_kernel, aptc_attention)
 }
 APTC_LAUNCHER(aptc_attention_forward_kernel, aptc_attention)
 
+/* ---- Halves: a block has 128 rows of its own, 16 of each warp, queries (forward and dq) or keys (dk and dv), walks over tiles
+   of the other side, and keeps everything between two products in registers. Rows of halves in shared memory are `wide` long, 32,
+   64 or 128 with zeros behind a head's dim, and lie 8 further apart, so that eight times 16 bytes below each other are in
+   different banks. The next tile is on its way while one is used, where there is room for two (stages). */
+enum { APTC_FLASH_ROWS = 16 * APTC_WARPS, APTC_FLASH_PAD = 8, APTC_FLASH_STEP = 32 /* keys in registers at a time, dq */ };
+
+/* What lies in shared memory: own rows of one or two matrices, and per stage a tile of two matrices, the bias, and what the
+   backward knows of queries. The result takes the place of the first ones as float in the end. */
+typedef struct aptc_flash { int32_t ld, tile, stages, own, other, floats, bytes; } aptc_flash;
+
+APTC_BOTH aptc_flash aptc_flash_of(int32_t wide, bool backward)
+{
+    aptc_flash f;
+    f.ld = wide + APTC_FLASH_PAD;
+    f.tile = wide > 64 ? 32 : 64;
+    f.stages = backward && wide > 64 ? 1 : 2;
+    f.own = APTC_FLASH_ROWS * f.ld;                       /* elements of one matrix */
+    f.other = f.tile * f.ld;
+    f.floats = APTC_FLASH_ROWS + f.tile + (backward ? 2 * f.tile : 0);
+    f.bytes = ((backward ? 2 : 1) * f.own + 2 * f.stages * f.other) * 2 + f.stages * f.floats * 4;
+    return f;
+}
+
+/* Element e of a lane's registers, of a product of 16 rows: its row among the block's, and its column. Both are as far behind
+   those of lane 0 for every e; loops over e compare with the column of lane 0, a constant, or all columns would stay in
+   registers. */
+APTC_BOTH int32_t aptc_flash_row(int32_t t, int32_t e) { return t / APTC_WARP * 16 + t % APTC_WARP / 4 + e / 2 % 2 * 8; }
+APTC_BOTH int32_t aptc_flash_column(int32_t t, int32_t e) { return e / 4 * 8 + t % 4 * 2 + e % 2; }
+
+/* Of a product with keys from k0 on: row h of thread t, a query from q0 on, sees the elements whose column in lane 0 is less. */
+APTC_INLINE int32_t aptc_flash_limit(const aptc_attention *a, const aptc_place *p, int32_t t, int32_t h, int32_t q0, int32_t k0)
+{
+    const int32_t i = q0 + aptc_flash_row(t, 2 * h), keys = (int32_t)p->keys, seen = a->causal ? i + (int32_t)p->shift + 1 : keys;
+    return i < (int32_t)p->queries ? (seen < keys ? seen : keys) - k0 - aptc_flash_column(t, 0) : 0;
+}
+
+/* Can 8 elements from column `column` on, and from every 8th further one, be read or written 16 bytes at a time? */
+APTC_BOTH bool aptc_flash_aligned(const aptc_view *x, int64_t column)
+{
+    const int64_t size = aptc_size((apt_dtype)x->type);
+    return (((uint64_t)(uintptr_t)x->data | (uint64_t)(x->ld * size) | (uint64_t)(column * size)) & 15) == 0;
+}
+
+/* 8 halves of shared memory = factor times 8 elements of x from element `at` on */
+APTC_INLINE void aptc_flash_convert(apt_dtype type, uint16_t *to, const aptc_view *x, int64_t at, float factor)
+{
+    union { uint32_t bits[8]; float value[8]; } w;
+    uint32_t pair[4];
+    if (x->type == APT_F32) {
+        aptc_read16(w.bits, (const float *)x->data + at);
+        aptc_read16(w.bits + 4, (const float *)x->data + at + 4);
+    } else {
+        aptc_read16(pair, (const uint16_t *)x->data + at);
+        APTC_UNROLL for (int32_t u = 0; u < 8; u++)
+            w.value[u] = aptc_from_half((uint16_t)(pair[u / 2] >> 16 * (u % 2)), (apt_dtype)x->type);
+    }
+    APTC_UNROLL for (int32_t u = 0; u < 4; u++) pair[u] = aptc_pack(type, factor * w.value[2 * u], factor * w.value[2 * u + 1]);
+    aptc_write16(to, pair);
+}
+
+/* Thread t's share of a tile of `height` rows = factor * x(rows, a->dim) from (row, column) on, zeros around it; to be waited
+   for */
+APTC_INLINE void aptc_flash_load(const aptc_attention *a, apt_dtype type, int32_t t, uint16_t *tile, int32_t wide, int32_t height,
+                                 const aptc_view *x, int64_t row, int32_t column, int32_t rows, float factor)
+{
+    const uint32_t zeros[4] = {0, 0, 0, 0};
+    const bool aligned = aptc_flash_aligned(x, column), same = x->type == (int64_t)type && factor == 1;
+    const int32_t parts = wide / 8, j = t % parts * 8;            /* APTC_BLOCK is a multiple of parts */
+    for (int32_t i = t / parts; i < height; i += APTC_BLOCK / parts) {
+        const int32_t count = i < rows ? a->dim - j : 0;
+        const int64_t at = (row + i) * x->ld + column + j;
+        uint16_t *to = tile + i * (wide + APTC_FLASH_PAD) + j;
+        if (count < 8) aptc_write16(to, zeros);
+        if (count >= 8 && aligned && same) aptc_copy_async(to, (const uint16_t *)x->data + at);
+        else if (count >= 8 && aligned) aptc_flash_convert(type, to, x, at, factor);
+        else APTC_NO_UNROLL for (int32_t u = 0; u < 8 && u < count; u++)
+            aptc_store(to, type, u, factor * aptc_load(x->data, (apt_dtype)x->type, at + u));
+    }
+}
+
+#define APTC_FLASH_LOAD_QUERIES(to, x, q0, height, factor)                                                              \
+    APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.q_row + (q0), p.head * a->dim,                \
+                                    (int32_t)p.queries - (q0), factor)
+#define APTC_FLASH_LOAD_KEYS(to, x, k0, height)                                                                         \
+    APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.k_row + (k0), p.group * a->dim,               \
+                                    (int32_t)p.keys - (k0), 1.0f)
+#define APTC_FLASH_WAIT(f)                               /* for all tiles but the one of the next turn */               \
+    do {                                                                                                                \
+        if ((f).stages > 1) APTC_COPIES_WAIT(1);                                                                        \
+        else APTC_COPIES_WAIT(0);                                                                                       \
+        APTC_BARRIER;                                                                                                   \
+    } while (0)
+
+/* Thread t's share of x(rows, a->dim) from (row, column) on = the floats of shared memory, in rows of wide + 4 */
+APTC_INLINE void aptc_flash_store(const aptc_attention *a, int32_t t, const float *from, int32_t wide, const aptc_view *x,
+                                  int64_t row, int32_t column, int32_t rows)
+{
+    const apt_dtype type = (apt_dtype)x->type;
+    const bool aligned = aptc_flash_aligned(x, column);
+    const int32_t parts = wide / 8, j = t % parts * 8;
+    for (int32_t i = t / parts; i < rows; i += APTC_BLOCK / parts) {
+        const int64_t at = (row + i) * x->ld + column + j;
+        const float *f = from + i * (wide + 4) + j;
+        uint32_t w[4];
+        if (!aligned || j + 8 > a->dim) {
+            for (int32_t u = 0; u < 8 && j + u < a->dim; u++) aptc_store(x->data, type, at + u, f[u]);
+        } else if (type == APT_F32) {
+            APTC_UNROLL for (int32_t u = 0; u < 8; u += 4) {
+                aptc_read16(w, f + u);
+                aptc_write16((float *)x->data + at + u, w);
+            }
+        } else {
+            APTC_UNROLL for (int32_t u = 0; u < 4; u++) w[u] = aptc_pack(type, f[2 * u], f[2 * u + 1]);
+            aptc_write16((uint16_t *)x->data + at, w);
+        }
+    }
+}
+
+/* Thread t's share of a sum lies down as float, in rows of wide + 4. */
+APTC_INLINE void aptc_flash_lay(int32_t t, float *to, int32_t wide, const float *sum, float factor)
+{
+    APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++)
+        to[aptc_flash_row(t, e) * (wide + 4) + aptc_flash_column(t, e)] = factor * sum[e];
+}
+
+/* x(rows, a->dim) from (row, column) on = factor * sum, by way of the shared memory, which nobody needs any more */
+APTC_INLINE void aptc_flash_end(const aptc_attention *a, int32_t wide, float *room, APTC_FRAGMENTS(float, sum), float factor,
+                                const aptc_view *x, int64_t row, int32_t column, int32_t rows)
+{
+    APTC_BARRIER;
+    APTC_THREADS(t) aptc_flash_lay(t, room, wide, APTC_MINE(sum, t), factor);
+    APTC_BARRIER;
+    APTC_THREADS(t) aptc_flash_store(a, t, room, wide, x, row, column, rows);
+}
+
+/* The warps' 16 rows of s = own other^T; other has `count` rows. */
+APTC_INLINE void aptc_flash_dots(apt_dtype type, int32_t warps, APTC_FRAGMENTS(float, s), const uint16_t *own,
+                                 const uint16_t *other, int32_t wide, int32_t count)
+{
+    const int32_t ld = wide + APTC_FLASH_PAD;
+    APTC_FRAGMENT(uint32_t, left);
+    APTC_FRAGMENT(uint32_t, right);
+    APTC_PRIVATE(int32_t, down);                 /* matrices 0 and 1 are rows 0 to 15 */
+    APTC_PRIVATE(int32_t, across);               /* matrices 0 and 1 are columns 0 to 15 */
+    APTC_THREADS(t) {
+        const int32_t lane = t % APTC_WARP;
+        APTC_MINE(down, t) = (t / APTC_WARP * 16 + lane % 16) * ld + lane / 16 * 8;
+        APTC_MINE(across, t) = (lane / 16 * 8 + lane % 8) * ld + lane / 8 % 2 * 8;
+        APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) APTC_MINE(s, t)[e] = 0;
+    }
+    APTC_WARPS_BELOW(warps);
+    APTC_UNROLL for (int32_t x = 0; x < wide; x += 16) {
+        aptc_ldmatrix(warps, left, own + x, down, false);
+        APTC_UNROLL for (int32_t j = 0; j < count; j += 16) {
+            aptc_ldmatrix(warps, right, other + j * ld + x, across, false);
+            aptc_mma(type, warps, s, j / 2, left, 0, right, 0);
+            aptc_mma(type, warps, s, j / 2 + 4, left, 0, right, 2);
+        }
+    }
+}
+
+/* The warps' 16 rows of sum += s other; other has `count` rows. The registers of a product, in pairs, are a left operand's. */
+APTC_INLINE void aptc_flash_add(apt_dtype type, int32_t warps, APTC_FRAGMENTS(float, sum), APTC_FRAGMENTS(uint32_t, s),
+                                const uint16_t *other, int32_t wide, int32_t count)
+{
+    const int32_t ld = wide + APTC_FLASH_PAD;
+    APTC_FRAGMENT(uint32_t, right);
+    APTC_PRIVATE(int32_t, down);
+    APTC_THREADS(t) APTC_MINE(down, t) = t % 16 * ld + t % APTC_WARP / 16 * 8;
+    APTC_WARPS_BELOW(warps);
+    APTC_UNROLL for (int32_t j = 0; j < count; j += 16)
+        APTC_UNROLL for (int32_t x = 0; x < wide; x += 16) {
+            aptc_ldmatrix(warps, right, other + j * ld + x, down, true);
+            aptc_mma(type, warps, sum, x / 2, s, j / 4, right, 0);
+            aptc_mma(type, warps, sum, x / 2 + 4, s, j / 4, right, 2);
+        }
+}
+
+/* Thread t's share of the bias of the block's rows and `count` others, which hangs on key - query only: where own row i and
+   other j meet, element j - i + APTC_FLASH_ROWS - 1, or, own rows being keys (turned), i - j + count - 1 */
+APTC_INLINE void aptc_flash_bias(const aptc_attention *a, const aptc_place *p, int32_t t, float *diagonal, int32_t q0, int32_t k0,
+                                 int32_t count, bool turned)
+{
+    const int32_t last = a->span - 1, distance = k0 - q0 - (int32_t)p->shift + t - (turned ? count : APTC_FLASH_ROWS) + 1;
+    if (a->bias != NULL && t < APTC_FLASH_ROWS + count)
+        diagonal[t] = a->bias[p->head * (2 * (int64_t)last + 1) + aptc_max(-last, aptc_min(last, distance)) + last];
+}
+
+/* Thread t's share of products with `count` others -> logits; diagonal is where own row 0 and other 0 meet */
+APTC_INLINE void aptc_flash_logits(const aptc_attention *a, int32_t t, float *s, const float *diagonal, int32_t count,
+                                   bool turned)
+{
+    const int32_t sign = turned ? -1 : 1;
+    const float *mine = diagonal + sign * (aptc_flash_column(t, 0) - aptc_flash_row(t, 0));
+    APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) s[e] *= a->scale;
+    if (a->bias == NULL) return;
+    APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) s[e] += mine[sign * (aptc_flash_column(0, e) - aptc_flash_row(0, e))];
+}
+
+/* Products s with the `tile` keys from k0 on -> exp of the logits less the largest so far, in pairs; the sums of a thread's share
+   of them and the outputs so far are brought to the new largest. */
+APTC_INLINE void aptc_flash_softmax(const aptc_attention *a, const aptc_place *p, apt_dtype type, int32_t q0, int32_t k0,
+                                    int32_t tile, int32_t wide, const float *diagonal, APTC_FRAGMENTS(float, s),
+                                    APTC_FRAGMENTS(uint32_t, prob), APTC_FRAGMENTS(float, top), APTC_FRAGMENTS(float, sum),
+                                    APTC_FRAGMENTS(float, out))
+{
+    APTC_FRAGMENT(float, max);
+    APTC_THREADS(t) {
+        int32_t seen[2];
+        APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
+            seen[h] = aptc_flash_limit(a, p, t, h, q0, k0);
+            APTC_MINE(max, t)[h] = APTC_MINE(top, t)[h];
+        }
+        aptc_flash_logits(a, t, APTC_MINE(s, t), diagonal + APTC_FLASH_ROWS - 1, tile, false);
+        APTC_UNROLL for (int32_t e = 0; e < tile / 2; e++) {
+            if (aptc_flash_column(0, e) >= seen[e / 2 % 2]) APTC_MINE(s, t)[e] = -INFINITY;
+            APTC_MINE(max, t)[e / 2 % 2] = fmaxf(APTC_MINE(max, t)[e / 2 % 2], APTC_MINE(s, t)[e]);
+        }
+    }
+    for (int32_t h = 0; h < 2; h++) aptc_quad_reduce(max, h, true);
+    APTC_THREADS(t) {
+        float base[2], shrink[2];
+        APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
+            base[h] = APTC_MINE(max, t)[h] > -INFINITY ? APTC_MINE(max, t)[h] : 0.0f;       /* no key yet: all exps are 0 */
+            shrink[h] = expf(APTC_MINE(top, t)[h] - base[h]);
+            APTC_MINE(top, t)[h] = APTC_MINE(max, t)[h];
+            APTC_MINE(sum, t)[h] *= shrink[h];
+        }
+        APTC_UNROLL for (int32_t e = 0; e < tile / 2; e++) {
+            APTC_MINE(s, t)[e] = expf(APTC_MINE(s, t)[e] - base[e / 2 % 2]);
+            APTC_MINE(sum, t)[e / 2 % 2] += APTC_MINE(s, t)[e];
+        }
+        APTC_UNROLL for (int32_t e = 0; e < tile / 4; e++)
+            APTC_MINE(prob, t)[e] = aptc_pack(type, APTC_MINE(s, t)[2 * e], APTC_MINE(s, t)[2 * e + 1]);
+        APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(out, t)[e] *= shrink[e / 2 % 2];
+    }
+}
+
+/* Block: BX = tile of queries, BY = (sequence, head) */
+APTC_INLINE void aptc_flash_forward(const aptc_attention *a, int32_t wide, apt_dtype type, int64_t bx, int64_t by)
+{
+    APTC_DYNAMIC(float, room, APTC_ROOM_BYTES / 4);
+    APTC_FRAGMENT(float, s);
+    APTC_FRAGMENT(float, top);
+    APTC_FRAGMENT(float, sum);
+    APTC_FRAGMENT(float, out);
+    APTC_FRAGMENT(uint32_t, prob);
+    const aptc_flash f = aptc_flash_of(wide, false);
+    const aptc_place p = aptc_place_of(a, by / a->heads, (int32_t)(by % a->heads));
+    const int32_t q0 = (int32_t)bx * APTC_FLASH_ROWS, seen = (int32_t)aptc_seen_keys(a, &p, q0);
+    const int32_t rows = (int32_t)aptc_max(0, aptc_min(APTC_FLASH_ROWS, p.queries - q0)), warps = (rows + 15) / 16;
+    const aptc_view result = {room, wide + 4, APT_F32};
+    uint16_t *q = (uint16_t *)room, *others = q + f.own;
+    float *diagonals = (float *)(others + 2 * f.stages * f.other);
+    if (rows == 0) {
+        APTC_THREADS(t) aptc_attention_sums(a, bx, by, t, result, 0, 0, 0);
+        return;
+    }
+    APTC_FLASH_LOAD_QUERIES(q, a->q, q0, 16 * warps, 1.0f);
+    APTC_THREADS(t) {
+        APTC_MINE(top, t)[0] = APTC_MINE(top, t)[1] = -INFINITY;
+        APTC_MINE(sum, t)[0] = APTC_MINE(sum, t)[1] = 0;
+        APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(out, t)[e] = 0;
+    }
+    for (int32_t turn = 1 - f.stages; turn * f.tile < seen; turn++) {
+        const int32_t k0 = turn * f.tile, next = k0 + (f.stages - 1) * f.tile, here = turn & (f.stages - 1);
+        const uint16_t *k = others + here * 2 * f.other, *v = k + f.other;
+        if (next < seen) {
+            const int32_t coming = (turn + f.stages - 1) & (f.stages - 1);
+            uint16_t *to = others + coming * 2 * f.other;
+            APTC_FLASH_LOAD_KEYS(to, a->k, next, f.tile);
+            APTC_FLASH_LOAD_KEYS(to + f.other, a->v, next, f.tile);
+            APTC_THREADS(t) aptc_flash_bias(a, &p, t, diagonals + coming * f.floats, q0, next, f.tile, false);
+        }
+        APTC_COPIES_END;
+        if (turn < 0) continue;
+        APTC_FLASH_WAIT(f);
+        aptc_flash_dots(type, warps, s, q, k, wide, f.tile);
+        aptc_flash_softmax(a, &p, type, q0, k0, f.tile, wide, diagonals + here * f.floats, s, prob, top, sum, out);
+        aptc_flash_add(type, warps, out, prob, v, wide, f.tile);
+        APTC_BARRIER;
+    }
+    APTC_COPIES_WAIT(0);
+    for (int32_t h = 0; h < 2; h++) aptc_quad_reduce(sum, h, false);
+    APTC_THREADS(t) {
+        const float mask = a->mask != NULL ? a->mask[p.group] : 1.0f;
+        APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) {
+            const float total = APTC_MINE(sum, t)[e / 2 % 2];
+            APTC_MINE(out, t)[e] = total != 0 ? APTC_MINE(out, t)[e] * (mask / total) : 0.0f;
+        }
+        APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
+            const int32_t i = aptc_flash_row(t, 2 * h);
+            const float total = APTC_MINE(sum, t)[h];
+            if (a->lse_out != NULL && t % 4 == 0 && i < rows)
+                a->lse_out[(p.q_row + q0 + i) * a->heads + p.head] = total != 0 ? APTC_MINE(top, t)[h] + logf(total) : 0.0f;
+        }
+    }
+    aptc_flash_end(a, wide, room, out, 1.0f, &a->o, p.q_row + q0, p.head * a->dim, rows);
+    APTC_THREADS(t) aptc_attention_sums(a, bx, by, t, result, 0, 0, rows);
+}
+
+/* A kernel for each width and both types. 128 registers are enough up to a width of 64; sequences are often short, and two blocks
+   hide from each other what each begins and ends with. */
+#define APTC_FLASH_KERNEL(name, wide)                                                                                   \
+    APTC_KERNEL_SHARING(name##_##wide, aptc_attention, (wide) > 64 ? 1 : 2)                                             \
+    {                                                                                                                   \
+        if (job.type == APT_BF16) name(&job, wide, APT_BF16, APTC_BX, APTC_BY);                                         \
+        else name(&job, wide, APT_F16, APTC_BX, APTC_BY);                                                               \
+    }                                                                                                                   \
+    APTC_LAUNCHER(name##_##wide, aptc_attention)
+#define APTC_FLASH_KERNELS(name)                                                                                        \
+    APTC_FLASH_KERNEL(name, 32)                                                                                         \
+    APTC_FLASH_KERNEL(name, 64)                                                                                         \
+    APTC_FLASH_KERNEL(name, 128)
+#define APTC_LAUNCH_FLASH(d, name, job, bx, by, bytes)                                                                  \
+    do {                                                                                                                \
+        if ((job).wide == 32) APTC_LAUNCH_DYNAMIC(d, name##_32, job, bx, by, bytes);                                    \
+        else if ((job).wide == 64) APTC_LAUNCH_DYNAMIC(d, name##_64, job, bx, by, bytes);                               \
+        else APTC_LAUNCH_DYNAMIC(d, name##_128, job, bx, by, bytes);                                                    \
+    } while (0)
+
+APTC_FLASH_KERNELS(aptc_flash_forward)
+
 /* dot(rows, heads) = d_o . o of each query and head: a warp each */
 APTC_KERNEL(aptc_attention_dot_kernel, aptc_attention)
 {
@@ -2616,10 +3116,10 @@ APTC_KERNEL(aptc_attention_dot_kernel, aptc_attention)
 }
 APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
 
-/* Thread t's share of P and dS of the tile at (q0, k0) from Q K^T and dO V^T, which lie in their places; as halves as well where
-   there are some. Where a query does not see a key both are 0. dS is the gradient of the logits. */
+/* Thread t's share of P and dS of the tile at (q0, k0) from Q K^T and dO V^T, which lie in their places.
+   Where a query does not see a key both are 0. dS is the gradient of the logits. */
 APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p, int32_t t, int64_t q0, int64_t k0, float *room,
-                                    const aptc_room *r, bool halves)
+                                    const aptc_room *r)
 {
     for (int32_t i = t / APTC_WARP; i < a->tile; i += APTC_WARPS) {
         const int64_t limit = aptc_limit(a, p, q0 + i), at = (p->q_row + q0 + i) * a->heads + p->head;
@@ -2630,9 +3130,6 @@ APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p
             const bool sees = k0 + c < limit;
             *prob = sees ? expf(aptc_logit(a, p, q0 + i, k0 + c, *prob) - lse) : 0.0f;
             *ds = sees ? *prob * (*ds - mean) : 0.0f;
-            if (!halves || a->type == APT_F32) continue;
-            aptc_store(APTC_OPERAND(r->half[0]), a->type, i * r->ld_half + c, *prob);
-            aptc_store(APTC_OPERAND(r->half[1]), a->type, i * r->ld_half + c, *ds);
         }
     }
 }
@@ -2651,14 +3148,14 @@ APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p
      job.tile,        job.tile,           job.wide,            false,       true,         false}
 
 /* Between barriers, when all four operands are there */
-#define APTC_GRADIENT_TILE(p, halves)                                                                                   \
+#define APTC_GRADIENT_TILE(p)                                                                                           \
     do {                                                                                                                \
         const aptc_tile_product logits = APTC_TILE_DOTS(r.square[0], r.operand[0], r.operand[1]);                       \
         const aptc_tile_product slopes = APTC_TILE_DOTS(r.square[1], r.operand[3], r.operand[2]);                       \
         aptc_tile_multiply(&logits, job.type);                                                                          \
         aptc_tile_multiply(&slopes, job.type);                                                                          \
         APTC_BARRIER;                                                                                                   \
-        APTC_THREADS(t) aptc_gradient_rows(&job, &(p), t, q0, k0, room, &r, halves);                                    \
+        APTC_THREADS(t) aptc_gradient_rows(&job, &(p), t, q0, k0, room, &r);                                            \
     } while (0)
 
 /* dot by a sweep over the keys, dot_i = sum over j of P(i, j) dP(i, j) / sum over j of P(i, j). With it the rows of dS sum to 0
@@ -2680,7 +3177,7 @@ APTC_KERNEL(aptc_attention_sweep_kernel, aptc_attention)
         APTC_BARRIER;
         APTC_LOAD_SEEN(p);
         APTC_BARRIER;
-        APTC_GRADIENT_TILE(p, false);
+        APTC_GRADIENT_TILE(p);
         APTC_BARRIER;
         for (int32_t i0 = 0; i0 < job.tile; i0 += APTC_WARPS) {
             APTC_THREADS(t) {
@@ -2710,8 +3207,8 @@ APTC_KERNEL(aptc_attention_dq_kernel, aptc_attention)
 {
     APTC_ROOM(APTC_DQ_ROOM);
     float *acc = APTC_FLOATS(r.sum[0]);
-    const aptc_tile_product dq = {acc,       APTC_OPERAND(r.half[1]), APTC_OPERAND(r.operand[1]), r.ld_sum,
-                                  r.ld_half, r.ld_operand, job.tile, job.wide, job.tile, false, false, true};
+    const aptc_tile_product dq = {acc,       APTC_OPERAND(r.square[1]), APTC_OPERAND(r.operand[1]), r.ld_sum,
+                                  r.ld_square, r.ld_operand, job.tile, job.wide, job.tile, false, false, true};
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
     const int64_t q0 = APTC_BX * job.tile, seen = aptc_seen_keys(&job, &p, q0);
     const int64_t rows = aptc_max(0, aptc_min(job.tile, p.queries - q0));
@@ -2724,7 +3221,7 @@ APTC_KERNEL(aptc_attention_dq_kernel, aptc_attention)
         APTC_BARRIER;
         APTC_LOAD_SEEN(p);
         APTC_BARRIER;
-        APTC_GRADIENT_TILE(p, true);
+        APTC_GRADIENT_TILE(p);
         APTC_BARRIER;
         aptc_tile_multiply(&dq, job.type);
     }
@@ -2740,10 +3237,10 @@ APTC_KERNEL(aptc_attention_dkv_kernel, aptc_attention)
 {
     APTC_ROOM(APTC_DKV_ROOM);
     float *acc_k = APTC_FLOATS(r.sum[0]), *acc_v = APTC_FLOATS(r.sum[1]);
-    const aptc_tile_product dk = {acc_k,     APTC_OPERAND(r.half[1]), APTC_OPERAND(r.operand[0]), r.ld_sum,
-                                  r.ld_half, r.ld_operand, job.tile, job.wide, job.tile, true, false, true};
-    const aptc_tile_product dv = {acc_v,     APTC_OPERAND(r.half[0]), APTC_OPERAND(r.operand[3]), r.ld_sum,
-                                  r.ld_half, r.ld_operand, job.tile, job.wide, job.tile, true, false, true};
+    const aptc_tile_product dk = {acc_k,     APTC_OPERAND(r.square[1]), APTC_OPERAND(r.operand[0]), r.ld_sum,
+                                  r.ld_square, r.ld_operand, job.tile, job.wide, job.tile, true, false, true};
+    const aptc_tile_product dv = {acc_v,     APTC_OPERAND(r.square[0]), APTC_OPERAND(r.operand[3]), r.ld_sum,
+                                  r.ld_square, r.ld_operand, job.tile, job.wide, job.tile, true, false, true};
     const int32_t groups = job.heads / job.share, group = (int32_t)(APTC_BY % groups);
     aptc_place p = aptc_place_of(&job, APTC_BY / groups, group * job.share);
     const int64_t k0 = APTC_BX * job.tile;
@@ -2758,7 +3255,7 @@ APTC_KERNEL(aptc_attention_dkv_kernel, aptc_attention)
             APTC_BARRIER;
             APTC_LOAD_GIVEN(p);
             APTC_BARRIER;
-            APTC_GRADIENT_TILE(p, true);
+            APTC_GRADIENT_TILE(p);
             APTC_BARRIER;
             aptc_tile_multiply(&dk, job.type);
             aptc_tile_multiply(&dv, job.type);
@@ -2773,6 +3270,183 @@ APTC_KERNEL(aptc_attention_dkv_kernel, aptc_attention)
         }
 }
 APTC_LAUNCHER(aptc_attention_dkv_kernel, aptc_attention)
+
+/* Thread t's share of dS of 16 rows and `count` others, from logits in s and dO V^T in slope, in pairs; lse and dot belong to the
+   two rows, and so does `seen`, see aptc_flash_limit. */
+APTC_INLINE void aptc_flash_slopes(apt_dtype type, uint32_t *ds, const float *s, float *slope, const float *lse, const float *dot,
+                                   const int32_t *seen, int32_t count)
+{
+    APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) {
+        const int32_t h = e / 2 % 2;
+        slope[e] = aptc_flash_column(0, e) < seen[h] ? expf(s[e] - lse[h]) * (slope[e] - dot[h]) : 0.0f;
+    }
+    APTC_UNROLL for (int32_t e = 0; e < count / 4; e++) ds[e] = aptc_pack(type, slope[2 * e], slope[2 * e + 1]);
+}
+
+/* Block: BX = tile of queries, BY = (sequence, head) */
+APTC_INLINE void aptc_flash_dq(const aptc_attention *a, int32_t wide, apt_dtype type, int64_t bx, int64_t by)
+{
+    APTC_DYNAMIC(float, room, APTC_ROOM_BYTES / 4);
+    APTC_FRAGMENT(float, s);
+    APTC_FRAGMENT(float, slope);
+    APTC_FRAGMENT(float, lse);
+    APTC_FRAGMENT(float, dot);
+    APTC_FRAGMENT(float, dq);
+    APTC_FRAGMENT(uint32_t, ds);
+    const aptc_flash f = aptc_flash_of(wide, true);
+    const aptc_place p = aptc_place_of(a, by / a->heads, (int32_t)(by % a->heads));
+    const int32_t q0 = (int32_t)bx * APTC_FLASH_ROWS, seen = (int32_t)aptc_seen_keys(a, &p, q0);
+    const int32_t rows = (int32_t)aptc_max(0, aptc_min(APTC_FLASH_ROWS, p.queries - q0)), warps = (rows + 15) / 16;
+    uint16_t *q = (uint16_t *)room, *d_o = q + f.own, *others = d_o + f.own;
+    float *diagonals = (float *)(others + 2 * f.stages * f.other);
+    APTC_THREADS(t) aptc_attention_sums(a, bx, by, t, a->d_o, p.q_row + q0, (int64_t)p.head * a->dim, rows);
+    if (rows == 0) return;
+    APTC_FLASH_LOAD_QUERIES(q, a->q, q0, 16 * warps, 1.0f);
+    APTC_FLASH_LOAD_QUERIES(d_o, a->d_o, q0, 16 * warps, a->mask != NULL ? a->mask[p.group] : 1.0f);
+    APTC_THREADS(t) {
+        APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
+            const int64_t i = q0 + aptc_flash_row(t, 2 * h), at = (p.q_row + i) * a->heads + p.head;
+            APTC_MINE(lse, t)[h] = i < p.queries ? a->lse[at] : 0.0f;
+            APTC_MINE(dot, t)[h] = i < p.queries ? a->dot[at] : 0.0f;
+        }
+        APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(dq, t)[e] = 0;
+    }
+    for (int32_t turn = 1 - f.stages; turn * f.tile < seen; turn++) {
+        const int32_t k0 = turn * f.tile, next = k0 + (f.stages - 1) * f.tile, here = turn & (f.stages - 1);
+        if (next < seen) {
+            const int32_t coming = (turn + f.stages - 1) & (f.stages - 1);
+            uint16_t *to = others + coming * 2 * f.other;
+            APTC_FLASH_LOAD_KEYS(to, a->k, next, f.tile);
+            APTC_FLASH_LOAD_KEYS(to + f.other, a->v, next, f.tile);
+            APTC_THREADS(t) aptc_flash_bias(a, &p, t, diagonals + coming * f.floats, q0, next, f.tile, false);
+        }
+        APTC_COPIES_END;
+        if (turn < 0) continue;
+        APTC_FLASH_WAIT(f);
+        APTC_NO_UNROLL for (int32_t n = 0; n < f.tile && k0 + n < seen; n += APTC_FLASH_STEP) {
+            const uint16_t *k = others + here * 2 * f.other + n * f.ld;
+            aptc_flash_dots(type, warps, s, q, k, wide, APTC_FLASH_STEP);
+            aptc_flash_dots(type, warps, slope, d_o, k + f.other, wide, APTC_FLASH_STEP);
+            APTC_THREADS(t) {
+                int32_t limit[2];
+                APTC_UNROLL for (int32_t h = 0; h < 2; h++)
+                    limit[h] = aptc_flash_limit(a, &p, t, h, q0, k0 + n);
+                aptc_flash_logits(a, t, APTC_MINE(s, t), diagonals + here * f.floats + APTC_FLASH_ROWS - 1 + n, APTC_FLASH_STEP,
+                                  false);
+                aptc_flash_slopes(type, APTC_MINE(ds, t), APTC_MINE(s, t), APTC_MINE(slope, t), APTC_MINE(lse, t),
+                                  APTC_MINE(dot, t), limit, APTC_FLASH_STEP);
+            }
+            aptc_flash_add(type, warps, dq, ds, k, wide, APTC_FLASH_STEP);
+        }
+        APTC_BARRIER;
+    }
+    APTC_COPIES_WAIT(0);
+    aptc_flash_end(a, wide, room, dq, a->scale, &a->dq, p.q_row + q0, p.head * a->dim, rows);
+}
+
+APTC_FLASH_KERNELS(aptc_flash_dq)
+
+/* Thread t's share of what the block needs to know of the queries from q0 on: 0 where there are none */
+APTC_INLINE void aptc_flash_given(const aptc_attention *a, const aptc_place *p, int32_t t, float *lse, float *dot, int32_t q0,
+                                  int32_t tile)
+{
+    const int64_t at = (p->q_row + q0 + t) * a->heads + p->head;
+    if (t < tile) lse[t] = q0 + t < p->queries ? a->lse[at] : 0.0f;
+    if (t < tile) dot[t] = q0 + t < p->queries ? a->dot[at] : 0.0f;
+}
+
+/* Thread t's share of P^T and dS^T of 16 keys, of those from k0 on, and `count` queries from q0 on, as above; lse and dot are
+   those of the queries. */
+APTC_INLINE void aptc_flash_slopes_turned(const aptc_attention *a, const aptc_place *p, apt_dtype type, uint32_t *prob,
+                                          uint32_t *ds, float *s, float *slope, const float *lse, const float *dot, int32_t q0,
+                                          int32_t k0, int32_t t, int32_t count)
+{
+    const int32_t c = aptc_flash_column(t, 0), end = (int32_t)p->queries - q0 - c;
+    int32_t first[2];                            /* query that sees the key */
+    APTC_UNROLL for (int32_t h = 0; h < 2; h++) {
+        const int32_t j = k0 + aptc_flash_row(t, 2 * h);
+        first[h] = j >= (int32_t)p->keys ? count : a->causal ? j - (int32_t)p->shift - q0 - c : 0;
+    }
+    APTC_UNROLL for (int32_t e = 0; e < count / 2; e++) {
+        const int32_t column = aptc_flash_column(0, e);
+        const bool sees = column >= first[e / 2 % 2] && column < end;
+        s[e] = sees ? expf(s[e] - lse[c + column]) : 0.0f;
+        slope[e] = sees ? s[e] * (slope[e] - dot[c + column]) : 0.0f;
+    }
+    APTC_UNROLL for (int32_t e = 0; e < count / 4; e++) {
+        prob[e] = aptc_pack(type, s[2 * e], s[2 * e + 1]);
+        ds[e] = aptc_pack(type, slope[2 * e], slope[2 * e + 1]);
+    }
+}
+
+/* Block: BX = tile of keys, BY = (sequence, key head). It walks over the queries of all heads of the group that see its keys. */
+APTC_INLINE void aptc_flash_dkv(const aptc_attention *a, int32_t wide, apt_dtype type, int64_t bx, int64_t by)
+{
+    APTC_DYNAMIC(float, room, APTC_ROOM_BYTES / 4);
+    APTC_FRAGMENT(float, s);
+    APTC_FRAGMENT(float, slope);
+    APTC_FRAGMENT(float, dk);
+    APTC_FRAGMENT(float, dv);
+    APTC_FRAGMENT(uint32_t, prob);
+    APTC_FRAGMENT(uint32_t, ds);
+    const aptc_flash f = aptc_flash_of(wide, true);
+    const int32_t step = wide == 64 ? 16 : 32;            /* queries in registers at a time: two blocks have room for no more */
+    const int32_t groups = a->heads / a->share, group = (int32_t)(by % groups);
+    aptc_place p = aptc_place_of(a, by / groups, group * a->share);
+    const int32_t k0 = (int32_t)bx * APTC_FLASH_ROWS, rows = (int32_t)aptc_min(APTC_FLASH_ROWS, p.keys - k0);
+    const int32_t warps = (rows + 15) / 16;
+    const int32_t first = a->causal ? (int32_t)aptc_max(0, k0 - p.shift) / f.tile * f.tile : 0;    /* queries that see a key */
+    const int32_t turns = (int32_t)aptc_max(0, aptc_ceil(p.queries - first, f.tile)) * a->share;
+    int32_t q0 = first, next = first, loaded = first;
+    uint16_t *k = (uint16_t *)room, *v = k + f.own, *others = v + f.own;
+    float *floats = (float *)(others + 2 * f.stages * f.other);
+    if (rows <= 0) return;
+    APTC_FLASH_LOAD_KEYS(k, a->k, k0, 16 * warps);
+    APTC_FLASH_LOAD_KEYS(v, a->v, k0, 16 * warps);
+    APTC_THREADS(t) APTC_UNROLL for (int32_t e = 0; e < wide / 2; e++) APTC_MINE(dk, t)[e] = APTC_MINE(dv, t)[e] = 0;
+    for (int32_t turn = 1 - f.stages; turn < turns; turn++, q0 = loaded) {
+        const int32_t here = turn & (f.stages - 1), coming = (turn + f.stages - 1) & (f.stages - 1);
+        loaded = next;
+        if (turn + f.stages - 1 < turns) {
+            uint16_t *to = others + coming * 2 * f.other;
+            float *known = floats + coming * f.floats;
+            APTC_FLASH_LOAD_QUERIES(to, a->q, next, f.tile, 1.0f);
+            APTC_FLASH_LOAD_QUERIES(to + f.other, a->d_o, next, f.tile, a->mask != NULL ? a->mask[group] : 1.0f);
+            APTC_THREADS(t) {
+                aptc_flash_given(a, &p, t, known, known + f.tile, next, f.tile);
+                aptc_flash_bias(a, &p, t, known + 2 * f.tile, next, k0, f.tile, true);
+            }
+            next += f.tile;
+            if (next >= p.queries) {
+                next = first;
+                p.head++;
+            }
+        }
+        APTC_COPIES_END;
+        if (turn < 0) continue;
+        if (f.stages == 1) q0 = loaded;
+        APTC_FLASH_WAIT(f);
+        APTC_NO_UNROLL for (int32_t n = 0; n < f.tile && q0 + n < p.queries; n += step) {
+            const uint16_t *q = others + here * 2 * f.other + n * f.ld, *d_o = q + f.other;
+            const float *known = floats + here * f.floats + n;
+            aptc_flash_dots(type, warps, s, k, q, wide, step);
+            aptc_flash_dots(type, warps, slope, v, d_o, wide, step);
+            APTC_THREADS(t) {
+                aptc_flash_logits(a, t, APTC_MINE(s, t), known + 3 * f.tile - 1 - 2 * n, step, true);
+                aptc_flash_slopes_turned(a, &p, type, APTC_MINE(prob, t), APTC_MINE(ds, t), APTC_MINE(s, t), APTC_MINE(slope, t),
+                                         known, known + f.tile, q0 + n, k0, t, step);
+            }
+            if (a->dv.data != NULL) aptc_flash_add(type, warps, dv, prob, d_o, wide, step);
+            if (a->dk.data != NULL) aptc_flash_add(type, warps, dk, ds, q, wide, step);
+        }
+        APTC_BARRIER;
+    }
+    APTC_COPIES_WAIT(0);
+    if (a->dk.data != NULL) aptc_flash_end(a, wide, room, dk, a->scale, &a->dk, p.k_row + k0, group * a->dim, rows);
+    if (a->dv.data != NULL) aptc_flash_end(a, wide, room, dv, 1.0f, &a->dv, p.k_row + k0, group * a->dim, rows);
+}
+
+APTC_FLASH_KERNELS(aptc_flash_dkv)
 
 /* Block: BY = (sequence, head): its row of dbias, tile after tile; thread u of a tile takes the diagonal u */
 APTC_KERNEL(aptc_attention_dbias_kernel, aptc_attention)
@@ -2792,7 +3466,7 @@ APTC_KERNEL(aptc_attention_dbias_kernel, aptc_attention)
             APTC_BARRIER;
             APTC_LOAD_SEEN(p);
             APTC_BARRIER;
-            APTC_GRADIENT_TILE(p, false);
+            APTC_GRADIENT_TILE(p);
             APTC_BARRIER;
             APTC_THREADS(t) if (t < diagonals) {          /* key - query = k0 - q0 + t - (tile - 1) */
                 float total = 0;
@@ -2857,13 +3531,22 @@ static aptc_attention aptc_attention_of(aptc_device *d, const apti_attention_job
         fits = layout(&(a)).end <= (d)->room;                                                                           \
     } while (0)
 
+/* The same for halves, whose tiles are what they are */
+static bool aptc_flash_choose(const aptc_device *d, aptc_attention *a, bool backward)
+{
+    a->wide = a->dim > 64 ? 128 : a->dim > 32 ? 64 : 32;
+    a->rows = APTC_FLASH_ROWS;
+    return aptc_flash_of(a->wide, backward).bytes <= d->room;
+}
+
 static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *op)
 {
     aptc_attention a = aptc_attention_of(d, op);
     bool fits;
     if (a.dim > APTC_HEAD_MAX || (int64_t)a.sequences * a.heads > APTC_GRID_ROWS) return false;
     const int64_t longest_k = a.k_ends != NULL ? (int64_t)APTC_TILE_MAX : op->longest_k;      /* a cache has room for many */
-    APTC_TILE_CHOOSE(d, a, op->longest_q, longest_k, APTC_FORWARD_ROOM, fits);
+    if (a.type == APT_F32) APTC_TILE_CHOOSE(d, a, op->longest_q, longest_k, APTC_FORWARD_ROOM, fits);
+    else fits = aptc_flash_choose(d, &a, false);
     if (!fits) return false;
     a.blocks = aptc_ceil(op->longest_q, a.rows);
     a.o = aptc_out(d, op->out, op->ldo, op->rows_q, (int64_t)a.heads * a.dim);
@@ -2881,8 +3564,10 @@ static void aptc_attention_forward_run(aptc_device *d, aptc_attention *a, const 
     a->sizes = aptc_sizes_for(d, sizes, rows);
     a->sums = aptc_sizes_for(d, sums, rows);
     if (sums != NULL && a->sums == NULL) a->sizes = NULL;            /* room for both or for none */
-    APTC_LAUNCH_DYNAMIC(d, aptc_attention_forward_kernel, *a, a->blocks, (int64_t)a->sequences * a->heads,
-                        APTC_FORWARD_ROOM(a).end);
+    const int64_t pairs = (int64_t)a->sequences * a->heads;
+    if (a->type == APT_F32)
+        APTC_LAUNCH_DYNAMIC(d, aptc_attention_forward_kernel, *a, a->blocks, pairs, APTC_FORWARD_ROOM(a).end);
+    else APTC_LAUNCH_FLASH(d, aptc_flash_forward, *a, a->blocks, pairs, aptc_flash_of(a->wide, false).bytes);
     aptc_sizes_add(d, a->sizes, sizes, rows);
     aptc_sizes_add(d, a->sums, sums, rows);
 }
@@ -2903,9 +3588,27 @@ static void aptc_attention_dots(aptc_device *d, const apti_attention_job *op, co
     APTC_LAUNCH(d, aptc_attention_dot_kernel, a, aptc_ceil(a.pairs, APTC_WARPS), 1);
 }
 
+/* dq, which also adds up d_o, dk and dv */
+static void aptc_attention_backward_run(aptc_device *d, const apti_attention_job *op, aptc_attention *queries,
+                                        aptc_attention *keys)
+{
+    const int64_t pairs = (int64_t)keys->sequences * keys->heads, groups = pairs / keys->share;
+    const int64_t blocks = aptc_ceil(op->longest_k, keys->type == APT_F32 ? keys->tile : APTC_FLASH_ROWS);
+    const bool wanted = op->dk != NULL || op->dv != NULL;
+    if (keys->type == APT_F32) {
+        if (op->dq != NULL)
+            APTC_LAUNCH_DYNAMIC(d, aptc_attention_dq_kernel, *queries, queries->blocks, pairs, APTC_DQ_ROOM(queries).end);
+        if (wanted) APTC_LAUNCH_DYNAMIC(d, aptc_attention_dkv_kernel, *keys, blocks, groups, APTC_DKV_ROOM(keys).end);
+    } else {
+        const int64_t bytes = aptc_flash_of(keys->wide, true).bytes;
+        if (op->dq != NULL) APTC_LAUNCH_FLASH(d, aptc_flash_dq, *queries, queries->blocks, pairs, bytes);
+        if (wanted) APTC_LAUNCH_FLASH(d, aptc_flash_dkv, *keys, blocks, groups, bytes);
+    }
+}
+
 static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job *op, const apti_column_job *sum)
 {
-    aptc_attention a = aptc_attention_of(d, op);
+    aptc_attention a = aptc_attention_of(d, op), keys;
     const int64_t pairs = (int64_t)a.sequences * a.heads, wide = 2 * (int64_t)a.span - 1;
     bool fits;
     if (a.dim > APTC_HEAD_MAX || pairs > APTC_GRID_ROWS) return false;
@@ -2915,22 +3618,20 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
     float *dot = (float *)aptc_take(d, op->rows_q * a.heads * (int64_t)sizeof(float));
     a.dbias = op->dbias == NULL ? NULL : (float *)aptc_take(d, pairs * wide * (int64_t)sizeof(float));
     if (dot == NULL || (op->dbias != NULL && a.dbias == NULL)) return false;
-    const int64_t width = (int64_t)a.heads * a.dim, keys = width / a.share;
+    const int64_t width = (int64_t)a.heads * a.dim;
     a.d_o = aptc_in(d, op->d_o, op->lddo, op->rows_q, width);
     a.lse = op->saved;
     a.dq = aptc_out(d, op->dq, op->lddq, op->rows_q, width);
-    a.dk = aptc_out(d, op->dk, op->lddk, op->rows_k, keys);
-    a.dv = aptc_out(d, op->dv, op->lddv, op->rows_k, keys);
+    a.dk = aptc_out(d, op->dk, op->lddk, op->rows_k, width / a.share);
+    a.dv = aptc_out(d, op->dv, op->lddv, op->rows_k, width / a.share);
+    keys = a;
+    if (a.type != APT_F32 && !aptc_flash_choose(d, &keys, true)) return false;
     aptc_attention_dots(d, op, &a, dot);
-    a.dot = dot;
-    aptc_attention queries = a;       /* the kernel of dq adds up d_o, too */
-    queries.blocks = aptc_ceil(op->longest_q, a.tile);
+    a.dot = keys.dot = dot;
+    aptc_attention queries = keys;
+    queries.blocks = aptc_ceil(op->longest_q, keys.rows);
     queries.sizes = aptc_sizes_for(d, sum, a.sequences * queries.blocks);
-    if (op->dq != NULL)
-        APTC_LAUNCH_DYNAMIC(d, aptc_attention_dq_kernel, queries, queries.blocks, pairs, APTC_DQ_ROOM(&queries).end);
-    if (op->dk != NULL || op->dv != NULL)
-        APTC_LAUNCH_DYNAMIC(d, aptc_attention_dkv_kernel, a, aptc_ceil(op->longest_k, a.tile), pairs / a.share,
-                            APTC_DKV_ROOM(&a).end);
+    aptc_attention_backward_run(d, op, &queries, &keys);
     if (op->dbias != NULL) {
         const aptc_fold fold = {op->dbias, a.dbias, NULL, a.sequences, a.heads * wide, a.heads * wide, false};
         APTC_LAUNCH_DYNAMIC(d, aptc_attention_dbias_kernel, a, 1, pairs, APTC_DBIAS_ROOM(&a).end);
@@ -3542,7 +4243,9 @@ static void aptc_advise(const aptc_device *d, const aptc_range *range, bool on)
 #else
     const cudaMemoryAdvise advice = on ? cudaMemAdviseSetReadMostly : cudaMemAdviseUnsetReadMostly;
 #if CUDART_VERSION >= 13000
-    const cudaMemLocation where = {cudaMemLocationTypeDevice, {d->device}};
+    cudaMemLocation where = cudaMemLocation();
+    where.type = cudaMemLocationTypeDevice;
+    where.id = d->device;
 #else
     const int where = d->device;
 #endif
@@ -3694,9 +4397,10 @@ static void aptc_device_start(aptc_device *d)
     aptc_work_split(d);
     aptc_check(d, cudaMemGetInfo(&vacant, &total), "cudaMemGetInfo");
     d->memory_left = vacant - vacant / 32;        /* graphs and the code of kernels lie on the device, too */
-    void (*const attention[])(aptc_attention) = {aptc_attention_forward_kernel, aptc_attention_dq_kernel,
-                                                 aptc_attention_sweep_kernel, aptc_attention_dkv_kernel,
-                                                 aptc_attention_dbias_kernel};
+    void (*const attention[])(aptc_attention) = {
+        aptc_attention_forward_kernel, aptc_attention_dq_kernel, aptc_attention_sweep_kernel, aptc_attention_dkv_kernel,
+        aptc_attention_dbias_kernel, aptc_flash_forward_32, aptc_flash_forward_64, aptc_flash_forward_128,
+        aptc_flash_dq_32, aptc_flash_dq_64, aptc_flash_dq_128, aptc_flash_dkv_32, aptc_flash_dkv_64, aptc_flash_dkv_128};
     int room = 0;
     aptc_check(d, cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, d->device), "cudaDeviceGetAttribute");
     for (size_t i = 0; i < sizeof attention / sizeof *attention; i++)
