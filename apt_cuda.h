@@ -167,7 +167,11 @@ static void aptc_warp_reduce(float *x, bool max)
 #define APTC_WARP_SUM(x) x = aptc_warp_reduce(x, false)
 #define APTC_WARP_MAX(x) x = aptc_warp_reduce(x, true)
 #define APTC_INLINE static __device__ __forceinline__
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define APTC_UNROLL _Pragma("unroll")
+#else                                 /* no tensor cores for bfloat16: what stands for them would be compiled for minutes */
+#define APTC_UNROLL _Pragma("unroll 1")
+#endif
 #define APTC_NO_UNROLL _Pragma("unroll 1")
 #define APTC_FRAGMENT(type, x) type x[APTC_REGISTERS]
 #define APTC_FRAGMENTS(type, x) type *x
@@ -2509,7 +2513,7 @@ static __device__ __forceinline__ void aptc_copy_async(void *to, const void *fro
 #define APTC_COPIES_END ((void)0)
 #define APTC_COPIES_WAIT(n) ((void)0)
 
-static __device__ __forceinline__ void aptc_ldmatrix(int32_t, uint32_t *to, const uint16_t *x, int32_t at, bool turned)
+static __device__ __noinline__ void aptc_ldmatrix(int32_t, uint32_t *to, const uint16_t *x, int32_t at, bool turned)
 {
     const int32_t g = (int32_t)threadIdx.x % APTC_WARP / 4, c = (int32_t)threadIdx.x % 4;
     for (int32_t r = 0; r < 4; r++) {
@@ -2519,8 +2523,8 @@ static __device__ __forceinline__ void aptc_ldmatrix(int32_t, uint32_t *to, cons
     }
 }
 
-static __device__ __forceinline__ void aptc_mma(apt_dtype type, int32_t, float *d, int32_t di, const uint32_t *a, int32_t ai,
-                                                const uint32_t *b, int32_t bi)
+static __device__ __noinline__ void aptc_mma(apt_dtype type, int32_t, float *d, int32_t di, const uint32_t *a, int32_t ai,
+                                             const uint32_t *b, int32_t bi)
 {
     const int32_t g = (int32_t)threadIdx.x % APTC_WARP / 4, c = (int32_t)threadIdx.x % 4;
     for (int32_t x = 0; x < 4; x++)                       /* the lane of each quad that has columns of a, rows of b */

@@ -976,11 +976,11 @@ static void test_attention_shapes(void **state)
         /* heads, kv, dim, span, causal, masked, ends, halves, aligned */
         {2, 2, 64, 0, false, false, false, true, true, 5, {128, 1, 17, 64, 31}, {128, 1, 17, 64, 31}},
         {1, 1, 64, 0, true, false, false, true, true, 4, {129, 200, 127, 16}, {129, 200, 127, 16}},
-        {2, 1, 5, 7, false, true, false, false, false, 5, {15, 16, 17, 2, 33}, {65, 64, 63, 1, 130}},
+        {2, 1, 5, 7, false, true, false, false, false, 5, {15, 64, 17, 2, 33}, {65, 64, 63, 1, 130}},
         {4, 2, 32, 0, true, true, false, true, true, 4, {63, 65, 1, 20}, {130, 64, 66, 40}},          /* more keys, and fewer */
         {2, 2, 40, 40, true, false, true, false, true, 4, {65, 1, 3, 128}, {65, 129, 2, 128}},
         {3, 3, 72, 20, true, true, false, true, true, 3, {33, 31, 130}, {33, 100, 130}},
-        {4, 2, 128, 0, false, false, true, true, true, 3, {17, 1, 129}, {64, 127, 33}},
+        {4, 2, 128, 0, false, false, true, true, true, 3, {64, 1, 129}, {64, 127, 33}},
         {2, 1, 128, 9, true, true, false, false, true, 3, {34, 65, 10}, {34, 65, 3}},
         {2, 2, 20, 3, false, true, true, true, false, 3, {18, 40, 1}, {31, 97, 5}},
     };
