@@ -452,8 +452,8 @@ typedef struct aptc_matrix { const float *x; int64_t ld, rows, n; } aptc_matrix;
 
 typedef struct aptc_attention {
     aptc_view q, k, v, o, d_o, dq, dk, dv;        /* dq, dk, dv: data NULL, not wanted */
-    const float *lse, *bias, *mask, *dot;
-    float *lse_out, *dot_out, *dbias;             /* dbias: (sequences, heads, 2*span - 1) */
+    const float *lse, *bias, *mask, *dot, *rest;  /* dot + rest is what a gradient is compared with; rest NULL: 0 */
+    float *lse_out, *dot_out, *rest_out, *dbias;  /* dbias: (sequences, heads, 2*span - 1) */
     float *sizes, *sums;              /* (sequences * blocks, heads * dim) or NULL: of |o| (backward: |d_o|) and o in a block */
     const int32_t *q_offsets, *k_offsets, *k_ends;
     int64_t pairs;                    /* rows times heads */
@@ -2628,7 +2628,7 @@ APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int3
 }
 
 #define APTC_FORWARD_ROOM(a) aptc_room_of(a, 2, 1, 1, 2)
-#define APTC_SWEEP_ROOM(a) aptc_room_of(a, 4, 0, 2, 2)
+#define APTC_SWEEP_ROOM(a) aptc_room_of(a, 4, 0, 2, 3)
 #define APTC_DQ_ROOM(a) aptc_room_of(a, 4, 1, 2, 0)
 #define APTC_DKV_ROOM(a) aptc_room_of(a, 4, 2, 2, 0)
 #define APTC_DBIAS_ROOM(a) aptc_room_of(a, 4, 0, 2, 2)
@@ -3120,20 +3120,22 @@ APTC_KERNEL(aptc_attention_dot_kernel, aptc_attention)
 }
 APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
 
-/* Thread t's share of P and dS of the tile at (q0, k0) from Q K^T and dO V^T, which lie in their places.
-   Where a query does not see a key both are 0. dS is the gradient of the logits. */
+/* Thread t's share of P and dS = P (dP - dot - rest) of the tile at (q0, k0) from Q K^T and dP = dO V^T, which lie in their places.
+   Where a query does not see a key both are 0. dS is the gradient of the logits; with `begin`, which stands for dot, it is not that
+   yet. */
 APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p, int32_t t, int64_t q0, int64_t k0, float *room,
-                                    const aptc_room *r)
+                                    const aptc_room *r, const float *begin)
 {
     for (int32_t i = t / APTC_WARP; i < a->tile; i += APTC_WARPS) {
         const int64_t limit = aptc_limit(a, p, q0 + i), at = (p->q_row + q0 + i) * a->heads + p->head;
-        const float lse = limit > 0 ? a->lse[at] : 0.0f, mean = limit > 0 && a->dot != NULL ? a->dot[at] : 0.0f;
+        const float lse = limit > 0 ? a->lse[at] : 0.0f, rest = limit > 0 && a->rest != NULL ? a->rest[at] : 0.0f;
+        const float mean = limit < 1 ? 0.0f : begin != NULL ? begin[i] : a->dot[at];
         for (int32_t c = t % APTC_WARP; c < a->tile; c += APTC_WARP) {
             const int32_t place = i * r->ld_square + c;
             float *prob = APTC_FLOATS(r->square[0]) + place, *ds = APTC_FLOATS(r->square[1]) + place;
             const bool sees = k0 + c < limit;
             *prob = sees ? expf(aptc_logit(a, p, q0 + i, k0 + c, *prob) - lse) : 0.0f;
-            *ds = sees ? *prob * (*ds - mean) : 0.0f;
+            *ds = sees ? *prob * (*ds - mean - rest) : 0.0f;
         }
     }
 }
@@ -3152,36 +3154,44 @@ APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p
      job.tile,        job.tile,           job.wide,            false,       true,         false}
 
 /* Between barriers, when all four operands are there */
-#define APTC_GRADIENT_TILE(p)                                                                                           \
+#define APTC_GRADIENT_PRODUCTS                                                                                          \
     do {                                                                                                                \
         const aptc_tile_product logits = APTC_TILE_DOTS(r.square[0], r.operand[0], r.operand[1]);                       \
         const aptc_tile_product slopes = APTC_TILE_DOTS(r.square[1], r.operand[3], r.operand[2]);                       \
         aptc_tile_multiply(&logits, job.type);                                                                          \
         aptc_tile_multiply(&slopes, job.type);                                                                          \
         APTC_BARRIER;                                                                                                   \
-        APTC_THREADS(t) aptc_gradient_rows(&job, &(p), t, q0, k0, room, &r);                                            \
+    } while (0)
+#define APTC_GRADIENT_TILE(p)                                                                                           \
+    do {                                                                                                                \
+        APTC_GRADIENT_PRODUCTS;                                                                                         \
+        APTC_THREADS(t) aptc_gradient_rows(&job, &(p), t, q0, k0, room, &r, NULL);                                      \
     } while (0)
 
 /* dot by a sweep over the keys, dot_i = sum over j of P(i, j) dP(i, j) / sum over j of P(i, j). With it the rows of dS sum to 0
    up to the rounding of dS; d_o . o leaves the rounding of its own terms, which hides small gradients where values are nearly
-   alike.
+   alike. For their sake what is added up is how far dP is from that of the first key, and what of the result does not fit one
+   float is the rest.
    Block: BX = tile of queries, BY = (sequence, head) */
 APTC_KERNEL(aptc_attention_sweep_kernel, aptc_attention)
 {
     APTC_ROOM(APTC_SWEEP_ROOM);
     APTC_PRIVATE(float, part_dot);
     APTC_PRIVATE(float, part_sum);
-    float *dot = APTC_FLOATS(r.vector[0]), *sum = APTC_FLOATS(r.vector[1]);
+    float *dot = APTC_FLOATS(r.vector[0]), *sum = APTC_FLOATS(r.vector[1]), *begin = sum + job.rows;
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
     const int64_t q0 = APTC_BX * job.tile, seen = aptc_seen_keys(&job, &p, q0);
     if (q0 >= p.queries) return;
     APTC_LOAD_GIVEN(p);
-    APTC_THREADS(t) if (t < job.tile) dot[t] = sum[t] = 0;
+    APTC_THREADS(t) if (t < job.tile) dot[t] = sum[t] = begin[t] = 0;
     for (int64_t k0 = 0; k0 < seen; k0 += job.tile) {
         APTC_BARRIER;
         APTC_LOAD_SEEN(p);
         APTC_BARRIER;
-        APTC_GRADIENT_TILE(p);
+        APTC_GRADIENT_PRODUCTS;
+        APTC_THREADS(t) if (k0 == 0 && t < job.tile) begin[t] = APTC_FLOATS(r.square[1])[t * r.ld_square];
+        APTC_BARRIER;
+        APTC_THREADS(t) aptc_gradient_rows(&job, &p, t, q0, k0, room, &r, begin);
         APTC_BARRIER;
         for (int32_t i0 = 0; i0 < job.tile; i0 += APTC_WARPS) {
             APTC_THREADS(t) {
@@ -3201,8 +3211,12 @@ APTC_KERNEL(aptc_attention_sweep_kernel, aptc_attention)
         }
     }
     APTC_BARRIER;
-    APTC_THREADS(t) if (t < job.tile && q0 + t < p.queries)
-        job.dot_out[(p.q_row + q0 + t) * job.heads + p.head] = sum[t] > 0 ? dot[t] / sum[t] : dot[t];
+    APTC_THREADS(t) if (t < job.tile && q0 + t < p.queries) {
+        const int64_t at = (p.q_row + q0 + t) * job.heads + p.head;
+        const float more = sum[t] > 0 ? dot[t] / sum[t] : dot[t], all = begin[t] + more;
+        job.dot_out[at] = all;
+        job.rest_out[at] = (float)((double)begin[t] - (double)all + (double)more);
+    }
 }
 APTC_LAUNCHER(aptc_attention_sweep_kernel, aptc_attention)
 
@@ -3576,13 +3590,15 @@ static void aptc_attention_forward_run(aptc_device *d, aptc_attention *a, const 
     aptc_sizes_add(d, a->sums, sums, rows);
 }
 
-/* dot(rows, heads) of the backward */
-static void aptc_attention_dots(aptc_device *d, const apti_attention_job *op, const aptc_attention *given, float *dot)
+/* dot(rows, heads) of the backward, and rest */
+static void aptc_attention_dots(aptc_device *d, const apti_attention_job *op, aptc_attention *given, float *dot, float *rest)
 {
     aptc_attention a = *given;
     a.dot_out = dot;
-    a.dot = NULL;
+    a.rest_out = rest;
+    given->dot = dot;
     if (op->o == NULL || d->math == APT_CUDA_FP32) {
+        given->rest = rest;
         APTC_LAUNCH_DYNAMIC(d, aptc_attention_sweep_kernel, a, aptc_ceil(op->longest_q, a.tile), (int64_t)a.sequences * a.heads,
                             APTC_SWEEP_ROOM(&a).end);
         return;
@@ -3619,7 +3635,7 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
     const int64_t longest = aptc_max(op->longest_q, op->longest_k);
     APTC_TILE_CHOOSE(d, a, longest, longest, APTC_DKV_ROOM, fits);        /* the largest of them */
     if (!fits) return false;
-    float *dot = (float *)aptc_take(d, op->rows_q * a.heads * (int64_t)sizeof(float));
+    float *dot = (float *)aptc_take(d, 2 * op->rows_q * a.heads * (int64_t)sizeof(float));
     a.dbias = op->dbias == NULL ? NULL : (float *)aptc_take(d, pairs * wide * (int64_t)sizeof(float));
     if (dot == NULL || (op->dbias != NULL && a.dbias == NULL)) return false;
     const int64_t width = (int64_t)a.heads * a.dim;
@@ -3628,10 +3644,9 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
     a.dq = aptc_out(d, op->dq, op->lddq, op->rows_q, width);
     a.dk = aptc_out(d, op->dk, op->lddk, op->rows_k, width / a.share);
     a.dv = aptc_out(d, op->dv, op->lddv, op->rows_k, width / a.share);
+    aptc_attention_dots(d, op, &a, dot, dot + op->rows_q * a.heads);
     keys = a;
     if (a.type != APT_F32 && !aptc_flash_choose(d, &keys, true)) return false;
-    aptc_attention_dots(d, op, &a, dot);
-    a.dot = keys.dot = dot;
     aptc_attention queries = keys;
     queries.blocks = aptc_ceil(op->longest_q, keys.rows);
     queries.sizes = aptc_sizes_for(d, sum, a.sequences * queries.blocks);
