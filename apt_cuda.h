@@ -401,11 +401,11 @@ typedef struct aptc_algorithm {
 /* What the optimizer is told anew in every step. */
 typedef struct aptc_scalars { float grad_scale, step_size, eps, decay; } aptc_scalars;
 
-/* What follows a product: pre = z;  c = (act(z) + residual) * mask. z may be c, pre or residual. The sizes are c's: see
+/* What follows a product: c = (act(z + bias) + residual) * mask. z may be c or residual. The sizes are c's: see
    APTC_EACH_SIZED. */
 typedef struct aptc_finish {
-    aptc_view c, pre, z, residual;    /* pre, residual: data NULL, none */
-    const float *mask;
+    aptc_view c, z, residual;         /* residual: data NULL, none */
+    const float *bias, *mask;         /* bias NULL: none, or in z already */
     float *sizes;
     int64_t rows, n, act;
 } aptc_finish;
@@ -1141,12 +1141,12 @@ APTC_KERNEL(aptc_finish_kernel, aptc_finish)
 {
     APTC_EACH_SIZED(job.rows, job.n) {
         const aptc_four mask = APTC_VECTOR_GET(job.mask);
-        aptc_four x = APTC_GET(job.z), added = {{0, 0, 0, 0}};
-        if (job.pre.data != NULL && job.pre.data != job.z.data) APTC_SET(job.pre, x);
+        aptc_four x = APTC_GET(job.z), bias = {{0, 0, 0, 0}}, added = {{0, 0, 0, 0}};
+        if (job.bias != NULL) bias = APTC_VECTOR_GET(job.bias);
         if (job.residual.data != NULL) added = APTC_GET(job.residual);
         for (int32_t c = 0; c < APTC_FOUR; c++) {
             float slope;
-            x.x[c] = (aptc_act(x.x[c], (int32_t)job.act, &slope) + added.x[c]) * mask.x[c];
+            x.x[c] = (aptc_act(x.x[c] + bias.x[c], (int32_t)job.act, &slope) + added.x[c]) * mask.x[c];
             APTC_ADD(c, fabsf(x.x[c]));
         }
         APTC_SET(job.c, x);
@@ -2395,9 +2395,41 @@ static __device__ void aptc_tile_multiply(const aptc_tile_product *p, apt_dtype 
 #ifdef APT_CUDA_EMULATE
 static void aptc_read16(uint32_t *to, const void *from) { memcpy(to, from, 16); }
 static void aptc_write16(void *to, const uint32_t *from) { memcpy(to, from, 16); }
-static void aptc_copy_async(void *to, const void *from) { memcpy(to, from, 16); }
-#define APTC_COPIES_END ((void)0)
-#define APTC_COPIES_WAIT(n) ((void)0)
+
+/* Copies are done when somebody waits for their group, so that a missing wait shows. */
+enum { APTC_COPIES = 8192 };          /* more than blocks have under way */
+typedef struct aptc_copies {
+    int32_t count, group;             /* group: how many have ended */
+    struct { void *to; const void *from; int32_t group; } copy[APTC_COPIES];
+} aptc_copies;
+
+static aptc_copies *aptc_copies_here(void)
+{
+    static __thread aptc_copies copies;
+    return &copies;
+}
+
+static void aptc_copy_async(void *to, const void *from)
+{
+    aptc_copies *c = aptc_copies_here();
+    if (c->count == APTC_COPIES) abort();
+    c->copy[c->count].to = to;
+    c->copy[c->count].from = from;
+    c->copy[c->count++].group = c->group;
+}
+
+static void aptc_copies_wait(int32_t but)
+{
+    aptc_copies *c = aptc_copies_here();
+    int32_t left = 0;
+    for (int32_t i = 0; i < c->count; i++) {
+        if (c->copy[i].group < c->group - but) memcpy(c->copy[i].to, c->copy[i].from, 16);
+        else c->copy[left++] = c->copy[i];
+    }
+    c->count = left;
+}
+#define APTC_COPIES_END aptc_copies_here()->group++
+#define APTC_COPIES_WAIT(n) aptc_copies_wait(n)
 
 static void aptc_quad_reduce(float (*x)[APTC_REGISTERS], int32_t i, bool max)
 {
@@ -3973,11 +4005,11 @@ static aptc_gemm aptc_gemm_of(aptc_device *d, const apti_gemm *g)
     return v;
 }
 
-/* z when nothing is multiplied: c, or the bias in every row, or 0 */
-static void aptc_gemm_start(aptc_device *d, const apti_gemm *g, const aptc_gemm *v)
+/* z when nothing is multiplied: the bias in every row, or 0 */
+static void aptc_gemm_start(aptc_device *d, const apti_gemm *g, const aptc_gemm *v, const float *bias)
 {
-    const aptc_cast job = {v->z, aptc_floats(g->bias, 0), g->m, g->n};
-    if (!g->accumulate) APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
+    const aptc_cast job = {v->z, aptc_floats(bias, 0), g->m, g->n};
+    APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
 }
 
 /* z += the bias, which no product has added: as a residual of one row */
@@ -3999,8 +4031,10 @@ static bool aptc_gemm_op(aptc_device *d, const apti_gemm *g)
     const aptc_gemm v = aptc_gemm_of(d, g);
     aptc_unkeep(d, g->c, ((g->m - 1) * g->ldc + g->n) * 4);
     if (g->pre != NULL) aptc_unkeep(d, g->pre, ((g->m - 1) * g->ld_pre + g->n) * 4);
-    const void *bias = aptc_bias(d, g->bias, g->n, (apt_dtype)v.z.type);
-    bool more = g->accumulate || v.onto, biased = bias == NULL;
+    const bool finish = g->pre != NULL || g->act >= 0 || (g->residual != NULL && !v.onto) || g->mask != NULL;
+    const bool late = finish && g->pre == NULL && v.z.type != APT_F32;         /* the bias: what follows adds it in passing */
+    const void *bias = late ? NULL : aptc_bias(d, g->bias, g->n, (apt_dtype)v.z.type);
+    bool more = g->accumulate || v.onto, biased = late || g->bias == NULL;
     if (g->pre != NULL && g->accumulate) {
         const aptc_cast job = {v.pre, v.c, g->m, g->n};
         APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
@@ -4012,13 +4046,14 @@ static bool aptc_gemm_op(aptc_device *d, const apti_gemm *g)
                       (long long)g->n, (long long)g->part[q].k);
             return true;
         }
-        more = biased = true;
+        more = true;
+        biased = biased || bias != NULL;
     }
-    if (!more) aptc_gemm_start(d, g, &v);
-    else if (g->bias != NULL && (bias == NULL || !biased)) aptc_gemm_bias(d, g, &v);
-    if (g->pre == NULL && g->act < 0 && (v.onto || g->residual == NULL) && g->mask == NULL) return true;
-    const aptc_view none = aptc_floats(NULL, 0);
-    const aptc_finish f = {v.c, none, v.z, v.onto ? none : v.residual, g->mask, NULL, g->m, g->n, g->act};
+    if (!more) aptc_gemm_start(d, g, &v, biased ? NULL : g->bias);
+    else if (!biased) aptc_gemm_bias(d, g, &v);
+    if (!finish) return true;
+    const aptc_finish f = {v.c, v.z, v.onto ? aptc_floats(NULL, 0) : v.residual, late ? g->bias : NULL, g->mask, NULL, g->m, g->n,
+                           g->act};
     d->waiting.finish = f;
     aptc_wait(d, APTC_FINISH, g->c, g->ldc, g->m, g->n);
     return true;
