@@ -1559,9 +1559,9 @@ struct apt_backend {
        may hold it in a form of its own. Takes the place of what was said about the same address before. */
     void (*own)(void *self, const void *memory, size_t bytes);
     void (*forget)(void *self, const void *memory, size_t bytes);      /* what lies there is not wanted any more */
-    /* Small arrays that change with every batch, without moving pages between the two: what is uploaded (in the order of the queue;
-       `from` is the CPU's, and free again on return) is written by nothing else, and read by both sides where `share` said so; share
-       with 0 bytes takes back what was said about that address. fetch waits, and copies to memory of the CPU. */
+    /* Small arrays that change with every batch, without moving pages between the two. upload: in the order of the queue; `from`
+       is the CPU's, and free again on return. share: nothing else writes to these bytes, and both sides read them; 0 bytes take
+       back what was said about that address. fetch waits, and copies to memory of the CPU. */
     void (*upload)(void *self, void *to, const void *from, size_t bytes);
     void (*share)(void *self, const void *memory, size_t bytes);
     void (*fetch)(void *self, void *to, const void *from, size_t bytes);
@@ -15581,7 +15581,8 @@ static void apti_index_batch(apti_pass *p)
     }
     apti_index_labels(p);
     for (int32_t k = 0; k < p->stacks; k++) apti_index_positions(p, k);
-    if (m->block->rotary) apti_rotary_frequencies((float *)(void *)apti_index_host(p, p->frequency), &m->config.rope, m->config.head_dim);
+    float *frequency = (float *)(void *)apti_index_host(p, p->frequency);
+    if (m->block->rotary) apti_rotary_frequencies(frequency, &m->config.rope, m->config.head_dim);
     if (backend != NULL)
         backend->upload(backend->self, p->block + p->index.first, p->mirror.host, (size_t)(p->index.end - p->index.first));
     for (int32_t k = 0; k < p->stacks && m->block->rotary; k++)

@@ -44,11 +44,12 @@
 extern "C" {
 #endif
 
-/* What products compute in. Everything else is float32 in every mode, and so are sums. */
+/* What products compute in. Sums are float32 in every mode, and so is what trains: weights, their gradients, the optimizer. */
 typedef enum apt_cuda_math {
     APT_CUDA_FP32 = 0,                /* float32: as on the CPU but for the order of sums */
     APT_CUDA_TF32,                    /* operands of products rounded to 10 bits behind the point */
-    APT_CUDA_BF16,                    /* operands of products rounded to bfloat16 */
+    APT_CUDA_BF16,                    /* operands of products rounded to bfloat16, and activations and their gradients held in it,
+                                         which halves what memory has to deliver; logits, statistics and losses are float32 */
     APT_CUDA_FP16                     /* operands of products rounded to float16; trainers scale the loss (see apt.h, ON A GPU) */
 } apt_cuda_math;
 
@@ -836,12 +837,12 @@ static void aptc_issue_all(aptc_device *d)
 /* ---------------------------------------------------------------------------------------------------------------------
    Where matrices are
 
-   With APT_CUDA_BF16 what operations write into memory that the CPU does not look at (see `own` in apt.h) is held in bfloat16: half
-   the bytes, and products read it as it is. Such a matrix keeps the place that it has on the CPU. Each of its rows has the first
-   half of the row of floats that it stands for, so that its view has twice the stride, and making floats of it moves nothing but
-   the row's own numbers.
-   Every operation asks for views of its matrices, aptc_in before it reads and aptc_out before it writes. A matrix that is asked for
-   in another form than it was written in becomes floats first, as all do when the CPU wants to look.
+   With APT_CUDA_BF16 what operations write into memory that the CPU does not look at (see `own` in apt.h) is held in bfloat16:
+   half the bytes, and products read it as it is. Such a matrix keeps the place that it has on the CPU. Each of its rows has the
+   first half of the row of floats that it stands for, so that its view has twice the stride, and making floats of it moves nothing
+   but the row's own numbers.
+   Every operation asks for views of its matrices, aptc_in before it reads and aptc_out before it writes. A matrix that is asked
+   for in another form than it was written in becomes floats first, as all do when the CPU wants to look.
    ------------------------------------------------------------------------------------------------------------------ */
 
 /* x(rows, n) of floats from its halves. Block: rows APTC_BY, ...; from behind, since a float lies where later halves were. */
@@ -954,8 +955,8 @@ static aptc_view aptc_in_rows(aptc_device *d, const float *x, int64_t ld, int64_
     return aptc_in(d, x, ld, i < d->halves && d->half[i].ld != ld ? 2 : 1, n);
 }
 
-/* Something else than a part of them will be written from x up to `end`: matrices that it covers, or that begin there as well, are
-   gone; what reaches beyond is made floats before. */
+/* Something else than a part of them will be written from x up to `end`: matrices that it covers, or that begin there as well,
+   are gone; what reaches beyond is made floats before. */
 static void aptc_half_clear(aptc_device *d, uintptr_t x, uintptr_t end)
 {
     for (;;) {
@@ -1004,7 +1005,8 @@ static void aptc_out_floats(aptc_device *d, const float *x, int64_t count)
 }
 
 /* y = x in place, or another matrix */
-static aptc_view aptc_out_over(aptc_device *d, float *y, int64_t ldy, int64_t rows, int64_t n, const float *x, const aptc_view *from)
+static aptc_view aptc_out_over(aptc_device *d, float *y, int64_t ldy, int64_t rows, int64_t n, const float *x,
+                               const aptc_view *from)
 {
     return y == x ? *from : aptc_out(d, y, ldy, rows, n);
 }
@@ -1066,8 +1068,8 @@ APTC_DEVICE float aptc_act(float x, int32_t act, float *slope)
     return x;
 }
 
-/* Matrices that are read and written element by element. Threads of a block have APTC_FOUR columns each, side by side, and what is
-   left of them further rows; a block goes on to other rows, because blocks of a few would be over before they have begun. */
+/* Matrices that are read and written element by element. Threads of a block have APTC_FOUR columns each, side by side, and what
+   is left of them further rows; a block goes on to other rows, because blocks of a few would be over before they have begun. */
 enum { APTC_EACH_BLOCKS = 1024, APTC_EACH_GROUPS = 64 };
 typedef struct aptc_each { int64_t i, j, step; int32_t count; } aptc_each;
 
@@ -1378,8 +1380,9 @@ APTC_KERNEL(aptc_column_kernel, aptc_column)
         aptc_four z = {{0, 0, 0, 0}};
         if (job.z.data != NULL) z = APTC_GET(job.z);
         for (int32_t c = 0; c < APTC_FOUR; c++) {
-            if (job.z.data != NULL) APTC_ADD(c, x.x[c] * (z.x[c] - job.stats[2 * e.i]) * job.stats[2 * e.i + 1]);
-            else APTC_ADD(c, job.kind == APTI_COLUMN_ABS ? fabsf(x.x[c]) : job.kind == APTI_COLUMN_SQUARE ? x.x[c] * x.x[c] : x.x[c]);
+            const float one = x.x[c];
+            if (job.z.data != NULL) APTC_ADD(c, one * (z.x[c] - job.stats[2 * e.i]) * job.stats[2 * e.i + 1]);
+            else APTC_ADD(c, job.kind == APTI_COLUMN_ABS ? fabsf(one) : job.kind == APTI_COLUMN_SQUARE ? one * one : one);
         }
     }
     APTC_SIZES_END(job.n);
@@ -2239,7 +2242,7 @@ APTC_KERNEL(aptc_layer_loss_kernel, aptc_layer_loss)
     float *m = job.op.mapped + row * job.op.ld_mapped;
     const float *y = job.op.teacher + row * job.op.dt;
     APTC_THREADS(t) {
-        for (int64_t i = t; i < job.op.d; i += APTC_BLOCK) m[job.op.place[i]] += aptc_get(&job.h, row, i);                  /* no two i have one place */
+        for (int64_t i = t; i < job.op.d; i += APTC_BLOCK) m[job.op.place[i]] += aptc_get(&job.h, row, i);     /* all differ */
         square[t] = 0;
         for (int64_t i = t; i < job.op.dt; i += APTC_BLOCK) square[t] += (double)y[i] * (double)y[i];
     }
@@ -2564,8 +2567,9 @@ static __device__ __noinline__ void aptc_mma(apt_dtype type, int32_t, float *d, 
             for (int32_t v = 0; v < 2; v++) {
                 const uint32_t left = __shfl_sync(0xffffffffu, a[ai + r], 4 * g + x);
                 const uint32_t right = __shfl_sync(0xffffffffu, b[bi + r / 2], 4 * (2 * c + v) + x);
-                d[di + r % 2 * 2 + v] += aptc_from_half((uint16_t)left, type) * aptc_from_half((uint16_t)right, type) +
-                                         aptc_from_half((uint16_t)(left >> 16), type) * aptc_from_half((uint16_t)(right >> 16), type);
+                for (int32_t h = 0; h < 32; h += 16)
+                    d[di + r % 2 * 2 + v] += aptc_from_half((uint16_t)(left >> h), type) *
+                                             aptc_from_half((uint16_t)(right >> h), type);
             }
 }
 #endif
@@ -3152,9 +3156,9 @@ APTC_KERNEL(aptc_attention_dot_kernel, aptc_attention)
 }
 APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
 
-/* Thread t's share of P and dS = P (dP - dot - rest) of the tile at (q0, k0) from Q K^T and dP = dO V^T, which lie in their places.
-   Where a query does not see a key both are 0. dS is the gradient of the logits; with `begin`, which stands for dot, it is not that
-   yet. */
+/* Thread t's share of P and dS = P (dP - dot - rest) of the tile at (q0, k0) from Q K^T and dP = dO V^T, which lie in their
+   places. Where a query does not see a key both are 0. dS is the gradient of the logits; with `begin`, which stands for dot, it is
+   not that yet. */
 APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p, int32_t t, int64_t q0, int64_t k0, float *room,
                                     const aptc_room *r, const float *begin)
 {
@@ -3846,8 +3850,8 @@ static void aptc_product_issue(aptc_device *d, const void *job)
     aptc_blas_make(d, &x, p);
     const cublasLtMatmulAlgo_t *algorithm = d->result == APT_OK ? aptc_blas_algorithm(d, &x, p) : NULL;
     if (algorithm != NULL)
-        aptc_blas_check(d, cublasLtMatmul(d->blas, x.desc, &one, p->b.data, x.a, p->a.data, x.b, &beta, p->c.data, x.c, p->c.data, x.c,
-                                          algorithm, d->blas_work, d->blas_bytes, d->stream), "cublasLtMatmul");
+        aptc_blas_check(d, cublasLtMatmul(d->blas, x.desc, &one, p->b.data, x.a, p->a.data, x.b, &beta, p->c.data, x.c,
+                                          p->c.data, x.c, algorithm, d->blas_work, d->blas_bytes, d->stream), "cublasLtMatmul");
     aptc_blas_free(&x);
 }
 
@@ -3932,8 +3936,8 @@ static int64_t aptc_bytes(int64_t rows, int64_t cols) { return (rows * ((cols + 
 /* The operands of a part of a product. */
 typedef struct aptc_factors { aptc_operand a, b; int64_t k; bool packed; } aptc_factors;
 
-/* c [= or +=] one part of a product [+ bias]. Where the workspace cannot take the whole of an operand, the reduction or the rows are
-   cut. */
+/* c [= or +=] one part of a product [+ bias]. Where the workspace cannot take the whole of an operand, the reduction or the rows
+   are cut. */
 static bool aptc_part_run(aptc_device *d, const apti_gemm *g, const aptc_factors *part, aptc_view c, bool accumulate,
                           const void *bias)
 {

@@ -1,5 +1,5 @@
 /* apt_cuda.h on its emulated device: whole runs beside those of the CPU, resumption from one on the other, products and attention in
-   bfloat16 and float16, with a small workspace, operands that are converted once, sums inside other launches, launches as graphs,
+   bfloat16 and float16, with a small workspace, operands that are converted once, matrices held in bfloat16, sums inside other launches, launches as graphs,
    runs with a loss scale, compaction, estimates of memory and its limit, what a context with a device refuses, and what
    apt_cuda_open refuses. Single operations and the golden models run on the same emulation in the build "emulated" of tests/run.sh.
    build: cc -std=c11 -O2 tests/test_cuda.c -o test_cuda -lcmocka -lpthread -lm */
@@ -407,6 +407,159 @@ static void test_kept_operands(void **state)
     apti_free(fresh, same);
     apt_destroy(ctx);
     apt_destroy(fresh);
+}
+
+/* ---- matrices held in bfloat16 ---- */
+
+/* Matrices that have had to become floats. Only the emulated device counts. */
+static int64_t count_widened(const apt_ctx *ctx)
+{
+#if defined(APT_TEST_DEVICE)
+    (void)ctx;
+    return -1;
+#else
+    return ((const aptc_device *)ctx->desc.backend->self)->widened;
+#endif
+}
+
+static void expect_widened(const apt_ctx *ctx, int64_t count)
+{
+    const int64_t widened = count_widened(ctx);
+    if (widened >= 0 && widened != count) fail_msg("%d matrices became floats, expected %d", (int)widened, (int)count);
+}
+
+enum { OW_ROWS = 40, OW_N = 20, OW_LD = 24, OW_CELLS = OW_ROWS * OW_LD };
+
+typedef struct owned_case { apt_ctx *ctx; float *x, *given, *out; double want[OW_CELLS]; } owned_case;
+
+static double as_bf16(float x) { return (double)apti_half_to_f32(apti_f32_to_half(x, APT_BF16), APT_BF16); }
+
+/* x(rows, n) from `at` on = the given numbers */
+static void owned_write(owned_case *c, int64_t at, int64_t ld, int64_t rows, int64_t n)
+{
+    apti_copy_rows(c->ctx, c->x + at, ld, c->given, n, rows, n);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < n; j++) c->want[at + i * ld + j] = as_bf16(c->given[i * n + j]);
+}
+
+static void owned_read(owned_case *c, int64_t at, int64_t ld, int64_t rows, int64_t n)
+{
+    apti_copy_rows(c->ctx, c->out, n, c->x + at, ld, rows, n);
+    apti_sync_results(c->ctx);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < n; j++)
+            if ((double)c->out[i * n + j] != c->want[at + i * ld + j])
+                fail_msg("(%d, %d) from %d on is %g, expected %g", (int)i, (int)j, (int)at, (double)c->out[i * n + j],
+                         c->want[at + i * ld + j]);
+}
+
+/* What is written into memory that the CPU does not look at is read as it was written, whole and in parts, and by the CPU when it
+   looks; it becomes floats where another form of it is asked for, and only there. */
+static void test_owned(void **state)
+{
+    owned_case c;
+    apt_cuda_desc device = APT_ZERO;
+    (void)state;
+    memset(&c, 0, sizeof c);
+    device.math = APT_CUDA_BF16;
+    device.workspace_bytes = (size_t)8 << 20;
+    c.ctx = device_context(&device);
+    apt_backend *backend = c.ctx->desc.backend;
+    c.x = (float *)apti_data_zero(c.ctx, OW_CELLS, 4);
+    c.given = (float *)apti_data(c.ctx, OW_CELLS, 4);
+    c.out = (float *)apti_data(c.ctx, OW_CELLS, 4);
+    apt_rng rng = apt_rng_make(21, 0);
+    for (int64_t i = 0; i < OW_CELLS; i++) c.given[i] = apt_rng_normal(&rng);
+    backend->own(backend->self, c.x, OW_CELLS * sizeof(float));
+    owned_write(&c, 0, OW_LD, OW_ROWS, OW_N);
+    owned_read(&c, 0, OW_LD, OW_ROWS, OW_N);
+    owned_read(&c, 5 * OW_LD + 3, OW_LD, 10, 7);                     /* a part */
+    owned_write(&c, 10 * OW_LD, OW_LD, 9, OW_N);                     /* into a part: the rest stays */
+    owned_read(&c, 0, OW_LD, OW_ROWS, OW_N);
+    apti_copy_rows(c.ctx, c.x + OW_LD, OW_LD, NULL, 0, 2, OW_N);     /* zeros into a part */
+    for (int64_t j = 0; j < OW_N; j++) c.want[OW_LD + j] = c.want[2 * OW_LD + j] = 0;
+    owned_read(&c, 0, OW_LD, OW_ROWS, OW_N);
+    apti_scale_run(c.ctx, c.x + 4 * OW_LD, 3 * OW_LD, 0.5f);         /* rows with their padding */
+    for (int64_t i = 4 * OW_LD; i < 7 * OW_LD; i++) c.want[i] *= 0.5;
+    owned_read(&c, 0, OW_LD, OW_ROWS, OW_N);
+    expect_widened(c.ctx, 0);
+    owned_read(&c, OW_LD, 2 * OW_LD, 4, OW_N);                       /* every second row: another form */
+    expect_widened(c.ctx, 1);
+    owned_read(&c, 0, OW_LD, OW_ROWS, OW_N);                         /* floats now */
+    owned_write(&c, 0, OW_LD + 8, 30, OW_N);                         /* another matrix in the same place */
+    owned_read(&c, 0, OW_LD + 8, 30, OW_N);
+    expect_widened(c.ctx, 1);
+    owned_write(&c, 10 * (OW_LD + 8), OW_N, 20, OW_N);               /* one that covers some of its rows: the others stay */
+    owned_read(&c, 0, OW_LD + 8, 10, OW_N);
+    owned_read(&c, 10 * (OW_LD + 8), OW_N, 20, OW_N);
+    expect_widened(c.ctx, 2);
+    apti_sync(c.ctx);                                                /* the CPU looks */
+    for (int64_t i = 0; i < 20 * OW_N; i++)
+        if ((double)c.x[10 * (OW_LD + 8) + i] != c.want[10 * (OW_LD + 8) + i]) fail_msg("the CPU sees another %d", (int)i);
+    expect_widened(c.ctx, 3);
+    owned_write(&c, 0, OW_LD, OW_ROWS, OW_N);
+    backend->forget(backend->self, c.x, OW_CELLS * sizeof(float));
+    apti_sync(c.ctx);
+    expect_widened(c.ctx, 3);
+    apti_free(c.ctx, c.x);
+    apti_free(c.ctx, c.given);
+    apti_free(c.ctx, c.out);
+    apt_destroy(c.ctx);
+}
+
+/* Products whose results are held in bfloat16, with all that may follow: each rounding of a stored value adds 2^-8 of its size (to
+   nearest: half of that) to what operands lose. */
+static void test_owned_products(void **state)
+{
+    enum { M = 70, N = 45, K = 130, LD = 48 };
+    apt_cuda_desc device = APT_ZERO;
+    (void)state;
+    device.math = APT_CUDA_BF16;
+    device.workspace_bytes = (size_t)8 << 20;
+    apt_ctx *ctx = device_context(&device);
+    apt_backend *backend = ctx->desc.backend;
+    float *a = (float *)apti_data(ctx, M * K, 4), *b = (float *)apti_data(ctx, N * K, 4), *rest = (float *)apti_data(ctx, M * LD, 4);
+    float *bias = (float *)apti_data(ctx, N, 4), *mask = (float *)apti_data(ctx, N, 4), *c = (float *)apti_data(ctx, 2 * M * LD, 4);
+    float *out = (float *)apti_data(ctx, M * LD, 4), *pre = c + M * LD;
+    apt_rng rng = apt_rng_make(22, 0);
+    for (int64_t i = 0; i < M * K; i++) a[i] = apt_rng_normal(&rng);
+    for (int64_t i = 0; i < N * K; i++) b[i] = 0.1f * apt_rng_normal(&rng);
+    for (int64_t i = 0; i < M * LD; i++) rest[i] = apt_rng_normal(&rng);
+    for (int64_t j = 0; j < N; j++) bias[j] = apt_rng_normal(&rng), mask[j] = (float)apt_rng_uniform(&rng);
+    backend->own(backend->self, c, 2 * M * LD * sizeof(float));
+    for (int32_t form = 0; form < 32; form++) {
+        apti_gemm g = apti_gemm_begin(c, LD, M, N, false);
+        apti_gemm_left(&g.part[0], a, K, K);
+        apti_gemm_right(&g.part[0], APTI_B_PLAIN_T, b, K);
+        g.bias = form & 1 ? bias : NULL;
+        g.act = form & 2 ? APT_GELU_ERF : -1;
+        g.pre = form & 4 ? pre : NULL;
+        g.ld_pre = LD;
+        g.residual = form & 8 ? rest : NULL;
+        g.ld_residual = LD;
+        g.mask = form & 16 ? mask : NULL;
+        apti_gemm_run(ctx, &g);
+        apti_copy_rows(ctx, out, LD, c, LD, M, N);
+        assert_int_equal(apti_device_check(ctx), APT_OK);
+        for (int64_t i = 0; i < M; i++)
+            for (int64_t j = 0; j < N; j++) {
+                double z = g.bias != NULL ? (double)bias[j] : 0, size = fabs(z);
+                for (int64_t k = 0; k < K; k++) {
+                    z += (double)a[i * K + k] * (double)b[j * K + k];
+                    size += fabs((double)a[i * K + k] * (double)b[j * K + k]);
+                }
+                const double error = ldexp(size, -8) + ldexp(fabs(z), -8), m = g.mask != NULL ? (double)mask[j] : 1;
+                double y = g.act >= 0 ? 0.5 * z * erfc(-z / sqrt(2)) : z;
+                if (g.residual != NULL) y += (double)rest[i * LD + j];
+                const double bound = 1.13 * error * m + ldexp(fabs(y * m), -8) + 1e-6;          /* |gelu'| < 1.13 */
+                if (fabs((double)out[i * LD + j] - y * m) > bound)
+                    fail_msg("form %d (%d, %d): %g, expected %g within %g", (int)form, (int)i, (int)j, (double)out[i * LD + j], y * m, bound);
+                if (g.pre != NULL && fabs((double)pre[i * LD + j] - z) > error + 1e-6) fail_msg("form %d: pre of (%d, %d)", (int)form, (int)i, (int)j);
+            }
+    }
+    float *const blocks[] = {a, b, rest, bias, mask, c, out};
+    for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) apti_free(ctx, blocks[i]);
+    apt_destroy(ctx);
 }
 
 /* ---- sums inside other launches ---- */
@@ -1046,17 +1199,6 @@ static void test_fp16_run(void **state)
     apt_destroy(ctx);
 }
 
-/* Matrices in bfloat16 that had to become floats. Only the emulated device counts. */
-static int64_t count_widened(const apt_ctx *ctx)
-{
-#if defined(APT_TEST_DEVICE)
-    (void)ctx;
-    return 0;
-#else
-    return ((const aptc_device *)ctx->desc.backend->self)->widened;
-#endif
-}
-
 static void begin_bf16(live *l, const plan *p)
 {
     apt_cuda_desc device = APT_ZERO;
@@ -1094,8 +1236,7 @@ static void test_bf16_run(void **state)
                 if (fabs(cpu.tr.loss[i] - device.tr.loss[i]) > 5e-3 * (1 + fabs(cpu.tr.loss[i])))
                     fail_msg("model %d, micro-batch %d has loss %.9g in bfloat16, %.9g in float32", (int)which, (int)i,
                              device.tr.loss[i], cpu.tr.loss[i]);
-            if (count_widened(device.ctx) > 0)
-                fail_msg("model %d: %d matrices became floats", (int)which, (int)count_widened(device.ctx));
+            expect_widened(device.ctx, 0);
             assert_same_trace(&device.tr, &again.tr, 0, micro_batches(&p), "twice");
             assert_true(test_model_sum(device.model) == test_model_sum(again.model));
             apt_destroy(cpu.ctx);
@@ -1555,6 +1696,8 @@ int main(void)
         cmocka_unit_test(test_float16),
         cmocka_unit_test(test_narrow_products),
         cmocka_unit_test(test_kept_operands),
+        cmocka_unit_test(test_owned),
+        cmocka_unit_test(test_owned_products),
         cmocka_unit_test(test_sums_inside),
         cmocka_unit_test(test_sums_many_rows),
         cmocka_unit_test(test_norm_room),
