@@ -74,7 +74,7 @@ build/%: examples/%.c $(COMMON) | need-run
 build/apt_cuda.o: apt_cuda.h apt.h | need-nvcc
 	@mkdir -p build
 	printf '#define APT_CUDA_IMPLEMENTATION\n#include "apt_cuda.h"\n' > build/apt_cuda.cu
-	$(NVCC) -O2 -I. $(CUDA_GPU) -c build/apt_cuda.cu -o $@
+	$(NVCC) -O2 -I. --threads 0 $(CUDA_GPU) -c build/apt_cuda.cu -o $@
 
 build/cuda/%: examples/%.c build/apt_cuda.o $(COMMON) | need-run
 	@mkdir -p build/cuda

@@ -838,9 +838,9 @@ static void aptc_issue_all(aptc_device *d)
    Where matrices are
 
    With APT_CUDA_BF16 what operations write into memory that the CPU does not look at (see `own` in apt.h) is held in bfloat16:
-   half the bytes, and products read it as it is. Such a matrix keeps the place that it has on the CPU. Each of its rows has the
-   first half of the row of floats that it stands for, so that its view has twice the stride, and making floats of it moves nothing
-   but the row's own numbers.
+   half the bytes, and products read it as it is. Such a matrix keeps the place that it has on the CPU. Each of its rows has
+   the first half of the row of floats that it stands for, so that its view has twice the stride, and making floats of it moves
+   nothing but the row's own numbers.
    Every operation asks for views of its matrices, aptc_in before it reads and aptc_out before it writes. A matrix that is asked
    for in another form than it was written in becomes floats first, as all do when the CPU wants to look.
    ------------------------------------------------------------------------------------------------------------------ */
@@ -3157,8 +3157,8 @@ APTC_KERNEL(aptc_attention_dot_kernel, aptc_attention)
 APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
 
 /* Thread t's share of P and dS = P (dP - dot - rest) of the tile at (q0, k0) from Q K^T and dP = dO V^T, which lie in their
-   places. Where a query does not see a key both are 0. dS is the gradient of the logits; with `begin`, which stands for dot, it is
-   not that yet. */
+   places. Where a query does not see a key both are 0. dS is the gradient of the logits; with `begin`, which stands for dot, it
+   is not that yet. */
 APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p, int32_t t, int64_t q0, int64_t k0, float *room,
                                     const aptc_room *r, const float *begin)
 {
