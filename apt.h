@@ -1506,7 +1506,8 @@ APT_API apt_result apt_model_quantize(apt_model *model, const apt_quantize_desc 
    device and this CPU can both address. run() puts one operation, described by the struct named beside it, at the end of the
    device's queue and returns; the struct is gone when it returns, the arrays are not. When run() says false, the device has no
    such operation: then sync() waits for the queue and the CPU computes it. So a backend may begin with products alone; what is
-   rare (decisions, merging, files) needs no second version; and both sides see the same arrays always.
+   rare (decisions, merging, files) needs no second version; and both sides see the same arrays always, but for activations, which
+   a backend may hold in a form of its own until somebody looks.
 
    Matrices are row-major with a leading dimension in floats, unless a comment says otherwise. Outputs come first. What an
    operation computes stands above the CPU's function of that name in the section "ops".
@@ -2170,10 +2171,10 @@ static void apti_sync(apt_ctx *ctx) { apti_sync_for(ctx, true); }
 /* For what happens in every step: losses, norms, parameters, but no activations of a pass. */
 static void apti_sync_results(apt_ctx *ctx) { apti_sync_for(ctx, false); }
 
-/* Waits, and says whether the device has failed; once it has, its contents are not to be trusted. */
+/* Waits for results, and says whether the device has failed; once it has, its contents are not to be trusted. */
 static apt_result apti_device_check(apt_ctx *ctx)
 {
-    apti_sync(ctx);
+    apti_sync_results(ctx);
     return ctx->device_result;
 }
 
@@ -16177,7 +16178,7 @@ APT_API apt_result apt_model_forward(apt_model *model, const apt_batch *batch, a
     if (r != APT_OK) return r;
     apti_pass *p = model->pass;
     const float *last = model->block->pre_norm ? p->stack[p->stacks - 1].out : p->acts[p->layers - 1].y2;
-    apti_sync(model->ctx);
+    apti_sync_for(model->ctx, output->hidden != NULL);
     for (int64_t i = 0; i < rows && output->hidden != NULL; i++)
         memcpy(output->hidden + i * d, last + i * ld, (size_t)d * sizeof(float));
     apti_task_loss(p, false, 1.0f);

@@ -455,7 +455,7 @@ typedef struct aptc_attention {
     aptc_view q, k, v, o, d_o, dq, dk, dv;        /* dq, dk, dv: data NULL, not wanted */
     const float *lse, *bias, *mask, *dot, *rest;  /* dot + rest is what a gradient is compared with; rest NULL: 0 */
     float *lse_out, *dot_out, *rest_out, *dbias;  /* dbias: (sequences, heads, 2*span - 1) */
-    float *sizes, *sums;              /* (sequences * blocks, heads * dim) or NULL: of |o| (backward: |d_o|) and o in a block */
+    float *sizes, *sums;              /* of |o| (backward: |d_o|) and o in a block, or NULL: see aptc_sum_rows */
     const int32_t *q_offsets, *k_offsets, *k_ends;
     int64_t pairs;                    /* rows times heads */
     int64_t blocks;                   /* of queries of the longest sequence */
@@ -1033,6 +1033,7 @@ static void aptc_half_forget(aptc_device *d, uintptr_t first, uintptr_t end)
 static void aptc_forget(void *self, const void *memory, size_t bytes)
 {
     aptc_device *d = (aptc_device *)self;
+    aptc_enter(d);
     d->used = 0;
     aptc_settle(d);                   /* it may read there */
     aptc_half_forget(d, (uintptr_t)memory, (uintptr_t)memory + bytes);
@@ -2743,23 +2744,27 @@ APTC_DEVICE void aptc_softmax_tile(const aptc_attention *a, const aptc_place *p,
     }
 }
 
-/* Thread t's share of the sums over the rows of x, a block's tile of o or d_o, which has as many columns as a head and begins at
-   (row, column) */
+/* Sums over the rows of a block's tile of o or d_o: its threads have a column of a head each and, if there are more of them, every
+   lanes-th row. So there are aptc_sum_rows(a) rows of heads * dim sums, which are added up afterwards. */
+APTC_BOTH int32_t aptc_sum_lanes(const aptc_attention *a) { return APTC_BLOCK / a->dim; }
+
+static int64_t aptc_sum_rows(const aptc_attention *a) { return a->sequences * a->blocks * aptc_sum_lanes(a); }
+
+/* Thread t's share; the tile begins at (row, column) of x. */
 APTC_DEVICE void aptc_attention_sums(const aptc_attention *a, int64_t bx, int64_t by, int32_t t, aptc_view x, int64_t row,
                                      int64_t column, int64_t rows)
 {
-    if (a->sizes == NULL && a->sums == NULL) return;
-    for (int32_t c = t; c < a->dim; c += APTC_BLOCK) {
-        const int64_t at = ((by / a->heads * a->blocks + bx) * a->heads + by % a->heads) * a->dim + c;
-        float size = 0, sum = 0;
-        for (int64_t i = 0; i < rows; i++) {
-            const float value = aptc_get(&x, row + i, column + c);
-            size += fabsf(value);
-            sum += value;
-        }
-        if (a->sizes != NULL) a->sizes[at] = size;
-        if (a->sums != NULL) a->sums[at] = sum;
+    const int32_t lanes = aptc_sum_lanes(a), lane = t / a->dim, c = t % a->dim;
+    if ((a->sizes == NULL && a->sums == NULL) || lane >= lanes) return;
+    const int64_t at = (((by / a->heads * a->blocks + bx) * lanes + lane) * a->heads + by % a->heads) * a->dim + c;
+    float size = 0, sum = 0;
+    for (int64_t i = lane; i < rows; i += lanes) {
+        const float value = aptc_get(&x, row + i, column + c);
+        size += fabsf(value);
+        sum += value;
     }
+    if (a->sizes != NULL) a->sizes[at] = size;
+    if (a->sums != NULL) a->sums[at] = sum;
 }
 
 /* Block: BX = tile of queries, BY = (sequence, head) */
@@ -3614,7 +3619,7 @@ static bool aptc_attention_forward_op(aptc_device *d, const apti_attention_job *
 static void aptc_attention_forward_run(aptc_device *d, aptc_attention *a, const apti_column_job *sizes,
                                        const apti_column_job *sums)
 {
-    const int64_t rows = a->sequences * a->blocks;
+    const int64_t rows = aptc_sum_rows(a);
     a->sizes = aptc_sizes_for(d, sizes, rows);
     a->sums = aptc_sizes_for(d, sums, rows);
     if (sums != NULL && a->sums == NULL) a->sizes = NULL;            /* room for both or for none */
@@ -3685,14 +3690,14 @@ static bool aptc_attention_backward_op(aptc_device *d, const apti_attention_job 
     if (a.type != APT_F32 && !aptc_flash_choose(d, &keys, true)) return false;
     aptc_attention queries = keys;
     queries.blocks = aptc_ceil(op->longest_q, keys.rows);
-    queries.sizes = aptc_sizes_for(d, sum, a.sequences * queries.blocks);
+    queries.sizes = aptc_sizes_for(d, sum, aptc_sum_rows(&queries));
     aptc_attention_backward_run(d, op, &queries, &keys);
     if (op->dbias != NULL) {
         const aptc_fold fold = {op->dbias, a.dbias, NULL, a.sequences, a.heads * wide, a.heads * wide, false};
         APTC_LAUNCH_DYNAMIC(d, aptc_attention_dbias_kernel, a, 1, pairs, APTC_DBIAS_ROOM(&a).end);
         APTC_LAUNCH_FOLD(d, fold);
     }
-    aptc_sizes_add(d, queries.sizes, sum, a.sequences * queries.blocks);
+    aptc_sizes_add(d, queries.sizes, sum, aptc_sum_rows(&queries));
     return true;
 }
 
