@@ -104,7 +104,8 @@ apt_backend *apt_cuda_open(const apt_cuda_desc *desc, char *message, size_t capa
    APTC_BARRIER              between two phases when one reads what another thread has written
    APTC_SHARED(type, x, n)   an array of the block; APTC_DYNAMIC: the one whose size is given at the launch, n at most
    APTC_PRIVATE(type, x)     a variable of each thread that outlives a phase; APTC_MINE(x, t) is t's
-   APTC_WARP_SUM(x)          x of every thread = the sum of x over its warp, in a fixed order; likewise APTC_WARP_MAX
+   APTC_WARP_SUM(x)          x of every thread = the sum of x over its warp, in a fixed order; likewise APTC_WARP_MAX, and
+                             APTC_WARP_SUM_DOUBLE of a double
    APTC_INLINE               a function that becomes part of its callers, so that its loops (APTC_UNROLL) have constant bounds
                              there; APTC_NO_UNROLL: one that had better stay a loop
    APTC_FRAGMENT(type, x)    registers of each thread, APTC_MINE(x, t)[i] with constant i: those that are used are there, at most
@@ -133,6 +134,7 @@ enum { APTC_REGISTERS = 64 };
 #define APTC_MINE(x, t) x[t]
 #define APTC_WARP_SUM(x) aptc_warp_reduce(x, false)
 #define APTC_WARP_MAX(x) aptc_warp_reduce(x, true)
+#define APTC_WARP_SUM_DOUBLE(x) aptc_warp_sum_double(x)
 #define APTC_INLINE static inline
 #define APTC_UNROLL
 #define APTC_NO_UNROLL
@@ -152,6 +154,15 @@ static void aptc_warp_reduce(float *x, bool max)
         }
     }
 }
+
+static void aptc_warp_sum_double(double *x)
+{
+    for (int32_t step = APTC_WARP / 2; step > 0; step /= 2) {
+        double old[APTC_BLOCK];
+        memcpy(old, x, sizeof old);
+        for (int32_t t = 0; t < APTC_BLOCK; t++) x[t] = old[t] + old[t ^ step];
+    }
+}
 #else
 #define APTC_DEVICE static __device__
 #define APTC_KERNEL(name, args) static __global__ void __launch_bounds__(APTC_BLOCK) name(const args job)
@@ -167,6 +178,7 @@ static void aptc_warp_reduce(float *x, bool max)
 #define APTC_MINE(x, t) x
 #define APTC_WARP_SUM(x) x = aptc_warp_reduce(x, false)
 #define APTC_WARP_MAX(x) x = aptc_warp_reduce(x, true)
+#define APTC_WARP_SUM_DOUBLE(x) x = aptc_warp_sum_double(x)
 #define APTC_INLINE static __device__ __forceinline__
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define APTC_UNROLL _Pragma("unroll")
@@ -177,6 +189,12 @@ static void aptc_warp_reduce(float *x, bool max)
 #define APTC_FRAGMENT(type, x) type x[APTC_REGISTERS]
 #define APTC_FRAGMENTS(type, x) type *x
 #define APTC_WARPS_BELOW(n) if ((int32_t)threadIdx.x / APTC_WARP >= (n)) return
+
+static __device__ double aptc_warp_sum_double(double x)
+{
+    for (int32_t step = APTC_WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
 
 static __device__ float aptc_warp_reduce(float x, bool max)
 {
@@ -2665,7 +2683,7 @@ APTC_BOTH aptc_room aptc_room_of(const aptc_attention *a, int32_t operands, int3
 }
 
 #define APTC_FORWARD_ROOM(a) aptc_room_of(a, 2, 1, 1, 2)
-#define APTC_SWEEP_ROOM(a) aptc_room_of(a, 4, 0, 2, 3)
+#define APTC_SWEEP_ROOM(a) aptc_room_of(a, 4, 0, 2, 5)
 #define APTC_DQ_ROOM(a) aptc_room_of(a, 4, 1, 2, 0)
 #define APTC_DKV_ROOM(a) aptc_room_of(a, 4, 2, 2, 0)
 #define APTC_DBIAS_ROOM(a) aptc_room_of(a, 4, 0, 2, 2)
@@ -2744,8 +2762,8 @@ APTC_DEVICE void aptc_softmax_tile(const aptc_attention *a, const aptc_place *p,
     }
 }
 
-/* Sums over the rows of a block's tile of o or d_o: its threads have a column of a head each and, if there are more of them, every
-   lanes-th row. So there are aptc_sum_rows(a) rows of heads * dim sums, which are added up afterwards. */
+/* Sums over the rows of a block's tile of o or d_o: its threads have a column of a head each and, if there are more of them,
+   every lanes-th row. So there are aptc_sum_rows(a) rows of heads * dim sums, which are added up afterwards. */
 APTC_BOTH int32_t aptc_sum_lanes(const aptc_attention *a) { return APTC_BLOCK / a->dim; }
 
 static int64_t aptc_sum_rows(const aptc_attention *a) { return a->sequences * a->blocks * aptc_sum_lanes(a); }
@@ -3162,21 +3180,21 @@ APTC_KERNEL(aptc_attention_dot_kernel, aptc_attention)
 APTC_LAUNCHER(aptc_attention_dot_kernel, aptc_attention)
 
 /* Thread t's share of P and dS = P (dP - dot - rest) of the tile at (q0, k0) from Q K^T and dP = dO V^T, which lie in their
-   places. Where a query does not see a key both are 0. dS is the gradient of the logits; with `begin`, which stands for dot, it
-   is not that yet. */
+   places. Where a query does not see a key both are 0. dS is the gradient of the logits. sweep: dP stays where it is seen. */
 APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p, int32_t t, int64_t q0, int64_t k0, float *room,
-                                    const aptc_room *r, const float *begin)
+                                    const aptc_room *r, bool sweep)
 {
     for (int32_t i = t / APTC_WARP; i < a->tile; i += APTC_WARPS) {
         const int64_t limit = aptc_limit(a, p, q0 + i), at = (p->q_row + q0 + i) * a->heads + p->head;
         const float lse = limit > 0 ? a->lse[at] : 0.0f, rest = limit > 0 && a->rest != NULL ? a->rest[at] : 0.0f;
-        const float mean = limit < 1 ? 0.0f : begin != NULL ? begin[i] : a->dot[at];
+        const float mean = limit > 0 && !sweep ? a->dot[at] : 0.0f;
         for (int32_t c = t % APTC_WARP; c < a->tile; c += APTC_WARP) {
             const int32_t place = i * r->ld_square + c;
             float *prob = APTC_FLOATS(r->square[0]) + place, *ds = APTC_FLOATS(r->square[1]) + place;
             const bool sees = k0 + c < limit;
             *prob = sees ? expf(aptc_logit(a, p, q0 + i, k0 + c, *prob) - lse) : 0.0f;
-            *ds = sees ? *prob * (*ds - mean - rest) : 0.0f;
+            if (!sees) *ds = 0;
+            else if (!sweep) *ds = *prob * (*ds - mean - rest);
         }
     }
 }
@@ -3206,45 +3224,51 @@ APTC_DEVICE void aptc_gradient_rows(const aptc_attention *a, const aptc_place *p
 #define APTC_GRADIENT_TILE(p)                                                                                           \
     do {                                                                                                                \
         APTC_GRADIENT_PRODUCTS;                                                                                         \
-        APTC_THREADS(t) aptc_gradient_rows(&job, &(p), t, q0, k0, room, &r, NULL);                                      \
+        APTC_THREADS(t) aptc_gradient_rows(&job, &(p), t, q0, k0, room, &r, false);                                     \
     } while (0)
 
 /* dot by a sweep over the keys, dot_i = sum over j of P(i, j) dP(i, j) / sum over j of P(i, j). With it the rows of dS sum to 0
    up to the rounding of dS; d_o . o leaves the rounding of its own terms, which hides small gradients where values are nearly
-   alike. For their sake what is added up is how far dP is from that of the first key, and what of the result does not fit one
-   float is the rest.
+   alike. For their sake what is added up, in double, is how far dP is from that of the first key, and what of the result does not
+   fit one float is the rest.
    Block: BX = tile of queries, BY = (sequence, head) */
 APTC_KERNEL(aptc_attention_sweep_kernel, aptc_attention)
 {
     APTC_ROOM(APTC_SWEEP_ROOM);
-    APTC_PRIVATE(float, part_dot);
-    APTC_PRIVATE(float, part_sum);
-    float *dot = APTC_FLOATS(r.vector[0]), *sum = APTC_FLOATS(r.vector[1]), *begin = sum + job.rows;
+    APTC_PRIVATE(double, part_dot);
+    APTC_PRIVATE(double, part_sum);
+    double *dot = (double *)APTC_OPERAND(r.vector[0]), *sum = dot + job.rows;
+    float *begin = (float *)(sum + job.rows);
     const aptc_place p = aptc_place_of(&job, APTC_BY / job.heads, (int32_t)(APTC_BY % job.heads));
     const int64_t q0 = APTC_BX * job.tile, seen = aptc_seen_keys(&job, &p, q0);
     if (q0 >= p.queries) return;
     APTC_LOAD_GIVEN(p);
-    APTC_THREADS(t) if (t < job.tile) dot[t] = sum[t] = begin[t] = 0;
+    APTC_THREADS(t) if (t < job.tile) {
+        dot[t] = sum[t] = 0;
+        begin[t] = 0;
+    }
     for (int64_t k0 = 0; k0 < seen; k0 += job.tile) {
         APTC_BARRIER;
         APTC_LOAD_SEEN(p);
         APTC_BARRIER;
         APTC_GRADIENT_PRODUCTS;
-        APTC_THREADS(t) if (k0 == 0 && t < job.tile) begin[t] = APTC_FLOATS(r.square[1])[t * r.ld_square];
+        APTC_THREADS(t) aptc_gradient_rows(&job, &p, t, q0, k0, room, &r, true);
         APTC_BARRIER;
-        APTC_THREADS(t) aptc_gradient_rows(&job, &p, t, q0, k0, room, &r, begin);
+        APTC_THREADS(t) if (k0 == 0 && t < job.tile) begin[t] = APTC_FLOATS(r.square[1])[t * r.ld_square];
         APTC_BARRIER;
         for (int32_t i0 = 0; i0 < job.tile; i0 += APTC_WARPS) {
             APTC_THREADS(t) {
                 const int32_t i = i0 + t / APTC_WARP;
                 APTC_MINE(part_dot, t) = APTC_MINE(part_sum, t) = 0;
                 for (int32_t c = t % APTC_WARP; c < job.tile; c += APTC_WARP) {
-                    APTC_MINE(part_sum, t) += APTC_FLOATS(r.square[0])[i * r.ld_square + c];
-                    APTC_MINE(part_dot, t) += APTC_FLOATS(r.square[1])[i * r.ld_square + c];
+                    const double prob = (double)APTC_FLOATS(r.square[0])[i * r.ld_square + c];
+                    const double further = (double)APTC_FLOATS(r.square[1])[i * r.ld_square + c] - (double)begin[i];
+                    APTC_MINE(part_sum, t) += prob;
+                    APTC_MINE(part_dot, t) += prob * further;
                 }
             }
-            APTC_WARP_SUM(part_dot);
-            APTC_WARP_SUM(part_sum);
+            APTC_WARP_SUM_DOUBLE(part_dot);
+            APTC_WARP_SUM_DOUBLE(part_sum);
             APTC_THREADS(t) if (t % APTC_WARP == 0) {
                 dot[i0 + t / APTC_WARP] += APTC_MINE(part_dot, t);
                 sum[i0 + t / APTC_WARP] += APTC_MINE(part_sum, t);
@@ -3254,9 +3278,9 @@ APTC_KERNEL(aptc_attention_sweep_kernel, aptc_attention)
     APTC_BARRIER;
     APTC_THREADS(t) if (t < job.tile && q0 + t < p.queries) {
         const int64_t at = (p.q_row + q0 + t) * job.heads + p.head;
-        const float more = sum[t] > 0 ? dot[t] / sum[t] : dot[t], all = begin[t] + more;
-        job.dot_out[at] = all;
-        job.rest_out[at] = (float)((double)begin[t] - (double)all + (double)more);
+        const double all = (double)begin[t] + (sum[t] > 0 ? dot[t] / sum[t] : dot[t]);
+        job.dot_out[at] = (float)all;
+        job.rest_out[at] = (float)(all - (double)job.dot_out[at]);
     }
 }
 APTC_LAUNCHER(aptc_attention_sweep_kernel, aptc_attention)
