@@ -1,10 +1,12 @@
 /* What apt_cuda.h does on the device at hand, with random weights, as rows of a table (tests/bench/cuda.sh prints its head and
    calls this for each of them).
 
-   usage: bench_cuda lora|graphs|apt|llama fp32|tf32|bf16|fp16 SHAPE BATCH TOKENS STEPS [PEAK]
+   usage: bench_cuda lora|graphs|round|apt|llama fp32|tf32|bf16|fp16 SHAPE BATCH TOKENS STEPS [PEAK]
 
    lora    one row: LoRA (rank 8 on query, value and FFN up), dense
    graphs  two rows: the same with its operations launched one by one, and as CUDA graphs, which is the default
+   round   two rows: LoRA with a tenth of the hidden size and 40 % of the neurons gone, to odd numbers, and with a little less gone,
+           to multiples of 64 (of 8 where the model is small), as apt_train_desc.round_hidden and round_neurons make them
    apt     three rows: APT to 60 % sparsity, in front of its first decision, while it prunes with a teacher, and at its end;
            forward: the dense model, and the pruned and merged one
    llama   LoRA's step with activations computed again for the backward (those operations count), reading of prompts (prefill) and
@@ -247,6 +249,27 @@ static double bench_lora(const bench *b, apt_model *m, const char *what, bool re
     return ms;
 }
 
+static int32_t round_step(const shape *s) { return s->hidden >= 256 ? 64 : 8; }
+
+/* What sizes that tensor cores can take at once are worth. */
+static void bench_round(const bench *b)
+{
+    const int32_t step = round_step(&b->s);
+    double first = 0;
+    for (int32_t k = 0; k < 2; k++) {
+        apt_config c = make_config(&b->s);
+        char text[64];
+        c.hidden = c.hidden * 9 / 10 | 1;
+        c.neurons = c.neurons * 6 / 10 | 1;
+        if (k == 1) c.hidden = (c.hidden + step - 1) / step * step, c.neurons = (c.neurons + step - 1) / step * step;
+        apt_model *m = make_model(b->ctx, &c, b->weights);
+        snprintf(text, sizeof text, "LoRA, hidden size %d, %d neurons", (int)c.hidden, (int)c.neurons);
+        first = bench_lora(b, m, text, false, first, median_forward(b, m));
+        apt_model_destroy(m);
+        apt_memory_reset_peak(b->ctx);
+    }
+}
+
 /* Decisions every four steps, whose masks fall at once, so that compaction comes in the step behind each. */
 static void bench_apt(const bench *b, apt_model *m)
 {
@@ -261,7 +284,7 @@ static void bench_apt(const bench *b, apt_model *m)
     d.update_frequency = 4;
     d.prune_end = d.prune_begin + 5 * d.update_frequency;
     d.mask_step = 1;
-    d.round_neurons = d.round_hidden = b->s.hidden >= 256 ? 64 : 8;      /* tensor cores want multiples */
+    d.round_neurons = d.round_hidden = round_step(&b->s);                /* see bench_round */
     d.steps = d.prune_end + 4 * b->steps + 12;
     if (apt_trainer_create(m, &d, &t) != APT_OK) fail(b->ctx, "create");
     for (int64_t i = 0; i < d.prune_end + 2 + b->steps; i++) {
@@ -347,7 +370,7 @@ static void bench_llama(const bench *b)
 int main(int argc, char **argv)
 {
     if (argc < 7) {
-        fprintf(stderr, "usage: bench_cuda lora|graphs|apt|llama fp32|tf32|bf16|fp16 SHAPE BATCH TOKENS STEPS [PEAK]\n");
+        fprintf(stderr, "usage: bench_cuda lora|graphs|round|apt|llama fp32|tf32|bf16|fp16 SHAPE BATCH TOKENS STEPS [PEAK]\n");
         return 2;
     }
     const apt_cuda_math math = math_of(argv[2]);
@@ -366,6 +389,7 @@ int main(int argc, char **argv)
         b.peak = peak_of(b.ctx, b.weights, argc > 7 ? atoi(argv[7]) : 8192);
         apt_memory_reset_peak(b.ctx);
         if (strcmp(argv[1], "llama") == 0) bench_llama(&b);
+        else if (strcmp(argv[1], "round") == 0) bench_round(&b);
         else {
             const apt_config c = make_config(&b.s);
             apt_model *m = make_model(b.ctx, &c, b.weights);

@@ -84,6 +84,7 @@ bench() {
         within 90 "$run" apt $math roberta-base 128 128 $STEPS
     done
     within 60 "$run" lora fp16 roberta-base 128 128 $STEPS
+    within 60 "$run" round bf16 roberta-base 128 128 $STEPS
     within 60 "$run" graphs bf16 minilm 8 64 $STEPS
     within 180 "$run" llama bf16 llama-7b 4 512 5
 }
