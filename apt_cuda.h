@@ -1089,7 +1089,7 @@ APTC_DEVICE float aptc_act(float x, int32_t act, float *slope)
 
 /* Matrices that are read and written element by element. Threads of a block have APTC_FOUR columns each, side by side, and what
    is left of them further rows; a block goes on to other rows, because blocks of a few would be over before they have begun. */
-enum { APTC_EACH_BLOCKS = 1024, APTC_EACH_GROUPS = 64 };
+enum { APTC_EACH_BLOCKS = 1024, APTC_EACH_GROUPS = 64, APTC_EACH_SHARING = 4 /* of a multiprocessor, to keep memory busy */ };
 typedef struct aptc_each { int64_t i, j, step; int32_t count; } aptc_each;
 
 /* Threads side by side: a power of two */
@@ -1158,7 +1158,7 @@ APTC_DEVICE void aptc_add_lanes(float *sizes, const aptc_four *part, int64_t n, 
     for (int32_t c = 0; c < e.count; c++) sizes[by * n + e.j + c] = sum.x[c];
 }
 
-APTC_KERNEL(aptc_finish_kernel, aptc_finish)
+APTC_KERNEL_SHARING(aptc_finish_kernel, aptc_finish, APTC_EACH_SHARING)
 {
     APTC_EACH_SIZED(job.rows, job.n) {
         const aptc_four mask = APTC_VECTOR_GET(job.mask);
@@ -1189,7 +1189,7 @@ APTC_KERNEL(aptc_cast_kernel, aptc_cast)
 }
 APTC_LAUNCHER(aptc_cast_kernel, aptc_cast)
 
-APTC_KERNEL(aptc_act_backward_kernel, aptc_act_backward)
+APTC_KERNEL_SHARING(aptc_act_backward_kernel, aptc_act_backward, APTC_EACH_SHARING)
 {
     APTC_EACH_SIZED(job.rows, job.n) {
         const aptc_four mask = APTC_VECTOR_GET(job.mask), da = APTC_GET(job.da);
@@ -1222,7 +1222,7 @@ APTC_KERNEL(aptc_residual_kernel, aptc_residual)
 }
 APTC_LAUNCHER(aptc_residual_kernel, aptc_residual)
 
-APTC_KERNEL(aptc_gate_forward_kernel, aptc_gate)
+APTC_KERNEL_SHARING(aptc_gate_forward_kernel, aptc_gate, APTC_EACH_SHARING)
 {
     APTC_EACH_SIZED(job.rows, job.n) {
         const aptc_four mask = APTC_VECTOR_GET(job.mask), a = APTC_GET(job.a);
@@ -1237,7 +1237,7 @@ APTC_KERNEL(aptc_gate_forward_kernel, aptc_gate)
 }
 APTC_LAUNCHER(aptc_gate_forward_kernel, aptc_gate)
 
-APTC_KERNEL(aptc_gate_backward_kernel, aptc_gate)
+APTC_KERNEL_SHARING(aptc_gate_backward_kernel, aptc_gate, APTC_EACH_SHARING)
 {
     APTC_EACH_SIZED(job.rows, job.n) {
         const aptc_four mask = APTC_VECTOR_GET(job.mask), given = APTC_GET(job.dh);
