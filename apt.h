@@ -14578,10 +14578,9 @@ struct apti_pass {
     uint64_t structure;               /* of the model when the plan was made */
     char *block;
     int64_t block_bytes;
-    apti_span activations, shared;    /* of the block: all layers'; what layers that recompute share */
+    apti_span activations, shared;    /* of the block: all layers', which begin it; what layers that recompute share */
     apti_span index;                  /* of the block: what the CPU writes for every batch, all of it */
-    apti_span told;                   /* backends: the index as it was shared last */
-    apti_mirror mirror;               /* backends: where the CPU writes it, before it is uploaded */
+    apti_mirror mirror;               /* backends: where the CPU writes it, before it is uploaded; device NULL: not yet told */
     int64_t mirror_bytes;             /* that there are for it */
     int32_t layers;
     apti_acts *acts;                  /* [layers] */
@@ -14924,7 +14923,8 @@ static void apti_pass_shrink(apt_ctx *ctx, apti_pass *pass)
     apti_free(ctx, pass->block);
     pass->block = NULL;
     pass->block_bytes = 0;
-    pass->told.first = pass->told.end = 0;
+    pass->mirror.device = NULL;
+    pass->mirror.bytes = 0;
 }
 
 static void apti_pass_free(apt_ctx *ctx, apti_pass *pass)
@@ -14957,28 +14957,28 @@ static apt_result apti_pass_tell(apti_pass *pass)
 {
     apt_ctx *ctx = pass->model->ctx;
     apt_backend *backend = ctx->desc.backend;
-    const apti_span index = pass->index;
     apti_mirror *mirror = &pass->mirror;
+    const char *device = pass->block + pass->index.first;
+    const int64_t bytes = pass->index.end - pass->index.first;
     if (backend == NULL) return APT_OK;
-    if (index.end - index.first > pass->mirror_bytes) {
+    if (bytes > pass->mirror_bytes) {
+        char *host = (char *)apti_alloc(ctx, bytes, 1);
+        if (host == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory for the indices of a batch");
         apti_free(ctx, mirror->host);
-        pass->mirror_bytes = mirror->bytes = 0;
-        mirror->host = (char *)apti_alloc(ctx, index.end - index.first, 1);
-        if (mirror->host == NULL) return apti_fail(ctx, APT_E_MEMORY, "no memory for the indices of a batch");
-        pass->mirror_bytes = index.end - index.first;
+        mirror->host = host;
+        pass->mirror_bytes = bytes;
     }
-    if (pass->told.end == 0) {
+    backend->own(backend->self, pass->block, (size_t)pass->activations.end);
+    apti_pass_forget(pass, pass->activations);
+    if (mirror->device == device && mirror->bytes == bytes) return APT_OK;
+    if (mirror->device != NULL) backend->share(backend->self, mirror->device, 0);
+    else {
         mirror->next = ctx->mirrors;
         ctx->mirrors = mirror;
     }
-    mirror->device = pass->block + index.first;
-    mirror->bytes = index.end - index.first;
-    backend->own(backend->self, pass->block, (size_t)pass->activations.end);
-    apti_pass_forget(pass, pass->activations);
-    if (index.first == pass->told.first && index.end == pass->told.end) return APT_OK;
-    if (pass->told.end > 0) backend->share(backend->self, pass->block + pass->told.first, 0);
-    backend->share(backend->self, mirror->device, (size_t)mirror->bytes);
-    pass->told = index;
+    backend->share(backend->self, device, (size_t)bytes);
+    mirror->device = device;
+    mirror->bytes = bytes;
     return APT_OK;
 }
 

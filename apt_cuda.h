@@ -375,8 +375,7 @@ enum {
     APTC_SEEN_SETS = 8192,
     APTC_SEEN_WAYS = 4,
     APTC_KEPT = 2,
-    APTC_OWNED = 16,
-    APTC_SHARED_RANGES = 16,
+    APTC_RANGES = 16,                 /* a context has a few passes */
     APTC_KEPT_ELEMENTS = 16384        /* smaller ones are soon converted */
 };
 
@@ -526,8 +525,7 @@ typedef struct aptc_device {
     char *kept_work;                  /* APTC_KEPT places of kept_bytes */
     int64_t kept_bytes;
     int32_t kept_next;                /* the place for the next one */
-    aptc_range owned[APTC_OWNED];     /* end 0: a free place */
-    aptc_range shared[APTC_SHARED_RANGES];        /* likewise */
+    aptc_range owned[APTC_RANGES], shared[APTC_RANGES];     /* see apt_backend.own and share; end 0: a free place */
     aptc_half *half;                  /* [halves] of half_capacity, by address; they do not overlap */
     int32_t halves, half_capacity;
     aptc_scalars *scalars;            /* [APTC_SCALARS], the device's */
@@ -987,7 +985,7 @@ static void aptc_half_clear(aptc_device *d, uintptr_t x, uintptr_t end)
 
 static bool aptc_owned(const aptc_device *d, uintptr_t first, uintptr_t end)
 {
-    for (int32_t i = 0; i < APTC_OWNED; i++)
+    for (int32_t i = 0; i < APTC_RANGES; i++)
         if (d->owned[i].first <= first && end <= d->owned[i].end) return true;
     return false;
 }
@@ -1029,23 +1027,40 @@ static aptc_view aptc_out_over(aptc_device *d, float *y, int64_t ldy, int64_t ro
     return y == x ? *from : aptc_out(d, y, ldy, rows, n);
 }
 
+/* The range that begins at `first`, or a free place; NULL: all are taken, and what was to be said there stays unsaid */
+static aptc_range *aptc_range_at(aptc_range *ranges, uintptr_t first)
+{
+    aptc_range *place = NULL;
+    for (int32_t i = 0; i < APTC_RANGES; i++) {
+        if (ranges[i].end == 0) place = &ranges[i];
+        else if (ranges[i].first == first) return &ranges[i];
+    }
+    return place;
+}
+
+static void aptc_ranges_drop(aptc_range *ranges, uintptr_t first, uintptr_t end)
+{
+    for (int32_t i = 0; i < APTC_RANGES; i++)
+        if (ranges[i].first >= first && ranges[i].end <= end) memset(&ranges[i], 0, sizeof ranges[i]);
+}
+
 static void aptc_own(void *self, const void *memory, size_t bytes)
 {
     aptc_device *d = (aptc_device *)self;
     const aptc_range range = {(uintptr_t)memory, (uintptr_t)memory + bytes};
-    aptc_range *place = &d->owned[0];
-    for (int32_t i = 0; i < APTC_OWNED; i++)
-        if (d->owned[i].end == 0) place = &d->owned[i];
-    for (int32_t i = 0; i < APTC_OWNED; i++)
-        if (d->owned[i].end != 0 && d->owned[i].first == range.first) place = &d->owned[i];
-    *place = range;
+    aptc_range *place = aptc_range_at(d->owned, range.first);
+    if (place != NULL) *place = range;
 }
 
 /* Nothing is widened there any more. */
 static void aptc_half_forget(aptc_device *d, uintptr_t first, uintptr_t end)
 {
-    int32_t i = aptc_half_behind(d, first);
-    while (i < d->halves && d->half[i].first < end) aptc_half_drop(d, i);
+    const int32_t i = aptc_half_behind(d, first);
+    int32_t j = i;
+    while (j < d->halves && d->half[j].first < end) j++;
+    if (j == i) return;
+    memmove(d->half + i, d->half + j, (size_t)(d->halves - j) * sizeof(aptc_half));
+    d->halves -= j - i;
 }
 
 static void aptc_forget(void *self, const void *memory, size_t bytes)
@@ -1350,7 +1365,6 @@ static bool aptc_adam_op(aptc_device *d, const apti_adam_job *op)
    ------------------------------------------------------------------------------------------------------------------ */
 
 enum {
-    APTC_CHUNK_COLUMNS = 32, APTC_CHUNK_LANES = APTC_BLOCK / APTC_CHUNK_COLUMNS, APTC_CHUNKS = 128, APTC_CHUNK_ROWS = 64,
     APTC_FOLD_COLUMNS = 8, APTC_FOLD_LANES = APTC_BLOCK / APTC_FOLD_COLUMNS      /* many chunks, read side by side */
 };
 
@@ -2924,6 +2938,18 @@ APTC_INLINE void aptc_flash_load(const aptc_attention *a, apt_dtype type, int32_
 #define APTC_FLASH_LOAD_KEYS(to, x, k0, height)                                                                         \
     APTC_THREADS(t) aptc_flash_load(a, type, t, to, wide, height, &(x), p.k_row + (k0), p.group * a->dim,               \
                                     (int32_t)p.keys - (k0), 1.0f)
+/* In the turns of a block of queries: what the turn after this one reads of the keys from `next` on, if there are some */
+#define APTC_FLASH_LOAD_NEXT(turn, next)                                                                                \
+    do {                                                                                                                \
+        const int32_t coming = ((turn) + f.stages - 1) & (f.stages - 1);                                                \
+        uint16_t *to = others + coming * 2 * f.other;                                                                   \
+        if ((next) < seen) {                                                                                            \
+            APTC_FLASH_LOAD_KEYS(to, a->k, next, f.tile);                                                               \
+            APTC_FLASH_LOAD_KEYS(to + f.other, a->v, next, f.tile);                                                     \
+            APTC_THREADS(t) aptc_flash_bias(a, &p, t, diagonals + coming * f.floats, q0, next, f.tile, false);          \
+        }                                                                                                               \
+        APTC_COPIES_END;                                                                                                \
+    } while (0)
 #define APTC_FLASH_WAIT(f)                               /* for all tiles but the one of the next turn */               \
     do {                                                                                                                \
         if ((f).stages > 1) APTC_COPIES_WAIT(1);                                                                        \
@@ -3105,14 +3131,7 @@ APTC_INLINE void aptc_flash_forward(const aptc_attention *a, int32_t wide, apt_d
     for (int32_t turn = 1 - f.stages; turn * f.tile < seen; turn++) {
         const int32_t k0 = turn * f.tile, next = k0 + (f.stages - 1) * f.tile, here = turn & (f.stages - 1);
         const uint16_t *k = others + here * 2 * f.other, *v = k + f.other;
-        if (next < seen) {
-            const int32_t coming = (turn + f.stages - 1) & (f.stages - 1);
-            uint16_t *to = others + coming * 2 * f.other;
-            APTC_FLASH_LOAD_KEYS(to, a->k, next, f.tile);
-            APTC_FLASH_LOAD_KEYS(to + f.other, a->v, next, f.tile);
-            APTC_THREADS(t) aptc_flash_bias(a, &p, t, diagonals + coming * f.floats, q0, next, f.tile, false);
-        }
-        APTC_COPIES_END;
+        APTC_FLASH_LOAD_NEXT(turn, next);
         if (turn < 0) continue;
         APTC_FLASH_WAIT(f);
         aptc_flash_dots(type, warps, s, q, k, wide, f.tile);
@@ -3396,14 +3415,7 @@ APTC_INLINE void aptc_flash_dq(const aptc_attention *a, int32_t wide, apt_dtype 
     }
     for (int32_t turn = 1 - f.stages; turn * f.tile < seen; turn++) {
         const int32_t k0 = turn * f.tile, next = k0 + (f.stages - 1) * f.tile, here = turn & (f.stages - 1);
-        if (next < seen) {
-            const int32_t coming = (turn + f.stages - 1) & (f.stages - 1);
-            uint16_t *to = others + coming * 2 * f.other;
-            APTC_FLASH_LOAD_KEYS(to, a->k, next, f.tile);
-            APTC_FLASH_LOAD_KEYS(to + f.other, a->v, next, f.tile);
-            APTC_THREADS(t) aptc_flash_bias(a, &p, t, diagonals + coming * f.floats, q0, next, f.tile, false);
-        }
-        APTC_COPIES_END;
+        APTC_FLASH_LOAD_NEXT(turn, next);
         if (turn < 0) continue;
         APTC_FLASH_WAIT(f);
         APTC_NO_UNROLL for (int32_t n = 0; n < f.tile && k0 + n < seen; n += APTC_FLASH_STEP) {
@@ -4004,19 +4016,23 @@ static bool aptc_part_run(aptc_device *d, const apti_gemm *g, const aptc_factors
     return true;
 }
 
-/* The bias as cuBLASLt wants it, in the type of what it is added to; NULL: none, or there is no room */
-static const void *aptc_bias(aptc_device *d, const float *bias, int64_t n, apt_dtype type)
+/* *out = the bias as cuBLASLt wants it, in the type of what it is added to; false: no room */
+static bool aptc_bias(aptc_device *d, const void **out, const float *bias, int64_t n, apt_dtype type)
 {
-    if (bias == NULL || type == APT_F32) return bias;
+    *out = bias;
+    if (bias == NULL || type == APT_F32) return true;
     const aptc_cast job = {{aptc_take(d, n * aptc_size(type)), n, type}, aptc_floats(bias, n), 1, n};
     if (job.to.data != NULL) APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
-    return job.to.data;
+    *out = job.to.data;
+    return job.to.data != NULL;
 }
 
 /* The views of a product's matrices. z, where the sums grow: pre where that is wanted, else c; where c still holds the residual,
    which is added without an activation before it, they grow on top of that (onto). All that is read is asked for before what is
    written. */
 typedef struct aptc_gemm { aptc_factors part[2]; aptc_view z, c, pre, residual; bool onto; } aptc_gemm;
+
+static bool aptc_onto(const apti_gemm *g) { return g->residual != NULL && g->residual == g->c && g->pre == NULL; }
 
 static aptc_gemm aptc_gemm_of(aptc_device *d, const apti_gemm *g)
 {
@@ -4029,7 +4045,7 @@ static aptc_gemm aptc_gemm_of(aptc_device *d, const apti_gemm *g)
         v.part[q].b = aptc_right(d, g, &g->part[q]);
         v.part[q].packed = g->part[q].packed != NULL;
     }
-    v.onto = g->residual != NULL && g->residual == g->c && g->pre == NULL;
+    v.onto = aptc_onto(g);
     v.residual = aptc_in(d, g->residual, g->ld_residual, g->m, g->n);
     if (g->accumulate) v.c = aptc_in(d, g->c, g->ldc, g->m, g->n);
     else v.c = aptc_out_over(d, g->c, g->ldc, g->m, g->n, g->residual, &v.residual);
@@ -4038,53 +4054,41 @@ static aptc_gemm aptc_gemm_of(aptc_device *d, const apti_gemm *g)
     return v;
 }
 
-/* z when nothing is multiplied: the bias in every row, or 0 */
-static void aptc_gemm_start(aptc_device *d, const apti_gemm *g, const aptc_gemm *v, const float *bias)
+/* z [= or +=] the parts of the product [+ bias]; false: the workspace is too small */
+static bool aptc_parts_run(aptc_device *d, const apti_gemm *g, const aptc_gemm *v, bool accumulate, const float *bias)
 {
-    const aptc_cast job = {v->z, aptc_floats(bias, 0), g->m, g->n};
-    APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
+    const void *rest;
+    if (!aptc_bias(d, &rest, bias, g->n, (apt_dtype)v->z.type)) return false;
+    for (int32_t q = 0; q < 2; q++) {
+        if (v->part[q].k == 0) continue;
+        if (!aptc_part_run(d, g, &v->part[q], v->z, accumulate, rest)) return false;
+        accumulate = true;
+        rest = NULL;
+    }
+    return true;
 }
 
-/* z += the bias, which no product has added: as a residual of one row */
-static void aptc_gemm_bias(aptc_device *d, const apti_gemm *g, const aptc_gemm *v)
-{
-    aptc_residual job;
-    memset(&job, 0, sizeof job);
-    job.y = job.x = v->z;
-    job.r = aptc_floats(g->bias, 0);
-    job.rows = g->m;
-    job.n = g->n;
-    aptc_residual_run(d, &job, NULL);
-}
-
+/* What a product cannot do itself waits: an activation, a residual, a mask, and the bias where it is late: where z is halves,
+   which it would be rounded for, or nothing is multiplied. */
 static bool aptc_gemm_op(aptc_device *d, const apti_gemm *g)
 {
-    const bool same = g->residual != NULL && g->residual == g->c && g->pre == NULL;
-    if (same && (g->act >= 0 || g->accumulate)) return false;
+    const bool product = g->part[0].k > 0 || g->part[1].k > 0;
+    if (aptc_onto(g) && (g->act >= 0 || g->accumulate)) return false;
+    if (g->pre != NULL && g->accumulate && g->bias != NULL && !product) return false;
     const aptc_gemm v = aptc_gemm_of(d, g);
+    const bool grows = g->accumulate || v.onto, rest = g->act >= 0 || (g->residual != NULL && !v.onto) || g->mask != NULL;
+    const bool late = g->bias != NULL && g->pre == NULL && (product ? rest && v.z.type != APT_F32 : grows);
+    const float *bias = late ? NULL : g->bias;
     aptc_unkeep(d, g->c, ((g->m - 1) * g->ldc + g->n) * 4);
     if (g->pre != NULL) aptc_unkeep(d, g->pre, ((g->m - 1) * g->ld_pre + g->n) * 4);
-    const bool finish = g->pre != NULL || g->act >= 0 || (g->residual != NULL && !v.onto) || g->mask != NULL;
-    const bool late = finish && g->pre == NULL && v.z.type != APT_F32;         /* the bias: what follows adds it in passing */
-    const void *bias = late ? NULL : aptc_bias(d, g->bias, g->n, (apt_dtype)v.z.type);
-    bool more = g->accumulate || v.onto, biased = late || g->bias == NULL;
-    if (g->pre != NULL && g->accumulate) {
-        const aptc_cast job = {v.pre, v.c, g->m, g->n};
-        APTC_LAUNCH_EACH(d, aptc_cast_kernel, job);
+    const aptc_cast start = {v.z, g->accumulate ? v.c : aptc_floats(bias, 0), g->m, g->n};
+    if (g->accumulate ? g->pre != NULL : !product && !v.onto) APTC_LAUNCH_EACH(d, aptc_cast_kernel, start);
+    if (product && !aptc_parts_run(d, g, &v, grows, bias)) {
+        aptc_fail(d, APT_E_MEMORY, "a product %lld x %lld x %lld does not fit the workspace", (long long)g->m, (long long)g->n,
+                  (long long)aptc_max(g->part[0].k, g->part[1].k));
+        return true;
     }
-    for (int32_t q = 0; q < 2; q++) {
-        if (g->part[q].k == 0) continue;
-        if (!aptc_part_run(d, g, &v.part[q], v.z, more, biased ? NULL : bias)) {
-            aptc_fail(d, APT_E_MEMORY, "a product %lld x %lld x %lld does not fit the workspace", (long long)g->m,
-                      (long long)g->n, (long long)g->part[q].k);
-            return true;
-        }
-        more = true;
-        biased = biased || bias != NULL;
-    }
-    if (!more) aptc_gemm_start(d, g, &v, biased ? NULL : g->bias);
-    else if (!biased) aptc_gemm_bias(d, g, &v);
-    if (!finish) return true;
+    if (!rest && !late && g->pre == NULL) return true;
     const aptc_finish f = {v.c, v.z, v.onto ? aptc_floats(NULL, 0) : v.residual, late ? g->bias : NULL, g->mask, NULL, g->m, g->n,
                            g->act};
     d->waiting.finish = f;
@@ -4345,11 +4349,7 @@ static void aptc_advise(const aptc_device *d, const aptc_range *range, bool on)
 static void aptc_share(void *self, const void *memory, size_t bytes)
 {
     aptc_device *d = (aptc_device *)self;
-    aptc_range *place = NULL;
-    for (int32_t i = 0; i < APTC_SHARED_RANGES; i++)
-        if (place == NULL && d->shared[i].end == 0) place = &d->shared[i];
-    for (int32_t i = 0; i < APTC_SHARED_RANGES; i++)
-        if (d->shared[i].end != 0 && d->shared[i].first == (uintptr_t)memory) place = &d->shared[i];
+    aptc_range *place = aptc_range_at(d->shared, (uintptr_t)memory);
     if (place == NULL || d->desc.alloc != NULL) return;
     if (place->end != 0) aptc_advise(d, place, false);
     place->first = (uintptr_t)memory;
@@ -4372,12 +4372,8 @@ static void aptc_release(void *self, void *memory, size_t bytes)
 {
     aptc_device *d = (aptc_device *)self;
     aptc_half_forget(d, (uintptr_t)memory, (uintptr_t)memory + bytes);
-    for (int32_t i = 0; i < APTC_OWNED; i++)
-        if (d->owned[i].first >= (uintptr_t)memory && d->owned[i].end <= (uintptr_t)memory + bytes)
-            memset(&d->owned[i], 0, sizeof d->owned[i]);
-    for (int32_t i = 0; i < APTC_SHARED_RANGES; i++)
-        if (d->shared[i].first >= (uintptr_t)memory && d->shared[i].end <= (uintptr_t)memory + bytes)
-            memset(&d->shared[i], 0, sizeof d->shared[i]);
+    aptc_ranges_drop(d->owned, (uintptr_t)memory, (uintptr_t)memory + bytes);
+    aptc_ranges_drop(d->shared, (uintptr_t)memory, (uintptr_t)memory + bytes);
     if (d->desc.release != NULL) {
         d->desc.release(memory, d->desc.alloc_user);
         return;

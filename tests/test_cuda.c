@@ -51,17 +51,23 @@ static void expect_launches(const char *what, int64_t count, int64_t wanted)
 #endif
 }
 
-/* A run with its trace, on the CPU or on the device. */
-static void begin(live *l, const plan *p, bool device)
+/* A run with its trace, in a context of its own. */
+static void begin_in(live *l, const plan *p, apt_ctx *ctx)
 {
-    const apt_desc desc = {.threads = 1};
     memset(l, 0, sizeof *l);
-    l->ctx = device ? device_context(NULL) : (apt_create)(&desc);
+    assert_non_null(ctx);
+    l->ctx = ctx;
     l->model = test_model(l->ctx, &p->c, 1);
     apt_train_desc d = p->d;
     d.on_event = on_event;
     d.user = &l->tr;
     l->trainer = test_trainer(l->model, &d);
+}
+
+static void begin(live *l, const plan *p, bool device)
+{
+    const apt_desc desc = {.threads = 1};
+    begin_in(l, p, device ? device_context(NULL) : (apt_create)(&desc));
 }
 
 static void assert_close_traces(const trace *a, const trace *b, int64_t from, int64_t to, const char *what)
@@ -1167,13 +1173,8 @@ static void test_fp16_run(void **state)
         p.d.method = APT_METHOD_LORA;
         p.d.loss_scale = k == 0 ? 0.0f : 16777216.0f;
         begin(&cpu, &p, false);
-        memset(&l, 0, sizeof l);
-        l.ctx = device_context(&device);
-        l.model = test_model(l.ctx, &p.c, 1);
-        apt_train_desc d = p.d, found;
-        d.on_event = on_event;
-        d.user = &l.tr;
-        l.trainer = test_trainer(l.model, &d);
+        apt_train_desc found;
+        begin_in(&l, &p, device_context(&device));
         apt_trainer_query(l.trainer, &found);
         assert_true(found.loss_scale == (k == 0 ? 65536.0f : 16777216.0f));
         int32_t skipped = 0;
@@ -1201,18 +1202,28 @@ static void test_fp16_run(void **state)
     apt_destroy(ctx);
 }
 
+/* What the context has told of its passes (the trainer's, the teacher's, the model's) is taken back when their batches change. */
+static void expect_few_ranges(const apt_ctx *ctx)
+{
+#if defined(APT_TEST_DEVICE)
+    (void)ctx;
+#else
+    const aptc_device *d = (const aptc_device *)ctx->desc.backend->self;
+    int32_t owned = 0, shared = 0;
+    for (int32_t i = 0; i < APTC_RANGES; i++) {
+        owned += d->owned[i].end != 0;
+        shared += d->shared[i].end != 0;
+    }
+    if (owned < 1 || owned > 3 || shared != owned) fail_msg("%d ranges are owned and %d shared", (int)owned, (int)shared);
+#endif
+}
+
 static void begin_bf16(live *l, const plan *p)
 {
     apt_cuda_desc device = APT_ZERO;
-    memset(l, 0, sizeof *l);
     device.math = APT_CUDA_BF16;
     device.workspace_bytes = (size_t)8 << 20;
-    l->ctx = device_context(&device);
-    l->model = test_model(l->ctx, &p->c, 1);
-    apt_train_desc d = p->d;
-    d.on_event = on_event;
-    d.user = &l->tr;
-    l->trainer = test_trainer(l->model, &d);
+    begin_in(l, p, device_context(&device));
 }
 
 /* A forward makes floats of nothing but the hidden states, if they are wanted, which are nearly those of the CPU. */
@@ -1265,6 +1276,7 @@ static void test_bf16_run(void **state)
                     fail_msg("model %d, micro-batch %d has loss %.9g in bfloat16, %.9g in float32", (int)which, (int)i,
                              device.tr.loss[i], cpu.tr.loss[i]);
             expect_widened(device.ctx, 0);
+            expect_few_ranges(device.ctx);
             if (!prunes) compare_hidden(&cpu, &device, &p);
             assert_same_trace(&device.tr, &again.tr, 0, micro_batches(&p), "twice");
             assert_true(test_model_sum(device.model) == test_model_sum(again.model));
@@ -1330,15 +1342,9 @@ static uint64_t run_one_shape(const plan *p, bool graphs, double *first, double 
 {
     apt_cuda_desc device = APT_ZERO;
     live l;
-    memset(&l, 0, sizeof l);
     device.workspace_bytes = (size_t)16 << 20;
     device.no_graphs = !graphs;
-    l.ctx = device_context(&device);
-    l.model = test_model(l.ctx, &p->c, 1);
-    apt_train_desc d = p->d;
-    d.on_event = on_event;
-    d.user = &l.tr;
-    l.trainer = test_trainer(l.model, &d);
+    begin_in(&l, p, device_context(&device));
     int64_t before[2] = {0, 0}, after[2] = {0, 0};
     for (int64_t i = 0; i < micro_batches(p); i++) {
         test_batch b;
@@ -1501,7 +1507,6 @@ static void reach_begin(live *l, const plan *p)
     apt_desc desc = APT_ZERO;
     memset(&reach.device, 0, sizeof reach.device);
     memset(&reach.host, 0, sizeof reach.host);
-    memset(l, 0, sizeof *l);
     device.workspace_bytes = (size_t)8 << 20;
     desc.threads = 1;
     device.alloc = desc.alloc = hand_out;
@@ -1512,13 +1517,8 @@ static void reach_begin(live *l, const plan *p)
     assert_non_null(desc.backend);
     reach.sync = desc.backend->sync;
     desc.backend->sync = sync_within_reach;
-    l->ctx = reach.ctx = (apt_create)(&desc);
-    assert_non_null(l->ctx);
-    l->model = test_model(l->ctx, &p->c, 1);
-    apt_train_desc d = p->d;
-    d.on_event = on_event;
-    d.user = &l->tr;
-    l->trainer = test_trainer(l->model, &d);
+    reach.ctx = (apt_create)(&desc);
+    begin_in(l, p, reach.ctx);
 }
 
 /* Whole runs with all that belongs to them: training, checkpoints, observing, pruning at once, merging, forwards, generation. */
